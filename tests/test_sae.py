@@ -1,0 +1,578 @@
+"""train_sae.py against autograd, planted dictionaries, SAELens and itself interrupted."""
+
+import argparse
+import json
+import math
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_sae as ts
+
+CPU = torch.device("cpu")
+ROOT = Path(ts.__file__).parent
+SMALL = ["--expansion", "4", "--k", "4", "--batch_size", "128", "--steps", "60", "--learning_rate", "3e-3", "--dead_tokens", "1000"]
+SMALL += ["--eval_tokens", "600", "--device", "cpu", "--dtype", "float32"]
+
+
+def settings(**more) -> argparse.Namespace:
+    """What a Trainer reads from the command line."""
+    base = dict(arch="topk", expansion=4, k=4, l1=3e-3, aux_k=-1, dead_tokens=10**9, batch_size=128, steps=100, learning_rate=1e-3)
+    return argparse.Namespace(**base | dict(lr_warmup=5, lr_decay=0.2, seed=0, dtype="float32") | more)
+
+
+def trainer(d: int = 16, **more) -> ts.Trainer:
+    """A trainer away from its start: all biases and scales differ from their defaults."""
+    t = ts.Trainer(settings(**more), torch.zeros(d), math.sqrt(d), CPU)
+    g = torch.Generator().manual_seed(3)
+    t.W_enc += 0.2 * torch.randn(t.W_enc.shape, generator=g)
+    t.b_enc += 0.1 * torch.randn(t.b_enc.shape, generator=g)
+    t.b_dec += 0.3 * torch.randn(t.b_dec.shape, generator=g)
+    return t
+
+
+# ------------------------------------------------------------------------------------------------ selection and gradients
+@pytest.mark.parametrize("f, k", [(512, 8), (96, 8), (50, 5), (64, 64)])
+def test_row_topk_is_exact(f, k):
+    pre = torch.randn(70, f, generator=torch.Generator().manual_seed(f))
+    value, latent = ts.row_topk(pre, k)
+    assert torch.equal(value.sort(1, descending=True).values, pre.topk(k).values)
+    assert torch.equal(pre.gather(1, latent), value)
+    assert all(len(set(row)) == k for row in latent.tolist())
+
+
+def test_topk_keeps_k_a_token_and_batchtopk_the_largest_of_the_batch():
+    g = torch.Generator().manual_seed(0)
+    # rows of very different size: some must get more than 2 k entries, others none
+    pre = torch.randn(64, 160, generator=g) * torch.linspace(0.01, 5, 64)[:, None] + 0.3
+    code, _ = ts.select(pre, 6, "topk")
+    assert torch.bincount(code.token, minlength=64).eq(6).all()
+    code, tau = ts.select(pre, 6, "batchtopk")
+    assert torch.bincount(code.token, minlength=64).max() > 12
+    assert torch.equal(code.value.sort(descending=True).values, pre.flatten().topk(6 * 64).values) and tau == code.value.min()
+    assert torch.equal(pre[code.token, code.latent], code.value)
+    assert torch.equal(code.start, torch.searchsorted(code.token, torch.arange(64)))
+    code, tau = ts.select(pre - 100, 6, "batchtopk")
+    assert len(code.value) == 0 and tau == 0
+
+
+def dense_loss(t: ts.Trainer, x: torch.Tensor, params: list[torch.Tensor], support: torch.Tensor) -> torch.Tensor:
+    """The documented loss, written densely for autograd."""
+    a, (w_enc, b_enc, w_dec, b_dec) = t.args, params
+    pre = (x - b_dec) @ w_enc.T + b_enc
+    f = pre.relu() * support
+    error = f @ w_dec + b_dec - x
+    loss = error.square().sum(1).mean() / x.shape[1]
+    if a.arch == "relu":
+        return loss + a.l1 * f.sum(1).mean()
+    dead = t.idle > a.dead_tokens
+    if a.aux_k and dead.any():
+        m = math.ceil(len(x) / 8)
+        top = pre[:m, dead].topk(min(a.aux_k if a.aux_k > 0 else x.shape[1] // 2, int(dead.sum())))
+        acts = torch.zeros(m, int(dead.sum())).scatter(1, top.indices, top.values.relu())
+        residual = -error[:m].detach()
+        loss = loss + (acts @ w_dec[dead] - residual).square().sum() / residual.square().sum() / 32
+    return loss
+
+
+@pytest.mark.parametrize("arch, aux_k", [("topk", 0), ("topk", 3), ("batchtopk", -1), ("relu", 0)])
+def test_gradients_equal_dense_autograd(arch, aux_k):
+    t = trainer(arch=arch, aux_k=aux_k, dead_tokens=50)
+    x = 2 * torch.randn(96, 16, generator=torch.Generator().manual_seed(1))
+    params = [p.clone().requires_grad_() for p in t.params]
+    pre = (x - t.b_dec) @ t.W_enc.T + t.b_enc
+    cut = {"topk": pre.topk(4).values[:, -1:], "batchtopk": pre.flatten().topk(4 * 96).values[-1], "relu": 0}[arch]
+    t.idle[::3] = 51
+    mse, fired = t.gradients(x)
+    loss = dense_loss(t, x, params, pre >= cut)
+    loss.backward()
+    for ours, reference in zip(t.params, params, strict=True):
+        assert (ours.grad - reference.grad).norm() <= 1e-5 * reference.grad.norm()
+    assert torch.equal(fired, ((pre >= cut) & (pre > 0)).sum(0))
+    assert mse.item() == pytest.approx(dense_loss(trainer(arch=arch, l1=0), x, params, pre >= cut).item(), rel=1e-5)
+
+
+def test_bfloat16_gradients_are_within_one_percent():
+    t = trainer(d=64, expansion=8, k=8)
+    g = torch.Generator().manual_seed(1)
+    x, dy = torch.randn(256, 64, generator=g), torch.randn(256, 64, generator=g)
+    code, _ = ts.select(x @ t.W_enc.T, 8, "topk")
+    low = [v.bfloat16() for v in (x, code.value, dy, t.W_dec)]
+    exact = ts.sparse_backward(x, code, dy, t.W_dec)
+    for a, b in zip(ts.sparse_backward(low[0], code._replace(value=low[1]), *low[2:]), exact, strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
+
+
+def test_relu_equals_a_plain_autograd_loop():
+    t, a = trainer(arch="relu", steps=30), settings(arch="relu", steps=30)
+    params = [p.clone().requires_grad_() for p in t.params]
+    adam = torch.optim.Adam(params, lr=1.0, eps=1e-9)
+    g = torch.Generator().manual_seed(2)
+    for step in range(1, 31):
+        x = torch.randn(128, 16, generator=g)
+        t.step(x)
+        adam.zero_grad()
+        dense_loss(t, x, params, torch.ones(1)).backward()
+        adam.param_groups[0]["lr"] = a.learning_rate * min(1, step / 5, (31 - step) / 6)
+        with torch.no_grad():
+            w = params[2]
+            w.grad -= (w.grad * w).sum(1, keepdim=True) * w
+            adam.step()
+            w /= w.norm(dim=1, keepdim=True)
+    for ours, reference in zip(t.params, params, strict=True):
+        torch.testing.assert_close(ours, reference.detach(), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("arch", ["topk", "batchtopk"])
+def test_a_planted_dictionary_is_recovered(arch):
+    d, n_features, active = 32, 64, 3
+    g = torch.Generator().manual_seed(0)
+    planted = F.normalize(torch.randn(n_features, d, generator=g), dim=1)
+    mean = 5 * torch.randn(d, generator=g)
+
+    def draw(n: int) -> torch.Tensor:
+        which = torch.rand(n, n_features, generator=g).topk(active).indices
+        return (torch.zeros(n, n_features).scatter(1, which, 1 + torch.rand(n, active, generator=g))) @ planted + mean
+
+    x = draw(4096)
+    t = ts.Trainer(
+        settings(arch=arch, k=active, steps=800, dead_tokens=20_000, learning_rate=3e-3),
+        x.mean(0),
+        (x - x.mean(0)).norm(dim=1).mean().item(),
+        CPU,
+    )
+    for _ in range(800):
+        t.step(draw(256))
+    cosine = planted @ t.W_dec.T
+    assert cosine.max(1).values.mean() > 0.9
+    control = planted @ F.normalize(torch.randn(t.W_dec.shape, generator=g), dim=1).T
+    assert control.max(1).values.mean() < 0.7  # what as many random directions reach
+
+
+@pytest.mark.parametrize("arch", ["topk", "batchtopk", "relu"])
+def test_folding_changes_nothing_but_the_units(arch):
+    t = trainer(arch=arch)
+    t.tau += 0.4
+    cfg = {"architecture": {"topk": "topk", "batchtopk": "jumprelu", "relu": "standard"}[arch], "k": 4}
+    raw = torch.randn(200, 16, generator=torch.Generator().manual_seed(5))
+    scale, mean = 7.3, torch.linspace(-2, 3, 16)
+    inside = ts.SparseAutoencoder(cfg, t.weights())
+    folded = ts.SparseAutoencoder(cfg, t.weights(scale, mean))
+    f, f_raw = inside.encode((raw - mean) * scale), folded.encode(raw)
+    torch.testing.assert_close(f_raw * scale, f, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(folded.decode(f_raw), inside.decode(f) / scale + mean, rtol=1e-4, atol=1e-5)
+    assert 0 < (f > 0).sum(1).float().mean() <= (4 if arch == "topk" else 64)
+
+
+def test_interval_agrees_with_the_textbook():
+    x = np.random.default_rng(0).normal(3, 2, 400)
+    out = ts.ratio_interval("m", x)
+    assert out["m"] == pytest.approx(x.mean())
+    assert (out["m_hi"] - out["m_lo"]) / 2 == pytest.approx(1.96 * x.std() / 20, rel=0.1)
+    ratio = ts.ratio_interval("r", x * 2, x)
+    assert ratio["r"] == ratio["r_lo"] == ratio["r_hi"] == 2
+    assert math.isnan(ts.ratio_interval("m", x[:1])["m_lo"])
+
+
+# ----------------------------------------------------------------------------------------------------- a run and its dump
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a small random model, model.pt, and its dump activations/adaptive of 80 windows, layers 0 and 2, made here."""
+    root = tmp_path_factory.mktemp("made")
+    torch.manual_seed(0)
+    cfg = ts.GPTConfig(vocab_size=61, n_layers=3, d_model=24, n_heads=3, n_kv_heads=3, d_head=8, d_ff=40, seq_len=32)
+    model = ts.NewGPT(cfg).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.3 + (1.0 if p.dim() == 1 else 0.0))
+    torch.save({"config": vars(cfg), "model": model.state_dict(), "probe": ts.golden_probe(model)}, root / "model.pt")
+    ts.write_sidecar(root / "model.pt", ts.CHECKPOINT_SCHEMA, [])
+    idx = torch.randint(61, (80, 32))
+    tap = dict.fromkeys(["z.0", "z.2", "mlp_out.2"])
+    with torch.no_grad():
+        model(idx, tap=tap)
+    folder = root / "activations" / "adaptive"
+    folder.mkdir(parents=True)
+    facts = dict(
+        n_heads=3, d_head=8, seq_len=32, preset="smoke", arm="adaptive", run_name="adaptive", dataset="none", tokenizer_hash="none"
+    )
+    facts |= dict(checkpoint=str(root / "model.pt"), checkpoint_sha256=ts.sha256(root / "model.pt"))
+    np.save(folder / "tokens.npy", idx.flatten().numpy().astype(np.uint16))
+    ts.write_sidecar(folder / "tokens.npy", "janus.tokens/1", [root / "model.pt"], shape=[2560], **facts)
+    for name, value in tap.items():
+        x = value.reshape(2560, 24).half().numpy()
+        site, layer = name.split(".")
+        np.save(folder / f"L{layer}.{site}.npy", x)
+        moments = dict(mean=x.astype(float).mean(0).tolist(), variance=x.astype(float).var(0).tolist())
+        where = dict(layer=int(layer), site=site, axes="N D", shape=[2560, 24], dtype="float16")
+        ts.write_sidecar(folder / f"L{layer}.{site}.npy", "janus.activations/1", [root / "model.pt"], **where, **facts, **moments)
+    return root
+
+
+def run(made: Path, out: Path, *more: str, small: list[str] = SMALL) -> int:
+    return ts.main(["--activations_dir", str(made / "activations"), "--save_dir", str(out), *small, *more])
+
+
+@pytest.fixture(scope="module")
+def finished(made, tmp_path_factory) -> Path:
+    """SAEs of each architecture, in <arch>/adaptive/L0 and L2."""
+    out = tmp_path_factory.mktemp("saes")
+    for arch in ("batchtopk", "topk", "relu"):
+        assert run(made, out / arch, "--runs", "adaptive", "--layers", "0", "2", "--arch", arch) == 0
+    return out
+
+
+def held_out(made: Path, layer: int) -> torch.Tensor:
+    """The last 5 % of 80 windows: 4 windows, 128 rows, float32."""
+    return torch.from_numpy(np.load(made / f"activations/adaptive/L{layer}.z.npy")[-128:].astype(np.float32))
+
+
+@pytest.mark.parametrize("arch", ["batchtopk", "topk", "relu"])
+def test_saelens_loads_the_export_and_agrees(made, finished, arch):
+    from sae_lens import SAE
+
+    folder, x = finished / arch / "adaptive" / "L2", held_out(made, 2)
+    theirs, ours = SAE.load_from_disk(str(folder)), ts.load_sae(folder)
+    assert theirs.cfg.architecture() == {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu"}[arch]
+    assert theirs.cfg.metadata.hook_name == "blocks.2.attn.hook_z"
+    with torch.no_grad():
+        f = theirs.encode(x)
+        assert (f - ours.encode(x)).abs().max() <= 1e-5 and (theirs.decode(f) - ours.decode(ours.encode(x))).abs().max() <= 1e-5
+        theirs.turn_on_forward_pass_hook_z_reshaping()  # what the docstring tells users of HookedSAETransformer to do
+        assert torch.equal(theirs(x.view(4, 32, 3, 8)).reshape(128, 24), theirs.decode(f).reshape(128, 24))
+    assert (ours.weights["W_dec"].norm(dim=1) - 1).abs().max() < 1e-5
+    # the metrics, once more, with SAELens' numbers and numpy
+    m = json.loads((folder / "sae_weights.safetensors.json").read_text())["metrics"]
+    y, n, xn = ours.decode(f).numpy(), (f > 0).sum(1).numpy(), x.numpy()
+    assert m["l0"] == pytest.approx(n.mean(), rel=1e-6) and m["n_windows"] == 4 and m["n_rows"] == 128
+    assert m["fvu"] == pytest.approx(((y - xn) ** 2).sum() / ((xn - xn.mean(0)) ** 2).sum(), rel=1e-4)
+    assert m["mse"] == pytest.approx(((y - xn) ** 2).mean(), rel=1e-4)
+    assert m["ev_legacy"] == pytest.approx((1 - ((y - xn) ** 2).sum(1) / ((xn - xn.mean(0)) ** 2).sum(1)).mean(), rel=1e-4)
+    latents = pd.read_csv(folder / "latent_frequencies.csv")
+    assert latents["n_fired"].tolist() == (f > 0).sum(0).tolist()
+    assert m["dead_share_eval"] == pytest.approx((latents["frequency"] == 0).mean())
+    assert n.max() <= 4 if arch == "topk" else n.std() > 0
+    assert m["fvu"] < 0.7 and m["l0"] < 6 or arch == "relu"  # 60 steps on random z
+
+
+def test_the_export_carries_what_the_next_phase_needs(finished):
+    record = json.loads((finished / "topk/adaptive/L0/sae_weights.safetensors.json").read_text())
+    expected = {
+        "schema": "janus.sae/1",
+        "run": "adaptive",
+        "layer": 0,
+        "head": None,
+        "arch": "topk",
+        "k": 4,
+        "d_in": 24,
+        "d_sae": 96,
+        "unit": "layer",
+    }
+    assert expected.items() <= record.items() and record["inputs"][0]["path"].endswith("L0.z.npy")
+    assert len(record["checkpoint_sha256"]) == 64
+    rows = pd.read_csv(finished / "topk/sae_metrics.csv")
+    assert rows["layer"].tolist() == [0, 2] and rows["l0"].tolist() == pytest.approx([4, 4])
+    for name in ("table2.csv", "table2.md", "figure2_l0_by_depth.png", "figure3_activation_frequency.png", "run.json"):
+        assert (finished / "topk" / name).stat().st_size > 100
+
+
+def test_a_head_has_an_sae_of_its_own(made, tmp_path):
+    from sae_lens import SAE
+
+    assert run(made, tmp_path, "--layers", "2", "--unit", "head", "--arch", "relu") == 0
+    rows = pd.read_csv(tmp_path / "sae_metrics.csv")
+    assert rows["head"].tolist() == [0, 1, 2] and (rows["d_in"] == 8).all()
+    x = held_out(made, 2)[:, 8:16]
+    theirs, ours = SAE.load_from_disk(str(tmp_path / "adaptive/L2/H1")), ts.load_sae(tmp_path / "adaptive/L2/H1")
+    assert theirs.cfg.metadata.hook_head_index == 1
+    assert (theirs.encode(x) - ours.encode(x)).abs().max() <= 1e-5
+    fvu = (ours.decode(ours.encode(x)) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert rows["fvu"][1] == pytest.approx(fvu.item(), rel=1e-4)
+    table = pd.read_csv(tmp_path / "table2.csv").iloc[0]
+    half = 4.302653 * rows["l0"].std() / math.sqrt(3)  # Student's t, 2 degrees of freedom
+    assert table["interval_over"] == "3 heads" and table["l0_hi"] - table["l0"] == pytest.approx(half, rel=1e-5)
+
+
+def test_figures_and_table_come_from_the_csvs_alone(finished, tmp_path):
+    shutil.copytree(finished / "topk", tmp_path / "s")
+    for path in [
+        *tmp_path.rglob("*.png"),
+        *tmp_path.rglob("table2*"),
+        *tmp_path.rglob("*.safetensors*"),
+        *tmp_path.rglob("*.pt"),
+        *tmp_path.rglob("*.json"),
+    ]:
+        path.unlink(missing_ok=True)
+    assert ts.main(["--redraw", "--save_dir", str(tmp_path / "s")]) == 0
+    for name in ("table2.csv", "table2.md", "figure2_l0_by_depth.png", "figure3_activation_frequency.png"):
+        assert (tmp_path / "s" / name).read_bytes() == (finished / "topk" / name).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------------ CE recovered
+def model_and_dump(made: Path, layer: int = 2, site: str = "z") -> tuple[ts.NewGPT, ts.Dump]:
+    return ts.load_checkpoint(made / "model.pt", CPU, False)[0], ts.Dump(made / "activations/adaptive", layer, site)
+
+
+@torch.no_grad()
+def test_splicing_nothing_is_the_model_and_splicing_zero_is_ablation(made):
+    model, dump = model_and_dump(made)
+    idx = torch.randint(61, (3, 32))
+    resid = model.run_blocks(model.embed(idx), 0, 1)
+    for site in ("z", "attn_out", "mlp_out", "resid_pre", "resid_post"):
+        assert torch.equal(ts.spliced(model, resid, 1, site, lambda v: v), model(idx)[0])
+    scale = torch.ones(3, 3)
+    scale[1] = 0
+    torch.testing.assert_close(ts.spliced(model, resid, 1, "z", torch.zeros_like), model(idx, head_scale=scale)[0])
+    torch.testing.assert_close(ts.spliced(model, resid, 1, "attn_out", torch.zeros_like), model(idx, head_scale=scale)[0])
+    other = model.run_blocks(model.embed(idx.flip(0)), 0, 1)
+    torch.testing.assert_close(ts.spliced(model, resid, 1, "resid_pre", lambda v: v.flip(0)), ts.spliced(model, other, 1, "z", lambda v: v))
+
+
+@pytest.mark.parametrize("head", [None, 1])
+def test_ce_recovered_is_one_for_the_identity_and_zero_for_the_ablation(made, head):
+    model, _ = model_and_dump(made)
+    dump, tokens = ts.Dump(made / "activations/adaptive", 2, "z", head), np.load(made / "activations/adaptive/tokens.npy")
+    d = dump.array.shape[1]
+    eye, mean = torch.eye(d), torch.full((d,), 0.25)
+    identity = dict(W_enc=torch.cat([eye, -eye], 1), b_enc=torch.zeros(2 * d), W_dec=torch.cat([eye, -eye]), b_dec=torch.zeros(d))
+    standard = {"architecture": "standard"}
+    out = ts.ce_recovered(model, ts.SparseAutoencoder(standard, identity), dump, tokens, mean, list(dump.held_out))
+    assert out["ce_recovered_zero"] == pytest.approx(1, abs=1e-4) and out["kl_sae"] == pytest.approx(0, abs=1e-6)
+    nothing = identity | {"W_enc": torch.zeros(d, 2 * d)}
+    out = ts.ce_recovered(model, ts.SparseAutoencoder(standard, nothing), dump, tokens, mean, list(dump.held_out))
+    assert out["ce_recovered_zero"] == pytest.approx(0, abs=1e-6) and out["kl_sae"] == pytest.approx(out["kl_zero"], rel=1e-5)
+    constant = nothing | {"b_dec": mean}
+    out = ts.ce_recovered(model, ts.SparseAutoencoder(standard, constant), dump, tokens, mean, list(dump.held_out))
+    assert out["ce_recovered_mean"] == pytest.approx(0, abs=1e-6) and out["kl_sae"] > 1e-3
+    # the losses, from the model itself
+    idx = torch.from_numpy(tokens.reshape(80, 32)[76:].astype(np.int64))
+    scale = torch.ones(3, 3)
+    scale[2] = 0 if head is None else torch.tensor([1.0, 0.0, 1.0])
+    with torch.no_grad():
+        clean, zero = (
+            F.cross_entropy(model(idx, head_scale=s)[0][:, :-1].flatten(0, 1), idx[:, 1:].flatten()).item() for s in (None, scale)
+        )
+    assert out["ce_clean"] == pytest.approx(clean, rel=1e-5) and out["ce_zero"] == pytest.approx(zero, rel=1e-5)
+
+
+def test_another_site_and_a_model_that_is_gone(made, tmp_path, capsys):
+    shutil.copytree(made, tmp_path / "copy")
+    side = tmp_path / "copy/activations/adaptive/L2.mlp_out.npy.json"
+    side.write_text(side.read_text().replace(str(made / "model.pt"), str(tmp_path / "gone.pt")))
+    assert run(tmp_path / "copy", tmp_path / "s", "--site", "mlp_out") == 0
+    assert capsys.readouterr().out.count("CE recovered and KL stay empty") == 1
+    row = pd.read_csv(tmp_path / "s/sae_metrics.csv").iloc[0]
+    assert row["site"] == "mlp_out" and math.isnan(row["ce_recovered_zero"]) and row["fvu"] > 0
+    assert json.loads((tmp_path / "s/adaptive/L2.mlp_out/cfg.json").read_text())["metadata"]["hook_name"] == "blocks.2.hook_mlp_out"
+    # with the place named, the columns fill
+    assert (
+        run(
+            tmp_path / "copy",
+            tmp_path / "s",
+            "--runs",
+            "adaptive",
+            "--site",
+            "mlp_out",
+            "--model_path",
+            str(made / "model.pt"),
+            "--overwrite",
+        )
+        == 0
+    )
+    assert pd.read_csv(tmp_path / "s/sae_metrics.csv")["ce_recovered_zero"].notna().all()
+
+
+# -------------------------------------------------------------------------------------------------------- data and resume
+def test_batches_are_the_training_rows_each_once_an_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(ts, "POOL", 1024)  # several pools
+    monkeypatch.setattr(ts, "BLOCK", 32)
+    n = 400 * 16
+    np.save(tmp_path / "L0.z.npy", np.arange(n, dtype=np.float32)[:, None].repeat(2, 1))
+    ts.write_sidecar(tmp_path / "L0.z.npy", "janus.activations/1", [], shape=[n, 2], dtype="float32", seq_len=16, d_head=1)
+    dump = ts.Dump(tmp_path, 0, "z")
+    assert dump.n_train == 380 * 16 and dump.held_out == range(380, 400)
+    _, _, pools, per_pool = dump.layout(64)
+    epoch = torch.cat([dump.batch(i, 64, 7)[:, 0] for i in range(pools * per_pool)])
+    assert len(set(epoch.tolist())) == len(epoch) >= 0.9 * dump.n_train and epoch.max() < dump.n_train
+    assert epoch.diff().eq(1).float().mean() < 0.05  # shuffled within blocks
+    later = dump.batch(pools * per_pool + 3, 64, 7)
+    assert torch.equal(dump.batch(2, 64, 7)[:, 0], epoch[128:192])  # going back gives the same
+    assert not torch.equal(later, dump.batch(3, 64, 7)) and not torch.equal(dump.batch(2, 64, 8)[:, 0], epoch[128:192])
+
+
+@pytest.mark.parametrize("arch", ["batchtopk", "relu"])
+def test_an_interrupted_run_resumes_to_the_same_bytes(made, tmp_path, monkeypatch, arch):
+    flags = ["--layers", "2", "--arch", arch, "--save_interval", "30", "--dead_tokens", "500"]
+    assert run(made, tmp_path / "whole", *flags) == 0
+    save = ts.save_sae
+
+    def save_and_stop(job, t):
+        save(job, t)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ts, "save_sae", save_and_stop)
+    assert run(made, tmp_path / "parts", *flags) == 1
+    monkeypatch.undo()
+    folder = tmp_path / "parts/adaptive/L2"
+    assert (
+        not (folder / "sae_weights.safetensors.json").exists() and json.loads((tmp_path / "parts/run.json").read_text())["exit_status"] == 1
+    )
+    assert torch.load(folder / "training_state.pt", weights_only=True)["step"] == 30
+    ts.load_sae(folder)  # every save is a loadable export
+    assert run(made, tmp_path / "parts", *flags, "--resume") == 0
+    for name in ("sae_weights.safetensors", "training.csv", "latent_frequencies.csv"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole/adaptive/L2" / name).read_bytes()
+    a, b = (torch.load(tmp_path / w / "adaptive/L2/training_state.pt", weights_only=True) for w in ("parts", "whole"))
+    assert all(torch.equal(x, y) for x, y in zip(a["params"], b["params"], strict=True))
+
+
+def test_without_decay_fifty_steps_and_fifty_more_are_a_hundred(made, tmp_path, capsys):
+    flags = ["--layers", "0", "--lr_decay", "0"]
+    assert run(made, tmp_path / "whole", *flags, "--steps", "100") == 0
+    assert run(made, tmp_path / "parts", *flags, "--steps", "50") == 0
+    assert run(made, tmp_path / "parts", *flags, "--steps", "100", "--resume") == 0
+    name = "adaptive/L0/sae_weights.safetensors"
+    assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert run(made, tmp_path / "parts", *flags, "--steps", "100", "--resume") == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_killed_run_leaves_no_sidecar(made, tmp_path):
+    command = [sys.executable, str(ROOT / "train_sae.py"), "--activations_dir", str(made / "activations"), "--save_dir", str(tmp_path)]
+    job = subprocess.Popen([*command, *SMALL, "--layers", "0", "--steps", "100000", "--save_interval", "10"], stdout=subprocess.DEVNULL)
+    folder, end = tmp_path / "adaptive/L0", time.monotonic() + 60
+    while not (folder / "cfg.json").exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    assert (folder / "training_state.pt").exists() and not list(tmp_path.rglob("*.safetensors.json"))
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    assert state["step"] % 10 == 0 and state["step"] > 0
+
+
+def test_an_export_that_differs_is_not_signed(made, tmp_path, monkeypatch, capsys):
+    weights = ts.Trainer.weights
+    monkeypatch.setattr(ts.Trainer, "weights", lambda self, scale=1.0, _=0.0: weights(self, scale, 0.0))  # the mean forgotten
+    assert run(made, tmp_path, "--layers", "2") == 1
+    assert "unlike the SAE trained" in capsys.readouterr().err and not list(tmp_path.rglob("*.safetensors.json"))
+
+
+# ------------------------------------------------------------------------------------------------------------ wrong inputs
+def damage(made: Path, root: Path, how: str) -> None:
+    """A copy of the run with one thing wrong."""
+    shutil.copytree(made / "activations", root / "activations")
+    dump = root / "activations/adaptive/L2.z.npy"
+    x = np.load(dump)
+    if how == "nan":
+        x[1234, 5] = np.nan
+        np.save(dump, x)
+    elif how == "inf":
+        x[2559, 0] = np.inf  # a held-out row
+        np.save(dump, x)
+    elif how == "truncated":
+        dump.write_bytes(dump.read_bytes()[:-100])
+    elif how == "pickled":
+        size = dump.stat().st_size
+        data = pickle.dumps({"a": 1})
+        dump.write_bytes(data + b"\0" * (size - len(data)))
+    elif how == "constant":
+        np.save(dump, np.ones_like(x))
+    elif how == "no sidecar":
+        Path(f"{dump}.json").unlink()
+    elif how == "other schema":
+        Path(f"{dump}.json").write_text('{"schema": "x/1", "bytes": 1}')
+    elif how == "tokens":
+        np.save(dump.with_name("tokens.npy"), np.full(2560, 60000, np.uint16))
+    elif how == "other shape":
+        side = Path(f"{dump}.json")
+        side.write_text(json.dumps(json.loads(side.read_text()) | {"shape": [24, 2560]}))
+
+
+WRONG = {
+    "nan": "layer 2, row 1234",
+    "inf": "layer 2, row 2559",
+    "truncated": "bytes, its sidecar says",
+    "pickled": "does not agree with its sidecar",
+    "constant": "nothing to decompose",
+    "no sidecar": "did not finish",
+    "other schema": "expected 'janus.activations/1'",
+    "tokens": "or the model; remake both",
+    "other shape": "expected float16 [24, 2560]",
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_bad_dump_is_one_line(made, tmp_path, capsys, how):
+    damage(made, tmp_path, how)
+    assert run(tmp_path, tmp_path / "s", "--layers", "2") == 1
+    err = capsys.readouterr().err.strip().splitlines()
+    assert WRONG[how] in err[-1] and not any("Traceback" in line for line in err)
+    assert not list((tmp_path / "s").rglob("*.safetensors*"))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--layers", "7"], "layers with a dump of z: 0, 2"),
+        (["--runs", "absent"], "layers with a dump of z: none"),
+        (["--layers", "0", "--k", "97"], "more than the 96 latents"),
+        (["--layers", "0", "--batch_size", "5000"], "too large for the 2432 training rows"),
+        (["--layers", "0", "--learning_rate", "1e30", "--lr_warmup", "0"], "try a --learning_rate below"),
+    ],
+)
+def test_a_bad_request_is_one_line(made, tmp_path, capsys, flags, message):
+    assert run(made, tmp_path / "s", *flags) == 1
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flags", [["--unit", "head", "--site", "mlp_out"], ["--steps", "5", "--tokens", "9"], ["--k", "0"], ["--resume", "--overwrite"],
+              ["--runs", "a", "--model_path", "x", "y"], ["--lr_decay", "1.5"], ["--layer", "0"]]
+)  # fmt: skip
+def test_a_bad_command_line_exits_two(flags, capsys):
+    with pytest.raises(SystemExit) as e:
+        ts.main(flags)
+    assert e.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+def test_the_checkpoint_must_be_the_one_that_was_dumped(made, tmp_path, capsys):
+    shutil.copy(made / "model.pt", tmp_path / "other.pt")
+    with open(tmp_path / "other.pt", "ab") as f:
+        f.write(b"x")
+    assert run(made, tmp_path / "s", "--runs", "adaptive", "--model_path", str(tmp_path / "other.pt")) == 1
+    assert "is not the checkpoint of run adaptive" in capsys.readouterr().err
+    assert run(made, tmp_path / "s", "--runs", "adaptive", "--model_path", str(tmp_path / "absent.pt")) == 1
+    assert not (tmp_path / "s").exists()
+
+
+def test_what_exists_is_kept_unless_asked(made, finished, tmp_path, capsys):
+    shutil.copytree(finished / "topk", tmp_path / "s")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert run(made, tmp_path / "s", "--layers", "0", "--arch", "topk") == 1
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert run(made, tmp_path / "s", "--layers", "0", "--arch", "topk", "--resume", "--k", "5") in (0, 1)
+    assert "would change k" in capsys.readouterr().err
+    (tmp_path / "s/adaptive/L2/training_state.pt").write_bytes(pickle.dumps({"a": object}))
+    assert run(made, tmp_path / "s", "--layers", "2", "--arch", "topk", "--resume") == 1
+    assert "cannot be read" in capsys.readouterr().err
+    kept = [p for p in before if p.name not in ("run.json", "training_state.pt")]
+    assert all(p.read_bytes() == before[p] for p in kept)
+
+
+def test_a_damaged_or_empty_csv_is_one_line(tmp_path, capsys):
+    for text in ("", "run,layer\n", "\0\0"):
+        (tmp_path / "sae_metrics.csv").write_text(text)
+        assert ts.main(["--redraw", "--save_dir", str(tmp_path)]) == 1
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    with pytest.raises(ts.HandoffError, match="not a readable SAE"):
+        ts.load_sae(tmp_path)

@@ -1,0 +1,1152 @@
+"""Train sparse autoencoders (SAEs) on dumped activations and measure what they keep (phase 3 of Janus Arc).
+
+Question: into how many directions does what the heads compute decompose, at which reconstruction error, and how much of
+the model's behaviour survives when the reconstruction takes the place of the activation?
+
+Reads   activations/<run>/L<layer>.<site>.npy [N, D] float16 or float32, raw units; for CE recovered tokens.npy and the checkpoint
+Writes  saes/<run>/L<layer>/ (--unit layer), saes/<run>/L<layer>/H<head>/ (--unit head); for a --site other than z L<layer>.<site>/:
+          cfg.json, sae_weights.safetensors (float32, folded: takes and gives raw activations), training_state.pt (for --resume),
+          training.csv, latent_frequencies.csv, and last, with all metrics, the sidecar sae_weights.safetensors.json
+        saes/sae_metrics.csv, table2.csv, table2.md, figure2_l0_by_depth.png, figure3_activation_frequency.png: every finished SAE
+SAELens' SAE.load_from_disk(folder) loads an export; it encodes flat [N, D]. To splice a layer's SAE into a HookedSAETransformer
+at hook_z [B, T, H, K], first call sae.turn_on_forward_pass_hook_z_reshaping(); a head's SAE takes its own [..., K] as it is.
+
+Quick   python train_sae.py --runs adaptive --layers 3 6 9 --preset smoke      (seconds a layer on one CPU core)
+Full    python train_sae.py --runs adaptive --layers 3 6 9                     (10M tokens a layer; the cost is printed first)
+Study   python train_sae.py --runs adaptive control --layers 3 6 9 --preset published --arch relu --unit head
+
+Shapes  N tokens (dumped, or of a batch), D width of the activation (d_in), F latents (d_sae), n active entries of a batch;
+        T tokens a window, W windows, B sequences, H heads, K d_head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# Copied from: janus_adaptive.py::CHECKPOINT_SCHEMA
+CHECKPOINT_SCHEMA = "janus.checkpoint/1"
+SAE_SCHEMA, WEIGHTS = "janus.sae/1", "sae_weights.safetensors"
+ARCHS = {"batchtopk": "jumprelu", "topk": "topk", "relu": "standard"}  # and what SAELens calls the export
+SITES = ["z", "attn_out", "mlp_out", "resid_pre", "resid_post"]
+BLOCK, POOL = 256, 1 << 18  # rows read in one go, rows shuffled together: memory does not grow with the dump
+CE_GAP = 0.02  # nats; where ablation costs less, "CE recovered" divides noise by noise
+GROUP = ["run", "unit", "arch", "site", "layer"]
+
+# Local: sizes of this phase
+PHASE_PRESETS: dict[str, dict[str, Any]] = {
+    "full": dict(expansion=16, k=32, tokens=10_000_000, batch_size=4096, learning_rate=6e-4, dead_tokens=1_000_000, eval_tokens=200_000),
+    "published": dict(expansion=8, k=32, steps=5000, batch_size=4096, learning_rate=3e-4, dead_tokens=1_000_000, eval_tokens=200_000),
+    "demo": dict(expansion=8, k=16, steps=1000, batch_size=2048, learning_rate=1e-3, dead_tokens=100_000, eval_tokens=20_000),
+    "smoke": dict(expansion=8, k=8, steps=150, batch_size=512, learning_rate=2e-3, dead_tokens=20_000, eval_tokens=8_000),
+}
+
+
+# -------------------------------------------------------------------------------------------------- command line
+# Copied from: janus_adaptive.py::positive
+def positive(kind: type) -> Callable[[str], Any]:
+    """argparse type: a finite int or float above zero."""
+
+    def parse(text: str) -> Any:
+        if not (kind(text) > 0 and math.isfinite(kind(text))):
+            raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        return kind(text)
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+# Copied from: janus_adaptive.py::add_runtime_flags
+def add_runtime_flags(p: argparse.ArgumentParser) -> None:
+    """The flags that every script spells alike."""
+    g = p.add_argument_group("runtime")
+    g.add_argument("--seed", type=int, default=42, help="seed of Python, NumPy and torch")
+    g.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the matrix products; auto: bfloat16 where it is fast")
+    g.add_argument("--overwrite", action="store_true", help="replace existing output")
+    g.add_argument("--cache_dir", default=os.environ.get("JANUS_CACHE", "~/.cache/janus_arc"), help="folder of the token cache")
+    g.add_argument("--skip_probe", action="store_true", help="do not replay a checkpoint's golden probe (deliberate model variants)")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    description = (__doc__ or "").partition("\n")[0]
+    p = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    count, real, by_preset = positive(int), positive(float), argparse.SUPPRESS
+    g = p.add_argument_group("inputs")
+    g.add_argument("--runs", nargs="+", help="run names, folders under --activations_dir; default: all that are there")
+    g.add_argument("--activations_dir", type=Path, default=Path("activations"), help="where harvest_activations.py wrote")
+    g.add_argument("--layers", type=int, nargs="+", help="layers, counted from 0; default: all that were dumped for --site")
+    g.add_argument("--site", choices=SITES, default="z", help="activation; z: the heads' outputs, before W_O")
+    g.add_argument("--model_path", type=Path, nargs="+", help="checkpoint of each of --runs; default: the dump's, if unchanged")
+    g.add_argument("--resume", action="store_true", help="go on with unfinished SAEs, keep finished ones; equals an uninterrupted run")
+    g.add_argument("--redraw", action="store_true", help="only rebuild table 2 and the figures from the CSVs in --save_dir")
+    g = p.add_argument_group("outputs")
+    g.add_argument("--save_dir", type=Path, default=Path("saes"), help="output folder")
+    g.add_argument("--save_interval", type=count, default=500, help="steps between saves of training state and export")
+    g = p.add_argument_group("method")
+    g.add_argument("--arch", choices=ARCHS, default="batchtopk", help="k latents a token on average, exactly k, or ReLU + L1 penalty")
+    g.add_argument("--unit", choices=["layer", "head"], default="layer", help="one SAE for all heads of a layer together, or one a head")
+    g.add_argument("--l1", type=real, default=3e-4, help="relu: weight of sum(f) against squared error / D, inputs of norm sqrt(D)")
+    g.add_argument("--aux_k", type=int, default=-1, help="(batch)topk: dead latents a token that fit the residual; 0: off, -1: D / 2")
+    g.add_argument("--lr_warmup", type=int, default=50, help="steps of linear learning-rate warm-up")
+    g.add_argument(
+        "--lr_decay", type=float, default=0.2, help="last share of the steps, where the rate falls to 0; 0: --resume may add steps"
+    )
+    g = p.add_argument_group("sizes", "the preset's, unless given")
+    g.add_argument("--preset", choices=["auto", *PHASE_PRESETS], default="auto", help="auto: the preset of the model behind the dump")
+    g.add_argument("--expansion", type=count, default=by_preset, help="latents per input dimension, F / D")
+    g.add_argument("--k", type=count, default=by_preset, help="active latents a token (topk, batchtopk)")
+    length = g.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=count, default=by_preset, help="optimiser steps")
+    length.add_argument("--tokens", type=count, default=by_preset, help="training tokens, instead of --steps")
+    length.add_argument("--epochs", type=real, default=by_preset, help="passes over the training tokens, instead of --steps")
+    g.add_argument("--batch_size", type=count, default=by_preset, help="tokens a step")
+    g.add_argument("--learning_rate", type=real, default=by_preset, help="peak rate of Adam, per step")
+    g.add_argument("--dead_tokens", type=count, default=by_preset, help="tokens without firing after which a latent counts as dead")
+    g.add_argument("--eval_tokens", type=count, default=by_preset, help="held-out tokens for the metrics; a sixth of them for CE recovered")
+    add_runtime_flags(p)
+    args = p.parse_args(argv)
+    if args.unit == "head" and args.site != "z":
+        p.error(f"--unit head splits z by head; --site {args.site} has no heads")
+    if args.model_path and len(args.model_path) != len(args.runs or []):
+        p.error(f"--model_path names {len(args.model_path)} files for {len(args.runs or [])} --runs: give one each, in the same order")
+    if not 0 <= args.lr_decay < 1 or args.lr_warmup < 0 or args.aux_k < -1:
+        p.error("--lr_decay must lie in [0, 1), --lr_warmup must not be negative, --aux_k must be -1 or more")
+    if args.resume and args.overwrite:
+        p.error("--resume goes on with what --overwrite replaces: give one of them")
+    return args
+# ------------------------------------------------------------------------------------------ files and provenance
+# Copied from: janus_adaptive.py::HandoffError
+class HandoffError(Exception):
+    """A broken input or hand-off. The text is the one line that the user reads: fact, found, expected, command."""
+
+
+# Copied from: janus_adaptive.py::one_line_errors
+def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates `main`: an expected failure is one line on stderr and exit status 1, never a traceback."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except HandoffError as e:
+            text = str(e)
+        except OSError as e:
+            text = f"{e.strerror or e}: {e.filename or 'while writing'}; nothing that existed was changed: use a folder with room that you may write to"
+        except (MemoryError, torch.OutOfMemoryError) as e:
+            text = f"out of memory ({e}); use a smaller --batch_size"
+        except KeyboardInterrupt:
+            text = "interrupted"
+        print(f"{Path(__file__).name}: error: {' '.join(text.split())}", file=sys.stderr)
+        return 1
+
+    return run
+
+
+# Copied from: janus_adaptive.py::atomic
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` (same suffix); renames it to `path` if the block ends well, else removes it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    try:
+        yield tmp
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+# Copied from: janus_adaptive.py::write_json
+def write_json(path: str | Path, record: dict[str, Any]) -> None:
+    """Writes `record` atomically as strict JSON: NaN and infinity become null, other types their text."""
+
+    def plain(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {str(k): plain(x) for k, x in v.items()}
+        if isinstance(v, list | tuple):
+            return [plain(x) for x in v]
+        v = v.item() if isinstance(v, np.generic) else v
+        if isinstance(v, float) and not math.isfinite(v):
+            return None
+        return v if isinstance(v, str | int | float | None) else str(v)
+
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+
+
+# Copied from: janus_adaptive.py::sha256
+def sha256(path: str | Path) -> str:
+    """Hex digest of the file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# Copied from: janus_adaptive.py::provenance
+def provenance() -> dict[str, Any]:
+    """Script, argv, git commit (and whether the tree was dirty), versions and hardware of this process."""
+
+    def git(*words: str) -> str:
+        try:
+            cmd = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+            return subprocess.run(cmd, capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "script": Path(__file__).name,
+        "argv": sys.argv,
+        "git": {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+# Copied from: janus_adaptive.py::sidecar_path
+def sidecar_path(path: str | Path) -> Path:
+    """Where the description of an artefact lies: X -> X.json."""
+    return Path(f"{path}.json")
+
+
+# Copied from: janus_adaptive.py::write_sidecar
+def write_sidecar(path: str | Path, schema: str, inputs: list[Any], **facts: Any) -> None:
+    """Describes the finished artefact `path` in `path`.json; written last, so an unfinished artefact has none."""
+    described = [{"path": str(p), "bytes": Path(p).stat().st_size, "sha256": sha256(p)} for p in inputs]
+    own = {"schema": schema, "bytes": Path(path).stat().st_size, "sha256": sha256(path)}
+    write_json(sidecar_path(path), {**own, "inputs": described, **facts, "producer": provenance()})
+
+
+# Copied from: janus_adaptive.py::read_sidecar
+def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
+    """The description of a finished artefact, checked for schema and size.
+
+    Raises HandoffError, naming `remedy` (the command that makes the artefact), if it is missing, unfinished or damaged.
+    """
+    path, side = Path(path), sidecar_path(path)
+    if not path.is_file():
+        raise HandoffError(f"{path} {'is not a file' if path.exists() else 'does not exist'}; make it with: {remedy}")
+    if not side.is_file():
+        raise HandoffError(f"{path} has no sidecar {side.name}: the run that wrote it did not finish; make it with: {remedy}")
+    try:
+        record = json.loads(side.read_text(encoding="utf-8"))
+        found, size = record["schema"], record["bytes"]
+    except (ValueError, KeyError, TypeError):
+        raise HandoffError(f"{side} is not a readable sidecar; remake {path.name} with: {remedy}") from None
+    if found != schema:
+        raise HandoffError(f"{path} is {found!r}, expected {schema!r}; make it with: {remedy}")
+    if path.stat().st_size != size:
+        raise HandoffError(f"{path} has {path.stat().st_size} bytes, its sidecar says {size}: damaged; remake it with: {remedy}")
+    return record
+
+
+# Copied from: janus_adaptive.py::run_record
+@contextlib.contextmanager
+def run_record(out_dir: str | Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Keeps <out_dir>/run.json: argv, resolved arguments, machine, start, end, exit status. Yields it for more facts."""
+    record = {"arguments": vars(args), **provenance(), "end": None, "exit_status": None}
+    write_json(Path(out_dir) / "run.json", record)
+    try:
+        yield record
+        record["exit_status"] = record["exit_status"] or 0
+    except BaseException:
+        record["exit_status"] = 1
+        raise
+    finally:
+        record["end"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that is on its way
+            write_json(Path(out_dir) / "run.json", record)
+
+
+# Copied from: janus_adaptive.py::refuse_overwrite
+def refuse_overwrite(paths: list[Path], overwrite: bool) -> None:
+    """Raises HandoffError if one of `paths` exists, unless --overwrite was given."""
+    if not overwrite and (there := [p for p in paths if p.exists()]):
+        raise HandoffError(f"{there[0]} exists; pass --overwrite to replace it, or name another place")
+
+
+# Copied from: janus_adaptive.py::need_disk
+def need_disk(folder: str | Path, n_bytes: float) -> None:
+    """Creates `folder`; raises HandoffError if its disk has less than `n_bytes` free."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < n_bytes:
+        raise HandoffError(f"{folder} needs {n_bytes / 1e9:.3f} GB and its disk has {free / 1e9:.3f} GB free; nothing was written")
+
+
+# Copied from: janus_adaptive.py::set_up
+def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
+    """Seeds everything -> the device of --device and the autocast context of --dtype.
+
+    auto: CUDA, else MPS, else the CPU; bfloat16 where the hardware multiplies it fast (GPUs, AMX and AVX512-BF16 CPUs).
+    """
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)  # noqa: NPY002 -- for libraries that still use the global generator
+    torch.manual_seed(args.seed)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(k for k, ok in there.items() if ok) if args.device == "auto" else args.device
+    if not there[name]:
+        raise HandoffError(f"--device {name} is not available here; found: {', '.join(k for k in there if there[k])}")
+    cpu = torch.cpu.get_capabilities()
+    fast = {"cuda": there["cuda"] and torch.cuda.is_bf16_supported(False), "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}
+    half = bool(fast.get(name)) if args.dtype == "auto" else args.dtype == "bfloat16"
+    return torch.device(name), torch.autocast(name, dtype=torch.bfloat16, enabled=half)
+
+
+# --------------------------------------------------------------------------------------------------------- model
+# Copied from: janus_adaptive.py::GPTConfig
+@dataclass
+class GPTConfig:
+    """Sizes of a NewGPT; saved in the checkpoint, from which every later phase rebuilds the model."""
+
+    vocab_size: int
+    n_layers: int = 12
+    d_model: int = 768
+    n_heads: int = 12
+    n_kv_heads: int = 12  # fewer than n_heads: grouped-query attention
+    d_head: int = 64
+    d_ff: int = 2048
+    seq_len: int = 512  # context, in tokens
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied: bool = True  # unembedding = embedding
+    dropout: float = 0.0
+
+
+# Copied from: janus_adaptive.py::RMSNorm
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps) * self.weight).type_as(x)
+
+
+# Copied from: janus_adaptive.py::rope_tables
+def rope_tables(seq_len: int, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, K/2] of the rotary angles, float32; frequency i turns by theta^(-2i/K) a position (Su et al. 2021)."""
+    freq = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32), freq)
+    return angle.cos(), angle.sin()
+
+
+# Copied from: janus_adaptive.py::apply_rope
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [B, H, T, K] by position in float32, in the half-split convention of Llama: the pairs are (i, i + K/2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# Copied from: janus_adaptive.py::Attention
+class Attention(nn.Module):
+    """Causal self-attention that hands out z, the heads' outputs before the output projection."""
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv, self.d_head, self.dropout = cfg.n_heads, cfg.n_kv_heads, cfg.d_head, cfg.dropout
+        self.w_qkv = nn.Linear(cfg.d_model, (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head, bias=False)
+        self.w_o = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] (normed) -> q, k, v [B, H, T, K], q and k rotated; grouped keys and values are repeated."""
+        heads = self.w_qkv(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        q, k, v = heads.split((self.n_heads, self.n_kv, self.n_kv), dim=1)
+        # On a CPU in float32: its bfloat16 attention kernel takes three times as long in the backward pass.
+        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
+        q, k, v = apply_rope(q, cos, sin).to(dtype), apply_rope(k, cos, sin).to(dtype), v.to(dtype)
+        if self.n_kv != self.n_heads:
+            k, v = (t.repeat_interleave(self.n_heads // self.n_kv, dim=1) for t in (k, v))
+        return q, k, v
+
+    @staticmethod
+    def pattern(q: Tensor, k: Tensor) -> Tensor:
+        """Attention probabilities [B, H, T, T] in float32; only formed when somebody wants to see them."""
+        score = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
+        return score.masked_fill(torch.ones_like(score, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, want_pattern: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, D] (normed) -> z [B, T, H, K], and the pattern [B, H, T, T] if wanted."""
+        q, k, v = self.qkv(x, cos, sin)
+        with torch.autocast(x.device.type, enabled=False):  # in the type that `qkv` chose
+            z = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        return z.transpose(1, 2), self.pattern(q, k) if want_pattern else None
+
+
+# Copied from: janus_adaptive.py::Block
+class Block(nn.Module):
+    """x + attention, then + SwiGLU (Shazeer 2020), each after an RMSNorm."""
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.norm_attn = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attn = Attention(cfg)
+        self.norm_mlp = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.w_gate_up = nn.Linear(cfg.d_model, 2 * cfg.d_ff, bias=False)
+        self.w_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def write(self, z: Tensor) -> Tensor:
+        """z [B, T, H, K] -> what the heads together add to the residual stream, attn_out [B, T, D]."""
+        return self.attn.w_o(z.flatten(2))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Residual stream after attention [B, T, D] -> mlp_out [B, T, D]."""
+        gate, up = self.w_gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
+        return self.w_down(F.silu(gate) * up)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None, keep: tuple[str, ...] = ()) -> tuple[Tensor, dict]:
+        """x [B, T, D] -> the next residual stream [B, T, D], and the activations named in `keep`."""
+        z, pattern = self.attn(self.norm_attn(x), cos, sin, "pattern" in keep)
+        if scale is not None:
+            z = z * scale.to(z.dtype)[:, None]
+        attn_out = self.write(z)
+        mid = x + self.drop(attn_out)
+        mlp_out = self.mlp(mid)
+        out = mid + self.drop(mlp_out)
+        seen = dict(resid_pre=x, z=z, pattern=pattern, attn_out=attn_out, resid_mid=mid, mlp_out=mlp_out, resid_post=out)
+        return out, {name: seen[name] for name in keep}
+
+
+# Copied from: janus_adaptive.py::NewGPT
+class NewGPT(nn.Module):
+    """A decoder-only transformer with exactly Llama's computation: pre-RMSNorm, SwiGLU, RoPE, no biases.
+
+    `tap` is a dict whose keys name the activations wanted, "<site>.<layer>"; the forward pass fills in the values:
+    resid_pre, attn_out, resid_mid, mlp_out, resid_post [B, T, D], z [B, T, H, K], pattern [B, H, T, T].
+    `head_scale` [L, H] multiplies each head's z before the output projection: 1 leaves it alone, 0 ablates it.
+    """
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.unembedding = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.drop = nn.Dropout(cfg.dropout)
+        for name, p in self.named_parameters():
+            if p.dim() > 1:  # as GPT-2: what writes to the residual stream starts smaller, by depth
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * cfg.n_layers) if "w_o" in name or "w_down" in name else 1))
+        if cfg.tied:
+            self.unembedding.weight = self.embedding.weight
+        for name, table in zip(("rope_cos", "rope_sin"), rope_tables(cfg.seq_len, cfg.d_head, cfg.rope_theta), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def n_params(self) -> tuple[int, int]:
+        """Number of parameters: all (a tied embedding counted once), and without embeddings."""
+        total = sum(p.numel() for p in self.parameters())
+        return total, total - self.embedding.weight.numel() * (1 if self.cfg.tied else 2)
+
+    def embed(self, idx: Tensor) -> Tensor:
+        """Token ids [B, T] -> residual stream before block 0 [B, T, D]."""
+        return self.drop(self.embedding(idx))
+
+    def run_blocks(self, x: Tensor, start: int = 0, stop: int | None = None, *, head_scale: Tensor | None = None, tap: dict | None = None) -> Tensor:
+        """Residual stream x [B, T, D] through blocks start..stop-1; a caller may run just a prefix or a suffix of the model."""
+        cos, sin = self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]]
+        for l in range(start, len(self.blocks) if stop is None else stop):
+            keep = tuple(name.rpartition(".")[0] for name in tap if name.endswith(f".{l}")) if tap else ()
+            x, seen = self.blocks[l](x, cos, sin, None if head_scale is None else head_scale[l], keep)
+            if tap is not None:
+                tap.update({f"{name}.{l}": value for name, value in seen.items()})
+        return x
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Residual stream after the last block [B, T, D] -> logits [B, T, V]."""
+        return self.unembedding(self.norm(x))
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, head_scale: Tensor | None = None, tap: dict | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token ids [B, T] -> logits [B, T, V] and, with targets [B, T], the mean cross-entropy in nats (else None)."""
+        logits = self.unembed(self.run_blocks(self.embed(idx), head_scale=head_scale, tap=tap))
+        return logits, None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+# Copied from: janus_adaptive.py::golden_probe
+def golden_probe(model: NewGPT) -> dict[str, Any]:
+    """What the model says, in float32 on the CPU, to 64 fixed tokens: loss in nats, and top-5 logits at the last one.
+
+    Stored in the checkpoint and replayed on every load: a script whose pasted model has drifted is caught at once.
+    """
+    idx = (torch.arange(min(64, model.cfg.seq_len) + 1) * 7919 % model.cfg.vocab_size)[None]
+    twin = NewGPT(model.cfg).eval()
+    twin.load_state_dict({k: v.detach().cpu().float() for k, v in model.state_dict().items()})
+    with torch.inference_mode():
+        logits, loss = twin(idx[:, :-1], idx[:, 1:])
+    top = logits[0, -1].topk(5)
+    return {"loss": loss.item(), "top_ids": top.indices.tolist(), "top_logits": top.values.tolist()}
+
+
+# Copied from: janus_adaptive.py::load_checkpoint
+def load_checkpoint(path: str | Path, device: torch.device, skip_probe: bool) -> tuple[NewGPT, dict[str, Any]]:
+    """Reads a Janus checkpoint -> the model in eval mode on `device`, and the rest of the file.
+
+    Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees with its golden probe.
+    """
+    read_sidecar(path, CHECKPOINT_SCHEMA, "python janus_adaptive.py --save_dir DIR")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        model = NewGPT(GPTConfig(**ckpt["config"]))
+        model.load_state_dict(ckpt["model"], strict=True)
+        then = ckpt["probe"]
+    except Exception as e:  # torch raises many types here: a damaged zip, a pickled object, other names, other shapes
+        raise HandoffError(f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file: {str(e).strip().splitlines()[0][:160]}") from None
+    now = None if skip_probe else golden_probe(model)
+    if now and not np.allclose([now["loss"], *now["top_logits"]], [then["loss"], *then["top_logits"]], rtol=0, atol=1e-3):
+        raise HandoffError(
+            f"{path}: the golden probe gives {now['loss']:.5f} nats, the checkpoint says {then['loss']:.5f}: the model in "
+            f"{Path(__file__).name} is not the one that was trained; run tools/check_copies.py, or pass --skip_probe"
+        )
+    return model.to(device).eval(), ckpt
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+class Dump:
+    """A dumped layer, or one head of it: `array` [N, D] memory-mapped, `n_train` training rows, then the `held_out` windows (5 %)."""
+
+    def __init__(self, folder: Path, layer: int, site: str, head: int | None = None) -> None:
+        self.run, self.layer, self.site, self.head, path = folder.name, layer, site, head, folder / f"L{layer}.{site}.npy"
+        self.path, self.remedy = path, f"python harvest_activations.py --run_name {self.run} --layers {layer}"
+        self.side = read_sidecar(path, "janus.activations/1", self.remedy)
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            self.seq_len, self.d_head = self.side["seq_len"], self.side["d_head"]
+            if list(array.shape) != self.side["shape"] or array.dtype not in (np.float16, np.float32):
+                raise ValueError(f"found {array.dtype} {list(array.shape)}, expected {self.side['dtype']} {self.side['shape']}")
+        except (ValueError, KeyError, EOFError) as e:
+            raise HandoffError(f"{path} does not agree with its sidecar ({e}); remake it with: {self.remedy}") from None
+        self.columns = slice(None) if head is None else slice(head * self.d_head, (head + 1) * self.d_head)
+        self.array, n = array[:, self.columns], len(array) // self.seq_len
+        if n < 2:
+            raise HandoffError(f"{path} has {n} windows of {self.seq_len} tokens, expected at least 2 (one is held out): harvest more")
+        self.held_out = range(n - max(1, round(0.05 * n)), n)
+        self.n_train, self.pool = self.held_out.start * self.seq_len, (None, torch.empty(0))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop-1 [n, D] in the type of the dump. Raises HandoffError, naming the first that is not finite."""
+        x = torch.from_numpy(np.array(self.array[start:stop]))
+        if not math.isfinite(x.sum(dtype=torch.float64)):
+            row = start + int((~x.isfinite().all(1)).nonzero()[0])
+            raise HandoffError(f"layer {self.layer}, row {row} of {self.path} is NaN or infinite; remake it with: {self.remedy}")
+        return x
+
+    def evaluation(self, n_tokens: int) -> list[int]:
+        """Held-out windows, evenly spaced, at most n_tokens tokens of them."""
+        n = max(1, min(n_tokens // self.seq_len, len(self.held_out)))
+        return [self.held_out[i] for i in np.linspace(0, len(self.held_out) - 1, n).astype(int)]
+
+    def windows(self, numbers: list[int]) -> Iterator[Tensor]:
+        """The rows of these windows, float32 [n * T, D], a few windows at a time."""
+        per = max(1, 4096 // self.seq_len)
+        for i in range(0, len(numbers), per):
+            yield torch.cat([self.rows(w * self.seq_len, (w + 1) * self.seq_len) for w in numbers[i : i + per]]).float()
+
+    def moments(self) -> tuple[Tensor, float]:
+        """Mean [D] and E||x - mean|| of the training rows. Reads every row once, so that a bad one is found before training."""
+        total = torch.zeros(self.array.shape[1], dtype=torch.float64)
+        for start in range(0, len(self.array), 4096):
+            total += self.rows(start, start + 4096)[: max(0, self.n_train - start)].sum(0, dtype=torch.float64)
+        mean, starts = (total / self.n_train).float(), np.linspace(0, max(0, self.n_train - BLOCK), 256).astype(int)
+        norm = float(np.mean([(self.rows(s, s + BLOCK).float() - mean).norm(dim=1).mean() for s in starts]))
+        if norm == 0:
+            raise HandoffError(f"{self.path} is the same in every row: nothing to decompose; remake it with: {self.remedy}")
+        return mean, norm
+
+    def layout(self, size: int) -> tuple[int, int, int, int]:
+        """Rows a block, blocks, pools an epoch, and batches of `size` rows a pool."""
+        block, pools = min(BLOCK, size), math.ceil(self.n_train / POOL)
+        blocks = self.n_train // block
+        if not (per_pool := blocks // pools * block // size):
+            raise HandoffError(f"--batch_size {size} is too large for the {self.n_train} training rows of {self.path}: harvest more")
+        return block, blocks, pools, per_pool
+
+    def batch(self, number: int, size: int, seed: int) -> Tensor:
+        """Batch `number` [size, D] of an endless shuffled stream: a pure function of its arguments, so a run's cursor is one number.
+
+        Every epoch deals blocks of neighbouring rows at random into pools; within a pool single rows are shuffled.
+        """
+        block, blocks, pools, per_pool = self.layout(size)
+        if self.pool[0] != (number // per_pool, size, seed):
+            epoch, at = divmod(number // per_pool, pools)
+            chosen = np.array_split(np.random.default_rng([seed, epoch]).permutation(blocks), pools)[at]
+            x = torch.cat([self.rows(b * block, (b + 1) * block) for b in np.sort(chosen)])
+            shuffle = torch.from_numpy(np.random.default_rng([seed, epoch, at]).permutation(len(x)))
+            self.pool = (number // per_pool, size, seed), x[shuffle]
+        return self.pool[1][number % per_pool * size :][:size]
+
+
+# ------------------------------------------------------------------------------------------------ method: EDIT HERE
+class Code(NamedTuple):
+    """The latents that fire in a batch, sparse and sorted by token: entry e says that latent[e] fires with value[e] at token[e]."""
+
+    latent: Tensor  # [n]
+    value: Tensor  # [n]
+    token: Tensor  # [n]
+    start: Tensor  # [N], where the entries of each token begin
+
+
+def row_topk(pre: Tensor, k: int, members: int = 16) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of pre [N, F] -> values, latents [N, k]. Exact and faster than topk: they lie in the k groups of
+    `members` latents that have the largest maxima (strided groups, so that the maximum vectorises)."""
+    groups = pre.shape[1] // members
+    if pre.shape[1] % members or groups < 2 * k:
+        return tuple(pre.topk(k, sorted=False))
+    best = pre.view(len(pre), members, groups).amax(1).topk(k, sorted=False).indices
+    latent = (best[:, None] + torch.arange(members, device=pre.device)[:, None] * groups).flatten(1)
+    value, at = pre.gather(1, latent).topk(k, sorted=False)
+    return value, latent.gather(1, at)
+
+
+def select(pre: Tensor, k: int, arch: str) -> tuple[Code, Tensor]:
+    """pre [N, F] -> what fires: each token's k largest (topk), or the batch's N k largest (batchtopk, Bussmann et al. 2024), if
+    positive; and tau, the smallest value that does. Batchtopk looks at each row's c largest; c grows until it can miss none."""
+    c, tau = k, pre.new_zeros(())
+    value, latent = row_topk(pre, c)
+    while arch == "batchtopk" and c < pre.shape[1] and (c == k or (value.amin(1) > tau).any()):
+        c = min(2 * c, pre.shape[1])
+        value, latent = row_topk(pre, c)
+        tau = value.flatten().kthvalue(value.numel() - k * len(pre) + 1).values.clamp(min=0)
+    fires = (value > 0) & (value >= tau)
+    count = fires.sum(1)
+    token = torch.arange(len(pre), device=pre.device).repeat_interleave(count)
+    return Code(latent[fires], value[fires], token, count.cumsum(0) - count), tau.float()
+
+
+def sparse_backward(x: Tensor, code: Code, dy: Tensor, w_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of W_enc [F, D], b_enc [F], W_dec [F, D] from dy [N, D], the gradient at the reconstruction; x [N, D] was encoded.
+
+    dvalue = dy . w_dec[latent];  dW_dec[f] = sum of value dy, dW_enc[f] = sum of dvalue x over the tokens where f fires. A sum over
+    tokens grouped by latent is an embedding bag: no atomics, nothing of size [n, D] or [N, F].
+    """
+    d_value = torch.ops.aten._embedding_bag_per_sample_weights_backward(dy, w_dec, code.latent, code.start, code.token, 0, -1)
+    order, count = code.latent.argsort(stable=True), torch.bincount(code.latent, minlength=len(w_dec))
+    token, start = code.token[order], count.cumsum(0) - count
+
+    def bag(rows: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding_bag(token, rows, start, per_sample_weights=weight[order], mode="sum").float()
+
+    return bag(x, d_value), torch.zeros(len(w_dec), device=x.device).index_add_(0, code.latent, d_value.float()), bag(dy, code.value)
+
+
+def dense_backward(x: Tensor, acts: Tensor, dy: Tensor, w_dec: Tensor, l1: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """As sparse_backward, for dense acts = relu(pre) [N, F] with an L1 penalty of weight l1 on each."""
+    d_pre = (dy @ w_dec.T + l1) * (acts > 0)
+    return (d_pre.T @ x).float(), d_pre.sum(0, dtype=torch.float32), (acts.T @ dy).float()
+
+
+class Trainer:
+    """One SAE in training, on x = scale * (raw - mean), with the scale that makes E||x|| = sqrt(D); rows of W_dec have unit norm.
+
+    pre = (x - b_dec) W_enc^T + b_enc;   f = relu(pre) (relu), or its largest (select);   y = f W_dec + b_dec
+    loss = ||y - x||^2 / D, + l1 sum(f) (relu), + AUX ||y_dead - (x - y)||^2 / ||x - y||^2 (topk, batchtopk; Gao et al. 2024), where
+    y_dead is what the aux_k dead latents with the largest pre decode to. Means over tokens; gradients by hand, not by autograd.
+    """
+
+    AUX, AUX_TOKENS = 1 / 32, 1 / 8  # weight of the auxiliary loss, share of the batch that it sees
+    TAU_STEPS = 100  # memory of tau's moving average, at most a fifth of the steps so far
+
+    def __init__(self, args: argparse.Namespace, mean: Tensor, norm: float, device: torch.device) -> None:
+        d, f = len(mean), len(mean) * args.expansion
+        self.args, self.dtype, self.step_count = args, getattr(torch, args.dtype), 0
+        self.mean, self.scale = mean.to(device), math.sqrt(d) / norm
+        w_dec = F.normalize(torch.randn(f, d, generator=torch.Generator().manual_seed(args.seed)), dim=1)
+        w_enc = w_dec * (2 / args.expansion if args.arch == "relu" else 1)  # relu: the half that fires then adds up to x
+        # b_dec starts at the mean of the data, which is 0 in these coordinates
+        self.params = [t.to(device, copy=True) for t in (w_enc, torch.zeros(f), w_dec, torch.zeros(d))]
+        self.W_enc, self.b_enc, self.W_dec, self.b_dec = self.params
+        self.optimizer = torch.optim.Adam(self.params, lr=args.learning_rate, eps=1e-9, fused=device.type != "mps")
+        self.idle = torch.zeros(f, dtype=torch.int64, device=device)  # tokens since a latent fired
+        self.tau, self.history = torch.zeros((), device=device), []
+
+    def gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Sets .grad of every parameter for the batch x [N, D] -> squared error a dimension, and firings [F]."""
+        (n, d), a = x.shape, self.args
+        w_enc, w_dec, low = self.W_enc.to(self.dtype), self.W_dec.to(self.dtype), (x - self.b_dec).to(self.dtype)
+        pre = torch.addmm(self.b_enc.to(self.dtype), low, w_enc.T)
+        if a.arch == "relu":
+            acts = pre.relu()
+            error = (acts @ w_dec).float() + self.b_dec - x
+            dy, fired = error * (2 / (n * d)), (acts > 0).sum(0)
+            grads = dense_backward(low, acts, dy.to(self.dtype), w_dec, a.l1 / n)
+        else:
+            code, tau = select(pre, a.k, a.arch)
+            self.tau = self.tau.lerp(tau, 1 / min(self.TAU_STEPS, max(1, self.step_count / 5)))
+            y = F.embedding_bag(code.latent, w_dec, code.start, per_sample_weights=code.value, mode="sum")
+            error = y.float() + self.b_dec - x
+            dy, fired = error * (2 / (n * d)), torch.bincount(code.latent, minlength=len(w_dec))
+            grads = sparse_backward(low, code, dy.to(self.dtype), w_dec)
+            if len(dead := (self.idle > a.dead_tokens).nonzero().flatten()) and a.aux_k:
+                m = math.ceil(n * self.AUX_TOKENS)  # the batch is shuffled: its first rows are a random sample
+                top = pre[:m, dead].topk(min(len(dead), d // 2 if a.aux_k < 0 else a.aux_k))
+                acts = torch.zeros_like(pre[:m, dead]).scatter_(1, top.indices, top.values.relu())
+                d_aux = ((acts @ w_dec[dead]).float() + error[:m]) * (2 * self.AUX / error[:m].square().sum())
+                for grad, part in zip(grads, dense_backward(low[:m], acts, d_aux.to(self.dtype), w_dec[dead]), strict=True):
+                    grad.index_add_(0, dead, part)
+        # the decoder adds b_dec, the encoder subtracts it
+        for p, grad in zip(self.params, (*grads, dy.sum(0) - grads[1] @ self.W_enc), strict=True):
+            p.grad = grad
+        return error.square().mean(), fired
+
+    def step(self, raw: Tensor) -> None:
+        """One optimiser step on raw rows [N, D]: Adam, with the decoder's gradient kept along the sphere and its norm at 1."""
+        a, self.step_count = self.args, self.step_count + 1
+        mse, fired = self.gradients((raw.to(self.mean.device).float() - self.mean) * self.scale)
+        decay = (a.steps + 1 - self.step_count) / (a.lr_decay * a.steps) if a.lr_decay else 1.0
+        self.optimizer.param_groups[0]["lr"] = a.learning_rate * min(1.0, self.step_count / max(1, a.lr_warmup), decay)
+        self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
+        self.optimizer.step()
+        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        self.idle = torch.where(fired > 0, 0, self.idle + len(raw))
+        if not math.isfinite(mse):
+            raise HandoffError(
+                f"step {self.step_count}: the error is {mse:g}; try a --learning_rate below {a.learning_rate}; saves are good"
+            )
+        if self.step_count % 50 == 0 or self.step_count == a.steps:
+            dead = (self.idle > a.dead_tokens).float().mean()
+            facts = {"mse_normalised": mse, "l0": fired.sum() / len(raw), "dead_share": dead, "threshold": self.tau}
+            self.history.append({"step": self.step_count} | {k: v.item() for k, v in facts.items()})
+
+    def weights(self, scale: float = 1.0, mean: Tensor | float = 0.0) -> dict[str, Tensor]:
+        """The weights in SAELens' layout; with the trainer's scale and mean folded in they take and give raw activations."""
+        out = {"W_enc": self.W_enc.T, "b_enc": self.b_enc / scale, "W_dec": self.W_dec, "b_dec": self.b_dec / scale + mean}
+        if self.args.arch == "batchtopk":
+            out["threshold"] = (self.tau / scale).expand_as(self.b_enc)
+        return {name: t.clone(memory_format=torch.contiguous_format) for name, t in out.items()}
+
+
+class SparseAutoencoder(NamedTuple):
+    """An SAE in plain torch, as SAELens would run it: x [..., D] -> latents f [..., F] -> reconstruction [..., D]."""
+
+    cfg: dict[str, Any]
+    weights: dict[str, Tensor]
+
+    def encode(self, x: Tensor) -> Tensor:
+        pre = (x - self.weights["b_dec"]) @ self.weights["W_enc"] + self.weights["b_enc"]
+        if self.cfg["architecture"] == "topk":
+            top = pre.topk(self.cfg["k"], sorted=False)
+            return torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
+        return pre.relu() * (pre > self.weights["threshold"]) if self.cfg["architecture"] == "jumprelu" else pre.relu()
+
+    def decode(self, f: Tensor) -> Tensor:
+        return f @ self.weights["W_dec"] + self.weights["b_dec"]
+
+
+def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
+    """Reads an exported SAE folder; HandoffError if it is missing or damaged."""
+    try:
+        cfg = json.loads((Path(folder) / "cfg.json").read_text(encoding="utf-8"))
+        return SparseAutoencoder(cfg, safetensors.torch.load_file(Path(folder) / WEIGHTS, device=str(device)))
+    except (OSError, ValueError, safetensors.SafetensorError) as e:
+        raise HandoffError(f"{folder} is not a readable SAE ({str(e)[:120]}); make it with: python train_sae.py") from None
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+def ratio_interval(name: str, top: np.ndarray, bottom: np.ndarray | float = 1.0) -> dict[str, float]:
+    """sum(top) / sum(bottom) over windows [W], and its 95 % percentile interval under resampling of windows (NaN below two)."""
+    bottom = np.broadcast_to(np.asarray(bottom, float), top.shape)
+    pick = np.random.default_rng(0).integers(len(top), size=(2000, len(top)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value, draws = top.sum() / bottom.sum(), top[pick].sum(1) / bottom[pick].sum(1)
+    low, high = np.nanquantile(draws, [0.025, 0.975]) if len(top) > 1 else (math.nan, math.nan)
+    return {name: float(value), f"{name}_lo": float(low), f"{name}_hi": float(high)}
+
+
+@torch.no_grad()
+def evaluate(sae: SparseAutoencoder, dump: Dump, chosen: list[int]) -> tuple[dict[str, Any], np.ndarray]:
+    """L0, reconstruction error and firing on the windows `chosen` -> metrics, and each latent's number of firings [F]."""
+    device = sae.weights["W_dec"].device
+    mean = torch.stack([x.mean(0) for w in chosen for x in dump.windows([w])]).mean(0).to(device)
+    parts, fired = [], torch.zeros(len(sae.weights["W_dec"]), dtype=torch.int64, device=device)
+    for x in (x.to(device) for x in dump.windows(chosen)):
+        f = sae.encode(x)
+        fired += (f > 0).sum(0)
+        parts.append(torch.stack([(f > 0).sum(1), (sae.decode(f) - x).square().sum(1), (x - mean).square().sum(1)]).double().cpu())
+    l0, error, variance = torch.cat(parts, 1).view(3, len(chosen), -1).numpy()  # each [W, T]
+    out = ratio_interval("l0", l0.mean(1)) | {f"l0_p{q:02d}": float(np.percentile(l0, q)) for q in (5, 50, 95)}
+    out |= ratio_interval("fvu", error.sum(1), variance.sum(1)) | ratio_interval("mse", error.mean(1) / len(mean))
+    out |= {"ev_legacy": float((1 - error / variance).mean()), "dead_share_eval": float((fired == 0).float().mean())}
+    return out | {"n_windows": len(l0), "n_rows": l0.size}, fired.cpu().numpy()
+
+
+def spliced(model: NewGPT, resid: Tensor, layer: int, site: str, edit: Callable[[Tensor], Tensor]) -> Tensor:
+    """Logits [B, T, V] when `edit` replaces activation `site` of block `layer`, which reads resid [B, T, D]."""
+    block, rope = model.blocks[layer], (model.rope_cos[: resid.shape[1]], model.rope_sin[: resid.shape[1]])
+    swap = {site: edit}
+
+    def at(name: str, value: Tensor) -> Tensor:
+        return swap[name](value) if name in swap else value
+
+    x = at("resid_pre", resid)
+    mid = x + at("attn_out", block.write(at("z", block.attn(block.norm_attn(x), *rope)[0])))
+    return model.unembed(model.run_blocks(at("resid_post", mid + at("mlp_out", block.mlp(mid))), layer + 1))
+
+
+@torch.no_grad()
+def ce_recovered(model: NewGPT, sae: SparseAutoencoder, dump: Dump, tokens: np.ndarray, mean: Tensor, chosen: list[int]) -> dict[str, Any]:
+    """What the model loses (nats a token) when the reconstruction replaces the activation, against zero and mean ablation.
+
+    recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean); KL is KL(clean || edited). Float32; the mean is that of training rows.
+    """
+    edits = {"clean": lambda v: v, "sae": lambda v: sae.decode(sae.encode(v)), "zero": torch.zeros_like, "mean": lambda v: 0 * v + mean}
+    ce, kl, per = {n: [] for n in edits}, {n: [] for n in edits}, max(1, (1 << 24) // (dump.seq_len * model.cfg.vocab_size))
+    for i in range(0, len(chosen), per):
+        windows = [tokens[w * dump.seq_len : (w + 1) * dump.seq_len] for w in chosen[i : i + per]]
+        idx = torch.from_numpy(np.stack(windows).astype(np.int64)).to(mean.device)
+        resid, clean = model.run_blocks(model.embed(idx), 0, dump.layer), None
+        for name, new in edits.items():
+
+            def edit(value: Tensor, new: Callable[[Tensor], Tensor] = new) -> Tensor:
+                flat = value.flatten(2).clone()  # z [B, T, H, K] -> [B, T, D], heads side by side as in the dump
+                flat[..., dump.columns] = new(flat[..., dump.columns])
+                return flat.view_as(value)
+
+            logp = spliced(model, resid, dump.layer, dump.site, edit)[:, :-1].log_softmax(-1)
+            clean = logp if clean is None else clean
+            ce[name] += (-logp.gather(2, idx[:, 1:, None]).mean((1, 2))).tolist()
+            kl[name] += (clean.exp() * (clean - logp)).sum(-1).mean(1).tolist()
+    loss = {name: np.array(v) for name, v in ce.items()}
+    out = {f"ce_{n}": loss[n].mean() for n in edits} | {f"kl_{n}": np.mean(kl[n]) for n in ("sae", "zero", "mean")}
+    for base in ("zero", "mean"):
+        out |= ratio_interval(f"ce_recovered_{base}", loss[base] - loss["sae"], loss[base] - loss["clean"])
+    return out | {"ce_informative": bool(out["ce_mean"] - out["ce_clean"] >= CE_GAP), "n_ce_windows": len(chosen)}
+
+
+def find_model(dump: Dump, given: Path | None, device: torch.device, skip_probe: bool) -> tuple[NewGPT, np.ndarray] | None:
+    """The model and the tokens behind a dump; None, and a line that says so, if the checkpoint it names is gone or changed."""
+    path, expected, file = given or Path(dump.side["checkpoint"]), dump.side["checkpoint_sha256"], dump.path.with_name("tokens.npy")
+    found = sha256(path) if path.is_file() else "no file"
+    if found != expected and given:
+        raise HandoffError(f"--model_path {path} is not the checkpoint of run {dump.run}: sha256 {found[:12]}, not {expected[:12]}")
+    if found != expected:
+        print(f"{dump.run}: CE recovered and KL stay empty, as {path} is gone or not what was dumped; --model_path names another")
+        return None
+    read_sidecar(file, "janus.tokens/1", dump.remedy)
+    try:
+        tokens = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError):
+        tokens = np.zeros(0)
+    model, _ = load_checkpoint(path, device, skip_probe)
+    if len(tokens) != len(dump.array) or tokens.max() >= model.cfg.vocab_size:
+        raise HandoffError(f"{file} does not fit {dump.path.name} ({len(dump.array)} rows) or the model; remake both with: {dump.remedy}")
+    return model, tokens
+
+
+# -------------------------------------------------------------------------------------------------------- report
+STUDY = """Published (ReLU + L1, one SAE a head; control -> adaptive): L0 L3 32.4 -> 28.4, L6 39.7 -> 45.5, L9 58.9 -> 73.9;
+MSE L3 .022 -> .020, L6 .029 -> .031, L9 .041 -> .051. (Batch)TopK fixes L0 by construction: compare its FVU."""
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> pd.DataFrame:
+    with atomic(path) as tmp:
+        frame.to_csv(tmp, index=False)
+    return frame
+
+
+def read_csv(path: Path, needs: list[str]) -> pd.DataFrame:
+    """A CSV of this script, checked for columns and rows."""
+    try:
+        frame = pd.read_csv(path)
+    except (OSError, ValueError) as e:
+        raise HandoffError(f"{path} cannot be read ({str(e)[:100]}); it is written by: python train_sae.py") from None
+    if missing := [c for c in needs if c not in frame] or ([] if len(frame) else ["any row"]):
+        raise HandoffError(f"{path} lacks {', '.join(missing)}; it is written by: python train_sae.py")
+    return frame
+
+
+def table2(metrics: pd.DataFrame) -> pd.DataFrame:
+    """A row a run and layer; 95 % intervals over heads (Student's t) or, where one SAE serves the layer, held-out windows."""
+    rows = []
+    for key, g in metrics.groupby(GROUP):
+        n, over = (len(g), "heads") if len(g) > 1 else (g["n_windows"].iloc[0], "windows")
+        row = dict(zip(GROUP, key, strict=True)) | {"interval_over": f"{n} {over}"}
+        for name in ("l0", "mse", "fvu"):
+            half = stats.t.ppf(0.975, len(g) - 1) * g[name].std() / math.sqrt(len(g)) if len(g) > 1 else 0
+            low, high = (g[name] - half, g[name] + half) if half else (g[f"{name}_lo"], g[f"{name}_hi"])
+            row |= {name: g[name].mean(), f"{name}_lo": low.mean(), f"{name}_hi": high.mean()}
+        rows.append(row | {c: g[c].mean() for c in ("ce_recovered_zero", "ce_recovered_mean", "kl_sae", "dead_share_eval") if c in g})
+    return pd.DataFrame(rows)
+
+
+def draw_report(save_dir: Path) -> None:
+    """Table 2 and figures 2 and 3, from sae_metrics.csv and the latent_frequencies.csv beside each SAE that it lists."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    metrics = read_csv(save_dir / "sae_metrics.csv", [*GROUP, "folder", "l0", "l0_lo", "mse", "mse_lo", "fvu", "fvu_lo", "n_windows"])
+    table = write_csv(save_dir / "table2.csv", table2(metrics))
+    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in table.to_numpy()]
+    cells = [list(table.columns), ["---"] * table.shape[1], *cells]
+    with atomic(save_dir / "table2.md") as tmp:
+        tmp.write_text("\n".join(f"| {' | '.join(row)} |" for row in cells) + f"\n\nMSE in squared raw units.\n{STUDY}\n", encoding="utf-8")
+    kinds = {kind: f"{kind[0]} ({kind[2]}, {kind[3]} of a {kind[1]})" for kind in table.groupby(GROUP[:-1]).groups}
+    color = dict(zip(kinds, ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(kinds), strict=False))
+
+    fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
+    for i, (kind, t) in enumerate(table.groupby(GROUP[:-1])):
+        for ax, name in zip(axes, ("l0", "fvu"), strict=True):
+            bars = (t[[f"{name}_lo", f"{name}_hi"]].sub(t[name], axis=0) * [-1, 1]).clip(lower=0).to_numpy().T
+            x = t["layer"] + 0.12 * (i - (len(kinds) - 1) / 2)  # side by side, so that intervals do not hide each other
+            ax.errorbar(x, t[name], yerr=bars, marker="o", ms=5, capsize=3, lw=1.4, color=color[kind], label=kinds[kind])
+    for ax, label in zip(axes, ["L0: active latents a token", "FVU: share of the variance not explained"], strict=True):
+        ax.set(xlabel="layer", ylabel=label, xticks=sorted(table["layer"].unique()), ylim=(0, None))
+    axes[0].legend(fontsize=8)
+    fig.suptitle("Sparsity and reconstruction error by depth, held-out tokens", fontsize=11)
+    fig.supxlabel(
+        f"Bars: 95 % intervals over {', '.join(sorted(table['interval_over'].unique()))}; a run is one training seed.\n{STUDY}",
+        fontsize=7.5,
+    )
+    with atomic(save_dir / "figure2_l0_by_depth.png") as tmp:
+        fig.savefig(tmp, dpi=130)
+
+    layers = sorted(metrics["layer"].unique())
+    n_cols, n_rows = min(3, len(layers)), math.ceil(len(layers) / 3)
+    fig, grid = plt.subplots(n_rows, n_cols, figsize=(max(5, 4 * n_cols), 3.6 * n_rows), layout="constrained", squeeze=False, sharey=True)
+    for ax, layer in zip(grid.flat, layers, strict=False):
+        for kind, g in metrics[metrics["layer"] == layer].groupby(GROUP[:-1]):
+            latents = pd.concat(read_csv(save_dir / f / "latent_frequencies.csv", ["frequency", "n_rows"]) for f in g["folder"])
+            edges = np.geomspace(0.7 / latents["n_rows"].max(), 1, 19)
+            share = np.histogram(latents["frequency"], edges)[0] / len(latents)
+            label = f"{kinds[kind]}: {(latents['frequency'] == 0).mean():.1%} of {len(latents)} never"
+            ax.stairs(share, edges, lw=1.6, color=color[kind], label=label)
+        ax.set(xscale="log", yscale="log", xlabel="activation frequency (share of tokens)", title=f"layer {layer}")
+        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False)
+    for ax in grid[:, 0]:
+        ax.set_ylabel("share of latents in a bin")
+    fig.suptitle(f"How often latents fire, {metrics['n_rows'].max():,} held-out tokens, 18 logarithmic bins", fontsize=11)
+    with atomic(save_dir / "figure3_activation_frequency.png") as tmp:
+        fig.savefig(tmp, dpi=130)
+    plt.close("all")
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+class Job(NamedTuple):
+    args: argparse.Namespace  # with the sizes filled in
+    dump: Dump
+    folder: Path
+
+
+def find_jobs(args: argparse.Namespace) -> list[Job]:
+    """One job an SAE. Opens every dump, so that a broken hand-off is found before any work."""
+    jobs = []
+    for run in args.runs or sorted(p.parent.name for p in args.activations_dir.glob("*/tokens.npy")) or ["adaptive"]:
+        folder = args.activations_dir / run
+        found = sorted(int(n[1:]) for p in folder.glob(f"L*.{args.site}.npy") if (n := p.name.partition(".")[0])[1:].isdigit())
+        for layer in args.layers or found or [None]:
+            if layer not in found:
+                raise HandoffError(
+                    f"layer {layer} of {folder} is not there; layers with a dump of {args.site}: {', '.join(map(str, found)) or 'none'}; "
+                    f"make more with: python harvest_activations.py --run_name {run} --layers LAYERS --model_path CHECKPOINT"
+                )
+            dump = Dump(folder, layer, args.site)
+            out = args.save_dir / dump.run / (f"L{layer}" if args.site == "z" else f"L{layer}.{args.site}")
+            heads = range(dump.array.shape[1] // dump.d_head) if args.unit == "head" else []
+            jobs += [Job(fill_in(args, d := Dump(folder, layer, args.site, h)), d, out / f"H{h}") for h in heads]
+            jobs += [] if heads else [Job(fill_in(args, dump), dump, out)]
+    return jobs
+
+
+def fill_in(args: argparse.Namespace, dump: Dump) -> argparse.Namespace:
+    """The arguments with the sizes of the preset, --tokens or --epochs as steps, and `trajectory`: all that decides the weights."""
+    preset, given = dump.side.get("preset") if args.preset == "auto" else args.preset, vars(args)
+    sizes = {**PHASE_PRESETS[preset if preset in PHASE_PRESETS else "full"]}
+    if given.keys() & {"steps", "tokens", "epochs"}:
+        sizes = {k: v for k, v in sizes.items() if k not in ("steps", "tokens")}
+    a = argparse.Namespace(**sizes | given | {"preset": preset})
+    if "steps" not in a:
+        a.steps = max(1, round((a.tokens if "tokens" in a else a.epochs * dump.n_train) / a.batch_size))
+    a.tokens, d_in = a.steps * a.batch_size, dump.array.shape[1]
+    if a.arch != "relu" and a.k > a.expansion * d_in:
+        raise HandoffError(f"--k {a.k} is more than the {a.expansion * d_in} latents that --expansion {a.expansion} gives {dump.path}")
+    dump.layout(a.batch_size)
+    names = ["arch", "expansion", "k", "l1", "aux_k", "dead_tokens", "batch_size", "learning_rate", "lr_warmup", "lr_decay"]
+    names += ["seed", "dtype", *(["steps"] if a.lr_decay else [])]
+    a.trajectory = {n: getattr(a, n) for n in names} | {"dump": dump.side["sha256"], "head": dump.head}
+    return a
+
+
+def announce_cost(jobs: list[Job], device: torch.device) -> None:
+    """Prints sizes and cost, measured on three steps that leave no trace; refuses to start if the disk is too small."""
+    a, dump, _ = jobs[0]
+    d, n, seconds = dump.array.shape[1], len(jobs), 0.0
+    trainer = Trainer(a, torch.zeros(d), math.sqrt(d), device)
+    for _ in range(3):
+        start = time.perf_counter()
+        trainer.step(dump.batch(0, a.batch_size, a.seed))
+        seconds = time.perf_counter() - start
+    weights, pool = 8 * a.expansion * d * d, 2 * dump.array.itemsize * d * min(POOL, dump.n_train)
+    need_disk(a.save_dir, weights * (4 * n + 3))
+    print(f"{n} SAEs ({a.arch}, of a {a.unit}): D = {d}, F = {a.expansion * d}, on {device} in {a.dtype}, preset {a.preset}")
+    memory = 8 * weights + pool + 12 * a.batch_size * a.expansion * d
+    print(f"cost: {a.tokens:,} tokens in {a.steps} steps each, about {seconds * a.steps * n / 60:.1f} min in all", end="; ")
+    print(f"{weights * 4 * n / 1e9:.2f} GB in {a.save_dir}, about {memory / 1e9:.1f} GB of memory", flush=True)
+
+
+def save_sae(job: Job, t: Trainer) -> None:
+    """Training state, folded export and its cfg.json, training.csv. From here on the folder is unfinished, so a sidecar goes first."""
+    a, dump, folder = job
+    sidecar_path(folder / WEIGHTS).unlink(missing_ok=True)
+    state = {"schema": SAE_SCHEMA, "trajectory": a.trajectory, "step": t.step_count, "history": t.history, "scale": t.scale, "mean": t.mean}
+    state |= {"params": t.params, "idle": t.idle, "tau": t.tau, "optimizer": t.optimizer.state_dict()}
+    torch.save(state, buffer := io.BytesIO())
+    export = {name: w.cpu() for name, w in t.weights(t.scale, t.mean).items()}
+    for name, data in (("training_state.pt", buffer.getvalue()), (WEIGHTS, safetensors.torch.save(export))):
+        with atomic(folder / name) as tmp:
+            tmp.write_bytes(data)
+    hook = f"blocks.{dump.layer}." + ("attn.hook_z" if dump.site == "z" else f"hook_{dump.site}")
+    # without a version, SAELens takes the file for an old one and drops the metadata
+    metadata = {"sae_lens_version": "6.54.12", "sae_lens_training_version": "6.54.12", "model_name": f"janus/{dump.run}", "hook_name": hook}
+    metadata |= {"hook_head_index": dump.head, "context_size": dump.seq_len, "prepend_bos": False, "dataset_path": dump.side["dataset"]}
+    metadata |= {"training_architecture": a.arch, "training_tokens": t.step_count * a.batch_size}
+    cfg = {"architecture": ARCHS[a.arch], "d_in": len(t.mean), "d_sae": len(t.b_enc), "dtype": "float32", "device": "cpu"}
+    cfg |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
+    write_json(folder / "cfg.json", cfg | ({"k": a.k} if a.arch == "topk" else {}) | {"metadata": metadata})
+    write_csv(folder / "training.csv", pd.DataFrame(t.history))
+
+
+def resume_sae(job: Job, device: torch.device) -> Trainer | None:
+    """The trainer as training_state.pt left it; None if there is none. Raises HandoffError if --resume would change the trajectory."""
+    a, dump, folder = job
+    if not (path := folder / "training_state.pt").exists():
+        return None
+    try:
+        s = torch.load(path, map_location="cpu", weights_only=True)
+        then, t = s["trajectory"], Trainer(a, s["mean"], 1.0, device)
+        if then == a.trajectory:
+            for mine, saved in zip([*t.params, t.idle, t.tau], [*s["params"], s["idle"], s["tau"]], strict=True):
+                mine.copy_(saved)
+            t.optimizer.load_state_dict(s["optimizer"])
+            t.scale, t.step_count, t.history = s["scale"], s["step"], s["history"]
+    except Exception as e:  # torch raises many types for a damaged file
+        raise HandoffError(f"{path} cannot be read ({str(e).strip()[:100]}); train anew with --overwrite") from None
+    if differ := [n for n in {**a.trajectory, **then} if a.trajectory.get(n) != then.get(n)]:
+        was, now = then.get(differ[0]), a.trajectory.get(differ[0])
+        raise HandoffError(f"--resume would change {differ[0]} of {folder} from {was} to {now}; use the same arguments")
+    return t
+
+
+def run_training(job: Job, device: torch.device, stop: list[int]) -> Trainer | None:
+    """Trains one SAE, or goes on with it; None if it is finished already."""
+    a, dump, folder = job
+    t = (resume_sae(job, device) if a.resume else None) or Trainer(a, *dump.moments(), device)
+    if t.step_count >= a.steps and sidecar_path(folder / WEIGHTS).exists():
+        print(f"{folder} is finished; there is nothing to resume")
+        return None
+    bar = tqdm(
+        range(t.step_count, a.steps), initial=t.step_count, total=a.steps, desc="/".join(folder.parts[-3:]), unit="step", disable=None
+    )
+    for step in bar:
+        t.step(dump.batch(step, a.batch_size, a.seed))
+        if stop or (step + 1) % a.save_interval == 0 or step + 1 == a.steps:
+            save_sae(job, t)
+        if stop:
+            raise HandoffError(f"stopped by signal {stop[0]}; {folder} is saved at step {step + 1}, go on with --resume")
+    return t
+
+
+def finish_sae(job: Job, t: Trainer, model: tuple[NewGPT, np.ndarray] | None) -> str:
+    """Reads the export back, compares it with what was trained, measures it, writes the sidecar -> one line for the user."""
+    a, dump, folder = job
+    sae, chosen = load_sae(folder, t.mean.device), dump.evaluation(a.eval_tokens)
+    x = next(dump.windows(chosen)).to(t.mean.device)
+    twin, x_in = SparseAutoencoder(sae.cfg, t.weights()), (x - t.mean) * t.scale
+    wrong = (twin.decode(twin.encode(x_in)) - (sae.decode(sae.encode(x)) - t.mean) * t.scale).norm(dim=1) > 1e-3 * x_in.norm(dim=1)
+    if not wrong.float().mean() <= 0.01:  # within rounding of a threshold a latent may fall on either side
+        raise HandoffError(f"{folder} is not finished: {int(wrong.sum())} of {len(x)} rows come out of the export unlike the SAE trained")
+    m, fired = evaluate(sae, dump, chosen)
+    m["dead_share_window"] = t.history[-1]["dead_share"]
+    if model:
+        m |= ce_recovered(model[0], sae, dump, model[1], t.mean, dump.evaluation(a.eval_tokens // 6))
+    names = {"run": dump.run, "unit": a.unit, "arch": a.arch, "site": dump.site, "layer": dump.layer, "head": dump.head}
+    latents = {"latent": np.arange(len(fired)), "n_fired": fired, "n_rows": m["n_rows"], "frequency": fired / m["n_rows"]}
+    write_csv(folder / "latent_frequencies.csv", pd.DataFrame(names | latents))
+    mean, variance = (np.asarray(dump.side[key], float)[dump.columns] for key in ("mean", "variance"))
+    inherited = ("checkpoint", "checkpoint_sha256", "arm", "seq_len", "n_heads", "d_head", "tokenizer_hash", "dataset")
+    facts = {key: dump.side.get(key) for key in inherited} | {"gamma": np.linalg.norm(mean) / math.sqrt(variance.sum()), "scale": t.scale}
+    facts |= {"k": a.k if a.arch != "relu" else None, "d_in": len(mean), "d_sae": len(fired), "steps": a.steps, "tokens": a.tokens}
+    facts |= {"seed": a.seed, "preset": a.preset, "trajectory": a.trajectory, "latent_frequencies": "latent_frequencies.csv"}
+    write_sidecar(folder / WEIGHTS, SAE_SCHEMA, [dump.path], **names, **facts, metrics=m)
+    line = f"{folder}: L0 {m['l0']:.1f}, FVU {m['fvu']:.3f} [{m['fvu_lo']:.3f}, {m['fvu_hi']:.3f}], never fired {m['dead_share_eval']:.1%}"
+    if model:
+        line += f", CE recovered {m['ce_recovered_zero']:.1%} (zero), {m['ce_recovered_mean']:.1%} (mean), KL {m['kl_sae']:.4f} nats"
+        line += "" if m["ce_informative"] else f"; mean ablation costs under {CE_GAP} nats, so CE recovered says little"
+    return line
+
+
+def collect_metrics(save_dir: Path) -> None:
+    """sae_metrics.csv: one row for every finished SAE under save_dir."""
+    columns, rows = [*GROUP, "head", "arm", "seed", "k", "d_in", "d_sae", "steps", "tokens", "gamma"], []
+    for side in sorted(save_dir.glob(f"*/L*/**/{WEIGHTS}.json")):
+        record = read_sidecar(side.with_suffix(""), SAE_SCHEMA, "python train_sae.py --overwrite")
+        rows.append({c: record[c] for c in columns} | {"folder": side.parent.relative_to(save_dir).as_posix()} | record["metrics"])
+    frame = pd.DataFrame(rows).sort_values([*GROUP, "head"])
+    absent = [c for c in ("ce_recovered_zero", "ce_recovered_mean", "kl_sae") if c not in frame]  # empty columns where no model was there
+    write_csv(save_dir / "sae_metrics.csv", frame.assign(**dict.fromkeys(absent, math.nan)))
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.redraw:
+        draw_report(args.save_dir)
+        return 0
+    device, autocast = set_up(args)
+    args.dtype = "bfloat16" if autocast._enabled else "float32"
+    jobs = find_jobs(args)
+    if not args.resume:
+        refuse_overwrite([job.folder / name for job in jobs for name in (WEIGHTS, "training_state.pt")], args.overwrite)
+    given = dict(zip(args.runs or [], args.model_path or [], strict=False))
+    models = {run: find_model(dump, given.get(run), device, args.skip_probe) for run, dump in {j.dump.run: j.dump for j in jobs}.items()}
+    announce_cost(jobs, device)
+    stop: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: stop.append(n))
+    with run_record(args.save_dir, args) as record:
+        record["settings"] = {str(job.folder): vars(job.args) for job in jobs}
+        for job in jobs:
+            if trainer := run_training(job, device, stop):
+                print(finish_sae(job, trainer, models[job.dump.run]), flush=True)
+            job.dump.pool = (None, torch.empty(0))
+        collect_metrics(args.save_dir)
+        draw_report(args.save_dir)
+    print(f"see {args.save_dir / 'table2.md'}, and figure2_l0_by_depth.png and figure3_activation_frequency.png beside it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
