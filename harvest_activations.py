@@ -1,0 +1,1113 @@
+"""Harvest the activations of a trained NewGPT, and measure how alike its heads are (phase 2 of Janus Arc).
+
+Question: what do the heads of each layer put out, and do they do different things? The dumps feed phase 3.
+
+Reads   <model_path>, a checkpoint of janus_adaptive.py, and tokenizer.json beside it; the text it names, or --dataset
+Writes  <save_dir>/<run_name>/
+        L<layer>.<site>.npy [N, D] float16, in stream order, unnormalised (D = H*K, head-major, for z); tokens.npy, positions.npy [N]
+        topology_stats.csv (a layer and metric: value, 95 % interval, null), printed as Table 1 in table1_topology.txt
+        head_cosines.csv (a layer and pair of heads), drawn as Figure 1 in figure1_head_cosines.png; run.json; <file>.json
+Rows are whole windows: tokens.reshape(-1, T) are the model's inputs. A killed harvest goes on when its command is given again, to
+the same bytes. Layers asked for later are added; --overwrite begins the run's folder anew.
+
+Quick   python harvest_activations.py --model_path DIR/janus_adaptive_final.pt    (smoke preset: 20,000 tokens, 10 s, 23 MB)
+Full    python harvest_activations.py --model_path checkpoints/v1/janus_adaptive_final.pt --run_name adaptive --layers 3 6 9
+        (10M tokens x 3 layers x 768 dimensions: 46 GB; time and size are printed before the work starts)
+
+Shapes  B batch, T tokens of a window, D width, H heads, K d_head, L layers, N dumped tokens, P pairs of heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# Copied from: janus_adaptive.py::CHECKPOINT_SCHEMA
+CHECKPOINT_SCHEMA = "janus.checkpoint/1"
+DUMP_SCHEMA, TOKENS_SCHEMA, TABLE_SCHEMA, FIGURE_SCHEMA = "janus.activations/1", "janus.tokens/1", "janus.table/1", "janus.figure/1"
+IDENTITY = ("checkpoint_sha256", "dataset_key", "tokenizer_hash", "split", "n_tokens")  # what all files of a run share
+TABLES = ("topology_stats.csv", "head_cosines.csv")
+PROGRESS, N_BLOCKS = "progress.partial.json", 20  # blocks of neighbouring windows: unit of the jackknife and of resuming
+# Local: sizes of this phase
+PHASE_PRESETS = dict.fromkeys(("full", "published"), dict(tokens=10_000_000, batch_size=16))
+PHASE_PRESETS |= {"demo": dict(tokens=400_000, batch_size=32), "smoke": dict(tokens=20_000, batch_size=32)}
+
+
+# -------------------------------------------------------------------------------------------------- command line
+# Copied from: janus_adaptive.py::positive
+def positive(kind: type) -> Callable[[str], Any]:
+    """argparse type: a finite int or float above zero."""
+
+    def parse(text: str) -> Any:
+        if not (kind(text) > 0 and math.isfinite(kind(text))):
+            raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        return kind(text)
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+# Copied from: janus_adaptive.py::add_runtime_flags
+def add_runtime_flags(p: argparse.ArgumentParser) -> None:
+    """The flags that every script spells alike."""
+    g = p.add_argument_group("runtime")
+    g.add_argument("--seed", type=int, default=42, help="seed of Python, NumPy and torch")
+    g.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of matrix products; auto: bfloat16 if fast")
+    g.add_argument("--overwrite", action="store_true", help="replace existing output")
+    g.add_argument("--cache_dir", default=os.environ.get("JANUS_CACHE", "~/.cache/janus_arc"), help="folder of the token cache")
+    g.add_argument("--skip_probe", action="store_true", help="do not replay a checkpoint's golden probe (deliberate model variants)")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    description = (__doc__ or "").partition("\n")[0]
+    p = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    count, sites = positive(int), ["z", "attn_out", "resid_pre", "resid_post", "mlp_out"]
+    g = p.add_argument_group("inputs")
+    g.add_argument("--model_path", type=Path, help="checkpoint (.pt) of janus_adaptive.py; needed unless --redraw")
+    g.add_argument("--compare", nargs="+", metavar="RUN", help="runs in figure 1 and table 1; none: every finished run in --save_dir")
+    g.add_argument("--redraw", action="store_true", help="only redraw figure 1 and table 1 of --run_name, from the CSV files")
+    g = p.add_argument_group("outputs")
+    g.add_argument("--run_name", help="folder of this run in --save_dir; none: the checkpoint's arm (adaptive, control, ...)")
+    g.add_argument("--save_dir", type=Path, default=Path("activations"), help="output folder of all runs")
+    g.add_argument("--max_gb", type=positive(float), default=64.0, help="refuse to write more than this, GB")
+    g.add_argument("--dump_dtype", choices=["float16", "float32"], default="float16", help="type of the dumps; float16 ends at 65504")
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", help="as in janus_adaptive.py; none: that of the checkpoint")
+    g.add_argument("--tokenizer", help="as in janus_adaptive.py; none: tokenizer.json beside the checkpoint")
+    g.add_argument("--split", choices=list(SPLITS), default="train", help="split of the dataset")
+    g.add_argument("--tokens", type=count, help="tokens to harvest, cut to whole windows; none: by preset")
+    g = p.add_argument_group("method")
+    g.add_argument("--preset", choices=["auto", *PHASE_PRESETS], default="auto", help="sizes of this phase; auto: the checkpoint's")
+    g.add_argument("--layers", type=int, nargs="+", help="layers, counted from 0; none: all")
+    g.add_argument("--site", choices=sites, default="z", help="z: the heads' outputs before the output projection")
+    g.add_argument("--batch_size", type=count, help="windows a forward pass; none: by preset")
+    add_runtime_flags(p)
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Cross-flag checks; exits 2 with one line."""
+    if not (args.run_name if args.redraw else args.model_path):
+        p.error("--redraw needs --run_name" if args.redraw else "--model_path is needed (or --redraw and --run_name)")
+    for name in [args.run_name or "run", *(args.compare or [])]:
+        if not re.fullmatch(r"[\w+-][\w.+-]*", name):
+            p.error(f"{name!r} is not a run name: expected letters, digits and . _ + -")
+
+
+# ------------------------------------------------------------------------------------------ files and provenance
+# Copied from: janus_adaptive.py::HandoffError
+class HandoffError(Exception):
+    """A broken input or hand-off. The text is the one line that the user reads: fact, found, expected, command."""
+
+
+# Copied from: janus_adaptive.py::one_line_errors
+def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates `main`: an expected failure is one line on stderr and exit status 1, never a traceback."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except HandoffError as e:
+            text = str(e)
+        except OSError as e:
+            text = f"{e.strerror or e}: {e.filename or 'while writing'}; nothing that existed was changed: use a folder with room that you may write to"
+        except (MemoryError, torch.OutOfMemoryError) as e:
+            text = f"out of memory ({e}); use a smaller --batch_size"
+        except KeyboardInterrupt:
+            text = "interrupted"
+        print(f"{Path(__file__).name}: error: {' '.join(text.split())}", file=sys.stderr)
+        return 1
+
+    return run
+
+
+# Copied from: janus_adaptive.py::atomic
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` (same suffix); renames it to `path` if the block ends well, else removes it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    try:
+        yield tmp
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+# Copied from: janus_adaptive.py::write_json
+def write_json(path: str | Path, record: dict[str, Any]) -> None:
+    """Writes `record` atomically as strict JSON: NaN and infinity become null, other types their text."""
+
+    def plain(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {str(k): plain(x) for k, x in v.items()}
+        if isinstance(v, list | tuple):
+            return [plain(x) for x in v]
+        v = v.item() if isinstance(v, np.generic) else v
+        if isinstance(v, float) and not math.isfinite(v):
+            return None
+        return v if isinstance(v, str | int | float | None) else str(v)
+
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+
+
+# Copied from: janus_adaptive.py::sha256
+def sha256(path: str | Path) -> str:
+    """Hex digest of the file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# Copied from: janus_adaptive.py::provenance
+def provenance() -> dict[str, Any]:
+    """Script, argv, git commit (and whether the tree was dirty), versions and hardware of this process."""
+
+    def git(*words: str) -> str:
+        try:
+            cmd = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+            return subprocess.run(cmd, capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "script": Path(__file__).name,
+        "argv": sys.argv,
+        "git": {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+# Copied from: janus_adaptive.py::sidecar_path
+def sidecar_path(path: str | Path) -> Path:
+    """Where the description of an artefact lies: X -> X.json."""
+    return Path(f"{path}.json")
+
+
+# Copied from: janus_adaptive.py::write_sidecar
+def write_sidecar(path: str | Path, schema: str, inputs: list[Any], **facts: Any) -> None:
+    """Describes the finished artefact `path` in `path`.json; written last, so an unfinished artefact has none."""
+    described = [{"path": str(p), "bytes": Path(p).stat().st_size, "sha256": sha256(p)} for p in inputs]
+    own = {"schema": schema, "bytes": Path(path).stat().st_size, "sha256": sha256(path)}
+    write_json(sidecar_path(path), {**own, "inputs": described, **facts, "producer": provenance()})
+
+
+# Copied from: janus_adaptive.py::read_sidecar
+def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
+    """The description of a finished artefact, checked for schema and size.
+
+    Raises HandoffError, naming `remedy` (the command that makes the artefact), if it is missing, unfinished or damaged.
+    """
+    path, side = Path(path), sidecar_path(path)
+    if not path.is_file():
+        raise HandoffError(f"{path} {'is not a file' if path.exists() else 'does not exist'}; make it with: {remedy}")
+    if not side.is_file():
+        raise HandoffError(f"{path} has no sidecar {side.name}: the run that wrote it did not finish; make it with: {remedy}")
+    try:
+        record = json.loads(side.read_text(encoding="utf-8"))
+        found, size = record["schema"], record["bytes"]
+    except (ValueError, KeyError, TypeError):
+        raise HandoffError(f"{side} is not a readable sidecar; remake {path.name} with: {remedy}") from None
+    if found != schema:
+        raise HandoffError(f"{path} is {found!r}, expected {schema!r}; make it with: {remedy}")
+    if path.stat().st_size != size:
+        raise HandoffError(f"{path} has {path.stat().st_size} bytes, its sidecar says {size}: damaged; remake it with: {remedy}")
+    return record
+
+
+# Copied from: janus_adaptive.py::run_record
+@contextlib.contextmanager
+def run_record(out_dir: str | Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Keeps <out_dir>/run.json: argv, resolved arguments, machine, start, end, exit status. Yields it for more facts."""
+    record = {"arguments": vars(args), **provenance(), "end": None, "exit_status": None}
+    write_json(Path(out_dir) / "run.json", record)
+    try:
+        yield record
+        record["exit_status"] = record["exit_status"] or 0
+    except BaseException:
+        record["exit_status"] = 1
+        raise
+    finally:
+        record["end"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that is on its way
+            write_json(Path(out_dir) / "run.json", record)
+
+
+# Copied from: janus_adaptive.py::need_disk
+def need_disk(folder: str | Path, n_bytes: float) -> None:
+    """Creates `folder`; raises HandoffError if its disk has less than `n_bytes` free."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < n_bytes:
+        raise HandoffError(f"{folder} needs {n_bytes / 1e9:.3f} GB and its disk has {free / 1e9:.3f} GB free; nothing was written")
+
+
+# Copied from: janus_adaptive.py::set_up
+def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
+    """Seeds everything -> the device of --device and the autocast context of --dtype.
+
+    auto: CUDA, else MPS, else the CPU; bfloat16 where the hardware multiplies it fast (GPUs, AMX and AVX512-BF16 CPUs).
+    """
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)  # noqa: NPY002 -- for libraries that still use the global generator
+    torch.manual_seed(args.seed)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(k for k, ok in there.items() if ok) if args.device == "auto" else args.device
+    if not there[name]:
+        raise HandoffError(f"--device {name} is not available here; found: {', '.join(k for k in there if there[k])}")
+    cpu = torch.cpu.get_capabilities()
+    fast = {"cuda": there["cuda"] and torch.cuda.is_bf16_supported(False), "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}
+    half = bool(fast.get(name)) if args.dtype == "auto" else args.dtype == "bfloat16"
+    return torch.device(name), torch.autocast(name, dtype=torch.bfloat16, enabled=half)
+
+
+# --------------------------------------------------------------------------------------------------------- model
+# Copied from: janus_adaptive.py::GPTConfig
+@dataclass
+class GPTConfig:
+    """Sizes of a NewGPT; saved in the checkpoint, from which every later phase rebuilds the model."""
+
+    vocab_size: int
+    n_layers: int = 12
+    d_model: int = 768
+    n_heads: int = 12
+    n_kv_heads: int = 12  # fewer than n_heads: grouped-query attention
+    d_head: int = 64
+    d_ff: int = 2048
+    seq_len: int = 512  # context, in tokens
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied: bool = True  # unembedding = embedding
+    dropout: float = 0.0
+
+
+# Copied from: janus_adaptive.py::RMSNorm
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps) * self.weight).type_as(x)
+
+
+# Copied from: janus_adaptive.py::rope_tables
+def rope_tables(seq_len: int, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, K/2] of the rotary angles, float32; frequency i turns by theta^(-2i/K) a position (Su et al. 2021)."""
+    freq = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32), freq)
+    return angle.cos(), angle.sin()
+
+
+# Copied from: janus_adaptive.py::apply_rope
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [B, H, T, K] by position in float32, in the half-split convention of Llama: the pairs are (i, i + K/2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# Copied from: janus_adaptive.py::Attention
+class Attention(nn.Module):
+    """Causal self-attention that hands out z, the heads' outputs before the output projection."""
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv, self.d_head, self.dropout = cfg.n_heads, cfg.n_kv_heads, cfg.d_head, cfg.dropout
+        self.w_qkv = nn.Linear(cfg.d_model, (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head, bias=False)
+        self.w_o = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] (normed) -> q, k, v [B, H, T, K], q and k rotated; grouped keys and values are repeated."""
+        heads = self.w_qkv(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        q, k, v = heads.split((self.n_heads, self.n_kv, self.n_kv), dim=1)
+        # On a CPU in float32: its bfloat16 attention kernel takes three times as long in the backward pass.
+        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
+        q, k, v = apply_rope(q, cos, sin).to(dtype), apply_rope(k, cos, sin).to(dtype), v.to(dtype)
+        if self.n_kv != self.n_heads:
+            k, v = (t.repeat_interleave(self.n_heads // self.n_kv, dim=1) for t in (k, v))
+        return q, k, v
+
+    @staticmethod
+    def pattern(q: Tensor, k: Tensor) -> Tensor:
+        """Attention probabilities [B, H, T, T] in float32; only formed when somebody wants to see them."""
+        score = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
+        return score.masked_fill(torch.ones_like(score, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, want_pattern: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, D] (normed) -> z [B, T, H, K], and the pattern [B, H, T, T] if wanted."""
+        q, k, v = self.qkv(x, cos, sin)
+        with torch.autocast(x.device.type, enabled=False):  # in the type that `qkv` chose
+            z = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        return z.transpose(1, 2), self.pattern(q, k) if want_pattern else None
+
+
+# Copied from: janus_adaptive.py::Block
+class Block(nn.Module):
+    """x + attention, then + SwiGLU (Shazeer 2020), each after an RMSNorm."""
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.norm_attn = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attn = Attention(cfg)
+        self.norm_mlp = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.w_gate_up = nn.Linear(cfg.d_model, 2 * cfg.d_ff, bias=False)
+        self.w_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def write(self, z: Tensor) -> Tensor:
+        """z [B, T, H, K] -> what the heads together add to the residual stream, attn_out [B, T, D]."""
+        return self.attn.w_o(z.flatten(2))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Residual stream after attention [B, T, D] -> mlp_out [B, T, D]."""
+        gate, up = self.w_gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
+        return self.w_down(F.silu(gate) * up)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None, keep: tuple[str, ...] = ()) -> tuple[Tensor, dict]:
+        """x [B, T, D] -> the next residual stream [B, T, D], and the activations named in `keep`."""
+        z, pattern = self.attn(self.norm_attn(x), cos, sin, "pattern" in keep)
+        if scale is not None:
+            z = z * scale.to(z.dtype)[:, None]
+        attn_out = self.write(z)
+        mid = x + self.drop(attn_out)
+        mlp_out = self.mlp(mid)
+        out = mid + self.drop(mlp_out)
+        seen = dict(resid_pre=x, z=z, pattern=pattern, attn_out=attn_out, resid_mid=mid, mlp_out=mlp_out, resid_post=out)
+        return out, {name: seen[name] for name in keep}
+
+
+# Copied from: janus_adaptive.py::NewGPT
+class NewGPT(nn.Module):
+    """A decoder-only transformer with exactly Llama's computation: pre-RMSNorm, SwiGLU, RoPE, no biases.
+
+    `tap` is a dict whose keys name the activations wanted, "<site>.<layer>"; the forward pass fills in the values:
+    resid_pre, attn_out, resid_mid, mlp_out, resid_post [B, T, D], z [B, T, H, K], pattern [B, H, T, T].
+    `head_scale` [L, H] multiplies each head's z before the output projection: 1 leaves it alone, 0 ablates it.
+    """
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.unembedding = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.drop = nn.Dropout(cfg.dropout)
+        for name, p in self.named_parameters():
+            if p.dim() > 1:  # as GPT-2: what writes to the residual stream starts smaller, by depth
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * cfg.n_layers) if "w_o" in name or "w_down" in name else 1))
+        if cfg.tied:
+            self.unembedding.weight = self.embedding.weight
+        for name, table in zip(("rope_cos", "rope_sin"), rope_tables(cfg.seq_len, cfg.d_head, cfg.rope_theta), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def n_params(self) -> tuple[int, int]:
+        """Number of parameters: all (a tied embedding counted once), and without embeddings."""
+        total = sum(p.numel() for p in self.parameters())
+        return total, total - self.embedding.weight.numel() * (1 if self.cfg.tied else 2)
+
+    def embed(self, idx: Tensor) -> Tensor:
+        """Token ids [B, T] -> residual stream before block 0 [B, T, D]."""
+        return self.drop(self.embedding(idx))
+
+    def run_blocks(
+        self, x: Tensor, start: int = 0, stop: int | None = None, *, head_scale: Tensor | None = None, tap: dict | None = None
+    ) -> Tensor:
+        """Residual stream x [B, T, D] through blocks start..stop-1; a caller may run just a prefix or a suffix of the model."""
+        cos, sin = self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]]
+        for l in range(start, len(self.blocks) if stop is None else stop):
+            keep = tuple(name.rpartition(".")[0] for name in tap if name.endswith(f".{l}")) if tap else ()
+            x, seen = self.blocks[l](x, cos, sin, None if head_scale is None else head_scale[l], keep)
+            if tap is not None:
+                tap.update({f"{name}.{l}": value for name, value in seen.items()})
+        return x
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Residual stream after the last block [B, T, D] -> logits [B, T, V]."""
+        return self.unembedding(self.norm(x))
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, head_scale: Tensor | None = None, tap: dict | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token ids [B, T] -> logits [B, T, V] and, with targets [B, T], the mean cross-entropy in nats (else None)."""
+        logits = self.unembed(self.run_blocks(self.embed(idx), head_scale=head_scale, tap=tap))
+        return logits, None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+# Copied from: janus_adaptive.py::golden_probe
+def golden_probe(model: NewGPT) -> dict[str, Any]:
+    """What the model says, in float32 on the CPU, to 64 fixed tokens: loss in nats, and top-5 logits at the last one.
+
+    Stored in the checkpoint and replayed on every load: a script whose pasted model has drifted is caught at once.
+    """
+    idx = (torch.arange(min(64, model.cfg.seq_len) + 1) * 7919 % model.cfg.vocab_size)[None]
+    twin = NewGPT(model.cfg).eval()
+    twin.load_state_dict({k: v.detach().cpu().float() for k, v in model.state_dict().items()})
+    with torch.inference_mode():
+        logits, loss = twin(idx[:, :-1], idx[:, 1:])
+    top = logits[0, -1].topk(5)
+    return {"loss": loss.item(), "top_ids": top.indices.tolist(), "top_logits": top.values.tolist()}
+
+
+# Copied from: janus_adaptive.py::load_checkpoint
+def load_checkpoint(path: str | Path, device: torch.device, skip_probe: bool) -> tuple[NewGPT, dict[str, Any]]:
+    """Reads a Janus checkpoint -> the model in eval mode on `device`, and the rest of the file.
+
+    Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees with its golden probe.
+    """
+    read_sidecar(path, CHECKPOINT_SCHEMA, "python janus_adaptive.py --save_dir DIR")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        model = NewGPT(GPTConfig(**ckpt["config"]))
+        model.load_state_dict(ckpt["model"], strict=True)
+        then = ckpt["probe"]
+    except Exception as e:  # torch raises many types here: a damaged zip, a pickled object, other names, other shapes
+        raise HandoffError(f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file: {str(e).strip().splitlines()[0][:160]}") from None
+    now = None if skip_probe else golden_probe(model)
+    if now and not np.allclose([now["loss"], *now["top_logits"]], [then["loss"], *then["top_logits"]], rtol=0, atol=1e-3):
+        raise HandoffError(
+            f"{path}: the golden probe gives {now['loss']:.5f} nats, the checkpoint says {then['loss']:.5f}: the model in "
+            f"{Path(__file__).name} is not the one that was trained; run tools/check_copies.py, or pass --skip_probe"
+        )
+    return model.to(device).eval(), ckpt
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+# Copied from: janus_adaptive.py::HUB_DATASETS
+HUB_DATASETS = {name: "Salesforce/wikitext" for name in ("wikitext-103-raw-v1", "wikitext-2-raw-v1")}
+# Copied from: janus_adaptive.py::SPLITS
+SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # of a dataset that has no splits
+# Copied from: janus_adaptive.py::BUILTIN_PACKAGES
+BUILTIN_PACKAGES = {p: p for p in ("numpy", "pandas", "scipy", "matplotlib", "seaborn", "torch", "transformers", "datasets")}
+# Copied from: janus_adaptive.py::BUILTIN_VERSION
+BUILTIN_VERSION = 1
+
+
+# Copied from: janus_adaptive.py::builtin_documents
+def builtin_documents() -> dict[str, str]:
+    """English prose that is already on the machine: {name: text}, in a fixed order.
+
+    The language reference (pydoc_data.topics) and the documentation strings of the standard library and of
+    BUILTIN_PACKAGES, one document a source file; paragraphs that are mostly letters, each kept once.
+    """
+    sources = {f"topics/{k}": [v] for k, v in sorted(import_module("pydoc_data.topics").topics.items())}
+    roots = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}
+    roots |= {p: Path(find_spec(p).origin).parent for p in BUILTIN_PACKAGES}  # type: ignore[union-attr, arg-type]
+    skip = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3"}
+    files = [(package, f.relative_to(root), f) for package, root in roots.items() for f in sorted(root.rglob("*.py"))]
+    for package, inner, f in tqdm(files, desc="documentation strings", unit="file", disable=None):
+        if skip & set(inner.parts) or (package, inner.parts[0]) == ("transformers", "models"):  # the same text, 400 times
+            continue
+        with contextlib.suppress(SyntaxError, ValueError, OSError), warnings.catch_warnings(action="ignore"):
+            nodes = ast.walk(ast.parse(f.read_text(encoding="utf-8")))
+            docs = [ast.get_docstring(n) for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+            sources[f"{package}/{inner.as_posix()}"] = [d for d in docs if d]
+    seen: set[str] = set()
+    documents: dict[str, list[str]] = {}
+    for name, texts in sources.items():
+        for p in (" ".join(p.split()) for text in texts for p in text.split("\n\n")):
+            if len(p) >= 60 and sum(c.isalpha() or c == " " for c in p) > 0.8 * len(p) and ">>>" not in p and p not in seen:
+                seen.add(p)
+                documents.setdefault(name, []).append(p)
+    return {name: "\n\n".join(paragraphs) for name, paragraphs in documents.items()}
+
+
+# Copied from: janus_adaptive.py::from_hub
+def from_hub(what: str, load: Callable[[], Any], seconds: float = 6.0) -> Any:
+    """Runs `load`, with the hub libraries offline (their cache only) if the hub does not answer within `seconds`.
+
+    Raises HandoffError, which says what to do without a network.
+    """
+    url, answered = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(urllib.error.HTTPError):  # it refused this request, so it is there
+                urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds)
+            answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()  # a thread: `timeout` does not bound a silent name server
+    if not answered.wait(seconds):
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the libraries are first imported
+    try:
+        return load()
+    except Exception as e:  # the hub libraries raise many types
+        cause = (str(e).strip().splitlines() or [type(e).__name__])[0][:100] if answered.is_set() else f"no answer from {url}"
+        advice = "use --dataset builtin, or --dataset PATH with --tokenizer train:4096"
+        raise HandoffError(f"{what} cannot be had from the Hugging Face hub or its cache ({cause}); {advice}") from None
+
+
+# Copied from: janus_adaptive.py::read_documents
+def read_documents(dataset: str, split: str) -> list[str]:
+    """The non-empty texts of one split: rows of a dataset, lines of a .txt, or documents of `builtin`.
+
+    A dataset without splits is cut in order, 90 % train, 5 % validation, 5 % test (by characters); `builtin` by document.
+    Raises HandoffError for a missing, unreadable or empty dataset.
+    """
+    path, low, high = Path(dataset), *SPLITS[split]
+    if dataset == "builtin":
+        docs = builtin_documents()
+        share = {name: int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000 / 1000 for name in docs}
+        return [text for name, text in docs.items() if low <= share[name] < high]
+    if dataset in HUB_DATASETS:
+        hub = from_hub(f"dataset {dataset!r}", lambda: import_module("datasets").load_dataset(HUB_DATASETS[dataset], dataset, split=split))
+        return [r for r in hub["text"] if r.strip()]
+    try:
+        if path.is_dir():
+            saved = import_module("datasets").load_from_disk(str(path))
+            if isinstance(saved, dict) and split in saved:
+                return [r for r in saved[split]["text"] if r.strip()]
+            rows = (saved["train"] if isinstance(saved, dict) else saved)["text"]
+        elif path.suffix == ".parquet":
+            rows = pd.read_parquet(path)["text"]
+        elif path.suffix in (".jsonl", ".json"):
+            rows = pd.read_json(path, lines=path.suffix == ".jsonl")["text"]
+        else:
+            rows = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as e:
+        raise HandoffError(f"--dataset {dataset} is not UTF-8 text (byte {e.start}); convert it, e.g. with iconv -t UTF-8") from None
+    except KeyError:
+        raise HandoffError(f"--dataset {dataset} has no column `text`") from None
+    except Exception as e:  # pandas, pyarrow and datasets raise many types
+        raise HandoffError(f"--dataset {dataset} cannot be read: {(str(e).strip().splitlines() or [type(e).__name__])[0][:120]}") from None
+    texts = [str(r) for r in rows if str(r).strip()]
+    if len(texts) < 100:  # a few long texts: cut them between words, so that every split gets its share
+        words = " ".join(texts).split(" ")
+        texts = [" ".join(words[i : i + len(words) // 100 + 1]) for i in range(0, len(words), len(words) // 100 + 1)]
+    ends = np.cumsum([len(t) for t in texts]) / max(1, sum(len(t) for t in texts))
+    return [t for t, end in zip(texts, ends, strict=True) if low < end <= high + 1e-9]
+
+
+# Copied from: janus_adaptive.py::dataset_key
+def dataset_key(dataset: str) -> str:
+    """A name for the content of a dataset: what it is called, and a hash of the bytes (or the versions) that it comes from."""
+    path, source = Path(dataset), HUB_DATASETS.get(dataset, "")
+    if dataset == "builtin":
+        source = repr([BUILTIN_VERSION, platform.python_version(), [version(p) for p in BUILTIN_PACKAGES.values()]])
+    elif not source:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        if not files or not files[0].is_file():
+            raise HandoffError(f"--dataset {dataset}: no such file or folder, nor one of {', '.join([*HUB_DATASETS, 'builtin'])}")
+        if not path.is_dir() and path.suffix not in (".txt", ".parquet", ".jsonl", ".json"):
+            raise HandoffError(f"--dataset {dataset}: expected a .txt, .parquet, .jsonl or .json file, or a folder")
+        source = " ".join(sha256(f) for f in files)
+    return f"{path.stem}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+
+# Copied from: janus_adaptive.py::load_tokenizer
+def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
+    """`train:N` (byte-level BPE of N tokens, trained on the training split), a tokenizer.json, a folder, or a hub name.
+
+    `auto` is gpt2 for WikiText and train:4096 for any other dataset.
+    """
+    if tokenizer == "auto":
+        tokenizer = "gpt2" if dataset in HUB_DATASETS else "train:4096"
+    if tokenizer.startswith("train:"):
+        path = cache / f"{dataset_key(dataset)}-bpe{tokenizer[6:]}.json"
+        if not path.exists():
+            bpe = Tokenizer(models.BPE())
+            bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+            alphabet = pre_tokenizers.ByteLevel.alphabet()
+            trainer = trainers.BpeTrainer(vocab_size=int(tokenizer[6:]), initial_alphabet=alphabet, show_progress=False)
+            bpe.train_from_iterator(read_documents(dataset, "train"), trainer)
+            with atomic(path) as tmp:
+                bpe.save(str(tmp))
+        tokenizer = str(path)
+    if tokenizer.endswith(".json"):
+        try:
+            return Tokenizer.from_file(tokenizer)
+        except Exception as e:  # the library raises bare Exception
+            raise HandoffError(f"tokenizer {tokenizer} cannot be read ({e}); expected a tokenizer.json") from None
+    name = {"gpt2": "openai-community/gpt2"}.get(tokenizer, tokenizer)
+    return from_hub(f"tokenizer {tokenizer!r}", lambda: import_module("transformers").AutoTokenizer.from_pretrained(name).backend_tokenizer)
+
+
+# Copied from: janus_adaptive.py::HFWikiTextLoader
+class HFWikiTextLoader:
+    """One split of a text dataset as a flat, memory-mapped token stream, cut into windows of `seq_len` tokens.
+
+    Tokenised once, with all cores, and cached as <cache_dir>/<dataset>-<tokenizer>-<split>.npy (uint16 or uint32).
+    Attributes: tokenizer, tokens [n], n_windows, and `description` (dataset, its key, tokenizer hash, ...) for sidecars.
+    """
+
+    def __init__(self, dataset: str, tokenizer: str, seq_len: int, split: str, cache_dir: str | Path) -> None:
+        cache = Path(cache_dir).expanduser()
+        self.tokenizer, self.seq_len = load_tokenizer(tokenizer, dataset, cache), seq_len
+        key, tok_hash = dataset_key(dataset), hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()[:12]
+        path = cache / f"{key}-{tok_hash}-{split}.npy"
+        if not path.exists():
+            dtype = np.uint16 if self.tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+            texts, ids = read_documents(dataset, split), [np.zeros(0, dtype)]
+            for i in tqdm(range(0, len(texts), 1000), desc=f"tokenising {split}", unit="kdoc", disable=None):
+                rows = self.tokenizer.encode_batch([t + "\n\n" for t in texts[i : i + 1000]], add_special_tokens=False)
+                ids += [np.asarray(r.ids, dtype) for r in rows]
+            with atomic(path) as tmp:
+                np.save(tmp, np.concatenate(ids))
+        self.tokens = np.load(path, mmap_mode="r")
+        self.n_windows = (len(self.tokens) - 1) // seq_len
+        self.description = dict(dataset=dataset, dataset_key=key, split=split, tokenizer_hash=tok_hash, n_tokens=len(self.tokens))
+        if self.n_windows < 1:
+            raise HandoffError(
+                f"{split} split of {dataset}: {len(self.tokens)} tokens, expected more than --seq_len {seq_len}; use more text"
+            )
+
+    def batch(self, windows: np.ndarray, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Windows by number [B] -> inputs and targets, both int64 [B, T]; `offset` shifts all windows, in tokens."""
+        starts = np.asarray(windows) * self.seq_len + offset
+        rows = torch.from_numpy(np.stack([self.tokens[s : s + self.seq_len + 1] for s in starts]).astype(np.int64))
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def shuffled(self, first: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Windows first..first+n-1 of an endless shuffled stream: inputs and targets, int64 [n, T].
+
+        A pure function of its arguments, so the data cursor of a run is one number. Every epoch shuffles anew and moves
+        the window borders by a random offset.
+        """
+        per_epoch, parts = max(1, self.n_windows - 1), []
+        while n:
+            epoch, at = divmod(first, per_epoch)
+            rng = np.random.default_rng([seed, epoch])
+            offset = int(rng.integers(self.seq_len)) if self.n_windows > 1 else 0
+            parts.append(self.batch(rng.permutation(per_epoch)[at : at + n], offset))
+            first, n = first + len(parts[-1][0]), n - len(parts[-1][0])
+        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+# ------------------------------------------------------------------------------------------------ method: EDIT HERE
+@torch.inference_mode()
+def layer_activations(model: NewGPT, idx: Tensor, layers: list[int], site: str, autocast: Any) -> dict[str, Tensor]:
+    """Token ids [B, T] -> {"<site>.<layer>": float32 [B*T, D]}, of `site` and of z; blocks above the deepest layer never run."""
+    tap: dict[str, Any] = {f"{name}.{l}": None for l in layers for name in (site, "z")}
+    with autocast:
+        model.run_blocks(model.embed(idx), stop=max(layers) + 1, tap=tap)
+    return {name: a.flatten(0, 1).flatten(1).float() for name, a in tap.items()}
+
+
+def to_dump(x: Tensor, dtype: str, what: str) -> np.ndarray:
+    """x [n, D] as `dtype`. Raises HandoffError if x is not finite, or beyond what the type can hold."""
+    peak, limit = x.abs().max().item(), float(np.finfo(dtype).max)  # a NaN wins the maximum
+    if not math.isfinite(peak):
+        raise HandoffError(f"{what} holds {peak}: the checkpoint's weights are not finite, or the model overflows (--dtype float32)")
+    if peak > limit:
+        raise HandoffError(f"{what} reaches {peak:.6g}, the largest {dtype} is {limit:.0f}; pass --dump_dtype float32")
+    return x.cpu().numpy().astype(dtype)
+
+
+def sufficient_statistics(rows: np.ndarray, z: Tensor) -> dict[str, np.ndarray]:
+    """Sums over tokens, float64, from which mean and variance of the dumped rows [n, D] and the topology of z [n, H*K] follow."""
+    x, z = rows.astype(np.float64), z.cpu().double()
+    return dict(x=x.sum(0), x2=np.square(x).sum(0), norm=np.linalg.norm(x, axis=1).sum(), z=z.sum(0).numpy(), zz=(z.T @ z).numpy())
+
+
+# Copied from: janus_adaptive.py::head_cosines
+def head_cosines(grams: Tensor) -> Tensor:
+    """Gram matrices [..., H, H] -> cosine of every pair of heads [..., H(H-1)/2]; the diagonal is never formed."""
+    scale = grams.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30).rsqrt()
+    i, j = torch.triu_indices(grams.shape[-2], grams.shape[-1], 1, device=grams.device)
+    return (grams * scale[..., :, None] * scale[..., None, :])[..., i, j]
+
+
+def per_pair(m: Tensor, n_heads: int) -> Tensor:
+    """Sum of the block of each pair of heads: [H*K, H*K] -> [H, H]."""
+    return m.unflatten(0, (n_heads, -1)).unflatten(2, (n_heads, -1)).sum((1, 3))
+
+
+def gram_matrices(zz: Tensor, w_o: Tensor, n_heads: int) -> list[Tensor]:
+    """<z_i, z_j> and <o_i, o_j> over all tokens, [H, H] each, from zz = Z^T Z [H*K, H*K] and the output projection w_o [D, H*K].
+
+    o_h = z_h W_O,h is what head h writes to the residual stream; it is not formed: <o_i, o_j> = tr(z_i^T z_j W_O,j W_O,i^T).
+    Unlike z, it does not depend on the basis that a head happens to use for its values.
+    """
+    diagonals = torch.eye(len(zz) // n_heads, dtype=zz.dtype).repeat(n_heads, n_heads)
+    return [per_pair(zz * diagonals, n_heads), per_pair(zz * (w_o.T @ w_o), n_heads)]
+
+
+def metrics(cosines: list[Tensor], zz: Tensor, linear_cka: Tensor) -> dict[str, Tensor]:
+    """Cosines of the pairs of heads [..., P], of z and of o; Z^T Z -> {metric: [...]}; sigma is the mean |cosine|.
+
+    effective_rank: (sum s)^2 / sum s^2 of the singular values s of Z [N, H*K], not centred, as in the published Table 1.
+    """
+    s, (z, resid) = torch.linalg.eigvalsh(zz).clamp_min(0).sqrt(), cosines
+    rank = s.sum().square() / s.square().sum()
+    found = dict(mean_cosine=z.mean(-1), max_cosine=z.amax(-1), max_abs_cosine=z.abs().amax(-1), sigma_z=z.abs().mean(-1))
+    return found | dict(sigma_resid=resid.abs().mean(-1), effective_rank=rank, effective_rank_share=rank / len(zz), linear_cka=linear_cka)
+
+
+def topology(n: int, z: Tensor, zz: Tensor, w_o: Tensor, n_heads: int) -> dict[str, Tensor]:
+    """How alike a layer's heads are over n tokens, from z = sum_t z_t [H*K] and zz = Z^T Z [H*K, H*K], float64.
+
+    linear_cka: ||C_ij||^2 / (||C_ii|| ||C_jj||), Frobenius, C centred; mean over pairs (Kornblith 2019). Not debiased: n >> K.
+    """
+    cka = head_cosines(per_pair((zz - torch.outer(z, z) / n).square(), n_heads)).mean()
+    return metrics([head_cosines(gram) for gram in gram_matrices(zz, w_o, n_heads)], zz, cka)
+
+
+def null_topology(n: int, zz: Tensor, w_o: Tensor, n_heads: int, seed: int) -> dict[str, Tensor]:
+    """The same metrics, were the heads not aligned with each other at all; 10,000 draws of those that are random.
+
+    Cosines: every head does what it does, in a basis turned at random. <z_i R_i, z_j R_j> has mean 0 and variance
+    ||z_i^T z_j||^2 / K, and is nearly normal; turned in the residual stream, ||o_i^T o_j||^2 / D. Effective rank: the same heads,
+    mutually uncorrelated (an upper limit). CKA: independent heads, K / (n + K).
+    """
+    k, rng, cosines = len(zz) // n_heads, torch.Generator().manual_seed(seed), list[Tensor]()
+    own = torch.block_diag(*[torch.ones(k, k, dtype=zz.dtype)] * n_heads)
+    write, (i, j) = (w_o.T @ w_o) * own, torch.triu_indices(n_heads, n_heads, offset=1)
+    for gram, square, width in zip(gram_matrices(zz, w_o, n_heads), (zz * zz, write @ zz @ write * zz), (k, len(w_o)), strict=True):
+        norm2 = gram.diagonal().clamp_min(1e-30)
+        sd = (per_pair(square, n_heads) / width / torch.outer(norm2, norm2)).sqrt()[i, j]
+        cosines.append(sd * torch.randn(10_000, len(i), generator=rng, dtype=sd.dtype))
+    return metrics(cosines, zz * own, zz.new_tensor(k / (n + k)))
+
+
+def jackknife(without: Tensor) -> float:
+    """Half-width of the 95 % interval, from the values [b] with one of b > 1 blocks of windows left out each (Tukey 1958)."""
+    b = len(without)
+    return stats.t.ppf(0.975, b - 1) * ((b - 1) * without.var(correction=0)).sqrt().item()
+
+
+# ------------------------------------------------------------------------------------ harvest, which can be interrupted
+def dump_path(args: argparse.Namespace, l: int, suffix: str = "") -> Path:
+    return args.out / f"L{l}.{args.site}{suffix}.npy"
+
+
+def sums_path(args: argparse.Namespace, block: int) -> Path:
+    return args.out / f"block{block:02d}.partial.npz"
+
+
+def plan(args: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
+    """What identifies this harvest, and "todo", the layers asked for that are not finished.
+
+    Raises HandoffError if a harvest of something else, finished or not, is in the way.
+    """
+    remedy, tokens, common = "the same command with --overwrite", args.out / "tokens.npy", {k: facts[k] for k in IDENTITY}
+    job = common | {k: getattr(args, k) for k in ("layers", "site", "dump_dtype", "compute_dtype", "batch_size")}
+    if args.overwrite:
+        return job | {"todo": args.layers, "anew": True}
+
+    def same(found: dict[str, Any], expected: dict[str, Any], what: str) -> dict[str, Any]:
+        for key in (k for k in expected if found.get(k) != expected[k]):
+            raise HandoffError(f"{what} {key} {found.get(key)!r}, not {expected[key]!r}; take another --run_name, or --overwrite")
+        return found
+
+    if (args.out / PROGRESS).is_file():
+        saved = json.loads((args.out / PROGRESS).read_text(encoding="utf-8"))
+        return same(saved, job, f"{args.out} holds an unfinished harvest (its own command finishes it) with")
+    if tokens.exists():
+        same(read_sidecar(tokens, TOKENS_SCHEMA, remedy), common, f"{tokens} has")
+    for csv in (p for p in (args.out / name for name in TABLES) if p.exists()):  # the rows of new layers join those that are there
+        read_sidecar(csv, TABLE_SCHEMA, remedy)
+    there = [l for l in args.layers if dump_path(args, l).exists()]
+    for path in (dump_path(args, l) for l in there):
+        expected = common | {"dtype": args.dump_dtype, "compute_dtype": args.compute_dtype}
+        same(read_sidecar(path, DUMP_SCHEMA, remedy), expected, f"{path} has")
+    return job | {"todo": [l for l in args.layers if l not in there], "anew": False}
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Removes files, each sidecar before what it describes."""
+    for path in paths:
+        sidecar_path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def reserve(args: argparse.Namespace, todo: list[int], shape: tuple[int, int]) -> None:
+    """Creates the partial dumps with all their disk blocks: a full disk is an error here, and never a SIGBUS while writing.
+
+    Raises HandoffError if they are larger than --max_gb or than what the disk has.
+    """
+    n_bytes = len(todo) * shape[1] * (shape[0] * np.dtype(args.dump_dtype).itemsize + 8 * N_BLOCKS * shape[1])  # dumps and sums
+    if n_bytes > args.max_gb * 1e9:
+        raise HandoffError(f"layers {todo} of {shape[0]:,} tokens are {n_bytes / 1e9:.3f} GB, --max_gb is {args.max_gb:g}: take fewer")
+    need_disk(args.out, n_bytes + 8 * shape[0])
+    print(f"disk: {n_bytes / 1e9:.3f} GB in {args.out}")
+    for path in (dump_path(args, l, ".partial") for l in todo):
+        try:
+            np.lib.format.open_memmap(path, mode="w+", dtype=args.dump_dtype, shape=shape)
+            with open(path, "rb+") as f:
+                os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+        except OSError as e:
+            raise HandoffError(f"{path} cannot have {shape} {args.dump_dtype} numbers of disk: {e.strerror}") from None
+
+
+def harvest(args: argparse.Namespace, model: NewGPT, data: HFWikiTextLoader, autocast: Any, job: dict, bounds: np.ndarray) -> None:
+    """Writes the dumps of the layers to do as partial files, windows bounds[b] to bounds[b+1] a block.
+
+    After each block the dumps and then its sums are forced to disk, so that a killed harvest goes on at the start of a block.
+    Raises HandoffError for an activation that cannot be dumped, dumps that do not fit, or a damaged unfinished harvest.
+    """
+    t, todo, width = data.seq_len, job["todo"], model.cfg.n_heads * model.cfg.d_head if args.site == "z" else model.cfg.d_model
+
+    def measure(first: int, end: int) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
+        idx = data.batch(np.arange(first, end))[0].to(model.embedding.weight.device)
+        seen = layer_activations(model, idx, todo, args.site, autocast)
+        for l in todo:
+            rows = to_dump(seen[f"{args.site}.{l}"], args.dump_dtype, f"{args.site} of layer {l}, windows {first} to {end - 1},")
+            yield l, rows, sufficient_statistics(rows, seen[f"z.{l}"])
+
+    if args.overwrite or not (args.out / PROGRESS).exists():
+        remove([*args.out.glob("*.partial.np[yz]"), args.out / PROGRESS])
+        reserve(args, todo, (int(bounds[-1]) * t, width))
+        write_json(args.out / PROGRESS, job)
+    left = [b for b in range(len(bounds) - 1) if not sums_path(args, b).exists()]
+    try:
+        for path in args.out.glob("L*.partial.npy"):
+            np.load(path, mmap_mode="r", allow_pickle=False)  # a check: "r+" would lengthen a truncated file without a word
+        dumps = {l: np.lib.format.open_memmap(dump_path(args, l, ".partial"), mode="r+") for l in todo if left}
+    except (OSError, ValueError) as e:
+        raise HandoffError(f"the unfinished harvest in {args.out} was damaged ({e}) and is now removed; start again") from None
+    start, trial = time.perf_counter(), min(args.batch_size, int(bounds[-1]))
+    list(measure(0, trial))
+    minutes = (time.perf_counter() - start) * (bounds[-1] - bounds[left[0]]) / trial / 60 if left else 0.0
+    print(f"time: at most about {minutes:.1f} min for layers {todo}, site {args.site}, on {model.embedding.weight.device}", flush=True)
+    with tqdm(total=int(bounds[-1] - bounds[left[0]]) * t if left else 0, unit="tok", unit_scale=True, disable=None) as bar:
+        for b in left:
+            sums: dict[str, Any] = {}
+            for first in range(bounds[b], bounds[b + 1], args.batch_size):
+                end = min(first + args.batch_size, bounds[b + 1])
+                for l, rows, found in measure(first, end):
+                    dumps[l][first * t : end * t] = rows
+                    for name, value in found.items():
+                        sums[f"{name}.{l}"] = sums.get(f"{name}.{l}", 0.0) + value
+                bar.update((end - first) * t)
+            for dump in dumps.values():
+                dump.flush()
+            with atomic(sums_path(args, b)) as tmp:
+                np.savez(tmp, **sums)
+
+
+def publish(path: Path, write: Callable[[Path], Any], schema: str, inputs: list[Any], **facts: Any) -> None:
+    """Replaces the artefact `path` by what `write` writes, then its sidecar; in between it has none, and so is not finished."""
+    sidecar_path(path).unlink(missing_ok=True)
+    with atomic(path) as tmp:
+        write(tmp)
+    write_sidecar(path, schema, inputs, **facts)
+
+
+def layer_report(args: argparse.Namespace, model: NewGPT, l: int, bounds: np.ndarray) -> tuple[list[dict], list[dict], dict[str, Any]]:
+    """Rows of topology_stats.csv and of head_cosines.csv for one layer, and what the sidecar of its dump says of its values."""
+    h, w_o = model.cfg.n_heads, model.state_dict()[f"blocks.{l}.attn.w_o.weight"].cpu().double()
+    files = [np.load(sums_path(args, b), allow_pickle=False) for b in range(len(bounds) - 1)]
+    part = {name: torch.from_numpy(np.stack([f[f"{name}.{l}"] for f in files])) for name in ("x", "x2", "norm", "z", "zz")}
+    ns = (np.diff(bounds) * model.cfg.seq_len).tolist()
+    n, (x, x2, norm, z, zz) = sum(ns), (v.sum(0) for v in part.values())
+    whole, null = topology(n, z, zz, w_o, h), null_topology(n, zz, w_o, h, args.seed)
+    without = [topology(n - m, z - zb, zz - zzb, w_o, h) for m, zb, zzb in zip(ns, part["z"], part["zz"], strict=True) if m < n]
+    who, rows = dict(run=args.run_name, layer=l), []
+    for name, v in ((name, value.item()) for name, value in whole.items()):
+        half = jackknife(torch.stack([other[name] for other in without])) if without else math.nan
+        low, high = null[name].quantile(z.new_tensor([0.025, 0.975])).tolist() if null[name].dim() else (math.nan, math.nan)
+        row = dict(metric=name, value=v, ci_lo=v - half, ci_hi=v + half, null_mean=null[name].mean().item(), null_lo=low, null_hi=high)
+        rows.append(who | row | dict(n_tokens=n, n_windows=int(bounds[-1]), n_blocks=len(ns)))
+    ij, cosines = torch.triu_indices(h, h, offset=1).T.tolist(), head_cosines(gram_matrices(zz, w_o, h)[0]).tolist()
+    pairs = [who | dict(head_i=i, head_j=j, cosine=c) for (i, j), c in zip(ij, cosines, strict=True)]
+    mean, variance = x / n, (x2 / n - (x / n).square()).clamp_min(0)
+    gamma = (mean.norm() / variance.sum().clamp_min(1e-300).sqrt()).item()  # how far the mean stands out of the spread
+    return rows, pairs, dict(mean=mean.tolist(), variance=variance.tolist(), mean_norm=norm.item() / n, gamma=gamma)
+
+
+def finish(args: argparse.Namespace, model: NewGPT, data: HFWikiTextLoader, job: dict, bounds: np.ndarray, facts: dict) -> None:
+    """CSVs, tokens and positions, then the dumps under their own names; each sidecar last. It can be interrupted and repeated."""
+    out, n, inputs = args.out, facts["n_tokens"], [args.model_path]
+    layers = {l: layer_report(args, model, l, bounds) for l in tqdm(job["todo"], desc="topology", unit="layer", disable=None)}
+    if job["anew"]:
+        remove(p for pattern in ("*.npy", "*.csv") for p in out.glob(pattern) if ".partial" not in p.name)
+        write_json(out / PROGRESS, job | {"anew": False})
+    for at, csv in enumerate(out / name for name in TABLES):
+        table = pd.DataFrame([row for found in layers.values() for row in found[at]])
+        if csv.is_file():  # keep the layers of earlier harvests
+            old = pd.read_csv(csv)
+            table = pd.concat([old[~old["layer"].isin(job["todo"])], table]).sort_values("layer", kind="stable")
+        publish(csv, functools.partial(table.to_csv, index=False), TABLE_SCHEMA, inputs, columns=list(table), rows=len(table))
+    for name, values in (("tokens", data.tokens[:n]), ("positions", np.tile(np.arange(data.seq_len, dtype=np.uint32), int(bounds[-1])))):
+        if not sidecar_path(path := out / f"{name}.npy").is_file():
+            own = dict(axes="N", shape=[n], dtype=str(values.dtype), unit="token id" if name == "tokens" else "tokens into the window")
+            publish(path, functools.partial(np.save, arr=values), TOKENS_SCHEMA, inputs, **own, **facts)
+    for l, path in ((l, dump_path(args, l)) for l in job["todo"]):
+        sidecar_path(path).unlink(missing_ok=True)
+        if (partial := dump_path(args, l, ".partial")).exists():  # else an interrupted finish() got as far as this
+            os.replace(partial, path)
+        own = dict(layer=l, site=args.site, axes="N D", shape=[n, len(layers[l][2]["mean"])], dtype=args.dump_dtype, unit="unnormalised")
+        write_sidecar(path, DUMP_SCHEMA, inputs, **own, **layers[l][2], compute_dtype=args.compute_dtype, **facts)
+    remove([*out.glob("*.partial.np[yz]"), out / PROGRESS])
+
+
+# ------------------------------------------------------------------------------------- report: table 1 and figure 1
+def compared_csvs(args: argparse.Namespace, name: str) -> list[Path]:
+    """The file `name` of each run to show side by side, control first. Raises HandoffError if one of them is not finished."""
+    found = {p.parent.name for p in args.save_dir.glob(f"*/{name}.json")} | {args.run_name}
+    runs = args.compare or sorted(found, key=lambda run: (run != "control", run))
+    remedy = "python harvest_activations.py --model_path CHECKPOINT --run_name "
+    for run in runs:
+        if run != args.run_name or args.redraw:
+            read_sidecar(args.save_dir / run / name, TABLE_SCHEMA, remedy + run)
+    return [args.save_dir / run / name for run in runs]
+
+
+def side_by_side(csvs: list[Path]) -> pd.DataFrame:
+    """Rows of all files, of the layers that every run has (if there is such a layer)."""
+    frames = [pd.read_csv(csv) for csv in csvs]
+    both, frame = set.intersection(*(set(f["layer"]) for f in frames)), pd.concat(frames)
+    return frame[frame["layer"].isin(both)] if both else frame
+
+
+def draw_cosines(csvs: list[Path], out: Path) -> None:
+    """Figure 1: the cosine of every pair of heads, a column a run and a row a layer, all on one colour scale; from CSVs alone."""
+    matplotlib = import_module("matplotlib")
+    matplotlib.use("Agg")
+    plt = import_module("matplotlib.pyplot")
+    frame = side_by_side(csvs)
+    runs, layers, limit = frame["run"].unique(), sorted(frame["layer"].unique()), max(1e-12, frame["cosine"].abs().max())
+    size = 2.4 + 2.6 * len(runs), 1 + 2.6 * len(layers)
+    fig, axes = plt.subplots(len(layers), len(runs), figsize=size, layout="constrained", squeeze=False)
+    for ax, (layer, run) in zip(axes.flat, ((layer, run) for layer in layers for run in runs), strict=True):
+        rows = frame[(frame["run"] == run) & (frame["layer"] == layer)]
+        ax.set_title(f"{run}, layer {layer}\n" + (f"max {rows['cosine'].max():.4f}" if len(rows) else "not harvested"), fontsize=9)
+        n_heads, i, j = len(set(rows["head_i"])) + 1, rows["head_i"], rows["head_j"]
+        matrix = np.full((n_heads, n_heads), np.nan)
+        matrix[i, j] = matrix[j, i] = rows["cosine"]
+        image = ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        ax.set(facecolor="0.8", xticks=range(n_heads), yticks=range(n_heads), xlabel="head", ylabel="head")
+        ax.tick_params(labelsize=7)
+    fig.colorbar(image, ax=axes, shrink=min(1.0, 2.4 / len(layers)), label="cosine of z (grey: the diagonal)")
+    published = "\n(published, layer 9: max .0305 control, .0121 adaptive)" if 9 in layers else ""
+    fig.suptitle("Figure 1: heads against heads" + published, fontsize=9)
+    fig.savefig(out, dpi=130)
+    plt.close(fig)
+
+
+def table1(csvs: list[Path]) -> str:
+    """Table 1 as text, from CSVs alone: every metric of every layer, runs side by side."""
+    frame, show = side_by_side(csvs), "{value:.4g} [{ci_lo:.4g}, {ci_hi:.4g}] ({null_mean:.3g})"
+    frame["cell"] = [show.format(**row) for row in frame.to_dict("records")]
+    index = pd.MultiIndex.from_product([sorted(frame["layer"].unique()), frame["metric"].unique()])
+    table = frame.pivot(index=["layer", "metric"], columns="run", values="cell").reindex(index=index, columns=frame["run"].unique())
+    return f"""Table 1. Heads of a layer: value [95 % interval] (null); {frame["n_tokens"].min():,} tokens, {frame["n_blocks"].min()} blocks
+{table.fillna("-").to_string()}
+Interval: jackknife over blocks of neighbouring windows, each cell for itself; it holds for this trained model. Between runs the unit
+is the training seed, n = 1 a run: descriptive only. Null: cosines, each head's basis turned at random; effective rank, heads that are
+uncorrelated (an upper limit); CKA, independent heads. A maximum is biased upwards by the choice of the pair. Head numbers of different
+runs are unrelated. Published, 8 heads x 64, control -> adaptive: max_cosine L3 .0218 -> .0146, L6 .0177 -> .0083, L9 .0305 -> .0121;
+effective_rank L3 280.4 -> 289.5, L6 282.1 -> 307.5, L9 286.9 -> 290.4; effective_rank_share .548 -> .565, .551 -> .601, .560 -> .567.
+"""
+
+
+def report(args: argparse.Namespace) -> None:
+    """Writes and prints table 1, and draws figure 1, for the runs compared; needs nothing but their CSV files."""
+    figure, table = args.out / "figure1_head_cosines.png", args.out / "table1_topology.txt"
+    csvs = compared_csvs(args, TABLES[1])
+    publish(figure, functools.partial(draw_cosines, csvs), FIGURE_SCHEMA, csvs)
+    csvs = compared_csvs(args, TABLES[0])
+    publish(table, functools.partial(Path.write_text, data=table1(csvs), encoding="utf-8"), TABLE_SCHEMA, csvs)
+    print(f"{table1(csvs)}\nsee {figure} and {table}")
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+def resolve(args: argparse.Namespace, ckpt: dict[str, Any], autocast: Any) -> None:
+    """Fills in what the command line left to the checkpoint. Raises HandoffError for a layer that the model does not have."""
+    preset, n_layers = PHASE_PRESETS[ckpt["preset"] if args.preset == "auto" else args.preset], ckpt["config"]["n_layers"]
+    args.layers = sorted(set(range(n_layers) if args.layers is None else args.layers))
+    for l in (l for l in args.layers if not 0 <= l < n_layers):
+        raise HandoffError(f"--layers {l}: {args.model_path} has {n_layers} layers, valid are 0 to {n_layers - 1}")
+    args.run_name, args.dataset = args.run_name or ckpt["arm"], args.dataset or ckpt["dataset"]
+    args.tokenizer = args.tokenizer or str(args.model_path.parent / "tokenizer.json")
+    args.tokens, args.batch_size = args.tokens or preset["tokens"], args.batch_size or preset["batch_size"]
+    args.out, args.compute_dtype = args.save_dir / args.run_name, "bfloat16" if autocast._enabled else "float32"
+
+
+def load_text(args: argparse.Namespace, trained: dict[str, Any], cfg: GPTConfig) -> tuple[HFWikiTextLoader, int]:
+    """The split to harvest, and how many of its windows. Raises HandoffError if the tokenizer is not the checkpoint's."""
+    t, data = cfg.seq_len, HFWikiTextLoader(args.dataset, args.tokenizer, cfg.seq_len, args.split, args.cache_dir)
+    found, n_windows = data.description, min(args.tokens // t, data.n_windows)
+    if found["tokenizer_hash"] != trained["tokenizer_hash"]:
+        hashes = f"hash {found['tokenizer_hash']}, the checkpoint's is {trained['tokenizer_hash']}"
+        raise HandoffError(f"tokenizer {args.tokenizer}: {hashes}; leave --tokenizer out")
+    if found["dataset_key"] != trained["dataset_key"]:
+        print(f"note: the text is {found['dataset_key']}, the model was trained on {trained['dataset_key']}")
+    if n_windows < 1:
+        raise HandoffError(f"--tokens {args.tokens} is less than one window of {t} tokens")
+    if n_windows * t != args.tokens:
+        print(f"note: {n_windows * t:,} tokens, not {args.tokens:,}: whole windows of {t}; the {args.split} split has {data.n_windows:,}")
+    return data, n_windows
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.redraw:
+        args.out = args.save_dir / args.run_name
+        report(args)
+        return 0
+    device, autocast = set_up(args)
+    model, ckpt = load_checkpoint(args.model_path, device, args.skip_probe)
+    resolve(args, ckpt, autocast)
+    compared_csvs(args, TABLES[1])  # a mistake in --compare should not cost a harvest
+    data, n_windows = load_text(args, ckpt["data"], model.cfg)
+    facts = {k: data.description[k] for k in ("dataset", "dataset_key", "split", "tokenizer_hash")}
+    facts |= dict(run_name=args.run_name, preset=ckpt["preset"], arm=ckpt["arm"], seed=args.seed)
+    facts |= dict(checkpoint=args.model_path, checkpoint_sha256=sha256(args.model_path))
+    facts |= dict(n_heads=model.cfg.n_heads, d_head=model.cfg.d_head, seq_len=data.seq_len, n_tokens=n_windows * data.seq_len)
+    bounds = np.linspace(0, n_windows, min(N_BLOCKS, n_windows) + 1).astype(int)
+    job = plan(args, facts)
+    with run_record(args.out, args):
+        if job["todo"]:
+            try:
+                harvest(args, model, data, autocast, job, bounds)
+            except HandoffError:
+                remove([*args.out.glob("*.partial.np[yz]"), args.out / PROGRESS])  # going on could not mend it
+                raise
+            finish(args, model, data, job, bounds, facts)
+        else:
+            print(f"{args.out} has these layers already: nothing to harvest")
+        report(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
