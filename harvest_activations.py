@@ -148,7 +148,7 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
         except HandoffError as e:
             text = str(e)
         except OSError as e:
-            text = f"{e.strerror or e}: {e.filename or 'while writing'}; nothing that existed was changed: use a folder with room that you may write to"
+            text = f"{e.strerror or e}: {e.filename or 'while writing'}; nothing that existed was changed: use a folder with room and rights"
         except (MemoryError, torch.OutOfMemoryError) as e:
             text = f"out of memory ({e}); use a smaller --batch_size"
         except KeyboardInterrupt:
@@ -998,15 +998,18 @@ def side_by_side(csvs: list[Path]) -> pd.DataFrame:
 
 
 def draw_cosines(csvs: list[Path], out: Path) -> None:
-    """Figure 1: the cosine of every pair of heads, a column a run and a row a layer, all on one colour scale; from CSVs alone."""
+    """Figure 1: the cosine of every pair of heads, runs side by side, all on one colour scale; from CSVs alone."""
     matplotlib = import_module("matplotlib")
     matplotlib.use("Agg")
     plt = import_module("matplotlib.pyplot")
     frame = side_by_side(csvs)
     runs, layers, limit = frame["run"].unique(), sorted(frame["layer"].unique()), max(1e-12, frame["cosine"].abs().max())
-    size = 2.4 + 2.6 * len(runs), 1 + 2.6 * len(layers)
-    fig, axes = plt.subplots(len(layers), len(runs), figsize=size, layout="constrained", squeeze=False)
-    for ax, (layer, run) in zip(axes.flat, ((layer, run) for layer in layers for run in runs), strict=True):
+    panels, across = [(layer, run) for layer in layers for run in runs], len(runs) * min(len(layers), max(1, 6 // len(runs)))
+    down = -(-len(panels) // across)
+    fig, axes = plt.subplots(down, across, figsize=(2.4 + 2.3 * across, 1 + 2.6 * down), layout="constrained", squeeze=False)
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    for ax, (layer, run) in zip(axes.flat, panels, strict=False):
         rows = frame[(frame["run"] == run) & (frame["layer"] == layer)]
         ax.set_title(f"{run}, layer {layer}\n" + (f"max {rows['cosine'].max():.4f}" if len(rows) else "not harvested"), fontsize=9)
         n_heads, i, j = len(set(rows["head_i"])) + 1, rows["head_i"], rows["head_j"]
@@ -1015,7 +1018,7 @@ def draw_cosines(csvs: list[Path], out: Path) -> None:
         image = ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
         ax.set(facecolor="0.8", xticks=range(n_heads), yticks=range(n_heads), xlabel="head", ylabel="head")
         ax.tick_params(labelsize=7)
-    fig.colorbar(image, ax=axes, shrink=min(1.0, 2.4 / len(layers)), label="cosine of z (grey: the diagonal)")
+    fig.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / down), label="cosine of z (grey: the diagonal)")
     published = "\n(published, layer 9: max .0305 control, .0121 adaptive)" if 9 in layers else ""
     fig.suptitle("Figure 1: heads against heads" + published, fontsize=9)
     fig.savefig(out, dpi=130)

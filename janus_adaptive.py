@@ -194,7 +194,7 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
         except HandoffError as e:
             text = str(e)
         except OSError as e:
-            text = f"{e.strerror or e}: {e.filename or 'while writing'}; nothing that existed was changed: use a folder with room and rights"
+            text = f"{e.strerror or e}: {e.filename or 'while writing'}; nothing that existed was changed: use a folder with room, and yours"
         except (MemoryError, torch.OutOfMemoryError) as e:
             text = f"out of memory ({e}); use a smaller --batch_size"
         except KeyboardInterrupt:
@@ -522,7 +522,8 @@ def golden_probe(model: NewGPT) -> dict[str, Any]:
     Stored in the checkpoint and replayed on every load: a script whose pasted model has drifted is caught at once.
     """
     idx = (torch.arange(min(64, model.cfg.seq_len) + 1) * 7919 % model.cfg.vocab_size)[None]
-    twin = NewGPT(model.cfg).eval()
+    with torch.random.fork_rng(devices=[]):  # initialising the twin must not move the run's random state
+        twin = NewGPT(model.cfg).eval()
     twin.load_state_dict({k: v.detach().cpu().float() for k, v in model.state_dict().items()})
     with torch.inference_mode():
         logits, loss = twin(idx[:, :-1], idx[:, 1:])

@@ -88,7 +88,7 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("runtime")
     g.add_argument("--seed", type=int, default=42, help="seed of Python, NumPy and torch")
     g.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
-    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the matrix products; auto: bfloat16 where it is fast")
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of matrix products; auto: bfloat16 if fast")
     g.add_argument("--overwrite", action="store_true", help="replace existing output")
     g.add_argument("--cache_dir", default=os.environ.get("JANUS_CACHE", "~/.cache/janus_arc"), help="folder of the token cache")
     g.add_argument("--skip_probe", action="store_true", help="do not replay a checkpoint's golden probe (deliberate model variants)")
@@ -158,7 +158,7 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
         except HandoffError as e:
             text = str(e)
         except OSError as e:
-            text = f"{e.strerror or e}: {e.filename or 'while writing'}; nothing that existed was changed: use a folder with room that you may write to"
+            text = f"{e.strerror or e}: {e.filename or 'while writing'}; nothing that existed was changed: use a folder with room and rights"
         except (MemoryError, torch.OutOfMemoryError) as e:
             text = f"out of memory ({e}); use a smaller --batch_size"
         except KeyboardInterrupt:
@@ -474,7 +474,9 @@ class NewGPT(nn.Module):
         """Token ids [B, T] -> residual stream before block 0 [B, T, D]."""
         return self.drop(self.embedding(idx))
 
-    def run_blocks(self, x: Tensor, start: int = 0, stop: int | None = None, *, head_scale: Tensor | None = None, tap: dict | None = None) -> Tensor:
+    def run_blocks(
+        self, x: Tensor, start: int = 0, stop: int | None = None, *, head_scale: Tensor | None = None, tap: dict | None = None
+    ) -> Tensor:
         """Residual stream x [B, T, D] through blocks start..stop-1; a caller may run just a prefix or a suffix of the model."""
         cos, sin = self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]]
         for l in range(start, len(self.blocks) if stop is None else stop):
@@ -581,7 +583,7 @@ class Dump:
         for start in range(0, len(self.array), 4096):
             total += self.rows(start, start + 4096)[: max(0, self.n_train - start)].sum(0, dtype=torch.float64)
         mean, starts = (total / self.n_train).float(), np.linspace(0, max(0, self.n_train - BLOCK), 256).astype(int)
-        norm = float(np.mean([(self.rows(s, s + BLOCK).float() - mean).norm(dim=1).mean() for s in starts]))
+        norm = float(np.mean([(self.rows(s, min(s + BLOCK, self.n_train)).float() - mean).norm(dim=1).mean() for s in starts]))
         if norm == 0:
             raise HandoffError(f"{self.path} is the same in every row: nothing to decompose; remake it with: {self.remedy}")
         return mean, norm
@@ -631,19 +633,21 @@ def row_topk(pre: Tensor, k: int, members: int = 16) -> tuple[Tensor, Tensor]:
     return value, latent.gather(1, at)
 
 
-def select(pre: Tensor, k: int, arch: str) -> tuple[Code, Tensor]:
-    """pre [N, F] -> what fires: each token's k largest (topk), or the batch's N k largest (batchtopk, Bussmann et al. 2024), if
-    positive; and tau, the smallest value that does. Batchtopk looks at each row's c largest; c grows until it can miss none."""
-    c, tau = k, pre.new_zeros(())
-    value, latent = row_topk(pre, c)
-    while arch == "batchtopk" and c < pre.shape[1] and (c == k or (value.amin(1) > tau).any()):
-        c = min(2 * c, pre.shape[1])
-        value, latent = row_topk(pre, c)
-        tau = value.flatten().kthvalue(value.numel() - k * len(pre) + 1).values.clamp(min=0)
+def select(pre: Tensor, k: int, arch: str, guess: Tensor | float = 0.0) -> tuple[Code, Tensor]:
+    """pre [N, F] -> the positive ones among each token's k largest (topk), or the batch's N k largest (batchtopk, Bussmann et al.
+    2024); and tau, the smallest value that fires (batchtopk). Exact whatever the `guess`, which is a fast lower bound of tau."""
+    if arch == "topk":
+        value, latent = (t.flatten() for t in row_topk(pre, k))
+        token, tau = torch.arange(len(pre), device=pre.device).repeat_interleave(k), pre.new_zeros(())
+    else:
+        token, latent = (pre > guess).nonzero(as_tuple=True)
+        if len(token) < k * len(pre):  # guessed too high
+            token, latent = (pre > 0).nonzero(as_tuple=True)
+        value = pre[token, latent]
+        tau = value.kthvalue(len(value) - k * len(pre) + 1).values if len(value) > k * len(pre) else pre.new_zeros(())
     fires = (value > 0) & (value >= tau)
-    count = fires.sum(1)
-    token = torch.arange(len(pre), device=pre.device).repeat_interleave(count)
-    return Code(latent[fires], value[fires], token, count.cumsum(0) - count), tau.float()
+    count = torch.bincount(token[fires], minlength=len(pre))
+    return Code(latent[fires], value[fires], token[fires], count.cumsum(0) - count), tau.float()
 
 
 def sparse_backward(x: Tensor, code: Code, dy: Tensor, w_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -703,7 +707,7 @@ class Trainer:
             dy, fired = error * (2 / (n * d)), (acts > 0).sum(0)
             grads = dense_backward(low, acts, dy.to(self.dtype), w_dec, a.l1 / n)
         else:
-            code, tau = select(pre, a.k, a.arch)
+            code, tau = select(pre, a.k, a.arch, 0.8 * self.tau)
             self.tau = self.tau.lerp(tau, 1 / min(self.TAU_STEPS, max(1, self.step_count / 5)))
             y = F.embedding_bag(code.latent, w_dec, code.start, per_sample_weights=code.value, mode="sum")
             error = y.float() + self.b_dec - x
@@ -713,7 +717,7 @@ class Trainer:
                 m = math.ceil(n * self.AUX_TOKENS)  # the batch is shuffled: its first rows are a random sample
                 top = pre[:m, dead].topk(min(len(dead), d // 2 if a.aux_k < 0 else a.aux_k))
                 acts = torch.zeros_like(pre[:m, dead]).scatter_(1, top.indices, top.values.relu())
-                d_aux = ((acts @ w_dec[dead]).float() + error[:m]) * (2 * self.AUX / error[:m].square().sum())
+                d_aux = ((acts @ w_dec[dead]).float() + error[:m]) * (2 * self.AUX / error[:m].square().sum().clamp(min=1e-9))
                 for grad, part in zip(grads, dense_backward(low[:m], acts, d_aux.to(self.dtype), w_dec[dead]), strict=True):
                     grad.index_add_(0, dead, part)
         # the decoder adds b_dec, the encoder subtracts it
@@ -732,9 +736,7 @@ class Trainer:
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
         self.idle = torch.where(fired > 0, 0, self.idle + len(raw))
         if not math.isfinite(mse):
-            raise HandoffError(
-                f"step {self.step_count}: the error is {mse:g}; try a --learning_rate below {a.learning_rate}; saves are good"
-            )
+            raise HandoffError(f"step {self.step_count}: the error is {mse:g}; try a --learning_rate below {a.learning_rate}")
         if self.step_count % 50 == 0 or self.step_count == a.steps:
             dead = (self.idle > a.dead_tokens).float().mean()
             facts = {"mse_normalised": mse, "l0": fired.sum() / len(raw), "dead_share": dead, "threshold": self.tau}
@@ -897,7 +899,8 @@ def table2(metrics: pd.DataFrame) -> pd.DataFrame:
             half = stats.t.ppf(0.975, len(g) - 1) * g[name].std() / math.sqrt(len(g)) if len(g) > 1 else 0
             low, high = (g[name] - half, g[name] + half) if half else (g[f"{name}_lo"], g[f"{name}_hi"])
             row |= {name: g[name].mean(), f"{name}_lo": low.mean(), f"{name}_hi": high.mean()}
-        rows.append(row | {c: g[c].mean() for c in ("ce_recovered_zero", "ce_recovered_mean", "kl_sae", "dead_share_eval") if c in g})
+        others = ("ce_recovered_zero", "ce_recovered_mean", "ce_informative", "kl_sae", "dead_share_eval")
+        rows.append(row | {c: g[c].astype(float).mean() for c in others if c in g})
     return pd.DataFrame(rows)
 
 
@@ -943,7 +946,7 @@ def draw_report(save_dir: Path) -> None:
             edges = np.geomspace(0.7 / latents["n_rows"].max(), 1, 19)
             share = np.histogram(latents["frequency"], edges)[0] / len(latents)
             label = f"{kinds[kind]}: {(latents['frequency'] == 0).mean():.1%} of {len(latents)} never"
-            ax.stairs(share, edges, lw=1.6, color=color[kind], label=label)
+            ax.stairs(share, edges, lw=1.6, ls=["-", "--", ":"][list(kinds).index(kind) % 3], color=color[kind], label=label)
         ax.set(xscale="log", yscale="log", xlabel="activation frequency (share of tokens)", title=f"layer {layer}")
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False)
     for ax in grid[:, 0]:
@@ -952,6 +955,8 @@ def draw_report(save_dir: Path) -> None:
     with atomic(save_dir / "figure3_activation_frequency.png") as tmp:
         fig.savefig(tmp, dpi=130)
     plt.close("all")
+    for name in ("table2.csv", "table2.md", "figure2_l0_by_depth.png", "figure3_activation_frequency.png"):
+        write_sidecar(save_dir / name, "janus.report/1", [save_dir / "sae_metrics.csv"])
 
 
 # ---------------------------------------------------------------------------------------------------------- main
@@ -969,10 +974,11 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
         found = sorted(int(n[1:]) for p in folder.glob(f"L*.{args.site}.npy") if (n := p.name.partition(".")[0])[1:].isdigit())
         for layer in args.layers or found or [None]:
             if layer not in found:
-                raise HandoffError(
-                    f"layer {layer} of {folder} is not there; layers with a dump of {args.site}: {', '.join(map(str, found)) or 'none'}; "
-                    f"make more with: python harvest_activations.py --run_name {run} --layers LAYERS --model_path CHECKPOINT"
+                have = f"dumps of {args.site} of layers {', '.join(map(str, found)) or 'none'}" + (
+                    "" if layer is None else f", not {layer}"
                 )
+                remedy = f"python harvest_activations.py --run_name {run} --layers LAYERS --model_path CHECKPOINT"
+                raise HandoffError(f"{folder} has {have}; make more with: {remedy}")
             dump = Dump(folder, layer, args.site)
             out = args.save_dir / dump.run / (f"L{layer}" if args.site == "z" else f"L{layer}.{args.site}")
             heads = range(dump.array.shape[1] // dump.d_head) if args.unit == "head" else []
@@ -1061,7 +1067,7 @@ def resume_sae(job: Job, device: torch.device) -> Trainer | None:
 
 
 def run_training(job: Job, device: torch.device, stop: list[int]) -> Trainer | None:
-    """Trains one SAE, or goes on with it; None if it is finished already."""
+    """Trains one SAE, or goes on with it; None if it is finished already, or if a signal stopped it."""
     a, dump, folder = job
     t = (resume_sae(job, device) if a.resume else None) or Trainer(a, *dump.moments(), device)
     if t.step_count >= a.steps and sidecar_path(folder / WEIGHTS).exists():
@@ -1075,7 +1081,7 @@ def run_training(job: Job, device: torch.device, stop: list[int]) -> Trainer | N
         if stop or (step + 1) % a.save_interval == 0 or step + 1 == a.steps:
             save_sae(job, t)
         if stop:
-            raise HandoffError(f"stopped by signal {stop[0]}; {folder} is saved at step {step + 1}, go on with --resume")
+            return None
     return t
 
 
@@ -1103,7 +1109,7 @@ def finish_sae(job: Job, t: Trainer, model: tuple[NewGPT, np.ndarray] | None) ->
     write_sidecar(folder / WEIGHTS, SAE_SCHEMA, [dump.path], **names, **facts, metrics=m)
     line = f"{folder}: L0 {m['l0']:.1f}, FVU {m['fvu']:.3f} [{m['fvu_lo']:.3f}, {m['fvu_hi']:.3f}], never fired {m['dead_share_eval']:.1%}"
     if model:
-        line += f", CE recovered {m['ce_recovered_zero']:.1%} (zero), {m['ce_recovered_mean']:.1%} (mean), KL {m['kl_sae']:.4f} nats"
+        line += f", CE recovered {m['ce_recovered_zero']:.1%} (zero), {m['ce_recovered_mean']:.1%} (mean), KL {m['kl_sae']:.2g} nats"
         line += "" if m["ce_informative"] else f"; mean ablation costs under {CE_GAP} nats, so CE recovered says little"
     return line
 
@@ -1117,6 +1123,7 @@ def collect_metrics(save_dir: Path) -> None:
     frame = pd.DataFrame(rows).sort_values([*GROUP, "head"])
     absent = [c for c in ("ce_recovered_zero", "ce_recovered_mean", "kl_sae") if c not in frame]  # empty columns where no model was there
     write_csv(save_dir / "sae_metrics.csv", frame.assign(**dict.fromkeys(absent, math.nan)))
+    write_sidecar(save_dir / "sae_metrics.csv", "janus.sae_metrics/1", [save_dir / f / f"{WEIGHTS}.json" for f in frame["folder"]])
 
 
 @one_line_errors
@@ -1139,7 +1146,12 @@ def main(argv: list[str] | None = None) -> int:
     with run_record(args.save_dir, args) as record:
         record["settings"] = {str(job.folder): vars(job.args) for job in jobs}
         for job in jobs:
-            if trainer := run_training(job, device, stop):
+            trainer = run_training(job, device, stop)
+            if stop:
+                print(f"signal {stop[0]}: {job.folder} is saved; continue with the same command and --resume")
+                record["exit_status"] = 128 + stop[0]
+                return 128 + stop[0]
+            if trainer:
                 print(finish_sae(job, trainer, models[job.dump.run]), flush=True)
             job.dump.pool = (None, torch.empty(0))
         collect_metrics(args.save_dir)

@@ -17,7 +17,6 @@ import pandas as pd
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import harvest_activations as h
 
 H, K, T, L = 3, 8, 16, 4
@@ -213,6 +212,17 @@ def test_interval_is_the_jackknife_over_blocks_of_windows(finished):
     assert row["ci_hi"] - row["value"] == pytest.approx(half, rel=1e-5)
     assert row["value"] - row["ci_lo"] == pytest.approx(half, rel=1e-5)
     assert (row["n_tokens"], row["n_windows"], row["n_blocks"]) == (N, N // T, 20)
+
+
+def test_sigma_equals_what_training_logged(smoke_checkpoint, cache_dir, tmp_path, capsys):
+    """The whole validation split: janus_adaptive.py measured the same with code of its own, layer by layer."""
+    flags = ["--device", "cpu", "--dtype", "float32", "--cache_dir", str(cache_dir), "--split", "validation", "--layers", "0", "3", "9"]
+    assert h.main(["--model_path", str(smoke_checkpoint), "--save_dir", str(tmp_path), "--tokens", "10000000", *flags]) == 0
+    assert "tokens, not 10,000,000" in capsys.readouterr().out
+    logged = pd.read_csv(smoke_checkpoint.parent / "layers.csv").query("step == step.max()").set_index("layer")
+    for l in (0, 3, 9):
+        for metric in ("sigma_z", "sigma_resid"):
+            assert stat(tmp_path / "adaptive", l, metric)["value"] == pytest.approx(logged.loc[l, metric], rel=1e-3)
 
 
 def test_jackknife_covers_the_true_mean():

@@ -57,7 +57,9 @@ def test_topk_keeps_k_a_token_and_batchtopk_the_largest_of_the_batch():
     pre = torch.randn(64, 160, generator=g) * torch.linspace(0.01, 5, 64)[:, None] + 0.3
     code, _ = ts.select(pre, 6, "topk")
     assert torch.bincount(code.token, minlength=64).eq(6).all()
-    code, tau = ts.select(pre, 6, "batchtopk")
+    for guess in (0.5, 0.0, 1e9):
+        code, tau = ts.select(pre, 6, "batchtopk", guess)
+        assert len(code.value) == 6 * 64
     assert torch.bincount(code.token, minlength=64).max() > 12
     assert torch.equal(code.value.sort(descending=True).values, pre.flatten().topk(6 * 64).values) and tau == code.value.min()
     assert torch.equal(pre[code.token, code.latent], code.value)
@@ -460,6 +462,25 @@ def test_a_killed_run_leaves_no_sidecar(made, tmp_path):
     assert state["step"] % 10 == 0 and state["step"] > 0
 
 
+def test_a_signal_saves_and_says_how_to_go_on(made, tmp_path, monkeypatch, capsys):
+    step = ts.Trainer.step
+
+    def step_and_interrupt(self, raw):
+        step(self, raw)
+        if self.step_count == 17 and json.loads((tmp_path / "run.json").read_text())["end"] is None:
+            signal.raise_signal(signal.SIGTERM)
+
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(ts.Trainer, "step", step_and_interrupt)
+    status = run(made, tmp_path, "--layers", "0")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert status == 143 and "--resume" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run.json").read_text())["exit_status"] == 143
+    assert torch.load(tmp_path / "adaptive/L0/training_state.pt", weights_only=True)["step"] == 17
+    assert not list(tmp_path.rglob("*.safetensors.json"))
+
+
 def test_an_export_that_differs_is_not_signed(made, tmp_path, monkeypatch, capsys):
     weights = ts.Trainer.weights
     monkeypatch.setattr(ts.Trainer, "weights", lambda self, scale=1.0, _=0.0: weights(self, scale, 0.0))  # the mean forgotten
@@ -523,8 +544,8 @@ def test_a_bad_dump_is_one_line(made, tmp_path, capsys, how):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--layers", "7"], "layers with a dump of z: 0, 2"),
-        (["--runs", "absent"], "layers with a dump of z: none"),
+        (["--layers", "7"], "dumps of z of layers 0, 2, not 7"),
+        (["--runs", "absent"], "dumps of z of layers none"),
         (["--layers", "0", "--k", "97"], "more than the 96 latents"),
         (["--layers", "0", "--batch_size", "5000"], "too large for the 2432 training rows"),
         (["--layers", "0", "--learning_rate", "1e30", "--lr_warmup", "0"], "try a --learning_rate below"),
