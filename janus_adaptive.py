@@ -68,8 +68,8 @@ PRESETS: dict[str, dict[str, Any]] = {
                       learning_rate=6.29e-4, schedule="constant", lr_warmup=0, weight_decay=1.34e-4, dropout=0.05, penalty="fro",
                       layer_weights="cubic", law="linear", k_p=0.0, k_i=0.01, control_interval=50, filter_beta=0.0,
                       pressure_warmup=1500, lambda_start=0.05, lambda_max=0.25, val_interval=500, save_interval=500),
-    "demo": dict(n_layers=10, d_model=192, n_heads=6, d_ff=512, seq_len=128, batch_size=32, grad_accum=1, steps=800,
-                 learning_rate=3e-3, pressure_warmup=80, val_interval=200, save_interval=400),
+    "demo": dict(n_layers=6, d_model=192, n_heads=6, d_ff=512, seq_len=128, batch_size=16, grad_accum=1, steps=600,
+                 learning_rate=3e-3, pressure_warmup=60, val_interval=200, save_interval=200),
     "smoke": dict(n_layers=12, d_model=48, n_heads=3, d_ff=128, seq_len=64, batch_size=8, grad_accum=1, steps=60,
                   learning_rate=3e-3, pressure_warmup=10, val_interval=60, save_interval=20),
 }  # fmt: skip
@@ -148,7 +148,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--schedule", choices=["cosine", "wsd", "constant"], default="cosine", help="cosine: to 10 %%; wsd: last fifth to 0")
     g.add_argument("--weight_decay", type=float, default=0.1, help="AdamW weight decay of the matrices")
     g.add_argument("--grad_clip", type=real, default=1.0, help="gradient norm above which gradients are scaled down")
-    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the blocks; auto: on a GPU")
+    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the blocks; auto: where the run repays it")
     # fmt: on
     add_runtime_flags(p)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -194,7 +194,9 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
         except HandoffError as e:
             text = str(e)
         except OSError as e:
-            text = f"{e.strerror or e}: {e.filename or 'while writing'}; nothing that existed was changed: use a folder with room, and yours"
+            text = (
+                f"{e.strerror or e}: {e.filename or 'while writing'}; nothing that existed was changed: use a folder with room, and yours"
+            )
         except (MemoryError, torch.OutOfMemoryError) as e:
             text = f"out of memory ({e}); use a smaller --batch_size"
         except KeyboardInterrupt:
@@ -1049,18 +1051,25 @@ def resume(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.Optim
 
 
 def announce(args: argparse.Namespace, model: NewGPT, train: HFWikiTextLoader, autocast: Any) -> None:
-    """Prints sizes and cost, measured on one micro-batch that leaves no trace; refuses if the disk is too small."""
+    """Compiles the blocks (--compile), and prints sizes and cost, measured on one micro-batch that leaves no trace.
+
+    Raises HandoffError if the disk is too small.
+    """
     total, inner = model.n_params()
     device, d = model.embedding.weight.device, train.description
     need_disk(args.save_dir, gb := 5 * 12 * total)  # three checkpoints, a temporary and the final one, with two moments
+    tokens = args.steps * args.batch_size * args.grad_accum * args.seq_len
+    worth = device.type == "cuda" or (shutil.which("c++") is not None and 6 * inner * tokens > 1e13)  # FLOPs: minutes of work
+    if args.compile == "on" or (args.compile == "auto" and worth):
+        for block in model.blocks:
+            block.compile()
     with torch.random.fork_rng():
         batch = [tuple(t.to(device) for t in train.batch(np.zeros(args.batch_size, np.int64)))]
         for _ in range(2):  # the first one compiles, and touches its memory for the first time
             start = time.perf_counter()
-            training_step(model, batch, torch.ones(args.n_layers, device=device), args, autocast, True)  # type: ignore[arg-type]
+            training_step(model, batch, torch.ones(args.n_layers, device=device), args, autocast, True)
             seconds = time.perf_counter() - start
         model.zero_grad(set_to_none=True)
-    tokens = args.steps * args.batch_size * args.grad_accum * args.seq_len
     where = f"{device} in {'bfloat16' if autocast._enabled else 'float32'}"
     print(f"model: {total / 1e6:.2f}M parameters, {inner / 1e6:.2f}M without embeddings, on {where}")
     print(f"data: {d['dataset_key']}, {d['n_tokens']:,} training tokens; tokenizer {d['tokenizer_hash']}, {model.cfg.vocab_size:,} kinds")
@@ -1146,9 +1155,6 @@ def main(argv: list[str] | None = None) -> int:
     heads = dict(n_heads=args.n_heads, n_kv_heads=args.n_kv_heads, d_head=args.d_model // args.n_heads)
     rest = {k: getattr(args, k) for k in ("n_layers", "d_model", "d_ff", "seq_len", "tied", "dropout")}
     model = NewGPT(GPTConfig(vocab_size=train.tokenizer.get_vocab_size(), **heads, **rest)).to(device).train()
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-        for block in model.blocks:
-            block.compile()
     split = {True: args.weight_decay, False: 0.0}  # matrices decay, norms do not
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == m], "weight_decay": decay} for m, decay in split.items()]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")
