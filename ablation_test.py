@@ -1,0 +1,1200 @@
+"""Measure the loss impact of ablating each attention head, and test whether one Hero Head stands out (phase 4 of Janus Arc).
+
+The output z of one head at a time is replaced by its mean over held-out text (mean: ranks the heads), by zero (the
+published ablation), or by its z on other sequences (resample, loss averaged over draws). The loss is exact: only what
+follows the head is computed again. The unit of replication is the sequence; all heads and both models see the same ones.
+The first head is a Hero Head if it leads in 95 % of bootstrap draws, the interval of its lead and its own max-T p exclude
+chance, and the model beats word frequencies; otherwise there is "no unique hero".
+
+Reads   checkpoints of janus_adaptive.py with their tokenizer.json; the text they name (validation; for means: training)
+Writes  <stem>.csv            a row per run, mode and head: impact (nats a token), interval, p values, rank; see METRICS.md
+        <stem>.npz            behind it: loss, KL, top-1 flips, first-order effect, float64 [sequences, layers, H] each
+        <stem>_summary.csv    a row per run and mode: Hero Head or none, cross-fitted impact, concentration and its null
+        <stem>_figure4.png, <stem>_heatmap.png, <stem>_table3.csv, <stem>_table3.md, and run.json
+
+Quick   python ablation_test.py --adaptive_model checkpoints/smoke/janus_adaptive_final.pt             (seconds on two CPU cores)
+Full    python ablation_test.py --adaptive_model ./checkpoints/v1/janus_adaptive_final.pt --save_file results_ablation.csv
+        (144 heads x 10 passes over the validation split: meant for a GPU; prints its time on this machine first)
+
+Shapes  B batch, T tokens, D d_model, H heads, K d_head, L layers, V vocabulary, n units of replication, R heads of all layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from matplotlib import colors
+from scipy import stats
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# Copied from: janus_adaptive.py::CHECKPOINT_SCHEMA
+CHECKPOINT_SCHEMA = "janus.checkpoint/1"
+CSV_SCHEMA, LOSSES_SCHEMA = "janus.ablation/1", "janus.ablation_losses/1"
+REMEDY = "python ablation_test.py --adaptive_model PATH"
+MODES = ("mean", "zero", "resample")  # what replaces a head's z; the first one measured ranks the heads
+# Sizes: sequences (0: all), held-out sequences behind a mean, draws, sequences a batch, consecutive sequences a unit.
+# Local: sizes of this phase
+PHASE_PRESETS: dict[str, dict[str, int]] = {
+    "full": dict(n_seqs=0, n_mean=256, resample_draws=8, batch_size=4, block=8),
+    "published": dict(n_seqs=0, n_mean=256, resample_draws=8, batch_size=4, block=8),
+    "demo": dict(n_seqs=160, n_mean=128, resample_draws=1, batch_size=16, block=1),
+    "smoke": dict(n_seqs=24, n_mean=24, resample_draws=2, batch_size=12, block=1),
+}
+
+
+# -------------------------------------------------------------------------------------------------- command line
+# Copied from: janus_adaptive.py::positive
+def positive(kind: type) -> Callable[[str], Any]:
+    """argparse type: a finite int or float above zero."""
+
+    def parse(text: str) -> Any:
+        if not (kind(text) > 0 and math.isfinite(kind(text))):
+            raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        return kind(text)
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
+
+
+# Copied from: janus_adaptive.py::add_runtime_flags
+def add_runtime_flags(p: argparse.ArgumentParser) -> None:
+    """The flags that every script spells alike."""
+    g = p.add_argument_group("runtime")
+    g.add_argument("--seed", type=int, default=42, help="seed of Python, NumPy and torch")
+    g.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="where to compute")
+    g.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of matrix products; auto: bfloat16 if fast")
+    g.add_argument("--overwrite", action="store_true", help="replace existing output")
+    g.add_argument("--cache_dir", default=os.environ.get("JANUS_CACHE", "~/.cache/janus_arc"), help="folder of the token cache")
+    g.add_argument("--skip_probe", action="store_true", help="do not replay a checkpoint's golden probe (deliberate model variants)")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    formatter, count = argparse.ArgumentDefaultsHelpFormatter, positive(int)
+    note = "CSV column first_order: mean over sequences of |sum of (substitute - z) dloss/dz|, a sensitivity from one backward pass"
+    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], epilog=note, allow_abbrev=False, formatter_class=formatter)
+    by = {k: "; by preset: " + ", ".join(f"{name} {sizes[k]}" for name, sizes in PHASE_PRESETS.items()) for k in PHASE_PRESETS["full"]}
+    g = p.add_argument_group("inputs")
+    g.add_argument("--adaptive_model", type=Path, help="checkpoint of janus_adaptive.py; needed unless --redraw")
+    g.add_argument("--control_model", type=Path, help="another checkpoint, measured on the same sequences")
+    g.add_argument("--redraw", type=Path, metavar="CSV", help="no model: all but the .npz again from CSV's .npz (without it: figures)")
+    g.add_argument("--dataset", help="text, as for janus_adaptive.py; default: that of the checkpoint")
+    g.add_argument("--tokenizer", help="as for janus_adaptive.py; default: tokenizer.json beside the checkpoint")
+    g = p.add_argument_group("outputs")
+    g.add_argument("--save_file", type=Path, default=Path("results_ablation.csv"), help="the CSV; the other names derive from it")
+    g = p.add_argument_group("method")
+    g.add_argument("--preset", choices=["auto", *PHASE_PRESETS], default="auto", help="sizes of this phase; auto: the checkpoint's preset")
+    g.add_argument("--layers", type=int, nargs="+", help="layers whose heads are ablated, counted from 0; default: all")
+    g.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="the first given of mean, zero, resample ranks the heads")
+    g.add_argument("--n_seqs", type=int, help="validation sequences, evenly spaced; 0: the whole split" + by["n_seqs"])
+    g.add_argument("--n_mean", type=count, help="training sequences behind the means" + by["n_mean"])
+    g.add_argument("--resample_draws", type=count, help="other sequences for each sequence, of the same split" + by["resample_draws"])
+    g.add_argument("--block", type=count, help="consecutive sequences that make one unit of replication" + by["block"])
+    g.add_argument("--bootstrap", type=count, default=10_000, help="bootstrap draws")
+    g.add_argument("--batch_size", type=count, help="sequences a batch" + by["batch_size"])
+    add_runtime_flags(p)
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Cross-flag checks; exits 2 with one line."""
+    args.mode = [mode for mode in MODES if mode in args.mode]
+    args.save_file = args.redraw or args.save_file
+    if not args.redraw and not args.adaptive_model:
+        p.error("--adaptive_model is needed (or --redraw CSV)")
+    if args.save_file.suffix != ".csv":
+        p.error(f"{args.save_file} must end in .csv")
+    if args.n_seqs is not None and args.n_seqs < 8 and args.n_seqs != 0:
+        p.error(f"--n_seqs {args.n_seqs}: expected at least 8 sequences, or 0 for the whole split")
+    if args.bootstrap < 100 or args.seed < 0:
+        p.error(f"--bootstrap {args.bootstrap} and --seed {args.seed}: expected at least 100 draws, and a seed from 0")
+
+
+# ------------------------------------------------------------------------------------------ files and provenance
+# Copied from: janus_adaptive.py::HandoffError
+class HandoffError(Exception):
+    """A broken input or hand-off. The text is the one line that the user reads: fact, found, expected, command."""
+
+
+# Copied from: janus_adaptive.py::one_line_errors
+def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates `main`: an expected failure is one line on stderr and exit status 1, never a traceback."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except HandoffError as e:
+            text = str(e)
+        except OSError as e:
+            text = (
+                f"{e.strerror or e}: {e.filename or 'while writing'}; nothing that existed was changed: use a folder with room, and yours"
+            )
+        except (MemoryError, torch.OutOfMemoryError) as e:
+            text = f"out of memory ({e}); use a smaller --batch_size"
+        except KeyboardInterrupt:
+            text = "interrupted"
+        print(f"{Path(__file__).name}: error: {' '.join(text.split())}", file=sys.stderr)
+        return 1
+
+    return run
+
+
+# Copied from: janus_adaptive.py::atomic
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` (same suffix); renames it to `path` if the block ends well, else removes it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    try:
+        yield tmp
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+# Copied from: janus_adaptive.py::write_json
+def write_json(path: str | Path, record: dict[str, Any]) -> None:
+    """Writes `record` atomically as strict JSON: NaN and infinity become null, other types their text."""
+
+    def plain(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {str(k): plain(x) for k, x in v.items()}
+        if isinstance(v, list | tuple):
+            return [plain(x) for x in v]
+        v = v.item() if isinstance(v, np.generic) else v
+        if isinstance(v, float) and not math.isfinite(v):
+            return None
+        return v if isinstance(v, str | int | float | None) else str(v)
+
+    with atomic(path) as tmp:
+        tmp.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+
+
+# Copied from: janus_adaptive.py::sha256
+def sha256(path: str | Path) -> str:
+    """Hex digest of the file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# Copied from: janus_adaptive.py::provenance
+def provenance() -> dict[str, Any]:
+    """Script, argv, git commit (and whether the tree was dirty), versions and hardware of this process."""
+
+    def git(*words: str) -> str:
+        try:
+            cmd = ["git", "-C", str(Path(__file__).resolve().parent), *words]
+            return subprocess.run(cmd, capture_output=True, text=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "script": Path(__file__).name,
+        "argv": sys.argv,
+        "git": {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+# Copied from: janus_adaptive.py::sidecar_path
+def sidecar_path(path: str | Path) -> Path:
+    """Where the description of an artefact lies: X -> X.json."""
+    return Path(f"{path}.json")
+
+
+# Copied from: janus_adaptive.py::write_sidecar
+def write_sidecar(path: str | Path, schema: str, inputs: list[Any], **facts: Any) -> None:
+    """Describes the finished artefact `path` in `path`.json; written last, so an unfinished artefact has none."""
+    described = [{"path": str(p), "bytes": Path(p).stat().st_size, "sha256": sha256(p)} for p in inputs]
+    own = {"schema": schema, "bytes": Path(path).stat().st_size, "sha256": sha256(path)}
+    write_json(sidecar_path(path), {**own, "inputs": described, **facts, "producer": provenance()})
+
+
+# Copied from: janus_adaptive.py::read_sidecar
+def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
+    """The description of a finished artefact, checked for schema and size.
+
+    Raises HandoffError, naming `remedy` (the command that makes the artefact), if it is missing, unfinished or damaged.
+    """
+    path, side = Path(path), sidecar_path(path)
+    if not path.is_file():
+        raise HandoffError(f"{path} {'is not a file' if path.exists() else 'does not exist'}; make it with: {remedy}")
+    if not side.is_file():
+        raise HandoffError(f"{path} has no sidecar {side.name}: the run that wrote it did not finish; make it with: {remedy}")
+    try:
+        record = json.loads(side.read_text(encoding="utf-8"))
+        found, size = record["schema"], record["bytes"]
+    except (ValueError, KeyError, TypeError):
+        raise HandoffError(f"{side} is not a readable sidecar; remake {path.name} with: {remedy}") from None
+    if found != schema:
+        raise HandoffError(f"{path} is {found!r}, expected {schema!r}; make it with: {remedy}")
+    if path.stat().st_size != size:
+        raise HandoffError(f"{path} has {path.stat().st_size} bytes, its sidecar says {size}: damaged; remake it with: {remedy}")
+    return record
+
+
+# Copied from: janus_adaptive.py::run_record
+@contextlib.contextmanager
+def run_record(out_dir: str | Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Keeps <out_dir>/run.json: argv, resolved arguments, machine, start, end, exit status. Yields it for more facts."""
+    record = {"arguments": vars(args), **provenance(), "end": None, "exit_status": None}
+    write_json(Path(out_dir) / "run.json", record)
+    try:
+        yield record
+        record["exit_status"] = record["exit_status"] or 0
+    except BaseException:
+        record["exit_status"] = 1
+        raise
+    finally:
+        record["end"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that is on its way
+            write_json(Path(out_dir) / "run.json", record)
+
+
+# Copied from: janus_adaptive.py::refuse_overwrite
+def refuse_overwrite(paths: list[Path], overwrite: bool) -> None:
+    """Raises HandoffError if one of `paths` exists, unless --overwrite was given."""
+    if not overwrite and (there := [p for p in paths if p.exists()]):
+        raise HandoffError(f"{there[0]} exists; pass --overwrite to replace it, or name another place")
+
+
+# Copied from: janus_adaptive.py::set_up
+def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
+    """Seeds everything -> the device of --device and the autocast context of --dtype.
+
+    auto: CUDA, else MPS, else the CPU; bfloat16 where the hardware multiplies it fast (GPUs, AMX and AVX512-BF16 CPUs).
+    """
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)  # noqa: NPY002 -- for libraries that still use the global generator
+    torch.manual_seed(args.seed)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(k for k, ok in there.items() if ok) if args.device == "auto" else args.device
+    if not there[name]:
+        raise HandoffError(f"--device {name} is not available here; found: {', '.join(k for k in there if there[k])}")
+    cpu = torch.cpu.get_capabilities()
+    fast = {"cuda": there["cuda"] and torch.cuda.is_bf16_supported(False), "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}
+    half = bool(fast.get(name)) if args.dtype == "auto" else args.dtype == "bfloat16"
+    return torch.device(name), torch.autocast(name, dtype=torch.bfloat16, enabled=half)
+
+
+# --------------------------------------------------------------------------------------------------------- model
+# Copied from: janus_adaptive.py::GPTConfig
+@dataclass
+class GPTConfig:
+    """Sizes of a NewGPT; saved in the checkpoint, from which every later phase rebuilds the model."""
+
+    vocab_size: int
+    n_layers: int = 12
+    d_model: int = 768
+    n_heads: int = 12
+    n_kv_heads: int = 12  # fewer than n_heads: grouped-query attention
+    d_head: int = 64
+    d_ff: int = 2048
+    seq_len: int = 512  # context, in tokens
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tied: bool = True  # unembedding = embedding
+    dropout: float = 0.0
+
+
+# Copied from: janus_adaptive.py::RMSNorm
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps) * self.weight).type_as(x)
+
+
+# Copied from: janus_adaptive.py::rope_tables
+def rope_tables(seq_len: int, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, K/2] of the rotary angles, float32; frequency i turns by theta^(-2i/K) a position (Su et al. 2021)."""
+    freq = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32), freq)
+    return angle.cos(), angle.sin()
+
+
+# Copied from: janus_adaptive.py::apply_rope
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [B, H, T, K] by position in float32, in the half-split convention of Llama: the pairs are (i, i + K/2)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+# Copied from: janus_adaptive.py::Attention
+class Attention(nn.Module):
+    """Causal self-attention that hands out z, the heads' outputs before the output projection."""
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv, self.d_head, self.dropout = cfg.n_heads, cfg.n_kv_heads, cfg.d_head, cfg.dropout
+        self.w_qkv = nn.Linear(cfg.d_model, (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head, bias=False)
+        self.w_o = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, D] (normed) -> q, k, v [B, H, T, K], q and k rotated; grouped keys and values are repeated."""
+        heads = self.w_qkv(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+        q, k, v = heads.split((self.n_heads, self.n_kv, self.n_kv), dim=1)
+        # On a CPU in float32: its bfloat16 attention kernel takes three times as long in the backward pass.
+        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
+        q, k, v = apply_rope(q, cos, sin).to(dtype), apply_rope(k, cos, sin).to(dtype), v.to(dtype)
+        if self.n_kv != self.n_heads:
+            k, v = (t.repeat_interleave(self.n_heads // self.n_kv, dim=1) for t in (k, v))
+        return q, k, v
+
+    @staticmethod
+    def pattern(q: Tensor, k: Tensor) -> Tensor:
+        """Attention probabilities [B, H, T, T] in float32; only formed when somebody wants to see them."""
+        score = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
+        return score.masked_fill(torch.ones_like(score, dtype=torch.bool).triu(1), -math.inf).softmax(-1)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, want_pattern: bool = False) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, D] (normed) -> z [B, T, H, K], and the pattern [B, H, T, T] if wanted."""
+        q, k, v = self.qkv(x, cos, sin)
+        with torch.autocast(x.device.type, enabled=False):  # in the type that `qkv` chose
+            z = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
+        return z.transpose(1, 2), self.pattern(q, k) if want_pattern else None
+
+
+# Copied from: janus_adaptive.py::Block
+class Block(nn.Module):
+    """x + attention, then + SwiGLU (Shazeer 2020), each after an RMSNorm."""
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.norm_attn = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attn = Attention(cfg)
+        self.norm_mlp = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.w_gate_up = nn.Linear(cfg.d_model, 2 * cfg.d_ff, bias=False)
+        self.w_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def write(self, z: Tensor) -> Tensor:
+        """z [B, T, H, K] -> what the heads together add to the residual stream, attn_out [B, T, D]."""
+        return self.attn.w_o(z.flatten(2))
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """Residual stream after attention [B, T, D] -> mlp_out [B, T, D]."""
+        gate, up = self.w_gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
+        return self.w_down(F.silu(gate) * up)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None, keep: tuple[str, ...] = ()) -> tuple[Tensor, dict]:
+        """x [B, T, D] -> the next residual stream [B, T, D], and the activations named in `keep`."""
+        z, pattern = self.attn(self.norm_attn(x), cos, sin, "pattern" in keep)
+        if scale is not None:
+            z = z * scale.to(z.dtype)[:, None]
+        attn_out = self.write(z)
+        mid = x + self.drop(attn_out)
+        mlp_out = self.mlp(mid)
+        out = mid + self.drop(mlp_out)
+        seen = dict(resid_pre=x, z=z, pattern=pattern, attn_out=attn_out, resid_mid=mid, mlp_out=mlp_out, resid_post=out)
+        return out, {name: seen[name] for name in keep}
+
+
+# Copied from: janus_adaptive.py::NewGPT
+class NewGPT(nn.Module):
+    """A decoder-only transformer with exactly Llama's computation: pre-RMSNorm, SwiGLU, RoPE, no biases.
+
+    `tap` is a dict whose keys name the activations wanted, "<site>.<layer>"; the forward pass fills in the values:
+    resid_pre, attn_out, resid_mid, mlp_out, resid_post [B, T, D], z [B, T, H, K], pattern [B, H, T, T].
+    `head_scale` [L, H] multiplies each head's z before the output projection: 1 leaves it alone, 0 ablates it.
+    """
+
+    def __init__(self, cfg: GPTConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.unembedding = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.drop = nn.Dropout(cfg.dropout)
+        for name, p in self.named_parameters():
+            if p.dim() > 1:  # as GPT-2: what writes to the residual stream starts smaller, by depth
+                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * cfg.n_layers) if "w_o" in name or "w_down" in name else 1))
+        if cfg.tied:
+            self.unembedding.weight = self.embedding.weight
+        for name, table in zip(("rope_cos", "rope_sin"), rope_tables(cfg.seq_len, cfg.d_head, cfg.rope_theta), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def n_params(self) -> tuple[int, int]:
+        """Number of parameters: all (a tied embedding counted once), and without embeddings."""
+        total = sum(p.numel() for p in self.parameters())
+        return total, total - self.embedding.weight.numel() * (1 if self.cfg.tied else 2)
+
+    def embed(self, idx: Tensor) -> Tensor:
+        """Token ids [B, T] -> residual stream before block 0 [B, T, D]."""
+        return self.drop(self.embedding(idx))
+
+    def run_blocks(
+        self, x: Tensor, start: int = 0, stop: int | None = None, *, head_scale: Tensor | None = None, tap: dict | None = None
+    ) -> Tensor:
+        """Residual stream x [B, T, D] through blocks start..stop-1; a caller may run just a prefix or a suffix of the model."""
+        cos, sin = self.rope_cos[: x.shape[1]], self.rope_sin[: x.shape[1]]
+        for l in range(start, len(self.blocks) if stop is None else stop):
+            keep = tuple(name.rpartition(".")[0] for name in tap if name.endswith(f".{l}")) if tap else ()
+            x, seen = self.blocks[l](x, cos, sin, None if head_scale is None else head_scale[l], keep)
+            if tap is not None:
+                tap.update({f"{name}.{l}": value for name, value in seen.items()})
+        return x
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Residual stream after the last block [B, T, D] -> logits [B, T, V]."""
+        return self.unembedding(self.norm(x))
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, *, head_scale: Tensor | None = None, tap: dict | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token ids [B, T] -> logits [B, T, V] and, with targets [B, T], the mean cross-entropy in nats (else None)."""
+        logits = self.unembed(self.run_blocks(self.embed(idx), head_scale=head_scale, tap=tap))
+        return logits, None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+# Copied from: janus_adaptive.py::golden_probe
+def golden_probe(model: NewGPT) -> dict[str, Any]:
+    """What the model says, in float32 on the CPU, to 64 fixed tokens: loss in nats, and top-5 logits at the last one.
+
+    Stored in the checkpoint and replayed on every load: a script whose pasted model has drifted is caught at once.
+    """
+    idx = (torch.arange(min(64, model.cfg.seq_len) + 1) * 7919 % model.cfg.vocab_size)[None]
+    with torch.random.fork_rng(devices=[]):  # initialising the twin must not move the run's random state
+        twin = NewGPT(model.cfg).eval()
+    twin.load_state_dict({k: v.detach().cpu().float() for k, v in model.state_dict().items()})
+    with torch.inference_mode():
+        logits, loss = twin(idx[:, :-1], idx[:, 1:])
+    top = logits[0, -1].topk(5)
+    return {"loss": loss.item(), "top_ids": top.indices.tolist(), "top_logits": top.values.tolist()}
+
+
+# Copied from: janus_adaptive.py::load_checkpoint
+def load_checkpoint(path: str | Path, device: torch.device, skip_probe: bool) -> tuple[NewGPT, dict[str, Any]]:
+    """Reads a Janus checkpoint -> the model in eval mode on `device`, and the rest of the file.
+
+    Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees with its golden probe.
+    """
+    read_sidecar(path, CHECKPOINT_SCHEMA, "python janus_adaptive.py --save_dir DIR")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        model = NewGPT(GPTConfig(**ckpt["config"]))
+        model.load_state_dict(ckpt["model"], strict=True)
+        then = ckpt["probe"]
+    except Exception as e:  # torch raises many types here: a damaged zip, a pickled object, other names, other shapes
+        raise HandoffError(f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file: {str(e).strip().splitlines()[0][:160]}") from None
+    now = None if skip_probe else golden_probe(model)
+    if now and not np.allclose([now["loss"], *now["top_logits"]], [then["loss"], *then["top_logits"]], rtol=0, atol=1e-3):
+        raise HandoffError(
+            f"{path}: the golden probe gives {now['loss']:.5f} nats, the checkpoint says {then['loss']:.5f}: the model in "
+            f"{Path(__file__).name} is not the one that was trained; run tools/check_copies.py, or pass --skip_probe"
+        )
+    return model.to(device).eval(), ckpt
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+# Copied from: janus_adaptive.py::HUB_DATASETS
+HUB_DATASETS = {name: "Salesforce/wikitext" for name in ("wikitext-103-raw-v1", "wikitext-2-raw-v1")}
+# Copied from: janus_adaptive.py::SPLITS
+SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # of a dataset that has no splits
+# Copied from: janus_adaptive.py::BUILTIN_PACKAGES
+BUILTIN_PACKAGES = {p: p for p in ("numpy", "pandas", "scipy", "matplotlib", "seaborn", "torch", "transformers", "datasets")}
+BUILTIN_PACKAGES["sklearn"] = "scikit-learn"
+# Copied from: janus_adaptive.py::BUILTIN_VERSION
+BUILTIN_VERSION = 1
+
+
+# Copied from: janus_adaptive.py::builtin_documents
+def builtin_documents() -> dict[str, str]:
+    """English prose that is already on the machine: {name: text}, in a fixed order.
+
+    The language reference (pydoc_data.topics) and the documentation strings of the standard library and of
+    BUILTIN_PACKAGES, one document a source file; paragraphs that are mostly letters, each kept once.
+    """
+    sources = {f"topics/{k}": [v] for k, v in sorted(import_module("pydoc_data.topics").topics.items())}
+    roots = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}
+    roots |= {p: Path(find_spec(p).origin).parent for p in BUILTIN_PACKAGES}  # type: ignore[union-attr, arg-type]
+    skip = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3"}
+    files = [(package, f.relative_to(root), f) for package, root in roots.items() for f in sorted(root.rglob("*.py"))]
+    for package, inner, f in tqdm(files, desc="documentation strings", unit="file", disable=None):
+        if skip & set(inner.parts) or (package, inner.parts[0]) == ("transformers", "models"):  # the same text, 400 times
+            continue
+        with contextlib.suppress(SyntaxError, ValueError, OSError), warnings.catch_warnings(action="ignore"):
+            nodes = ast.walk(ast.parse(f.read_text(encoding="utf-8")))
+            docs = [ast.get_docstring(n) for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+            sources[f"{package}/{inner.as_posix()}"] = [d for d in docs if d]
+    seen: set[str] = set()
+    documents: dict[str, list[str]] = {}
+    for name, texts in sources.items():
+        for p in (" ".join(p.split()) for text in texts for p in text.split("\n\n")):
+            if len(p) >= 60 and sum(c.isalpha() or c == " " for c in p) > 0.8 * len(p) and ">>>" not in p and p not in seen:
+                seen.add(p)
+                documents.setdefault(name, []).append(p)
+    return {name: "\n\n".join(paragraphs) for name, paragraphs in documents.items()}
+
+
+# Copied from: janus_adaptive.py::from_hub
+def from_hub(what: str, load: Callable[[], Any], seconds: float = 6.0) -> Any:
+    """Runs `load`, with the hub libraries offline (their cache only) if the hub does not answer within `seconds`.
+
+    Raises HandoffError, which says what to do without a network.
+    """
+    url, answered = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(urllib.error.HTTPError):  # it refused this request, so it is there
+                urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds)
+            answered.set()
+
+    threading.Thread(target=ask, daemon=True).start()  # a thread: `timeout` does not bound a silent name server
+    if not answered.wait(seconds):
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # read when the libraries are first imported
+    try:
+        return load()
+    except Exception as e:  # the hub libraries raise many types
+        cause = (str(e).strip().splitlines() or [type(e).__name__])[0][:100] if answered.is_set() else f"no answer from {url}"
+        advice = "use --dataset builtin, or --dataset PATH with --tokenizer train:4096"
+        raise HandoffError(f"{what} cannot be had from the Hugging Face hub or its cache ({cause}); {advice}") from None
+
+
+# Copied from: janus_adaptive.py::read_documents
+def read_documents(dataset: str, split: str) -> list[str]:
+    """The non-empty texts of one split: rows of a dataset, lines of a .txt, or documents of `builtin`.
+
+    A dataset without splits is cut in order, 90 % train, 5 % validation, 5 % test (by characters); `builtin` by document.
+    Raises HandoffError for a missing, unreadable or empty dataset.
+    """
+    path, low, high = Path(dataset), *SPLITS[split]
+    if dataset == "builtin":
+        docs = builtin_documents()
+        share = {name: int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1000 / 1000 for name in docs}
+        return [text for name, text in docs.items() if low <= share[name] < high]
+    if dataset in HUB_DATASETS:
+        hub = from_hub(f"dataset {dataset!r}", lambda: import_module("datasets").load_dataset(HUB_DATASETS[dataset], dataset, split=split))
+        return [r for r in hub["text"] if r.strip()]
+    try:
+        if path.is_dir():
+            saved = import_module("datasets").load_from_disk(str(path))
+            if isinstance(saved, dict) and split in saved:
+                return [r for r in saved[split]["text"] if r.strip()]
+            rows = (saved["train"] if isinstance(saved, dict) else saved)["text"]
+        elif path.suffix == ".parquet":
+            rows = pd.read_parquet(path)["text"]
+        elif path.suffix in (".jsonl", ".json"):
+            rows = pd.read_json(path, lines=path.suffix == ".jsonl")["text"]
+        else:
+            rows = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as e:
+        raise HandoffError(f"--dataset {dataset} is not UTF-8 text (byte {e.start}); convert it, e.g. with iconv -t UTF-8") from None
+    except KeyError:
+        raise HandoffError(f"--dataset {dataset} has no column `text`") from None
+    except Exception as e:  # pandas, pyarrow and datasets raise many types
+        raise HandoffError(f"--dataset {dataset} cannot be read: {(str(e).strip().splitlines() or [type(e).__name__])[0][:120]}") from None
+    texts = [str(r) for r in rows if str(r).strip()]
+    if len(texts) < 100:  # a few long texts: cut them between words, so that every split gets its share
+        words = " ".join(texts).split(" ")
+        texts = [" ".join(words[i : i + len(words) // 100 + 1]) for i in range(0, len(words), len(words) // 100 + 1)]
+    ends = np.cumsum([len(t) for t in texts]) / max(1, sum(len(t) for t in texts))
+    return [t for t, end in zip(texts, ends, strict=True) if low < end <= high + 1e-9]
+
+
+# Copied from: janus_adaptive.py::dataset_key
+def dataset_key(dataset: str) -> str:
+    """A name for the content of a dataset: what it is called, and a hash of the bytes (or the versions) that it comes from."""
+    path, source = Path(dataset), HUB_DATASETS.get(dataset, "")
+    if dataset == "builtin":
+        source = repr([BUILTIN_VERSION, platform.python_version(), [version(p) for p in BUILTIN_PACKAGES.values()]])
+    elif not source:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        if not files or not files[0].is_file():
+            raise HandoffError(f"--dataset {dataset}: no such file or folder, nor one of {', '.join([*HUB_DATASETS, 'builtin'])}")
+        if not path.is_dir() and path.suffix not in (".txt", ".parquet", ".jsonl", ".json"):
+            raise HandoffError(f"--dataset {dataset}: expected a .txt, .parquet, .jsonl or .json file, or a folder")
+        source = " ".join(sha256(f) for f in files)
+    return f"{path.stem}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+
+# Copied from: janus_adaptive.py::load_tokenizer
+def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
+    """`train:N` (byte-level BPE of N tokens, trained on the training split), a tokenizer.json, a folder, or a hub name.
+
+    `auto` is gpt2 for WikiText and train:4096 for any other dataset.
+    """
+    if tokenizer == "auto":
+        tokenizer = "gpt2" if dataset in HUB_DATASETS else "train:4096"
+    if tokenizer.startswith("train:"):
+        path = cache / f"{dataset_key(dataset)}-bpe{tokenizer[6:]}.json"
+        if not path.exists():
+            bpe = Tokenizer(models.BPE())
+            bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+            alphabet = pre_tokenizers.ByteLevel.alphabet()
+            trainer = trainers.BpeTrainer(vocab_size=int(tokenizer[6:]), initial_alphabet=alphabet, show_progress=False)
+            bpe.train_from_iterator(read_documents(dataset, "train"), trainer)
+            with atomic(path) as tmp:
+                bpe.save(str(tmp))
+        tokenizer = str(path)
+    if tokenizer.endswith(".json"):
+        try:
+            return Tokenizer.from_file(tokenizer)
+        except Exception as e:  # the library raises bare Exception
+            raise HandoffError(f"tokenizer {tokenizer} cannot be read ({e}); expected a tokenizer.json") from None
+    name = {"gpt2": "openai-community/gpt2"}.get(tokenizer, tokenizer)
+    return from_hub(f"tokenizer {tokenizer!r}", lambda: import_module("transformers").AutoTokenizer.from_pretrained(name).backend_tokenizer)
+
+
+# Copied from: janus_adaptive.py::HFWikiTextLoader
+class HFWikiTextLoader:
+    """One split of a text dataset as a flat, memory-mapped token stream, cut into windows of `seq_len` tokens.
+
+    Tokenised once, with all cores, and cached as <cache_dir>/<dataset>-<tokenizer>-<split>.npy (uint16 or uint32).
+    Attributes: tokenizer, tokens [n], n_windows, and `description` (dataset, its key, tokenizer hash, ...) for sidecars.
+    """
+
+    def __init__(self, dataset: str, tokenizer: str, seq_len: int, split: str, cache_dir: str | Path) -> None:
+        cache = Path(cache_dir).expanduser()
+        self.tokenizer, self.seq_len = load_tokenizer(tokenizer, dataset, cache), seq_len
+        key, tok_hash = dataset_key(dataset), hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()[:12]
+        path = cache / f"{key}-{tok_hash}-{split}.npy"
+        if not path.exists():
+            dtype = np.uint16 if self.tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+            texts, ids = read_documents(dataset, split), [np.zeros(0, dtype)]
+            for i in tqdm(range(0, len(texts), 1000), desc=f"tokenising {split}", unit="kdoc", disable=None):
+                rows = self.tokenizer.encode_batch([t + "\n\n" for t in texts[i : i + 1000]], add_special_tokens=False)
+                ids += [np.asarray(r.ids, dtype) for r in rows]
+            with atomic(path) as tmp:
+                np.save(tmp, np.concatenate(ids))
+        self.tokens = np.load(path, mmap_mode="r")
+        self.n_windows = (len(self.tokens) - 1) // seq_len
+        self.description = dict(dataset=dataset, dataset_key=key, split=split, tokenizer_hash=tok_hash, n_tokens=len(self.tokens))
+        if self.n_windows < 1:
+            raise HandoffError(
+                f"{split} split of {dataset}: {len(self.tokens)} tokens, expected more than --seq_len {seq_len}; use more text"
+            )
+
+    def batch(self, windows: np.ndarray, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Windows by number [B] -> inputs and targets, both int64 [B, T]; `offset` shifts all windows, in tokens."""
+        starts = np.asarray(windows) * self.seq_len + offset
+        rows = torch.from_numpy(np.stack([self.tokens[s : s + self.seq_len + 1] for s in starts]).astype(np.int64))
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+    def shuffled(self, first: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Windows first..first+n-1 of an endless shuffled stream: inputs and targets, int64 [n, T].
+
+        A pure function of its arguments, so the data cursor of a run is one number. Every epoch shuffles anew and moves
+        the window borders by a random offset.
+        """
+        per_epoch, parts = max(1, self.n_windows - 1), []
+        while n:
+            epoch, at = divmod(first, per_epoch)
+            rng = np.random.default_rng([seed, epoch])
+            offset = int(rng.integers(self.seq_len)) if self.n_windows > 1 else 0
+            parts.append(self.batch(rng.permutation(per_epoch)[at : at + n], offset))
+            first, n = first + len(parts[-1][0]), n - len(parts[-1][0])
+        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+# ------------------------------------------------------------------------------------------------ method: EDIT HERE
+SCORES = ("loss", "kl", "flip")  # of a token: cross-entropy and KL(clean || ablated), nats; whether the top prediction changed
+
+
+def token_scores(model: NewGPT, final: Tensor, targets: Tensor) -> Tensor:
+    """Last residual streams [1 + R, N, D], the clean one first, and targets [N] -> SCORES [3, 1 + R, N], float32.
+
+    A few tokens at a time: the logits of all variants never exist at once.
+    """
+    limit = 1 << (20 if final.device.type == "cpu" else 27)  # logits at once, about a cache
+    step, parts = max(1, limit // (len(final) * model.cfg.vocab_size)), []
+    for x, y in zip(final.split(step, dim=1), targets.split(step), strict=True):
+        log_q = model.unembed(x).float().log_softmax(-1)  # [1 + R, n, V]; row 0 is log p
+        picked = log_q.gather(-1, torch.stack((y, log_q[0].argmax(-1)), -1).expand(len(log_q), -1, 2))  # of target, of clean top
+        entropy = -torch.linalg.vecdot(log_q, log_q[0].exp())  # cross-entropy of each variant under p
+        parts.append(torch.stack((-picked[..., 0], entropy - entropy[0], (picked[..., 1] < log_q.amax(-1)).float())))
+    return torch.cat(parts, dim=2)
+
+
+def head_z(model: NewGPT, x: Tensor, layers: list[int]) -> list[Tensor]:
+    """z [B, T, H, K] of each of `layers` on tokens x [B, T]; stops at the deepest."""
+    tap: dict[str, Any] = {f"z.{l}": None for l in layers}
+    model.run_blocks(model.embed(x), stop=max(layers) + 1, tap=tap)
+    return [tap[f"z.{l}"] for l in layers]
+
+
+@torch.no_grad()
+def head_means(model: NewGPT, text: HFWikiTextLoader, args: argparse.Namespace, autocast: Any) -> dict[int, Tensor]:
+    """Mean z [H, K] of the heads of each of --layers over --n_mean windows of `text`, which is held out; float32."""
+    windows, total = spaced(text.n_windows, args.n_mean), [torch.zeros(())] * len(args.layers)
+    for chunk in np.array_split(windows, math.ceil(len(windows) / args.batch_size)):
+        with autocast:
+            z = head_z(model, text.batch(chunk)[0].to(model.embedding.weight.device), args.layers)
+        total = [t.to(a.device) + a.float().sum((0, 1)) for t, a in zip(total, z, strict=True)]
+    return {l: t / (len(windows) * text.seq_len) for l, t in zip(args.layers, total, strict=True)}
+
+
+def clean_pass(model: NewGPT, x: Tensor, y: Tensor, layers: list[int]) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, ...]]:
+    """One forward and one backward pass on tokens x, targets y [B, T] -> z and resid_mid of `layers`; the last residual
+    stream [B, T, D]; the gradient of each sequence's mean loss with respect to z [B, T, H, K], one a layer."""
+    tap: dict[str, Any] = {f"{site}.{l}": None for l in layers for site in ("z", "resid_mid")}
+    with torch.enable_grad():
+        final = model.run_blocks(model.embed(x).requires_grad_(), tap=tap)
+        loss = token_scores(model, final.flatten(0, 1)[None], y.flatten())[0].sum() / y.shape[1]
+        slopes = torch.autograd.grad(loss, [tap[f"z.{l}"] for l in layers])
+    return {name: t.detach() for name, t in tap.items()}, final.detach(), slopes
+
+
+def ablate_layer(model: NewGPT, l: int, tap: dict[str, Tensor], final: Tensor, substitute: Tensor, y: Tensor) -> Tensor:
+    """Replaces z of each head of layer l in turn by `substitute` (broadcast to [B, T, H, K]) -> SCORES of every target of
+    y [B, T], [3, 1 + H, B, T]; row 0 is the clean model.
+
+    Exact without attention of layer l or anything before it: a variant starts from the clean residual stream after
+    attention plus (substitute - z)_h W_O,h. The heads of the layer run as one batch.
+    """
+    block: Any = model.blocks[l]
+    z = tap[f"z.{l}"]
+    change = torch.einsum("bthk,dhk->hbtd", substitute - z, block.attn.w_o.weight.unflatten(1, z.shape[2:]))
+    mid = (tap[f"resid_mid.{l}"] + change).flatten(0, 1)  # [H * B, T, D]
+    out = model.run_blocks(mid + block.mlp(mid), start=l + 1)
+    variants = torch.cat((final, out)).unflatten(0, (-1, len(y))).flatten(1, 2)  # [1 + H, B * T, D]
+    return token_scores(model, variants, y.flatten()).unflatten(2, y.shape)
+
+
+@torch.no_grad()
+def measure(model: NewGPT, text: HFWikiTextLoader, means: dict[int, Tensor], args: argparse.Namespace, windows: np.ndarray,
+            modes: list[str], layers: list[int], autocast: Any, label: str | None = None) -> dict[str, np.ndarray]:  # fmt: skip
+    """Ablates every head of `layers` on `windows` [n] of `text` -> "base" [n], the clean loss, and for each mode
+    "<mode>.<score>" [n, layers, H] for SCORES and first_order = sum over tokens of (substitute - z) . dloss/dz; float64."""
+    device, draws = model.embedding.weight.device, args.resample_draws if "resample" in modes else 0
+    shift = np.random.default_rng(args.seed).integers(1, text.n_windows, size=(draws, text.n_windows))[:, windows]
+    donors = (windows + shift) % text.n_windows  # [draws, n], never the window itself; the same for every model and batch size
+    shape = (len(windows), len(layers), model.cfg.n_heads)
+    out = {"base": np.zeros(shape[0])} | {f"{mode}.{score}": np.zeros(shape) for mode in modes for score in (*SCORES, "first_order")}
+    bar = tqdm(total=len(windows) * len(layers), desc=label, unit="layer", disable=None if label else True)
+    for first in range(0, len(windows), args.batch_size):
+        rows = slice(first, first + args.batch_size)
+        x, y = (t.to(device) for t in text.batch(windows[rows]))
+        with autocast:
+            tap, final, slopes = clean_pass(model, x, y, layers)
+            drawn = [head_z(model, text.batch(d[rows])[0].to(device), layers) for d in donors]
+            for i, l in enumerate(layers):
+                substitutes = {"mean": [means[l]], "zero": [torch.zeros_like(means[l])], "resample": [z[i] for z in drawn]}
+                for mode, substitute in ((m, s) for m in modes for s in substitutes[m]):
+                    scores = ablate_layer(model, l, tap, final, substitute, y).mean(-1)  # [3, 1 + H, B]
+                    linear = ((substitute - tap[f"z.{l}"]).float() * slopes[i].float()).sum((1, 3))  # [B, H]
+                    for score, value in zip((*SCORES, "first_order"), (*scores[:, 1:].mT, linear), strict=True):
+                        out[f"{mode}.{score}"][rows, i] += value.cpu().double().numpy() / len(substitutes[mode])
+                out["base"][rows] = scores[0, 0].cpu().double().numpy()
+                bar.update(len(x))
+    bar.close()
+    return out
+
+
+def bfloat16_will_do(measured: Callable[..., dict], windows: np.ndarray, mode: str, layers: list[int], autocast: Any) -> bool:
+    """Whether bfloat16 moves no head's impact by more than a tenth of its standard error, on a few sequences and layers."""
+    few, some = windows[:: math.ceil(len(windows) / 8)], layers[:: math.ceil(len(layers) / 3)]
+    both = [measured(few, [mode], some, context) for context in (autocast, contextlib.nullcontext())]
+    half, full = (m[f"{mode}.loss"] - m["base"][:, None, None] for m in both)
+    ratio = (np.abs(half.mean(0) - full.mean(0)) / np.maximum(full.std(0, ddof=1) / math.sqrt(len(few)), 1e-12)).max()
+    print(f"bfloat16 against float32: some head's impact moves by {ratio:.2f} standard errors of {len(few)} sequences (accepted: 0.1)")
+    return ratio <= 0.1
+
+
+def spaced(n_windows: int, n: int) -> np.ndarray:
+    """n evenly spaced windows of a split that has n_windows; all of them if n is 0 or more than there are."""
+    n = min(n or n_windows, n_windows)
+    return np.arange(n) * n_windows // n
+
+
+def units(values: np.ndarray, block: int) -> np.ndarray:
+    """Per-sequence values [sequences, R] -> units of `block` consecutive sequences [n, R], with the same mean."""
+    starts = np.arange(0, len(values), block)
+    return np.add.reduceat(values, starts) * len(starts) / len(values)
+
+
+def bootstrap_means(columns: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """Means of columns [n, C] over resamples of the n units -> [draws, C]. One seed, one set of resamples: heads, modes and
+    runs stay paired."""
+    rng, n = np.random.default_rng(seed), len(columns)
+    sizes = np.diff([*range(0, draws, 500), draws])
+    return np.concatenate([rng.multinomial(n, np.full(n, 1 / n), size=k) @ columns / n for k in sizes])
+
+
+def cross_fit(delta: np.ndarray, seed: int, halvings: int = 100) -> np.ndarray:
+    """delta [n, R] -> [n], each unit's impact of the head that leads on the half without that unit, averaged over random
+    halvings. Its mean is the first head's impact without the winner's curse: chosen on one half, measured on the other."""
+    n = len(delta)
+    half = np.random.default_rng(seed).permuted(np.tile(np.arange(n) % 2 == 0, (halvings, 1)), axis=1)
+    on, off = (half @ delta).argmax(1), (~half @ delta).argmax(1)  # who leads in each half [halvings]
+    return delta[np.arange(n), np.where(half, off[:, None], on[:, None])].mean(0)
+
+
+def concentration(impact: np.ndarray) -> pd.DataFrame:
+    """How unequal the heads are: measures of each row of impact [rows, R], negative impact counted as 0."""
+    d = np.sort(np.maximum(impact, 0.0), axis=1)
+    n, middle = d.shape[1], np.median(d, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = d / d.sum(1, keepdims=True)
+        measures = {"max_share": share[:, -1], "top1_over_top2": d[:, -1] / d[:, -2]}
+        measures["gini"] = 2 * share @ np.arange(1, n + 1) / n - (n + 1) / n  # sum |d_i - d_j| / (2 n^2 mean)
+        measures["participation_ratio"] = 1 / np.square(share).sum(1)  # (sum d)^2 / sum d^2, an effective number of heads
+        measures["exp_entropy"] = np.exp(stats.entropy(share, axis=1))
+        measures["robust_z"] = (d[:, -1] - middle) / (1.4826 * np.median(np.abs(d - middle[:, None]), axis=1))
+    return pd.DataFrame(measures).replace(np.inf, np.nan)
+
+
+def head_statistics(delta: np.ndarray, draws: int, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any], np.ndarray]:
+    """Impact per unit delta [n, R], nats -> columns [R] of the CSV, one row of the summary, and the cross-fitted impact [n].
+
+    Paired bootstrap over units; 95 % percentile intervals. p values are one-sided, for impact > 0, from the studentised
+    bootstrap: p_maxT against the maximum over all R heads (family-wise), q_bh after Benjamini and Hochberg (false discovery).
+    """
+    (n, heads), mean, chosen = delta.shape, delta.mean(0), cross_fit(delta, seed)
+    se = np.maximum(delta.std(0, ddof=1) / math.sqrt(n), 1e-12)  # the floor only guards divisions
+    columns = np.hstack((delta, delta**2, chosen[:, None]))
+    means, squares, chosen_means = np.split(bootstrap_means(columns, draws, seed), [heads, 2 * heads], axis=1)
+    null = (means - mean) / np.maximum(np.sqrt(np.maximum(squares - means**2, 0) / (n - 1)), 1e-12)
+    top_null, p = null.max(1), (1 + (null >= mean / se).sum(0)) / (draws + 1)
+    table = {"impact": mean, "se": se, "ci_lo": np.quantile(means, 0.025, axis=0), "ci_hi": np.quantile(means, 0.975, axis=0)}
+    table |= {"p_maxT": (1 + (top_null[:, None] >= mean / se).sum(0)) / (draws + 1), "q_bh": stats.false_discovery_control(p)}
+    table |= {"share": np.maximum(mean, 0) / max(np.maximum(mean, 0).sum(), 1e-300), "rank": stats.rankdata(-mean, "ordinal").astype(int)}
+    table["p_top1"] = np.bincount(means.argmax(1), minlength=heads) / draws
+
+    hero, second = np.argsort(-mean, kind="stable")[:2]
+    gaps = means[:, hero] - np.delete(means, hero, axis=1).max(1)  # to whichever other head leads in that resample
+    row = {"hero": hero, "second": second, "n_unit": n, "delta": mean[hero]} | {k: table[k][hero] for k in ("p_top1", "p_maxT")}
+    row |= {"gap": mean[hero] - mean[second], "gap_lo": np.quantile(gaps, 0.025), "gap_hi": np.quantile(gaps, 0.975)}
+    row |= {"crossfit": chosen.mean(), "crossfit_lo": np.quantile(chosen_means, 0.025), "crossfit_hi": np.quantile(chosen_means, 0.975)}
+    row["unique_hero"] = bool(row["p_top1"] >= 0.95 and row["gap_lo"] > 0 and row["p_maxT"] < 0.05)
+    critical = np.quantile(top_null, 0.95)  # what a head of median noise needs to be told from 0, and to be found in 80 % of samples
+    row |= {"noise_limit": critical * np.median(se), "min_detectable": (critical + stats.norm.ppf(0.8)) * np.median(se)}
+    row |= {"n_negative": (mean < 0).sum(), "negative_sum": np.minimum(mean, 0).sum()}
+    rng = np.random.default_rng(seed)
+    null_impact = np.stack([rng.permuted(delta, axis=1).mean(0) for _ in range(200)])  # labels of heads shuffled in every unit
+    value, resampled, shuffled = (concentration(x) for x in (mean[None], means, null_impact))
+    for name in value:
+        row |= {name: value[name][0], f"{name}_lo": resampled[name].quantile(0.025), f"{name}_hi": resampled[name].quantile(0.975)}
+        row[f"{name}_null"] = shuffled[name].median()
+    spread = np.square(np.maximum(mean, 0)).sum() - np.square(se).sum()  # noise adds its variance to the sum of squares
+    row["participation_ratio_debiased"] = np.maximum(mean, 0).sum() ** 2 / spread if spread > 0 else math.nan
+    return table, row, chosen
+
+
+# ------------------------------------------------------------------------------------------- report: tables, figures
+COLORS = ["#D55E00", "#0072B2"]  # Okabe-Ito
+PUBLISHED = {"adaptive L9H1": 0.932, "adaptive L9H3": 0.438, "control L9H7": 0.367, "control L6H3": 0.361, "adaptive L9H5": 0.360}
+COLUMNS = ["run", "seed", "checkpoint", "ckpt_sha", "layer", "head", "mode", "base_loss", "ablated_loss", "impact", "pct_impact"]
+COLUMNS += ["delta", "delta_pct", "se", "ci_lo", "ci_hi", "p_maxT", "q_bh", "delta_ppl", "share", "rank", "p_top1"]
+COLUMNS += ["kl_clean_ablated", "top1_flip_rate", "n_seq", "n_tok", "dtype", "first_order"]
+
+
+def summarise(losses: dict[str, np.ndarray], facts: dict[str, Any], args: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The .npz and its facts -> the CSV, a row per run, mode and head, and the summary, a row per run and mode."""
+    tables, rows, leads = [], [], {}
+    if not (modes := [mode for mode in facts["modes"] if mode in args.mode]):
+        raise HandoffError(f"{args.save_file.with_suffix('.npz')} holds --mode {' '.join(facts['modes'])}, not {' '.join(args.mode)}")
+    for run, mode in ((run, mode) for run in facts["runs"] for mode in modes):
+        of, base, unigram = facts["runs"][run], losses[f"{run}.base"], losses["unigram"].mean()
+        score = {k: losses[f"{run}.{mode}.{k}"].reshape(len(base), -1) for k in (*SCORES, "first_order")}
+        delta = units(score["loss"] - base[:, None], facts["block"])
+        columns, row, leads[run, mode] = head_statistics(delta, args.bootstrap, args.seed)
+        impact, loss, screen = columns["impact"], base.mean(), np.abs(score["first_order"]).mean(0)
+        layer, head = (i.ravel() for i in np.meshgrid(facts["layers"], np.arange(of["n_heads"]), indexing="ij"))
+        both = {"run": run, "mode": mode, "base_loss": loss, "n_seq": len(base)}
+        table = {**of, **both, **columns, "layer": layer, "head": head, "ablated_loss": loss + impact, "delta": impact}
+        table |= {"pct_impact": 100 * impact / loss, "delta_pct": 100 * impact / loss, "delta_ppl": np.exp(loss + impact) - np.exp(loss)}
+        table |= {"kl_clean_ablated": score["kl"].mean(0), "top1_flip_rate": score["flip"].mean(0), "first_order": screen}
+        tables.append(pd.DataFrame(table | {"n_tok": len(base) * facts["seq_len"]})[COLUMNS])
+        # A model that does not beat word frequencies makes no use of its context: its heads differ, but none is a hero.
+        row["unique_hero"] &= bool(loss < unigram)
+        names = {f"{who}_{k}": ids[row[who]] for who in ("hero", "second") for k, ids in (("layer", layer), ("head", head))}
+        row |= {"ranked_by": modes[0], "spearman_first_order": stats.spearmanr(screen, impact).statistic}
+        row["recall5_first_order"] = len({*np.argsort(-screen)[:5]} & {*np.argsort(-impact)[:5]}) / 5
+        row["spearman_ranking_mode"] = stats.spearmanr(impact, next(t for t in tables if t["run"][0] == run)["impact"]).statistic
+        rows.append(both | {"unigram_loss": unigram} | names | {k: v for k, v in row.items() if k not in ("hero", "second")})
+    for row in rows if len(facts["runs"]) == 2 else []:
+        difference = np.subtract(*(leads[run, row["mode"]] for run in facts["runs"]))
+        draws = bootstrap_means(difference[:, None], args.bootstrap, args.seed)
+        row |= {"difference": difference.mean(), "difference_lo": np.quantile(draws, 0.025), "difference_hi": np.quantile(draws, 0.975)}
+    return pd.concat(tables), pd.DataFrame(rows)
+
+
+def tell(summary: pd.DataFrame) -> None:
+    """Prints of every run and mode the Hero Head, or that there is none, with its uncertainty; then how two runs compare."""
+
+    def interval(name: str) -> str:
+        return f"{r[name]:+.5f} [{r[f'{name}_lo']:+.5f}, {r[f'{name}_hi']:+.5f}]"
+
+    for _, r in summary.iterrows():
+        first, second = f"L{r['hero_layer']}H{r['hero_head']}", f"L{r['second_layer']}H{r['second_head']}"
+        print(f"{r['run']}, {r['mode']} ablation: {'Hero Head' if r['unique_hero'] else 'no unique hero; the first head is'} {first}")
+        if not r["base_loss"] < r["unigram_loss"]:
+            print(f"  the model does not beat word frequencies ({r['unigram_loss']:.4f} nats), so none of its heads can be a hero")
+        print(f"  impact {r['delta']:+.5f} nats a token, {100 * r['delta'] / r['base_loss']:+.3f} % of {r['base_loss']:.4f}; ", end="")
+        print(f"cross-fitted {interval('crossfit')}; p (max-T) {r['p_maxT']:.4f}; P(top-1) {r['p_top1']:.3f}; ", end="")
+        print(f"ahead of {second} by {interval('gap')}\n  n = {r['n_unit']} units: detects {r['min_detectable']:.5f} nats ", end="")
+        print("with 80 % power; with heads shuffled in brackets:", end=" ")
+        values = {"top share": "max_share", "Gini": "gini", "effective heads": "participation_ratio"}
+        print(", ".join(f"{name} {r[k]:.3g} ({r[f'{k}_null']:.3g})" for name, k in values.items()))
+    if "difference" in summary:
+        r, (one, two) = summary.iloc[0], summary["run"].unique()
+        print(f"best head of {one} minus best of {two}, {r['mode']} ablation: {interval('difference')} nats over sequences; ", end="")
+        print("n=1 seed: descriptive only")
+
+
+def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
+    """A CSV of this script, checked to have numbers in `columns`."""
+    try:
+        table = pd.read_csv(path)
+        if not table[columns].astype(float).notna().all(axis=None) or table.empty:
+            raise ValueError("no rows, or empty cells")
+    except (OSError, ValueError, KeyError) as e:
+        raise HandoffError(f"{path} is not a table of ablation_test.py ({e}); make it with: {REMEDY}") from None
+    return table
+
+
+def named(csv: Path, end: str) -> Path:
+    """An output beside the CSV: results.csv, _figure4.png -> results_figure4.png."""
+    return csv.with_name(csv.stem + end)
+
+
+def save(path: Path, content: str | plt.Figure) -> None:
+    """Writes a text or a figure atomically."""
+    with atomic(path) as tmp:
+        if isinstance(content, str):
+            tmp.write_text(content, encoding="utf-8")
+        else:
+            content.savefig(tmp, dpi=150)
+            plt.close(content)
+
+
+def draw(csv: Path) -> None:
+    """Table 3, Figure 4 and the heatmap, from the CSV and the summary alone."""
+    table = read_table(csv, ["layer", "head", "base_loss", "impact", "pct_impact", "ci_lo", "ci_hi", "p_maxT", "p_top1", "rank", "n_seq"])
+    summary = read_table(named(csv, "_summary.csv"), ["hero_layer", "hero_head", "unique_hero", "noise_limit", "base_loss"])
+    if {*zip(table["run"], table["mode"], strict=True)} != {*zip(summary["run"], summary["mode"], strict=True)}:
+        raise HandoffError(f"{named(csv, '_summary.csv')} is not the summary of {csv}: other runs or modes; make both with: {REMEDY}")
+    table["name"] = [f"L{l}H{h}" for l, h in zip(table["layer"], table["head"], strict=True)]
+    for k in ("ci_lo", "ci_hi"):
+        table[f"{k}_pct"] = 100 * table[k] / table["base_loss"]
+    ranking = table[table["mode"] == table["mode"].iloc[0]]
+    zero = table[table["mode"] == "zero"].set_index(["run", "name"])["pct_impact"]
+    top = ranking.nlargest(len(PUBLISHED), "pct_impact").reset_index(drop=True)
+    top["zero_pct_impact"] = [zero.get(key, math.nan) for key in zip(top["run"], top["name"], strict=True)]
+    top["published_head"], top["published_zero_pct_impact"] = list(PUBLISHED)[: len(top)], list(PUBLISHED.values())[: len(top)]
+    top = top[["run", "name", "mode", "pct_impact", "ci_lo_pct", "ci_hi_pct", "p_maxT", "p_top1", "n_seq", *top.columns[-3:]]]
+    cells = [top.columns, ["---"] * top.shape[1], *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in r] for r in top.to_numpy())]
+    save(named(csv, "_table3.csv"), top.to_csv(index=False, float_format="%.10g"))
+    save(named(csv, "_table3.md"), "".join(f"| {' | '.join(row)} |\n" for row in cells))
+    save(named(csv, "_figure4.png"), figure4(table, summary))
+    save(named(csv, "_heatmap.png"), heatmap(ranking, summary))
+
+
+def noise_share(summary: pd.DataFrame) -> float:
+    """Where logarithmic scales start: the impact (% of base loss) that noise hides, rounded up to a power of ten."""
+    return 10.0 ** math.ceil(math.log10(max((100 * summary["noise_limit"] / summary["base_loss"]).median(), 1e-9)))
+
+
+def figure4(table: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
+    """Figure 4: how the impact of ablation is distributed over heads; a panel a mode, runs side by side."""
+    modes, runs = list(table["mode"].unique()), list(table["run"].unique())
+    fig, axes = plt.subplots(1, len(modes), figsize=(max(6.2, 2 + 2.9 * len(modes)), 4.6), layout="constrained", squeeze=False, sharey=True)
+    for _, r in summary.iterrows():
+        ax, x, color = axes[0, modes.index(r["mode"])], runs.index(r["run"]), COLORS[runs.index(r["run"]) % 2]
+        heads = table[(table["run"] == r["run"]) & (table["mode"] == r["mode"])].sort_values("rank")
+        y, first = heads["pct_impact"], heads.iloc[0]
+        at = x + 0.5 * (np.arange(1, len(y)) * 0.618 % 1 - 0.5)  # spread, so that dots do not hide each other
+        ax.boxplot(y, positions=[x], widths=0.75, showfliers=False, whis=(5, 95), manage_ticks=False, medianprops={"color": "black"})
+        ax.scatter(at, y[1:], s=15, color=color, alpha=0.65, lw=0)
+        bar = [[first["pct_impact"] - first["ci_lo_pct"]], [first["ci_hi_pct"] - first["pct_impact"]]]
+        ax.errorbar([x], [first["pct_impact"]], np.maximum(bar, 0), color=color, capsize=3, marker="o", ms=5)
+        name = first["name"] + ("" if r["unique_hero"] else " (not unique)")
+        ax.annotate(name, (x, max(y.max(), first["ci_hi_pct"])), (0, 5), textcoords="offset points", fontsize=8, ha="center")
+        ax.plot([x - 0.45, x + 0.45], [100 * r["noise_limit"] / r["base_loss"]] * 2, color="black", ls=":", lw=1.2)
+        ax.set(title=f"{r['mode']} ablation", xticks=range(len(runs)), xticklabels=runs, xlim=(-0.6, len(runs) - 0.4))
+    axes[0, 0].set_yscale("symlog", linthresh=noise_share(summary))
+    axes[0, 0].margins(y=0.12)
+    axes[0, 0].set_ylabel("loss impact of ablating one head\n(% of base loss; linear within the noise)")
+    fig.supxlabel(
+        f"A dot is a head; n = {table['n_seq'].iloc[0]} sequences, one training seed a run. Box: quartiles; whiskers: 5-95 %;\n"
+        "bar: 95 % CI of the first head. Above the dotted line a head of median noise differs from 0 (max-T, p < .05).\n"
+        "Published first heads (zero ablation, 24 heads): control 0.367 %, adaptive 0.932 %.", fontsize=7.5)  # fmt: skip
+    return fig
+
+
+def heatmap(ranking: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
+    """Impact of every head, layers x heads, in the ranking mode; runs side by side on one colour scale."""
+    runs, mode, limit = ranking["run"].unique(), ranking["mode"].iloc[0], max(ranking["pct_impact"].abs().max(), 1e-12)
+    rows, columns = ranking["layer"].nunique(), ranking["head"].nunique()
+    size = (max(5.5, 2.2 + (0.8 + 0.5 * columns) * len(runs)), 1.8 + 0.34 * rows)
+    fig, axes = plt.subplots(1, len(runs), figsize=size, layout="constrained", squeeze=False)
+    norm = colors.SymLogNorm(min(noise_share(summary), limit / 2), vmin=-limit, vmax=limit)  # one head must not bleach the rest
+    for ax, run in zip(axes[0], runs, strict=True):
+        impact, p = (ranking[ranking["run"] == run].pivot(index="layer", columns="head", values=k) for k in ("pct_impact", "p_maxT"))
+        image = ax.imshow(impact, cmap="RdBu_r", norm=norm, aspect="auto")
+        for (i, j), v in np.ndenumerate(impact.to_numpy()):
+            style = {"color": "white" if abs(norm(v) - 0.5) > 0.35 else "black", "weight": "bold" if p.iloc[i, j] < 0.05 else "normal"}
+            ax.text(j, i, f"{v:.2g}".replace("e-0", "e-"), ha="center", va="center", fontsize=6.5, **style)
+        r = summary[(summary["run"] == run) & (summary["mode"] == mode)].iloc[0]
+        corner = (impact.columns.get_loc(r["hero_head"]) - 0.5, impact.index.get_loc(r["hero_layer"]) - 0.5)
+        ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, lw=2, ls="-" if r["unique_hero"] else ":"))
+        ax.set(title=run, xlabel="head", ylabel="layer", xticks=range(impact.shape[1]), yticks=range(rows), yticklabels=impact.index)
+    fig.colorbar(image, ax=axes, label=f"loss impact, {mode} ablation\n(% of base loss)")
+    note = f"Bold: above 0, p < .05 (max-T over the heads of a run, n = {ranking['n_seq'].iloc[0]} sequences).\n"
+    fig.supxlabel(note + "Frame: first head (dotted: not unique).", fontsize=7.5)
+    return fig
+
+
+# ---------------------------------------------------------------------------------------------------------- main
+def load_runs(args: argparse.Namespace, device: torch.device) -> dict[str, tuple[NewGPT, dict[str, Any], Path]]:
+    """{run: (model, checkpoint, path)}, named by arm (by flag if the arms are equal). Fills in the sizes that args leaves open."""
+    paths = {flag: path for flag, path in (("adaptive", args.adaptive_model), ("control", args.control_model)) if path}
+    found = {flag: (*load_checkpoint(path, device, args.skip_probe), path) for flag, path in paths.items()}
+    facts = [
+        {k: ckpt["config"][k] for k in ("n_layers", "seq_len", "vocab_size")} | {"tokenizer": ckpt["data"]["tokenizer_hash"]}
+        for _, ckpt, _ in found.values()
+    ]
+    for key, value in facts[0].items():
+        if value != facts[-1][key]:
+            raise HandoffError(f"{args.control_model} has {key} {facts[-1][key]}, {args.adaptive_model} {value}: they do not read the same")
+    layers, first = facts[0]["n_layers"], found["adaptive"][1]
+    args.layers = sorted({*(range(layers) if args.layers is None else args.layers)})
+    if bad := [l for l in args.layers if not 0 <= l < layers]:
+        raise HandoffError(f"--layers {bad[0]} is out of range: {args.adaptive_model} has layers 0 to {layers - 1}")
+    sizes = PHASE_PRESETS.get(first["preset"] if args.preset == "auto" else args.preset, PHASE_PRESETS["full"])
+    vars(args).update({k: v for k, v in sizes.items() if getattr(args, k) is None})
+    arms = [ckpt["arm"] for _, ckpt, _ in found.values()]
+    return dict(zip(arms if len({*arms}) == len(arms) else found, found.values(), strict=True))
+
+
+def open_splits(args: argparse.Namespace, ckpt: dict[str, Any], path: Path) -> list[HFWikiTextLoader]:
+    """Training and validation split of the text that the checkpoint was trained on, or of --dataset."""
+    source = args.dataset or ckpt["dataset"], args.tokenizer or str(path.parent / "tokenizer.json"), ckpt["config"]["seq_len"]
+    splits = [HFWikiTextLoader(*source, split, args.cache_dir) for split in ("train", "validation")]
+    found, trained = splits[0].description, ckpt["data"]
+    if found["tokenizer_hash"] != trained["tokenizer_hash"]:
+        raise HandoffError(f"tokenizer {source[1]} has hash {found['tokenizer_hash']}, {path} was trained with {trained['tokenizer_hash']}")
+    if found["dataset_key"] != trained["dataset_key"]:
+        print(f"note: the text is {found['dataset_key']}, {path} was trained on {trained['dataset_key']}")
+    return splits
+
+
+def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Ablates every head of every run -> the arrays of the .npz, and the facts of its sidecar."""
+    device, autocast = set_up(args)
+    runs = load_runs(args, device)
+    train, val = open_splits(args, *next(iter(runs.values()))[1:])
+    windows, float32 = spaced(val.n_windows, args.n_seqs), torch.autocast(device.type, enabled=False)
+    if len(windows) < 4 * args.block:
+        raise HandoffError(f"{len(windows)} validation sequences do not make 4 units of --block {args.block}: use more text, or --block 1")
+    counts = np.bincount(train.tokens, minlength=train.tokenizer.get_vocab_size()) + 1
+    losses = {"windows": windows, "unigram": -np.log(counts / counts.sum())[val.batch(windows)[1].numpy()].mean(1)}
+    facts = {k: getattr(args, k) for k in ("layers", "block", "n_mean", "resample_draws")} | {"modes": args.mode, "seq_len": val.seq_len}
+    facts |= {"data": val.description, "runs": {}}
+    for run, (model, ckpt, path) in runs.items():
+        measured = functools.partial(measure, model.requires_grad_(False), val, head_means(model, train, args, autocast), args)
+        context = autocast
+        if args.dtype == "auto" and autocast._enabled and not bfloat16_will_do(measured, windows, args.mode[0], args.layers, autocast):
+            context = float32
+            print("falling back to float32")
+        start, some = time.perf_counter(), windows[: args.batch_size]
+        measured(some, args.mode[:1], args.layers[len(args.layers) // 2 :][:1], context)
+        passes = sum(args.resample_draws if mode == "resample" else 1 for mode in args.mode)
+        minutes = (time.perf_counter() - start) / 60 * passes * len(args.layers) * len(windows) / len(some)
+        heads = len(args.layers) * model.cfg.n_heads
+        size = f"{len(windows)} sequences of {val.seq_len} tokens"
+        print(f"{run}: {heads} heads x {passes} passes over {size}: at most about {minutes:.1f} min here", flush=True)
+        losses |= {f"{run}.{k}": v for k, v in measured(windows, args.mode, args.layers, context, run).items()}
+        facts["runs"][run] = {"seed": ckpt["seed"], "checkpoint": str(path), "ckpt_sha": sha256(path), "n_heads": model.cfg.n_heads}
+        facts["runs"][run]["dtype"] = "bfloat16" if context._enabled else "float32"
+    return losses, facts
+
+
+def read_losses(npz: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The .npz of this script and the facts of its sidecar, checked."""
+    facts = read_sidecar(npz, LOSSES_SCHEMA, REMEDY)
+    if (found := sha256(npz)) != facts["sha256"]:
+        raise HandoffError(f"{npz} has sha256 {found[:12]}, its sidecar says {facts['sha256'][:12]}: damaged; remake it with: {REMEDY}")
+    with np.load(npz, allow_pickle=False) as file:
+        return {k: file[k] for k in file.files}, facts
+
+
+def write_results(args: argparse.Namespace) -> None:
+    """Statistics, tables and figures from the .npz; the sidecars of the CSVs last."""
+    csv, npz = args.save_file, named(args.save_file, ".npz")
+    table, summary = summarise(*read_losses(npz), args)
+    frames = {csv: table, named(csv, "_summary.csv"): summary}
+    texts = {path: frame.to_csv(index=False, float_format="%.10g") for path, frame in frames.items()}
+    for path, text in texts.items():
+        if args.redraw and not args.overwrite and path.exists() and path.read_text(encoding="utf-8") != text:
+            raise HandoffError(f"{path} would change (another --mode, --bootstrap or --seed?); pass --overwrite to replace it")
+    for path, text in texts.items():
+        sidecar_path(path).unlink(missing_ok=True)
+        save(path, text)
+    draw(csv)
+    for path in texts:
+        write_sidecar(path, CSV_SCHEMA, [npz], ranked_by=summary["ranked_by"][0], bootstrap=args.bootstrap, seed=args.seed)
+    tell(summary)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    csv, npz = args.save_file, named(args.save_file, ".npz")
+    if args.redraw:
+        if csv.exists() and not npz.exists():
+            draw(csv)
+        else:
+            write_results(args)
+        return 0
+    refuse_overwrite([csv, npz, named(csv, "_summary.csv")], args.overwrite)
+    with run_record(csv.parent, args):
+        losses, facts = measure_runs(args)
+        sidecar_path(npz).unlink(missing_ok=True)
+        with atomic(npz) as tmp:
+            np.savez(tmp, **losses)
+        write_sidecar(npz, LOSSES_SCHEMA, [of["checkpoint"] for of in facts["runs"].values()], **facts)
+        write_results(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
