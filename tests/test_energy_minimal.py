@@ -1,0 +1,405 @@
+"""Energy-Lens against closed forms, brute force, and data whose answer is known."""
+
+import argparse
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+import energy_lens_minimal as lens
+
+S, L = 120, 32
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def et():
+    """A small Energy Transformer in float64, its synapses strong enough to matter."""
+    torch.manual_seed(0)
+    net = lens.EnergyTransformer(50, 12, d=24, heads=2, d_head=8, memories=40)
+    for p in (net.wq, net.wk, net.xi):
+        p.data *= 4
+    net.delta.data.normal_(0, 0.3)
+    net.gamma.data.fill_(0.8)
+    return net.double().requires_grad_(False)
+
+
+@pytest.fixture
+def field_and_state(et):
+    torch.manual_seed(1)
+    b = et.field(torch.randint(50, (5, 12)))
+    return b, b + torch.randn_like(b)
+
+
+def structured(seed, k, heavy=True, active=0.05, sequences=S, seq_share=0.3, rho=0.7):
+    """Independent f and A [S, L, k] with AR(1) tokens, a sequence effect, sparsity, and heavy tails in A."""
+    r = rng(seed)
+
+    def series():
+        noise = r.standard_normal((sequences, L, k))
+        for t in range(1, L):
+            noise[:, t] = rho * noise[:, t - 1] + math.sqrt(1 - rho**2) * noise[:, t]
+        return math.sqrt(1 - seq_share) * noise + math.sqrt(seq_share) * r.standard_normal((sequences, 1, k))
+
+    f = np.maximum(series() - stats.norm.isf(active), 0)
+    a = series()
+    a = np.sign(a) * np.abs(a) ** 2 if heavy else a
+    return torch.tensor(f, dtype=torch.float32), torch.tensor(a, dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------ the Energy Transformer
+def test_gradients_are_those_of_the_energy(et, field_and_state):
+    b, x = field_and_state
+    x = x.requires_grad_()
+    auto = torch.autograd.grad(et.energy(x, b).sum(), x)[0]
+    assert (et.grad_x(x, b) - auto).abs().max() < 1e-10
+    assert (torch.autograd.grad(et.lagrangian(x).sum(), x)[0] - et.activation(x)).abs().max() < 1e-10
+    terms = et.energy_terms(x, b)
+    synapses = torch.autograd.grad((terms["attention"] + terms["hopfield"]).sum(), x)[0]  # = J d(E_att + E_hn)/dg
+    jacobian = torch.autograd.functional.jacobian(lambda y: et.activation(y), x[0, 0].detach())
+    v = et.grad_g(x, b) - x + b
+    assert (jacobian @ v[0, 0] - synapses[0, 0]).abs().max() < 1e-10
+    eigenvalues = torch.linalg.eigvalsh(jacobian)
+    assert eigenvalues.min() > -1e-12 and (eigenvalues > 1e-8).sum() == x.shape[-1] - 2 + 1  # eps lifts one of the two null directions
+    assert torch.allclose(jacobian, jacobian.T)
+
+
+def test_energy_symmetries_and_masked_diagonal(et, field_and_state):
+    b, x = field_and_state
+    order = torch.randperm(12)
+    assert torch.allclose(et.energy(x[:, order], b[:, order]), et.energy(x, b))
+    shifted, here = et.energy_terms(x + 3.0, b), et.energy_terms(x, b)
+    assert all(torch.allclose(shifted[k], here[k]) for k in ("attention", "hopfield", "field"))
+    g = et.activation(x)[0]
+    by_hand = 0.0
+    for h in range(2):
+        q, k = g @ et.wq[h].T, g @ et.wk[h].T
+        for i in range(12):
+            by_hand -= torch.logsumexp(torch.stack([et.beta * q[i] @ k[j] for j in range(12) if j != i]), 0) / et.beta
+    assert torch.allclose(here["attention"][0].sum(), by_hand)
+
+
+def test_energy_falls_as_predicted_and_reaches_a_fixed_point(et, field_and_state):
+    b, x = field_and_state
+    v, small = et.grad_g(x, b), 1e-5
+    change = (et.energy(x - small * v, b) - et.energy(x, b)).sum()
+    assert change == pytest.approx((-small * (v * et.grad_x(x, b)).sum()).item(), rel=1e-3)
+    stable, table = lens.largest_step(et, torch.arange(36).reshape(3, 12))
+    assert stable >= 0.1 and table.rising.iloc[0] == 0
+    star, residual = lens.relax(et, x, b, min(stable, 0.5), max_steps=4000)
+    assert (residual <= 1e-3).double().mean() >= 0.95
+    assert (et.grad_g(star, b).norm(dim=-1).amax(1) <= 1.1e-3).double().mean() >= 0.95
+    assert (et.energy(star, b) <= et.energy(x, b)).all()
+
+
+def test_clamp_holds_its_readout_while_the_rest_relaxes(et, field_and_state):
+    b, x = field_and_state
+    w = torch.nn.functional.normalize(torch.randn(5, 24, dtype=torch.float64), dim=-1)
+    mask = torch.zeros(5, 12, dtype=torch.bool)
+    mask[:, 3] = True
+    clamp = lens.Clamp(w, torch.zeros(5).double(), w, torch.full((5, 12), 2.5).double(), mask, torch.zeros(5, dtype=torch.bool))
+    held, _ = lens.relax(et, x, b, 0.3, max_steps=2000, hold=clamp)
+    assert torch.allclose(torch.einsum("sld,sd->sl", held, w)[:, 3], torch.tensor(2.5).double(), atol=1e-6)
+    free, _ = lens.relax(et, x, b, 0.3, max_steps=2000)
+    assert (held - free)[:, 4:].norm() > 0
+
+
+def test_finite_difference_along_features_equals_the_gradient(et, field_and_state):
+    b, x = field_and_state
+    d = torch.nn.functional.normalize(torch.randn(3, 24, dtype=torch.float64), dim=-1)
+    a, fd = lens.feature_gradient(et.grad_x(x, b), d), lens.finite_difference(lambda y: et.energy(y, b), x, d)
+    assert ((a - fd).abs().max() / a.abs().max()) < 1e-6
+
+
+class DoubleWell:
+    """Stands in for the model: E = (x^2 - 1)^2 per sequence, two minima, barrier 1."""
+
+    activation = staticmethod(lambda x: x)
+    energy = staticmethod(lambda x, _b: ((x**2 - 1) ** 2).sum((1, 2)))
+    grad_g = staticmethod(lambda x, _b: 4 * x * (x**2 - 1))
+
+
+def test_merge_tree_finds_the_wells_and_their_barriers():
+    tree = lens.merge_tree(DoubleWell(), torch.tensor([[0.3, -0.2]]).double(), 0.02, rng(3), starts=80, neighbours=6)
+    assert np.isinf(tree.depth.iloc[0]) and (tree.depth > 0.5).sum() == 4  # two coordinates, four wells
+    assert tree.depth.iloc[1:4].between(0.95, 2.0).all()  # the saddle lies at E = 1; the graph can only overestimate it
+
+
+# ------------------------------------------------------------------------------------ EFAS: known answers
+def quadratic(h, seed=0, n=4000, theta=0.4):
+    """Gaussian x, E = x^T H x / 2, one ReLU feature w, decoder d: f, A [S, L, 1] and the closed form of EFAS (Stein's lemma)."""
+    r, dim = rng(seed), len(h)
+    root = r.standard_normal((dim, dim)) / math.sqrt(dim)
+    sigma = root @ root.T
+    w, d = r.standard_normal(dim), r.standard_normal(dim)
+    x = r.standard_normal((n, 100, dim)) @ root.T
+    f, a = np.maximum(x @ w - theta, 0)[..., None], -(x @ h @ d)[..., None]
+    s = math.sqrt(w @ sigma @ w)
+    t = theta / s
+    p, density = stats.norm.sf(t), stats.norm.pdf(t)
+    mean = s * (density - t * p)
+    variance = s * s * ((1 + t * t) * p - t * density) - mean**2
+    return torch.tensor(f), torch.tensor(a), -p * (w @ sigma @ h @ d) / math.sqrt(variance * (d @ h @ sigma @ h @ d))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_efas_equals_its_closed_form(seed):
+    m = rng(seed + 10).standard_normal((6, 6))
+    f, a, expected = quadratic(m + m.T, seed, n=1000)
+    r = lens.efas(f, a)["efas"].item()
+    blocks = [lens.efas(x, y)["efas"].item() for x, y in zip(f.split(50), a.split(50), strict=True)]
+    assert abs(r - expected) < 3 * np.std(blocks) / math.sqrt(len(blocks))
+
+
+def test_efas_signs_and_invariances():
+    r = rng(5)
+    x, w = r.standard_normal((100, 20, 6)), r.standard_normal((6, 4))
+    f = torch.tensor(np.maximum(x @ w, 0))
+    pull = torch.tensor(x @ w)  # H = I, d = w: A = -x.w
+    assert (lens.efas(f, -pull)["efas"] < -0.5).all() and (lens.efas(f, pull)["efas"] > 0.5).all()
+    base = lens.efas(f, pull)
+    order = torch.randperm(100)
+    for changed in (lens.efas(3 * f, pull), lens.efas(f, 2 * pull), lens.efas(f[order], pull[order]), lens.efas(f, pull + 0.0)):
+        assert torch.allclose(changed["efas"], base["efas"]) and torch.allclose(changed["efas_on"], base["efas_on"])
+    assert torch.allclose(lens.efas(f, -pull)["attribution"], -base["attribution"])
+    on = (f > 0)[..., 0]
+    assert base["efas_on"][0] == pytest.approx(stats.pearsonr(f[..., 0][on], pull[..., 0][on]).statistic)
+    assert base["attribution"][0] == pytest.approx((f * pull)[..., 0][on].mean().item())
+
+
+def settings(**changes):
+    return argparse.Namespace(**dict(permutations=200, directions=400, seed=0) | changes)
+
+
+def planted(seed=0, k=100, n_planted=20):
+    """x independent of E's background; E = E0 - sum_k a_k f_k(x) on the first features, all directions orthogonal."""
+    r = rng(seed)
+    q = np.linalg.qr(r.standard_normal((k + 20, k + 20)))[0][:k]
+    background = r.standard_normal((S, L, k + 20)) + r.standard_normal((S, 1, k + 20))
+    x = r.standard_normal((S, L, k + 20)) + 0.5 * r.standard_normal((S, 1, k + 20))
+    x, q = torch.tensor(x, dtype=torch.float32), torch.tensor(q, dtype=torch.float32)
+    sae = lens.SAE(q.T.contiguous(), torch.full((k,), -1.2), q, torch.zeros(k + 20))
+    strength = torch.zeros(k)
+    strength[:n_planted] = torch.linspace(1, 2, n_planted)
+    gx = torch.tensor(background, dtype=torch.float32) - ((sae.encode(x) > 0) * strength) @ q
+    return x, gx, sae, strength
+
+
+def test_planted_features_are_found_with_their_attribution():
+    shares = []
+    for seed in range(8):
+        x, gx, sae, strength = planted(seed)
+        f = sae.encode(x)
+        found = lens.fdr(p_values(f, lens.feature_gradient(gx, sae.w_dec))) < 0.05
+        shares.append((found[:20].mean(), found[20:].sum() / max(1, found.sum())))
+    power, false = np.array(shares).T
+    assert power.mean() > 0.9 and false.mean() <= 0.05 + 2 * false.std() / math.sqrt(len(false))
+
+    layer = lens.analyse_layer(0, x, gx, torch.randn(S, L), sae, torch.zeros(S), settings())
+    table, summary = lens.call_aligned([layer])
+    found = (table.q_token < 0.05).to_numpy()
+    f = sae.encode(x)
+    expected = (strength * f.sum((0, 1)) / (f > 0).sum((0, 1)))[:20].numpy()
+    per_sequence = (f * lens.feature_gradient(gx, sae.w_dec)).sum(1)[:, :20]
+    error = per_sequence.std(0).numpy() * math.sqrt(S) / table.n_active[:20].to_numpy()
+    assert (np.abs(table.attribution[:20] - expected) < 4 * error).all()
+    assert (table.efas[:20] > 0).all() and table.replicates[:20].all()
+    assert summary.token_null.iloc[0] == found.sum()
+    assert np.corrcoef(table.p_mc, table.p_token)[0, 1] > 0.99
+
+
+def p_values(f, a, strata=None):
+    observed, mean, var = lens.seqperm_moments(f, lens.rank_normal(a), torch.zeros(len(f)) if strata is None else strata)
+    return 2 * stats.norm.sf(((observed - mean) / var.sqrt()).abs().numpy())
+
+
+def iid_p_values(f, a):
+    """The wrong null: tokens exchanged freely."""
+    y, n = lens.rank_normal(a).double(), f.shape[0] * f.shape[1]
+    z = ((f * y).sum((0, 1)) - f.sum((0, 1)) * y.mean((0, 1))) / (math.sqrt(n) * f.double().std((0, 1)) * y.std((0, 1)))
+    return 2 * stats.norm.sf(z.abs().numpy())
+
+
+def test_null_is_calibrated_and_the_iid_null_is_not():
+    right, wrong, false = [], [], 0
+    for seed in range(20):
+        f, a = structured(seed, 200)
+        p = p_values(f, a)
+        right.append(p)
+        wrong.append(iid_p_values(f, a))
+        false += (lens.fdr(p) < 0.05).any()
+    assert stats.kstest(np.concatenate(right), "uniform").pvalue > 1e-3
+    assert false / 20 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 20)
+    assert stats.kstest(np.concatenate(wrong), "uniform").pvalue < 1e-6
+    assert (np.concatenate(wrong) < 0.05).mean() > 0.07
+
+
+def test_closed_form_moments_equal_monte_carlo_and_brute_force():
+    f, a = structured(3, 24)
+    strata = torch.tensor([0] * 80 + [1] * 40)
+    perms = lens.permutations(strata, 6000, rng())
+    assert all((strata[row.long()] == strata).all() for row in perms[:50])
+    _, mean, var = lens.seqperm_moments(f, a, strata)
+    t = lens.seqperm_mc(f, a, perms, chunk=7, block=9).double()
+    assert np.median((t.var(0) / var).numpy()) == pytest.approx(1, abs=0.05)
+    assert ((t.mean(0) - mean).abs() < 4.5 * (var / len(perms)).sqrt()).all()
+    brute = torch.stack([(f * a[p.long()]).sum((0, 1)) for p in perms[:20]])
+    assert torch.allclose(t[:20].float(), brute, rtol=1e-3, atol=1e-2)
+
+
+def test_dead_constant_and_rare_features_are_excluded():
+    x, gx, sae, _ = planted(k=30, n_planted=3)
+    sae.b_enc[5], sae.w_enc[:, 5] = -1.0, 0.0  # dead
+    sae.b_enc[6], sae.w_enc[:, 6] = 1.0, 0.0  # constant
+    top = (x @ sae.w_enc[:, 7]).max()
+    sae.b_enc[7] = -(top - 1e-4)  # one active token
+    layer = lens.analyse_layer(0, x, gx, torch.randn(S, L), sae, torch.zeros(S), settings())
+    table, _ = lens.call_aligned([layer])
+    bad = table.iloc[[5, 6, 7]]
+    assert not bad.eligible.any() and not bad.aligned.any() and bad[["efas", "p_token", "q_token", "q_direction"]].isna().all(axis=None)
+    assert table.n_active[7] == 1 and table.q_token[table.eligible].notna().all()
+    sae.b_enc[:] = -1e6
+    nothing = lens.analyse_layer(0, x, gx, torch.randn(S, L), sae, torch.zeros(S), settings())
+    table, summary = lens.call_aligned([nothing])
+    assert summary.eligible.iloc[0] == 0 and not table.aligned.any()
+
+
+def test_random_directions_do_not_pass_the_direction_null():
+    r = rng(8)
+    mix = r.standard_normal((16, 16))
+    x = torch.tensor(r.standard_normal((S, L, 16)) @ mix, dtype=torch.float32)
+    gx = -torch.tanh(x) * 3 + 0.1 * x.roll(1, 1)  # a strong structural bias, of which the token null sees an effect everywhere
+    u = torch.nn.functional.normalize(torch.tensor(r.standard_normal((300, 16)) @ mix, dtype=torch.float32), dim=-1)
+    scale = (x.flatten(0, 1) @ u.T).std(0)
+    sae = lens.SAE(u.T.contiguous(), -1.5 * scale, u, torch.zeros(16))
+    layer = lens.analyse_layer(0, x, gx, torch.randn(S, L), sae, torch.zeros(S), settings(directions=1500))
+    table, _ = lens.call_aligned([layer])
+    assert (table.q_token < 0.05).mean() > 0.9
+    assert stats.kstest(table.p_direction.dropna(), "uniform").pvalue > 1e-3
+    assert table.aligned.mean() <= 0.05
+
+
+def test_mutual_information_of_known_cases():
+    r = rng(2)
+    f = torch.tensor(np.maximum(r.standard_normal((8000, 3)) - 0.5, 0), dtype=torch.float32)
+    a = torch.tensor(r.standard_normal((8000, 3)), dtype=torch.float32)
+    a[:, 1] = f[:, 1]
+    mi, h = lens.mi_binned(f, lens.rank_normal(a[:, None])[:, 0])
+    assert abs(mi[0]) < 1.5e-3 and mi[1] > 0.75 * h[1]
+    p = np.array([(f[:, 0] == 0).double().mean()])
+    low = (1 - p) / 2
+    assert h[0] == pytest.approx(-(p * np.log(p) + 2 * low * np.log(low)).item(), abs=2e-3)
+
+
+def test_fdr_ignores_nan():
+    p = np.array([0.001, np.nan, 0.02, 0.9])
+    q = lens.fdr(p)
+    assert np.isnan(q[1]) and q[[0, 2, 3]] == pytest.approx(stats.false_discovery_control(p[[0, 2, 3]]))
+    assert np.isnan(lens.fdr(np.array([np.nan]))).all()
+
+
+def test_noise_line_is_the_null_of_r_at_eight_tokens():
+    r = rng(0)
+    x, y = r.standard_normal((2, 40000, 8))
+    c = np.abs([np.corrcoef(a, b)[0, 1] for a, b in zip(x[:8000], y[:8000], strict=True)])
+    mean, q95 = (float(v) for v in __import__("re").findall(r"0\.\d{3,}", lens.noise_line()))
+    assert mean == pytest.approx(c[c > 0.1].mean(), abs=0.01) and q95 == pytest.approx(np.quantile(c[c > 0.1], 0.95), abs=0.015)
+
+
+# ------------------------------------------------------------------------------------ SAE and interventions
+@pytest.mark.parametrize("optimiser", ["lbfgs", "adam"])
+def test_sae_explains_a_sparse_dictionary(optimiser):
+    r = rng(4)
+    atoms = r.standard_normal((24, 12))
+    atoms /= np.linalg.norm(atoms, axis=1, keepdims=True)
+    code = r.uniform(1, 3, (3000, 24)) * (r.random((3000, 24)) < 0.06)
+    x = torch.tensor(5 + 7 * code @ atoms, dtype=torch.float32)
+    sae = lens.train_sae(x[:2000], 48, 0.4, 60, optimiser, 0)
+    score = sae.score(x[2000:])
+    assert score["fvu"] < 0.2 and score["l0"] < (8 if optimiser == "lbfgs" else 14)
+    assert torch.allclose(sae.w_dec.norm(dim=1), torch.ones(48), atol=1e-5)
+    assert (sae.w_dec @ torch.tensor(atoms.T, dtype=torch.float32)).max(0).values.median() > 0.9
+
+
+def test_sae_refuses_bad_states():
+    with pytest.raises(lens.HandoffError, match="smaller than the state"):
+        lens.train_sae(torch.randn(50, 8), 4, 0.1, 2, "lbfgs", 0)
+    with pytest.raises(lens.HandoffError, match="NaN"):
+        lens.train_sae(torch.full((50, 8), math.nan), 16, 0.1, 2, "lbfgs", 0)
+
+
+def test_integrated_gradients_are_complete_and_attribution_is_first_order(et, field_and_state):
+    b, x = field_and_state
+    d = torch.nn.functional.normalize(torch.randn(6, 24), dim=-1)
+    sae = lens.SAE(d.T.contiguous(), torch.zeros(6), d, torch.zeros(24))
+    features = pd.DataFrame(dict(feature=range(6)))
+    t = lens.ablate(
+        lambda y, i: et.energy(y, b[i]), lambda y, i: et.grad_x(y, b[i]), x, et.grad_x(x, b), sae, features, 5, steps=16, doses=(1e-4, 1.0)
+    )
+    small, full = t[t.eps < 1], t[t.eps == 1]
+    assert np.allclose(small.attribution, small.energy_change, rtol=1e-2, atol=1e-7)
+    assert np.allclose(full.integrated_gradients, full.energy_change, rtol=2e-2, atol=0.05)
+
+
+def test_concepts_find_a_planted_class():
+    r = rng(1)
+    classes = np.where(r.random((S, L)) < 0.1, "number", "word")
+    f = torch.tensor(
+        np.stack([(classes == "number") * r.random((S, L)), np.maximum(r.standard_normal((S, L)) - 1, 0)], -1), dtype=torch.float32
+    )
+    t = lens.concept_features(f, classes, torch.zeros(S), np.array([3, 9])).set_index(["token_class", "feature"])
+    assert t.auroc["number", 3] > 0.99 and t.lift["number", 3] > 8 and t.q["number", 3] < 1e-6
+    assert abs(t.auroc["number", 9] - 0.5) < 0.06 and t.q["number", 9] > 0.01
+
+
+# ------------------------------------------------------------------------------------ corpus and command line
+def test_corpus_is_split_by_document():
+    texts = {f"doc{i}": f"name{i} " * 40 for i in range(400)}
+    corpus = lens.build_corpus(texts, 60, 0, vocab_size=600)
+    words = {corpus.vocab[i] for i in corpus.test.flatten().tolist()} & {f"name{i}" for i in range(400)}
+    train = {corpus.vocab[i] for i in corpus.train.flatten().tolist()}
+    assert not words & train and len(corpus.test) == 60 and (corpus.strata == 1).sum() == 15
+    with pytest.raises(lens.HandoffError, match="not enough data"):
+        lens.build_corpus({"a": "few words"}, 60, 0)
+
+
+TINY = (
+    "--preset smoke --train_steps 4 --sequences 48 --sae_dict_size 128 --sae_iterations 3 --permutations 60 --directions 60 "
+    "--energy_layers 1 --intervened 4 --relaxed 2"
+)
+
+
+def test_the_command_writes_everything_it_names(tmp_path):
+    out = tmp_path / "out"
+    argv = [*TINY.split(), "--save_dir", str(out), "--cache_dir", str(tmp_path)]
+    assert lens.main(argv) == 0
+    report = (out / "research_report.md").read_text()
+    for headline in ("496", "0.8559", "0.3775", "0.7388", "7 regex", "0.67", "30 minutes"):
+        assert headline in report
+    page = (out / "research_report.html").read_text()
+    assert page.count("data:image/png;base64") == report.count("![") >= 3 and "<img" in page and 'src="http' not in page
+    raw = json.loads((out / "raw_results.json").read_text())
+    assert len(raw["tables"]["features"]) == 128 and json.loads((out / "run.json").read_text())["exit_status"] == 0
+    assert lens.main(argv) == 1  # refuses to overwrite
+
+
+@pytest.mark.parametrize(
+    "flags", ["--energy_layers 99", "--sae_dict_size 5", "--sequences 12", "--permutations 0", "--optimiser sgd", "--step_size nan"]
+)
+def test_bad_flags_exit_2(flags, tmp_path):
+    with pytest.raises(SystemExit) as e:
+        lens.main([*flags.split(), "--save_dir", str(tmp_path / "x")])
+    assert e.value.code == 2 and not (tmp_path / "x").exists()
+
+
+def test_missing_corpus_is_one_line(tmp_path, capsys):
+    assert lens.main(["--preset", "smoke", "--corpus", str(tmp_path / "no.txt"), "--save_dir", str(tmp_path / "x")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "cannot be read" in error and "Traceback" not in error

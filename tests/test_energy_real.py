@@ -1,0 +1,219 @@
+"""Energy-Lens on pretrained models, against transformers alone, finite differences, and the published snippet."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import energy_lens_minimal as lens
+import real_model_extension as real
+from energy_lens import EnergyLensAnalyzer, EnergyLensConfig
+
+TEXTS = {"regex_text": "The regex \\d+ matches numbers", "natural_text": "The quick brown fox jumps over the lazy dog"}
+SMALL = dict(
+    corpus="topics", corpus_tokens=1600, seq_len=24, sae_dict_size=64, sae_iterations=3, permutations=100, directions=100, intervened=4
+)
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory):
+    """A folder with a random GPT-2 of four blocks and a tokenizer of 600 tokens."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("gpt2")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(list(topics.values())[:20], trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False))
+    PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=600, n_positions=128, n_embd=32, n_layer=4, n_head=2, initializer_range=0.2, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lm(gpt2):
+    return real.load_language_model(str(gpt2))
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(600, (3, 10), generator=torch.Generator().manual_seed(1))
+
+
+def test_logit_energies_equal_transformers_alone(lm, ids):
+    blocks = []
+    handles = [
+        b.register_forward_hook(lambda _m, _i, out: blocks.append(out[0] if isinstance(out, tuple) else out))
+        for b in lm.model.transformer.h
+    ]
+    with torch.no_grad():
+        out = lm.model(ids, output_hidden_states=True)
+    for h in handles:
+        h.remove()
+    assert not torch.allclose(out.hidden_states[-1], blocks[-1])  # transformers' last one is normed: it must not be used
+    hs, _, last, nats = real.states_and_gradients(lm, ids, [0, 1, 2, 3])
+    for l in range(4):
+        with torch.no_grad():
+            logits = lm.model.lm_head(lm.model.transformer.ln_f(blocks[l]))
+            by_hand = -logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+            assert torch.allclose(real.LossEnergy(lm, l, "logit").energy(hs[l], ids), by_hand, atol=1e-4)
+            assert torch.allclose(real.LossEnergy(lm, l, "final").energy(hs[l], ids), nats, atol=1e-5)
+    assert torch.allclose(last, blocks[-1], atol=1e-6)
+
+
+def test_one_backward_serves_all_layers(lm, ids):
+    hs, gs, _, _ = real.states_and_gradients(lm, ids, [0, 2, 3])
+    for l in (0, 2, 3):
+        assert torch.allclose(real.LossEnergy(lm, l, "final").grad(hs[l], ids), gs[l], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", real.ENERGIES)
+def test_gradients_equal_finite_differences(gpt2, ids, mode):
+    lm = real.load_language_model(str(gpt2))
+    lm.model.double()
+    h = real.states_and_gradients(lm, ids, [1])[0][1]
+    energy = real.LossEnergy(lm, 1, mode)
+    if mode == "tuned":
+        energy.fit(h.flatten(0, 1), h.flatten(0, 1).roll(1, 0))
+    g = energy.grad(h, ids)
+    d = F.normalize(torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), dim=-1)
+    fd = lens.finite_difference(lambda y: energy.energy(y, ids).sum(1), h, d, h=1e-5)
+    a = lens.feature_gradient(g, d)
+    assert (fd - a).abs().max() / a.abs().max() < 1e-5
+
+
+def test_translator_recovers_an_affine_map(lm):
+    g = torch.Generator().manual_seed(0)
+    h, m = torch.randn(2000, 32, generator=g), torch.randn(32, 32, generator=g)
+    energy = real.LossEnergy(lm, 1, "tuned").fit(h, h @ m + 3)
+    mu, a, c = energy.translate
+    assert torch.allclose(h + (h - mu) @ a + c, h @ m + 3, atol=0.3)
+    with pytest.raises(lens.HandoffError, match="fit"):
+        real.LossEnergy(lm, 1, "tuned").energy(h[None, :5], torch.zeros(1, 5, dtype=torch.long))
+
+
+def test_replacing_a_state_leaves_the_model_as_it_was(lm, ids):
+    before = lm.run(ids)[0]
+
+    def state():
+        return [(len(b._forward_hooks), vars(b).get("forward")) for b in lm.blocks]
+
+    was = state()
+    h = real.states_and_gradients(lm, ids, [2])[0][2]
+    assert torch.allclose(lm.run(ids, replace={2: h})[0], before, atol=1e-5)
+    assert not torch.allclose(lm.run(ids, replace={2: 1.5 * h})[0], before, atol=1e-2)
+    assert torch.equal(lm.run(ids)[0], before) and state() == was
+
+
+def test_published_snippet(gpt2, tmp_path, monkeypatch, capsys):
+    """The published calls with a local folder; sizes are reduced here, the full sizes take minutes."""
+    monkeypatch.chdir(tmp_path)
+    config = EnergyLensConfig(model_name=str(gpt2), energy_layers=[1, 2], **SMALL)
+    analyzer = EnergyLensAnalyzer(config)
+    results = analyzer.run_comprehensive_analysis(TEXTS)
+    analyzer.generate_research_report(results, "energy_lens_report.md")
+    report = (tmp_path / "energy_lens_report.md").read_text()
+    assert "few for statistics" in capsys.readouterr().out and "no attractors" in report
+    for text in TEXTS:
+        assert text in report
+    frame = results.to_dataframe()
+    assert set(frame.layer) == {1, 2} and len(frame) == 128
+    record = json.loads(results.to_json(tmp_path / "raw.json"))
+    assert record["facts"]["cost"] and len(record["tables"]["validity"]) == 8
+    trace = results.to_dataframe("text_energy").query("text == 'natural_text' and layer == 1")
+    ids = torch.tensor(analyzer.lm.encode(TEXTS["natural_text"]))[None]
+    nats = real.next_token_nats(analyzer.lm.run(ids)[0], ids)[0]
+    assert np.allclose(trace.energy[:-1], nats, atol=1e-4) and math.isnan(trace.energy.iloc[-1])
+
+
+def test_ablated_texts_change_the_loss_by_what_is_reported(gpt2):
+    results = EnergyLensAnalyzer(EnergyLensConfig(model_name=str(gpt2), energy_layers=[2], **SMALL)).run_comprehensive_analysis(TEXTS)
+    t = results.to_dataframe("interventions")
+    own = t[(t.arm == "feature") & (t.eps == 0.25)]
+    assert np.corrcoef(own.integrated_gradients, own.energy_change)[0, 1] > 0.95
+    assert {"feature", "random direction"} == set(t.arm)
+
+
+def test_a_janus_checkpoint(smoke_checkpoint):
+    results = EnergyLensAnalyzer(
+        EnergyLensConfig(model_name=str(smoke_checkpoint), energy_layers=[5], **SMALL)
+    ).run_comprehensive_analysis()
+    nats = results.to_dataframe("validity").query("energy == 'final'").nats.iloc[0]
+    assert 2 < nats < 8 and results.to_dataframe("layers").n_seq.iloc[0] == 66
+
+
+def test_settings_validate_themselves():
+    for bad in (
+        dict(energy="raw"),
+        dict(optimiser="sgd"),
+        dict(corpus_tokens=100),
+        dict(energy_layers=[]),
+        dict(energy_layers=[-1]),
+        dict(sae_dict_size=0),
+        dict(seq_len=2),
+    ):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            EnergyLensConfig(**bad)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(model_name="/nowhere/model.gguf"), "does not exist"),
+        (dict(energy_layers=[9]), "4 blocks"),
+        (dict(seq_len=400, corpus_tokens=40000), "context"),
+        (dict(sae_dict_size=16), "smaller than the state"),
+        (dict(corpus="/nowhere.txt"), "cannot be read"),
+        (dict(corpus_tokens=2_000_000), "not enough data"),
+    ],
+)
+def test_bad_settings_are_one_line(gpt2, change, said):
+    with pytest.raises(lens.HandoffError, match=said) as e:
+        EnergyLensAnalyzer(EnergyLensConfig(**dict(model_name=str(gpt2), energy_layers=[1]) | SMALL | change)).run_comprehensive_analysis(
+            TEXTS
+        )
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text, said", [("", "0 tokens"), ("a", "1 tokens"), ("long words here " * 200, "context")])
+def test_bad_texts_are_one_line(gpt2, text, said):
+    analyzer = EnergyLensAnalyzer(EnergyLensConfig(model_name=str(gpt2), energy_layers=[1], **SMALL))
+    with pytest.raises(lens.HandoffError, match=said):
+        analyzer.run_comprehensive_analysis({"t": text})
+
+
+def test_nan_weights_are_refused(lm, gpt2):
+    model = real.load_language_model(str(gpt2)).model
+    next(model.parameters()).data[0, 0] = math.nan
+    with pytest.raises(lens.HandoffError, match="NaN"):
+        real.LanguageModel("x", model, lm.blocks, lm.norm, lm.unembedding, lm.encode, lm.decode, 128)
+
+
+def test_unknown_model_exits_1_with_one_line(tmp_path):
+    """In a process of its own: the hub libraries read their settings when they are imported."""
+    script = Path(real.__file__)
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, str(script), "--model_name", "no/such-model", "--save_dir", str(tmp_path / "x")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 1 and "no/such-model" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "x" / "research_report.md").exists()
+
+
+def test_too_little_data_exits_2():
+    with pytest.raises(SystemExit) as e:
+        real.main(["--model_name", "gpt2", "--corpus_tokens", "64"])
+    assert e.value.code == 2
