@@ -146,9 +146,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--learning_rate", type=real, help="peak learning rate of AdamW")
     g.add_argument("--lr_warmup", type=int, default=-1, help="steps of linear learning-rate warm-up; -1: a twentieth of --steps")
     g.add_argument("--schedule", choices=["cosine", "wsd", "constant"], default="cosine", help="cosine: to 10 %%; wsd: last fifth to 0")
-    g.add_argument("--weight_decay", type=float, default=0.1, help="AdamW weight decay of the matrices")
+    g.add_argument("--weight_decay", type=float, default=0.1, help="AdamW weight decay, of matrices")
     g.add_argument("--grad_clip", type=real, default=1.0, help="gradient norm above which gradients are scaled down")
-    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the blocks; auto: where the run repays it")
+    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the blocks; auto: where it pays")
     # fmt: on
     add_runtime_flags(p)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -976,6 +976,8 @@ def telemetry_row(step: int, args: argparse.Namespace, loss: float, grams: Tenso
     }
     space = "sigma_z" if args.sigma_space == "z" else "sigma_resid"
     row |= {"sigma_z": math.nan, "sigma_resid": math.nan, "max_layer_sigma": max(sigmas), "worst_layer": sigmas.index(max(sigmas))}
+    filtered = [math.exp(f) if loops[0].log else f for loop in loops if (f := loop.filtered) is not None]  # before this sample
+    row["sigma_filtered"] = sum(filtered) / len(filtered) if filtered else math.nan
     return row | {space: sum(sigmas) / len(sigmas), "lr": learning_rate(step, args)}
 
 
@@ -1077,17 +1079,30 @@ def announce(args: argparse.Namespace, model: NewGPT, train: HFWikiTextLoader, a
     print(f"cost: {args.steps} steps, {tokens:,} tokens, about {minutes:.1f} min; up to {gb / 1e9:.2f} GB in {args.save_dir}", flush=True)
 
 
-def train_model(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.Optimizer, pressure: Pressure, train: HFWikiTextLoader,
-                val: HFWikiTextLoader, autocast: Any, facts: dict[str, Any]) -> int:  # fmt: skip
-    """The training loop: step, clip, sample sigma, control, validate, save. Returns 0, or 128 + the signal that ended it."""
-    device, csv = model.embedding.weight.device, args.save_dir / "telemetry.csv"
+@contextlib.contextmanager
+def noting_signals() -> Iterator[list[int]]:
+    """Within the block SIGINT and SIGTERM do not interrupt; their numbers are appended to the list that it yields."""
+    noted: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: noted.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train_model(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.Optimizer, pressure: Pressure,
+                data: tuple[HFWikiTextLoader, ...], autocast: Any, facts: dict[str, Any], signals: list[int]) -> int:  # fmt: skip
+    """The training loop: step, clip, sample sigma, control, validate, save. `data`: training and validation split.
+
+    Returns 0, or 128 + the number of the signal that ended it, after saving.
+    """
+    device, (train, val) = model.embedding.weight.device, data
     depth = torch.arange(1, args.n_layers + 1, device=device) / args.n_layers
     layer_weights = depth**3 if args.layer_weights == "cubic" else torch.ones_like(depth)
     first, logs = resume(args, model, optimizer, pressure) if args.resume else (0, {"telemetry": [], "layers": []})
-    rows, n, signals, told = logs["telemetry"], args.batch_size * args.grad_accum, [], first
+    rows, n, told = logs["telemetry"], args.batch_size * args.grad_accum, first
     clock = written = time.perf_counter()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
     for step in tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc=facts["arm"], unit="step", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -1128,7 +1143,7 @@ def train_model(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.
                 sidecar_path(old).unlink(missing_ok=True)
                 old.unlink()
         if signals and not last:
-            print(f"signal {signals[0]}: saved step {step} in {csv.parent}; continue with the same command and --resume")
+            print(f"signal {signals[0]}: saved step {step} in {args.save_dir}; continue with the same command and --resume")
             return 128 + signals[0]
     return 0
 
@@ -1168,7 +1183,8 @@ def main(argv: list[str] | None = None) -> int:
             train.tokenizer.save(str(tmp))
         facts = {"arm": arm, "preset": args.preset, "seed": args.seed, "dataset": args.dataset, "data": train.description}
         facts["arguments"] = trajectory(args)
-        record["exit_status"] = train_model(args, model, optimizer, pressure, train, val, autocast, facts)
+        with noting_signals() as signals:
+            record["exit_status"] = train_model(args, model, optimizer, pressure, (train, val), autocast, facts, signals)
     if record["exit_status"]:
         return record["exit_status"]
     draw_training([csv], args.target_sigma, args.save_dir / "training.png")
