@@ -35,16 +35,22 @@ def bigram_loss(train: np.ndarray, val: np.ndarray, n_kinds: int) -> float:
 
 
 def tracking(telemetry: pd.DataFrame, target: float) -> dict[str, float]:
-    """How well sigma was held: first settled step (within 10 % of target after hand-over), and of the samples from there on the
-    share within 10 %, the mean and the standard deviation (relative to the target)."""
-    t = telemetry[(telemetry["phase"] != "warmup") & telemetry["sigma_z"].notna()]
-    relative = t["sigma_z"].to_numpy() / target
+    """How well the filtered sigma, which the controller acts on, was held: the settled step (the first within 10 % of the target
+    after hand-over) and, of all samples from there to the end, the share within 10 %, mean and standard deviation (relative)."""
+    t = telemetry[telemetry["phase"].isin(["auto", "hold"]) & telemetry["sigma_filtered"].notna()]
+    relative = t["sigma_filtered"].to_numpy() / target
     inside = np.abs(relative - 1) <= 0.10
     if not inside.any():
         return {"settled_step": np.nan, "share": 0.0, "mean": relative.mean(), "sd": relative.std(ddof=1), "n": 0}
     first = int(inside.argmax())
     rest = relative[first:]
-    return {"settled_step": t["step"].iloc[first], "share": inside[first:].mean(), "mean": rest.mean(), "sd": rest.std(ddof=1), "n": len(rest)}
+    return {
+        "settled_step": t["step"].iloc[first],
+        "share": inside[first:].mean(),
+        "mean": rest.mean(),
+        "sd": rest.std(ddof=1),
+        "n": len(rest),
+    }
 
 
 def read(path: Path, columns: list[str]) -> pd.DataFrame:
@@ -70,7 +76,10 @@ def headlines(folder: Path) -> list[tuple[str, str]]:
         paired = npz["adaptive.base"] - npz["control.base"]
     half = 1.96 * paired.std(ddof=1) / np.sqrt(len(paired))
     out = [
-        ("validation loss, nats a token", f"adaptive {loss['adaptive']:.4f}, control {loss['control']:.4f}; interpolated bigram {bigram:.4f}"),
+        (
+            "validation loss, nats a token",
+            f"adaptive {loss['adaptive']:.4f}, control {loss['control']:.4f}; interpolated bigram {bigram:.4f}",
+        ),
         (
             "price of the pressure, nats a token",
             f"{paired.mean():+.4f} [{paired.mean() - half:+.4f}, {paired.mean() + half:+.4f}] (95 % CI over {len(paired)} sequences; "
@@ -82,7 +91,7 @@ def headlines(folder: Path) -> list[tuple[str, str]]:
     out.append(
         (
             f"sigma against its setpoint {target:g}",
-            f"{held['mean']:.3f} +- {held['sd']:.3f} of it after step {held['settled_step']:.0f}, {held['share']:.0%} of {held['n']} samples "
+            f"filtered sigma {held['mean']:.3f} +- {held['sd']:.3f} of it after step {held['settled_step']:.0f}, {held['share']:.0%} of {held['n']} samples "
             f"within 10 %; control {free:.4f}, {free / target:.1f} times the setpoint",
         )
     )
@@ -96,13 +105,17 @@ def headlines(folder: Path) -> list[tuple[str, str]]:
         verdict = name if r["unique_hero"] else f"no unique hero (first: {name})"
         interval = f"[{r['crossfit_lo']:+.4f}, {r['crossfit_hi']:+.4f}]"
         out.append(
-            (f"Hero Head, {r['run']}", f"{verdict}: {r['crossfit']:+.4f} {interval} nats (cross-fitted), P(top-1) {r['p_top1']:.2f}, n = {r['n_seq']:.0f}")
+            (
+                f"Hero Head, {r['run']}",
+                f"{verdict}: {r['crossfit']:+.4f} {interval} nats (cross-fitted), P(top-1) {r['p_top1']:.2f}, n = {r['n_seq']:.0f}",
+            )
         )
-    parts = read(folder / "hero_analysis" / "hero_preserving.csv", ["kind", "value"])
-    best = parts[parts["kind"] == "claimed"].sort_values("value").iloc[-1]
-    low, high = next(((best[a], best[b]) for a, b in (("ci_lo", "ci_hi"), ("lo", "hi")) if a in best), (np.nan, np.nan))
-    label = next(best[c] for c in ("mechanism", "name", "part", "score") if c in best)
-    out.append(("explained by one mechanism of the hero", f"{best['value']:.0%} [{low:.0%}, {high:.0%}] of its impact ({label})"))
+    parts = read(folder / "hero_analysis" / "hero_preserving.csv", ["role", "kind", "mechanism", "value", "ci_low", "ci_high"])
+    best = parts[(parts["kind"] == "claimed") & (parts["role"] == "hero")].sort_values("value").iloc[-1]
+    interval = f"[{best['ci_low']:.0%}, {best['ci_high']:.0%}] of its impact, n = {best['n']:.0f} {best['unit']}s"
+    out.append(
+        ("explained by the best single mechanism", f"{best['mechanism']}: {best['value']:.0%} {interval} (chosen as the best of several)")
+    )
     return out
 
 
@@ -119,7 +132,10 @@ def main(argv: list[str] | None = None) -> int:
         pd.DataFrame(numbers, columns=["what", "number"]).to_csv(tmp, index=False)
     print("\nWhere to look")
     pictures = [("training.png", "what the Homeostat did"), ("activations", "figure 1, table 1"), ("saes", "figures 2 and 3, table 2")]
-    pictures += [("results_ablation_figure4.png", "figure 4; table 3 beside it"), ("hero_analysis/hero_report.html", "the hero: open in a browser")]
+    pictures += [
+        ("results_ablation_figure4.png", "figure 4; table 3 beside it"),
+        ("hero_analysis/hero_report.html", "the hero: open in a browser"),
+    ]
     for name, about in pictures:
         print(f"  {folder / name}: {about}")
     return 0
