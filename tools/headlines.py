@@ -35,22 +35,19 @@ def bigram_loss(train: np.ndarray, val: np.ndarray, n_kinds: int) -> float:
 
 
 def tracking(telemetry: pd.DataFrame, target: float) -> dict[str, float]:
-    """How well the filtered sigma, which the controller acts on, was held: the settled step (the first within 10 % of the target
-    after hand-over) and, of all samples from there to the end, the share within 10 %, mean and standard deviation (relative)."""
-    t = telemetry[telemetry["phase"].isin(["auto", "hold"]) & telemetry["sigma_filtered"].notna()]
-    relative = t["sigma_filtered"].to_numpy() / target
+    """How well the filtered sigma, which the controller acts on, was held while the loop was closed (phase auto).
+
+    settled_step: the first sample within 10 % of target after the hand-over; of the n samples from there on, the share within
+    10 %, and mean and standard deviation relative to the target. hold_mean: mean while the integral was frozen.
+    """
+    relative = telemetry["sigma_filtered"] / target
+    hold_mean = relative[telemetry["phase"] == "hold"].mean()
+    auto = telemetry["phase"] == "auto"
+    step, relative = telemetry["step"][auto].to_numpy(), relative[auto].to_numpy()
     inside = np.abs(relative - 1) <= 0.10
-    if not inside.any():
-        return {"settled_step": np.nan, "share": 0.0, "mean": relative.mean(), "sd": relative.std(ddof=1), "n": 0}
-    first = int(inside.argmax())
-    rest = relative[first:]
-    return {
-        "settled_step": t["step"].iloc[first],
-        "share": inside[first:].mean(),
-        "mean": rest.mean(),
-        "sd": rest.std(ddof=1),
-        "n": len(rest),
-    }
+    first = int(inside.argmax()) if inside.any() else len(inside)
+    held = {"settled_step": float(step[first]) if inside.any() else np.nan, "share": inside[first:].mean() if inside.any() else 0.0}
+    return held | {"mean": relative[first:].mean(), "sd": relative[first:].std(), "n": len(relative) - first, "hold_mean": hold_mean}
 
 
 def read(path: Path, columns: list[str]) -> pd.DataFrame:
@@ -92,7 +89,7 @@ def headlines(folder: Path) -> list[tuple[str, str]]:
         (
             f"sigma against its setpoint {target:g}",
             f"filtered sigma {held['mean']:.3f} +- {held['sd']:.3f} of it after step {held['settled_step']:.0f}, "
-            f"{held['share']:.0%} of {held['n']} samples within 10 %; control {free:.4f}, {free / target:.1f} times the setpoint",
+            f"{held['share']:.0%} of {held['n']} samples within 10 % (mean {held['hold_mean']:.2f} after the learning rate had decayed); control {free:.4f}, {free / target:.1f} times the setpoint",
         )
     )
     saes = read(folder / "saes" / "sae_metrics.csv", ["run", "layer", "l0", "fvu", "fvu_lo", "fvu_hi"])
