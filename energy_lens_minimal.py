@@ -1601,15 +1601,14 @@ def token_dictionary(train_x: Tensor, train_ids: Tensor, x: Tensor, ids: Tensor)
 
 def dictionary_learning(train: Tensor, test: Tensor, l0: float, seed: int) -> dict[str, float]:
     """MiniBatchDictionaryLearning (256 atoms, OMP with the SAE's L0 rounded) on x [N, D]: its FVU on `test`."""
-    n = max(1, round(l0))
+    n, mean, scale = max(1, round(l0)), train.mean(0), train.std()
     model = import_module("sklearn.decomposition").MiniBatchDictionaryLearning(
-        256, batch_size=256, max_iter=2, transform_algorithm="omp", transform_n_nonzero_coefs=n, fit_algorithm="lars", random_state=seed
+        256, alpha=2, batch_size=256, max_iter=2, transform_algorithm="omp", transform_n_nonzero_coefs=n, random_state=seed
     )
-    mean = train.mean(0)
     with warnings.catch_warnings(action="ignore"):
-        model.fit(((train - mean) / train.std()).numpy())
-        code = model.transform(((test - mean) / train.std()).numpy())
-    error = test - mean - torch.from_numpy(code @ model.components_).float() * train.std()
+        model.fit(((train - mean) / scale).numpy())
+        code = model.transform(((test - mean) / scale).numpy())
+    error = test - mean - torch.from_numpy(code @ model.components_).float() * scale
     return dict(fvu=(error.square().sum() / (test - mean).square().sum()).item(), l0=n)
 
 
@@ -1653,7 +1652,7 @@ def analyse_energy_transformer(args: Any, et: EnergyTransformer, corpus: Corpus)
                 dict(
                     layer=t,
                     dictionary="MiniBatchDictionaryLearning, 256 atoms",
-                    **dictionary_learning(fit, x[::5].flatten(0, 1)[:768], score["l0"], args.seed),
+                    **dictionary_learning(fit[:2048], x[::10].flatten(0, 1)[:320], score["l0"], args.seed),
                 )
             )
         state = x.clone().requires_grad_()

@@ -271,6 +271,22 @@ def test_dead_constant_and_rare_features_are_excluded():
     assert summary.eligible.iloc[0] == 0 and not table.aligned.any()
 
 
+def test_finite_differences_give_the_same_table():
+    x, _, sae, _ = planted(k=12, n_planted=0)
+    x, h = x[:60], torch.linspace(-1, 1, 32)
+
+    def energy(y):
+        return (h * y**2 / 2 + 0.1 * y**3).sum((1, 2))
+
+    gx, strata, few = h * x + 0.3 * x**2, torch.zeros(60), torch.tensor([1, 4, 7])
+    args = (0, x, gx, torch.randn(60, L), sae, strata, settings())
+    slow = lens.analyse_layer(*args, slope=lambda d: lens.finite_difference(energy, x.double(), d), features=few).features
+    fast = lens.analyse_layer(*args).features.set_index("feature").loc[few.numpy()]
+    assert len(slow) == 3 and slow.eligible.all()
+    for name in ("efas", "efas_on", "attribution", "z_token"):
+        assert np.allclose(slow[name], fast[name], rtol=1e-3, atol=1e-3)
+
+
 def test_random_directions_do_not_pass_the_direction_null():
     r = rng(8)
     mix = r.standard_normal((16, 16))

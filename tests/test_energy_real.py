@@ -156,6 +156,17 @@ def test_a_janus_checkpoint(smoke_checkpoint):
     assert 2 < nats < 8 and results.to_dataframe("layers").n_seq.iloc[0] == 66
 
 
+def test_the_builtin_energy_transformer(tmp_path, monkeypatch):
+    tiny = dict(train_steps=4, sequences=48, energy_layers=[1], sae_tokens=1024, relaxed=2, intervened=4)
+    monkeypatch.setitem(lens.PRESETS, "smoke", lens.PRESETS["smoke"] | tiny)
+    config = EnergyLensConfig("energy-transformer", 128, corpus="topics", permutations=60, directions=60, sae_iterations=3, preset="smoke")
+    analyzer = EnergyLensAnalyzer(config)
+    results = analyzer.run_comprehensive_analysis(TEXTS)
+    report = analyzer.generate_research_report(results, tmp_path / "report.md").read_text()
+    assert "Attractors and basins" in report and "natural_text has 9 tokens" in report
+    assert set(results.to_dataframe("text_energy").text) == set(TEXTS)
+
+
 def test_settings_validate_themselves():
     for bad in (
         dict(energy="raw"),

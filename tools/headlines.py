@@ -88,8 +88,9 @@ def headlines(folder: Path) -> list[tuple[str, str]]:
     out.append(
         (
             f"sigma against its setpoint {target:g}",
-            f"filtered sigma {held['mean']:.3f} +- {held['sd']:.3f} of it after step {held['settled_step']:.0f}, "
-            f"{held['share']:.0%} of {held['n']} samples within 10 % (mean {held['hold_mean']:.2f} after the learning rate had decayed); control {free:.4f}, {free / target:.1f} times the setpoint",
+            f"filtered sigma {held['mean']:.3f} +- {held['sd']:.3f} of it from step {held['settled_step']:.0f} on, {held['share']:.0%} of "
+            f"{held['n']} samples within 10 % (mean {held['hold_mean']:.2f} once the learning rate had decayed and the integral was frozen); "
+            f"control {free:.4f}, {free / target:.1f} times the setpoint",
         )
     )
     saes = read(folder / "saes" / "sae_metrics.csv", ["run", "layer", "l0", "fvu", "fvu_lo", "fvu_hi"])
