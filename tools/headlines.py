@@ -89,7 +89,7 @@ def headlines(folder: Path) -> list[tuple[str, str]]:
         (
             f"sigma against its setpoint {target:g}",
             f"filtered sigma {held['mean']:.3f} +- {held['sd']:.3f} of it from step {held['settled_step']:.0f} on, {held['share']:.0%} of "
-            f"{held['n']} samples within 10 % (mean {held['hold_mean']:.2f} once the learning rate had decayed and the integral was frozen); "
+            f"{held['n']} samples within 10 % (mean {held['hold_mean']:.2f} in the hold phase at the end); "
             f"control {free:.4f}, {free / target:.1f} times the setpoint",
         )
     )
