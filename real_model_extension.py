@@ -27,7 +27,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -908,7 +908,7 @@ class EnergyLensAnalyzer:
                 return true.grad(y, rows[i]) * pads[i]
 
             noise = torch.from_numpy(rng.standard_normal(sae.w_dec.shape, dtype=np.float32))
-            arms = {"feature": sae, "random direction": SAE(sae.w_enc, sae.b_enc, F.normalize(noise, dim=-1), sae.b_dec)}
+            arms = {"feature": sae, "random direction": replace(sae, w_dec=F.normalize(noise, dim=-1))}
             for arm, dictionary in arms.items():
                 table = lens.ablate(
                     energy, slope, h, g * pads, dictionary, chosen, n_seq=4, steps=2 if arm == "feature" else 0, doses=(0.25, 1.0)
