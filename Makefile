@@ -15,7 +15,7 @@ LAST   := $(lastword $(LAYERS))
 # The demo model samples sigma from 2,048 tokens a step, which alone gives independent heads a sigma of about 0.003: its
 # setpoint is 0.009, not the published 0.0035, and its loop is faster because its run is shorter.
 SETPOINT ?= 0.009
-TRAIN  ?= --preset demo --dataset builtin --target_sigma $(SETPOINT) --lambda_start 2 --pressure_warmup 100 --control_interval 5 --filter_beta 0.8 --k_p 2 --k_i 0.02
+TRAIN  ?= --preset demo --dataset builtin --target_sigma $(SETPOINT) --lambda_start 2 --pressure_warmup 100 --control_interval 5 --filter_beta 0.8 --k_p 4 --k_i 0.04
 TEXT   ?= The quick brown fox jumps over the lazy dog because of complex physics.
 MODELS := $(RUN)/adaptive/janus_adaptive_final.pt.json $(RUN)/control/janus_control_final.pt.json
 DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.npy.json)
@@ -41,10 +41,8 @@ setup-dev: .venv/.ready-dev
 	@touch $@
 
 demo: setup
-	@$(MAKE) --no-print-directory -j2 train
-	@$(MAKE) --no-print-directory -j2 harvest ablate
-	@$(MAKE) --no-print-directory -j2 sae
-	@$(MAKE) --no-print-directory hero figures
+	@$(MAKE) --no-print-directory -j2 train harvest ablate sae hero
+	@$(MAKE) --no-print-directory figures
 	@$(PY) tools/headlines.py $(RUN)
 
 # ---------------------------------------------------------------------------------------------------- the five phases
@@ -82,7 +80,7 @@ figures: $(DUMPS) $(SAES)
 
 # ------------------------------------------------------------------------------------------------------------- tests
 test: setup-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 check: setup-dev
 	$(PY) -m ruff check .

@@ -748,7 +748,8 @@ def token_scores(model: NewGPT, final: Tensor, targets: Tensor) -> Tensor:
     for x, y in zip(final.split(step, dim=1), targets.split(step), strict=True):
         log_q = model.unembed(x).float().log_softmax(-1)  # [1 + R, n, V]; row 0 is log p
         picked = log_q.gather(-1, torch.stack((y, log_q[0].argmax(-1)), -1).expand(len(log_q), -1, 2))  # of target, of clean top
-        entropy = -torch.linalg.vecdot(log_q, log_q[0].exp())  # cross-entropy of each variant under p
+        with torch.autocast(x.device.type, enabled=False):  # it would take this product in bfloat16
+            entropy = -torch.linalg.vecdot(log_q, log_q[0].exp())  # cross-entropy of each variant under p
         parts.append(torch.stack((-picked[..., 0], entropy - entropy[0], (picked[..., 1] < log_q.amax(-1)).float())))
     return torch.cat(parts, dim=2)
 

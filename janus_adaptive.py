@@ -990,11 +990,15 @@ def draw_training(csvs: list[str | Path], target: float, out: Path) -> None:
         t, label = read_telemetry(path), Path(path).resolve().parent.name
         axes[0].plot(t["step"], t["loss"], color=color, alpha=0.3, lw=0.8)
         axes[0].plot(*t[["step", "val_loss"]].dropna().to_numpy().T, color=color, marker="o", ms=4, label=label)
-        axes[1].plot(*t[["step", "sigma_z"]].dropna().to_numpy().T, color=color, lw=1, label=label)
+        axes[1].plot(*t[["step", "sigma_z"]].dropna().to_numpy().T, color=color, lw=0.8, alpha=0.5, label=label)
+        if "sigma_filtered" in t:
+            axes[1].plot(*t[["step", "sigma_filtered"]].dropna().to_numpy().T, color=color, lw=1.6)
         axes[2].plot(t["step"], t["lambda"].where(t["lambda"] > 0), color=color, lw=1.2, label=label)
     axes[1].axhspan(0.9 * target, 1.1 * target, color="0.85", label=f"setpoint {target:g} $\\pm$ 10 %")
     axes[0].set(title="Loss (thin: training, dots: validation)", ylabel="cross-entropy (nats a token)")
-    axes[1].set(title="What the Homeostat measures", ylabel=r"$\sigma$: mean |cosine| between the heads' z", yscale="log")
+    axes[1].set(
+        title="What the Homeostat measures (thick: after its filter)", ylabel=r"$\sigma$: mean |cosine| between the heads' z", yscale="log"
+    )
     axes[2].set(title="What it does", ylabel=r"penalty weight $\lambda$ (none: control)", yscale="log")
     for ax in axes:
         ax.set_xlabel("optimiser step")

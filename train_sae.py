@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -561,7 +562,8 @@ class Dump:
         if n < 2:
             raise HandoffError(f"{path} has {n} windows of {self.seq_len} tokens, expected at least 2 (one is held out): harvest more")
         self.held_out = range(n - max(1, round(0.05 * n)), n)
-        self.n_train, self.pool = self.held_out.start * self.seq_len, (None, torch.empty(0))
+        self.n_train = self.held_out.start * self.seq_len
+        self.pool: tuple[Any, Tensor] = (None, torch.empty(0))
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start..stop-1 [n, D] in the type of the dump. Raises HandoffError, naming the first that is not finite."""
@@ -631,7 +633,8 @@ def row_topk(pre: Tensor, k: int, members: int = 16) -> tuple[Tensor, Tensor]:
     `members` latents that have the largest maxima (strided groups, so that the maximum vectorises)."""
     groups = pre.shape[1] // members
     if pre.shape[1] % members or groups < 2 * k:
-        return tuple(pre.topk(k, sorted=False))
+        value, latent = pre.topk(k, sorted=False)
+        return value, latent
     best = pre.view(len(pre), members, groups).amax(1).topk(k, sorted=False).indices
     latent = (best[:, None] + torch.arange(members, device=pre.device)[:, None] * groups).flatten(1)
     value, at = pre.gather(1, latent).topk(k, sorted=False)
@@ -699,7 +702,8 @@ class Trainer:
         self.W_enc, self.b_enc, self.W_dec, self.b_dec = self.params
         self.optimizer = torch.optim.Adam(self.params, lr=args.learning_rate, eps=1e-9, fused=device.type != "mps")
         self.idle = torch.zeros(f, dtype=torch.int64, device=device)  # tokens since a latent fired
-        self.tau, self.history = torch.zeros((), device=device), []
+        self.tau = torch.zeros((), device=device)
+        self.history: list[dict[str, Any]] = []
 
     def gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Sets .grad of every parameter for the batch x [N, D] -> squared error a dimension, and firings [F]."""
@@ -736,7 +740,9 @@ class Trainer:
         mse, fired = self.gradients((raw.to(self.mean.device).float() - self.mean) * self.scale)
         decay = (a.steps + 1 - self.step_count) / (a.lr_decay * a.steps) if a.lr_decay else 1.0
         self.optimizer.param_groups[0]["lr"] = a.learning_rate * min(1.0, self.step_count / max(1, a.lr_warmup), decay)
-        self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
+        grad = self.W_dec.grad
+        assert grad is not None
+        grad -= (grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
         self.optimizer.step()
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
         self.idle = torch.where(fired > 0, 0, self.idle + len(raw))
@@ -811,8 +817,8 @@ def evaluate(sae: SparseAutoencoder, dump: Dump, chosen: list[int]) -> tuple[dic
 
 def spliced(model: NewGPT, resid: Tensor, layer: int, site: str, edit: Callable[[Tensor], Tensor]) -> Tensor:
     """Logits [B, T, V] when `edit` replaces activation `site` of block `layer`, which reads resid [B, T, D]."""
-    block, rope = model.blocks[layer], (model.rope_cos[: resid.shape[1]], model.rope_sin[: resid.shape[1]])
-    swap = {site: edit}
+    rope, swap = (model.rope_cos[: resid.shape[1]], model.rope_sin[: resid.shape[1]]), {site: edit}
+    block: Any = model.blocks[layer]
 
     def at(name: str, value: Tensor) -> Tensor:
         return swap[name](value) if name in swap else value
@@ -829,7 +835,9 @@ def ce_recovered(model: NewGPT, sae: SparseAutoencoder, dump: Dump, tokens: np.n
     recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean); KL is KL(clean || edited). Float32; the mean is that of training rows.
     """
     edits = {"clean": lambda v: v, "sae": lambda v: sae.decode(sae.encode(v)), "zero": torch.zeros_like, "mean": lambda v: 0 * v + mean}
-    ce, kl, per = {n: [] for n in edits}, {n: [] for n in edits}, max(1, (1 << 24) // (dump.seq_len * model.cfg.vocab_size))
+    ce: dict[str, list] = {name: [] for name in edits}
+    kl: dict[str, list] = {name: [] for name in edits}
+    per = max(1, (1 << 24) // (dump.seq_len * model.cfg.vocab_size))
     for i in range(0, len(chosen), per):
         windows = [tokens[w * dump.seq_len : (w + 1) * dump.seq_len] for w in chosen[i : i + per]]
         idx = torch.from_numpy(np.stack(windows).astype(np.int64)).to(mean.device)
@@ -944,7 +952,7 @@ def draw_report(save_dir: Path) -> None:
 
     layers = sorted(metrics["layer"].unique())
     n_cols, n_rows = min(3, len(layers)), math.ceil(len(layers) / 3)
-    fig, grid = plt.subplots(n_rows, n_cols, figsize=(max(5, 4 * n_cols), 3.6 * n_rows), layout="constrained", squeeze=False, sharey=True)
+    fig, grid = plt.subplots(n_rows, n_cols, figsize=(max(6, 4 * n_cols), 3.6 * n_rows), layout="constrained", squeeze=False, sharey=True)
     for ax, layer in zip(grid.flat, layers, strict=False):
         for kind, g in metrics[metrics["layer"] == layer].groupby(GROUP[:-1]):
             latents = pd.concat(read_csv(save_dir / f / "latent_frequencies.csv", ["frequency", "n_rows"]) for f in g["folder"])
@@ -956,7 +964,7 @@ def draw_report(save_dir: Path) -> None:
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False)
     for ax in grid[:, 0]:
         ax.set_ylabel("share of latents in a bin")
-    fig.suptitle(f"How often latents fire, {metrics['n_rows'].max():,} held-out tokens, 18 logarithmic bins", fontsize=11)
+    fig.suptitle(f"How often latents fire ({metrics['n_rows'].max():,} held-out tokens)", fontsize=11)
     with atomic(save_dir / "figure3_activation_frequency.png") as tmp:
         fig.savefig(tmp, dpi=130)
     plt.close("all")
@@ -1041,9 +1049,9 @@ def save_sae(job: Job, t: Trainer) -> None:
             tmp.write_bytes(data)
     hook = f"blocks.{dump.layer}." + ("attn.hook_z" if dump.site == "z" else f"hook_{dump.site}")
     # without a version, SAELens takes the file for an old one and drops the metadata
-    metadata = {"sae_lens_version": "6.54.12", "sae_lens_training_version": "6.54.12", "model_name": f"janus/{dump.run}", "hook_name": hook}
-    metadata |= {"hook_head_index": dump.head, "context_size": dump.seq_len, "prepend_bos": False, "dataset_path": dump.side["dataset"]}
-    metadata |= {"training_architecture": a.arch, "training_tokens": t.step_count * a.batch_size}
+    metadata: dict[str, Any] = {"sae_lens_version": "6.54.12", "sae_lens_training_version": "6.54.12", "hook_name": hook}
+    metadata |= {"model_name": f"janus/{dump.run}", "hook_head_index": dump.head, "context_size": dump.seq_len, "prepend_bos": False}
+    metadata |= {"dataset_path": dump.side.get("dataset"), "training_architecture": a.arch, "training_tokens": t.step_count * a.batch_size}
     cfg = {"architecture": ARCHS[a.arch], "d_in": len(t.mean), "d_sae": len(t.b_enc), "dtype": "float32", "device": "cpu"}
     cfg |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
     write_json(folder / "cfg.json", cfg | ({"k": a.k} if a.arch == "topk" else {}) | {"metadata": metadata})
@@ -1123,8 +1131,9 @@ def collect_metrics(save_dir: Path) -> None:
     """sae_metrics.csv: one row for every finished SAE under save_dir."""
     columns, rows = [*GROUP, "head", "arm", "seed", "k", "d_in", "d_sae", "steps", "tokens", "gamma"], []
     for side in sorted(save_dir.glob(f"*/L*/**/{WEIGHTS}.json")):
-        record = read_sidecar(side.with_suffix(""), SAE_SCHEMA, "python train_sae.py --overwrite")
-        rows.append({c: record[c] for c in columns} | {"folder": side.parent.relative_to(save_dir).as_posix()} | record["metrics"])
+        with contextlib.suppress(HandoffError):  # another process is just replacing it
+            record = read_sidecar(side.with_suffix(""), SAE_SCHEMA, "python train_sae.py --overwrite")
+            rows.append({c: record[c] for c in columns} | {"folder": side.parent.relative_to(save_dir).as_posix()} | record["metrics"])
     frame = pd.DataFrame(rows).sort_values([*GROUP, "head"])
     absent = [c for c in ("ce_recovered_zero", "ce_recovered_mean", "kl_sae") if c not in frame]  # empty columns where no model was there
     write_csv(save_dir / "sae_metrics.csv", frame.assign(**dict.fromkeys(absent, math.nan)))
@@ -1148,7 +1157,8 @@ def main(argv: list[str] | None = None) -> int:
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stop.append(n))
-    with run_record(args.save_dir, args) as record:
+    runs = {job.dump.run for job in jobs}
+    with run_record(args.save_dir / runs.pop() if len(runs) == 1 else args.save_dir, args) as record:
         record["settings"] = {str(job.folder): vars(job.args) for job in jobs}
         for job in jobs:
             trainer = run_training(job, device, stop)
@@ -1159,8 +1169,10 @@ def main(argv: list[str] | None = None) -> int:
             if trainer:
                 print(finish_sae(job, trainer, models[job.dump.run]), flush=True)
             job.dump.pool = (None, torch.empty(0))
-        collect_metrics(args.save_dir)
-        draw_report(args.save_dir)
+        with open(args.save_dir / ".lock", "w") as lock:  # runs trained side by side report one after the other
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            collect_metrics(args.save_dir)
+            draw_report(args.save_dir)
     print(f"see {args.save_dir / 'table2.md'}, and figure2_l0_by_depth.png and figure3_activation_frequency.png beside it")
     return 0
 

@@ -157,6 +157,16 @@ def test_nothing_depends_on_the_batch_size_nor_on_which_sequences_are_asked_for(
         np.testing.assert_allclose(one[k][[1, 4, 8]], two[k], atol=1e-5, err_msg=k)
 
 
+def test_scores_are_taken_in_float32_under_bfloat16() -> None:
+    model, y = random_model(), torch.arange(20)
+    final = torch.randn(3, 20, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, kl, _ = A.token_scores(model, final, y)
+        log_q = model.unembed(final).double().log_softmax(-1)
+    torch.testing.assert_close(loss.double(), -log_q[:, torch.arange(20), y], atol=1e-5, rtol=0)
+    torch.testing.assert_close(kl.double(), (log_q[0].exp() * (log_q[0] - log_q)).sum(-1), atol=1e-5, rtol=0)
+
+
 def test_bfloat16_is_accepted_only_within_a_tenth_of_a_standard_error() -> None:
     full = np.random.default_rng(0).normal(size=(8, 2, 3))
     se = full.std(0, ddof=1) / np.sqrt(8)

@@ -284,15 +284,18 @@ def test_the_export_carries_what_the_next_phase_needs(finished):
     assert len(record["checkpoint_sha256"]) == 64
     rows = pd.read_csv(finished / "topk/sae_metrics.csv")
     assert rows["layer"].tolist() == [0, 2] and rows["l0"].tolist() == pytest.approx([4, 4])
-    for name in ("table2.csv", "table2.md", "figure2_l0_by_depth.png", "figure3_activation_frequency.png", "run.json"):
+    for name in ("table2.csv", "table2.md", "figure2_l0_by_depth.png", "figure3_activation_frequency.png", "adaptive/run.json"):
         assert (finished / "topk" / name).stat().st_size > 100
 
 
-def test_a_head_has_an_sae_of_its_own(made, tmp_path):
+def test_a_head_has_an_sae_of_its_own_beside_what_was_there(made, finished, tmp_path):
     from sae_lens import SAE
 
+    shutil.copytree(finished / "topk", tmp_path, dirs_exist_ok=True)
     assert run(made, tmp_path, "--layers", "2", "--unit", "head", "--arch", "relu") == 0
     rows = pd.read_csv(tmp_path / "sae_metrics.csv")
+    assert len(rows) == 5 and len(pd.read_csv(tmp_path / "table2.csv")) == 3  # the report covers every finished SAE
+    rows = rows[rows["unit"] == "head"].reset_index(drop=True)
     assert rows["head"].tolist() == [0, 1, 2] and (rows["d_in"] == 8).all()
     x = held_out(made, 2)[:, 8:16]
     theirs, ours = SAE.load_from_disk(str(tmp_path / "adaptive/L2/H1")), ts.load_sae(tmp_path / "adaptive/L2/H1")
@@ -300,7 +303,7 @@ def test_a_head_has_an_sae_of_its_own(made, tmp_path):
     assert (theirs.encode(x) - ours.encode(x)).abs().max() <= 1e-5
     fvu = (ours.decode(ours.encode(x)) - x).square().sum() / (x - x.mean(0)).square().sum()
     assert rows["fvu"][1] == pytest.approx(fvu.item(), rel=1e-4)
-    table = pd.read_csv(tmp_path / "table2.csv").iloc[0]
+    table = pd.read_csv(tmp_path / "table2.csv").query("unit == 'head'").iloc[0]
     half = 4.302653 * rows["l0"].std() / math.sqrt(3)  # Student's t, 2 degrees of freedom
     assert table["interval_over"] == "3 heads" and table["l0_hi"] - table["l0"] == pytest.approx(half, rel=1e-5)
 
@@ -426,9 +429,8 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(made, tmp_path, monkeypatc
     assert run(made, tmp_path / "parts", *flags) == 1
     monkeypatch.undo()
     folder = tmp_path / "parts/adaptive/L2"
-    assert (
-        not (folder / "sae_weights.safetensors.json").exists() and json.loads((tmp_path / "parts/run.json").read_text())["exit_status"] == 1
-    )
+    assert not (folder / "sae_weights.safetensors.json").exists()
+    assert json.loads((tmp_path / "parts/adaptive/run.json").read_text())["exit_status"] == 1
     assert torch.load(folder / "training_state.pt", weights_only=True)["step"] == 30
     ts.load_sae(folder)  # every save is a loadable export
     assert run(made, tmp_path / "parts", *flags, "--resume") == 0
@@ -467,7 +469,7 @@ def test_a_signal_saves_and_says_how_to_go_on(made, tmp_path, monkeypatch, capsy
 
     def step_and_interrupt(self, raw):
         step(self, raw)
-        if self.step_count == 17 and json.loads((tmp_path / "run.json").read_text())["end"] is None:
+        if self.step_count == 17 and json.loads((tmp_path / "adaptive/run.json").read_text())["end"] is None:
             signal.raise_signal(signal.SIGTERM)
 
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -476,7 +478,7 @@ def test_a_signal_saves_and_says_how_to_go_on(made, tmp_path, monkeypatch, capsy
     for number, handler in handlers.items():
         signal.signal(number, handler)
     assert status == 143 and "--resume" in capsys.readouterr().out
-    assert json.loads((tmp_path / "run.json").read_text())["exit_status"] == 143
+    assert json.loads((tmp_path / "adaptive/run.json").read_text())["exit_status"] == 143
     assert torch.load(tmp_path / "adaptive/L0/training_state.pt", weights_only=True)["step"] == 17
     assert not list(tmp_path.rglob("*.safetensors.json"))
 
