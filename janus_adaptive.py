@@ -996,9 +996,7 @@ def draw_training(csvs: list[str | Path], target: float, out: Path) -> None:
         axes[2].plot(t["step"], t["lambda"].where(t["lambda"] > 0), color=color, lw=1.2, label=label)
     axes[1].axhspan(0.9 * target, 1.1 * target, color="0.85", label=f"setpoint {target:g} $\\pm$ 10 %")
     axes[0].set(title="Loss (thin: training, dots: validation)", ylabel="cross-entropy (nats a token)")
-    axes[1].set(
-        title="What the Homeostat measures (thick: after its filter)", ylabel=r"$\sigma$: mean |cosine| between the heads' z", yscale="log"
-    )
+    axes[1].set(title="What the Homeostat measures (thick: filtered)", ylabel=r"$\sigma$: mean |cosine| between heads", yscale="log")
     axes[2].set(title="What it does", ylabel=r"penalty weight $\lambda$ (none: control)", yscale="log")
     for ax in axes:
         ax.set_xlabel("optimiser step")
