@@ -137,7 +137,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--gradient",
         choices=["autograd", "finite_difference"],
         default="autograd",
-        help="of the energy; the latter along the 16 most active features only",
+        help="of the energy; the latter along the 16 most active features only, in minutes",
     )
     g.add_argument("--permutations", type=count, help="Monte Carlo permutations of sequences")
     g.add_argument("--directions", type=count, help="covariance-matched random directions")
@@ -1497,6 +1497,8 @@ def draw_dose(t: pd.DataFrame, path: Path) -> None:
                 ax.plot(sorted(t.dose.unique()), ci["mean"], style, color=colour, label=arm, markersize=4)
                 ax.fill_between(sorted(t.dose.unique()), ci.lo, ci.hi, color=colour, alpha=0.2)
             ax.set(xlabel="clamp (multiple of mean activation)", ylabel=label)
+            if name != "attractor_shift":
+                ax.set_ylim(-0.002, max(0.05, ax.get_ylim()[1]))
         axes[0].legend(fontsize=8, frameon=False)
 
 
@@ -1534,7 +1536,8 @@ def draw_basins(basin: pd.DataFrame, tree: pd.DataFrame, path: Path) -> None:
         )
         if not np.isfinite(tree.depth).any():  # nothing merges: one minimum each, as far as the starts can tell
             axes[1].text(0.5, 0.5, "every start reached the same minimum", ha="center", transform=axes[1].transAxes)
-            axes[1].set(xticks=[], yticks=[], yscale="linear")
+            axes[1].set_yscale("linear")
+            axes[1].set(xticks=[], yticks=[])
         else:
             axes[1].legend(fontsize=7, frameon=False)
 

@@ -102,7 +102,7 @@ class EnergyLensConfig:
     seq_len: int = 64  # tokens a window
     energy: str = "final"
     optimiser: str = "adam"
-    sae_l1: float = 0.6
+    sae_l1: float | None = None  # penalty per unit of whitened activation; None: 3, and 0.6 for the Energy Transformer
     sae_iterations: int = 30
     permutations: int = 2000
     directions: int = 2000
@@ -164,7 +164,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--seq_len", type=count, default=base.seq_len, help="tokens a window, one window a document")
     g.add_argument("--sae_dict_size", type=count, default=base.sae_dict_size, help="SAE latents")
     g.add_argument("--sae_iterations", type=count, default=base.sae_iterations, help="L-BFGS iterations, or 20 Adam steps each")
-    g.add_argument("--sae_l1", type=real, default=base.sae_l1, help="weight of the L1 penalty, per unit of whitened activation")
+    g.add_argument(
+        "--sae_l1", type=real, help="weight of the L1 penalty, per unit of whitened activation (default: 3; energy-transformer: 0.6)"
+    )
     g.add_argument("--optimiser", choices=["adam", "lbfgs"], default=base.optimiser, help="of the SAE")
     g.add_argument("--permutations", type=count, default=base.permutations, help="Monte Carlo permutations of sequences")
     g.add_argument("--directions", type=count, default=base.directions, help="covariance-matched random directions")
@@ -818,7 +820,9 @@ class EnergyLensAnalyzer:
                 "sae_iterations",
             )
         }
-        args = argparse.Namespace(**sizes | own | dict(step_size=0.5, gradient="autograd", intervened=max(cfg.intervened, 12)))
+        args = argparse.Namespace(
+            **sizes | own | dict(sae_l1=cfg.sae_l1 or 0.6, step_size=0.5, gradient="autograd", intervened=max(cfg.intervened, 12))
+        )
         args.energy_layers, args.sequences = (
             sorted(set(cfg.energy_layers or sizes["energy_layers"])),
             min(sizes["sequences"], cfg.corpus_tokens // 32),
@@ -859,7 +863,7 @@ class EnergyLensAnalyzer:
             modes[1].fit(fit, last_fit[:, inner].flatten(0, 1))
             energies[l] = modes[ENERGIES.index(cfg.energy)]
             checks.append(validity(modes, hs[l][:16], gs[l][:16], ids[:16], cfg.seed))
-            sae = saes[l] = lens.train_sae(fit, cfg.sae_dict_size, cfg.sae_l1, cfg.sae_iterations, cfg.optimiser, cfg.seed)
+            sae = saes[l] = lens.train_sae(fit, cfg.sae_dict_size, cfg.sae_l1 or 3.0, cfg.sae_iterations, cfg.optimiser, cfg.seed)
             x = hs[l][:, inner]
             rows.append(dict(layer=l, dictionary=f"SAE, {cfg.optimiser}", **sae.score(x[: 8192 // cfg.seq_len + 1].flatten(0, 1))))
             rows.append(
