@@ -12,7 +12,7 @@ Writes  <stem>.csv            a row per run, mode and head: impact (nats a token
         <stem>_summary.csv    a row per run and mode: Hero Head or none, cross-fitted impact, concentration and its null
         <stem>_figure4.png, <stem>_heatmap.png, <stem>_table3.csv, <stem>_table3.md, and run.json
 
-Quick   python ablation_test.py --adaptive_model checkpoints/smoke/janus_adaptive_final.pt             (seconds on two CPU cores)
+Quick   python ablation_test.py --adaptive_model checkpoints/smoke/janus_adaptive_final.pt             (15 s on one CPU core)
 Full    python ablation_test.py --adaptive_model ./checkpoints/v1/janus_adaptive_final.pt --save_file results_ablation.csv
         (144 heads x 10 passes over the validation split: meant for a GPU; prints its time on this machine first)
 
@@ -68,7 +68,7 @@ MODES = ("mean", "zero", "resample")  # what replaces a head's z; the first one 
 PHASE_PRESETS: dict[str, dict[str, int]] = {
     "full": dict(n_seqs=0, n_mean=256, resample_draws=8, batch_size=4, block=8),
     "published": dict(n_seqs=0, n_mean=256, resample_draws=8, batch_size=4, block=8),
-    "demo": dict(n_seqs=160, n_mean=128, resample_draws=1, batch_size=16, block=1),
+    "demo": dict(n_seqs=48, n_mean=128, resample_draws=1, batch_size=16, block=1),
     "smoke": dict(n_seqs=24, n_mean=24, resample_draws=2, batch_size=12, block=1),
 }
 

@@ -66,7 +66,7 @@ GROUP = ["run", "unit", "arch", "site", "layer"]
 PHASE_PRESETS: dict[str, dict[str, Any]] = {
     "full": dict(expansion=16, k=32, tokens=10_000_000, batch_size=4096, learning_rate=6e-4, dead_tokens=1_000_000, eval_tokens=200_000),
     "published": dict(expansion=8, k=32, steps=5000, batch_size=4096, learning_rate=3e-4, dead_tokens=1_000_000, eval_tokens=200_000),
-    "demo": dict(expansion=8, k=16, steps=1000, batch_size=2048, learning_rate=1e-3, dead_tokens=100_000, eval_tokens=20_000),
+    "demo": dict(expansion=8, k=16, steps=500, batch_size=2048, learning_rate=1e-3, dead_tokens=100_000, eval_tokens=20_000),
     "smoke": dict(expansion=8, k=8, steps=150, batch_size=512, learning_rate=2e-3, dead_tokens=20_000, eval_tokens=8_000),
 }
 
