@@ -882,10 +882,8 @@ def analyse_layer(
     """
     rng, n_seq = np.random.default_rng(args.seed), len(x)
     perms = permutations(strata, args.permutations, rng)
-    halves = torch.zeros(2, n_seq, dtype=torch.float64)  # of the documents, stratified: discovery and replication
-    for g in strata.unique():
-        for half, part in zip(halves, np.array_split(rng.permutation((strata == g).nonzero()[:, 0].numpy()), 2), strict=True):
-            half[part] = 1
+    halves = torch.zeros(2, n_seq, dtype=torch.float64)  # discovery: even rows; replication, and every intervention: odd rows
+    halves[0, ::2] = halves[1, 1::2] = 1  # the rows are in random order
     weights = torch.cat([halves, torch.from_numpy(rng.multinomial(n_seq, np.full(n_seq, 1 / n_seq), 200)).double()])
     legacy = -torch.gradient(e_token, dim=1)[0][..., None]
     rows, boots, max_z, todo = [], [], torch.zeros(len(perms)), torch.arange(len(sae.b_enc)) if features is None else features
@@ -1699,7 +1697,7 @@ def analyse_energy_transformer(args: Any, et: EnergyTransformer, corpus: Corpus)
             sae.encode(x, torch.tensor(own.feature.to_numpy())), classes, corpus.strata, own.feature.to_numpy()
         )
         chosen = matched_features(own, args.intervened, rng)
-        held = torch.arange(len(x))[1::2]  # strata are contiguous, so every other sequence is a stratified half
+        held = torch.arange(len(x))[1::2]  # the half that efas_a has not seen
         xd, bd = x[held].double(), b[held].double()
         effects = ablate(
             lambda y, i: et64.energy(y, bd[i]), lambda y, i: et64.grad_x(y, bd[i]), xd, et64.grad_x(xd, bd), sae, chosen, n_seq=12

@@ -895,7 +895,7 @@ class EnergyLensAnalyzer:
     def _ablations(self, res: LensResults, hs: dict, gs: dict, ids: Tensor, saes: dict, rng: np.random.Generator) -> None:
         """Ablates matched features and, with the same length at the same tokens, random directions; the outcome is the model's own loss."""
         effects, scores, points = [], [], []
-        held = torch.arange(len(ids))[1::2]
+        held = torch.arange(len(ids))[1::2]  # the half that efas_a has not seen
         for l, sae in saes.items():
             own = res.tables["features"].query("layer == @l and eligible").reset_index(drop=True)
             if not len(own):

@@ -207,6 +207,9 @@ def test_planted_features_are_found_with_their_attribution():
     found = (table.q_token < 0.05).to_numpy()
     f = sae.encode(x)
     expected = (strength * f.sum((0, 1)) / (f > 0).sum((0, 1)))[:20].numpy()
+    pull = lens.feature_gradient(gx, sae.w_dec)
+    for half, rows in (("efas_a", slice(0, None, 2)), ("efas_b", slice(1, None, 2))):  # interventions use the odd rows, unseen by efas_a
+        assert np.allclose(table[half], lens.pearson(lens.sequence_sums(f[rows], pull[rows]))[0], atol=1e-6)
     per_sequence = (f * lens.feature_gradient(gx, sae.w_dec)).sum(1)[:, :20]
     error = per_sequence.std(0).numpy() * math.sqrt(S) / table.n_active[:20].to_numpy()
     assert (np.abs(table.attribution[:20] - expected) < 4 * error).all()
