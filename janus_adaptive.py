@@ -986,8 +986,10 @@ def draw_training(csvs: list[str | Path], target: float, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    for color, path in zip(["#0072B2", "#D55E00", "#009E73", "#CC79A7"] * len(csvs), csvs, strict=False):
+    arms, others = {"adaptive": "#D55E00", "control": "#0072B2"}, iter(["#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(csvs))
+    for path in csvs:
         t, label = read_telemetry(path), Path(path).resolve().parent.name
+        color = arms.get(label) or next(others)
         axes[0].plot(t["step"], t["loss"], color=color, alpha=0.3, lw=0.8)
         axes[0].plot(*t[["step", "val_loss"]].dropna().to_numpy().T, color=color, marker="o", ms=4, label=label)
         axes[1].plot(*t[["step", "sigma_z"]].dropna().to_numpy().T, color=color, lw=0.8, alpha=0.5, label=label)
