@@ -538,7 +538,9 @@ HUB_DATASETS = {name: "Salesforce/wikitext" for name in ("wikitext-103-raw-v1", 
 # Copied from: janus_adaptive.py::SPLITS
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # of a dataset that has no splits
 # Copied from: janus_adaptive.py::BUILTIN_PACKAGES
-BUILTIN_PACKAGES = {p: p for p in ("numpy", "pandas", "scipy", "matplotlib", "seaborn", "torch", "transformers", "datasets")}
+BUILTIN_PACKAGES = {p: p for p in ("numpy", "pandas", "scipy", "matplotlib", "seaborn", "torch", "transformers", "datasets")} | {
+    "sklearn": "scikit-learn"
+}
 BUILTIN_PACKAGES["sklearn"] = "scikit-learn"
 # Copied from: janus_adaptive.py::BUILTIN_VERSION
 BUILTIN_VERSION = 1
@@ -727,7 +729,7 @@ class HFWikiTextLoader:
         per_epoch, parts = max(1, self.n_windows - 1), []
         while n:
             epoch, at = divmod(first, per_epoch)
-            rng = np.random.default_rng([seed, epoch])
+            rng = np.random.default_rng([seed % 2**32, epoch])
             offset = int(rng.integers(self.seq_len)) if self.n_windows > 1 else 0
             parts.append(self.batch(rng.permutation(per_epoch)[at : at + n], offset))
             first, n = first + len(parts[-1][0]), n - len(parts[-1][0])

@@ -281,7 +281,9 @@ def refuse_overwrite(paths: list[Path], overwrite: bool) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- data
 # Copied from: janus_adaptive.py::BUILTIN_PACKAGES
-BUILTIN_PACKAGES = {p: p for p in ("numpy", "pandas", "scipy", "matplotlib", "seaborn", "torch", "transformers", "datasets")}
+BUILTIN_PACKAGES = {p: p for p in ("numpy", "pandas", "scipy", "matplotlib", "seaborn", "torch", "transformers", "datasets")} | {
+    "sklearn": "scikit-learn"
+}
 # Copied from: janus_adaptive.py::BUILTIN_VERSION
 BUILTIN_VERSION = 1
 

@@ -64,11 +64,13 @@ GROUP = ["run", "unit", "arch", "site", "layer"]
 
 # Local: sizes of this phase
 PHASE_PRESETS: dict[str, dict[str, Any]] = {
-    "full": dict(expansion=16, k=32, tokens=10_000_000, batch_size=4096, learning_rate=6e-4, dead_tokens=1_000_000, eval_tokens=200_000),
-    "published": dict(expansion=8, k=32, steps=5000, batch_size=4096, learning_rate=3e-4, dead_tokens=1_000_000, eval_tokens=200_000),
-    "demo": dict(expansion=8, k=16, steps=500, batch_size=2048, learning_rate=1e-3, dead_tokens=100_000, eval_tokens=20_000),
-    "smoke": dict(expansion=8, k=8, steps=150, batch_size=512, learning_rate=2e-3, dead_tokens=20_000, eval_tokens=8_000),
-}
+    "full": dict(expansion=16, k=32, l1=5e-3, tokens=10_000_000, batch_size=4096, learning_rate=6e-4, dead_tokens=1_000_000,
+                 eval_tokens=200_000),
+    "published": dict(expansion=8, k=32, l1=3e-4, steps=5000, batch_size=4096, learning_rate=3e-4, dead_tokens=1_000_000,
+                      eval_tokens=200_000),
+    "demo": dict(expansion=8, k=16, l1=1e-2, steps=500, batch_size=2048, learning_rate=1e-3, dead_tokens=100_000, eval_tokens=20_000),
+    "smoke": dict(expansion=8, k=8, l1=2e-2, steps=150, batch_size=512, learning_rate=2e-3, dead_tokens=20_000, eval_tokens=8_000),
+}  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------- command line
@@ -115,7 +117,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g = p.add_argument_group("method")
     g.add_argument("--arch", choices=ARCHS, default="batchtopk", help="k latents a token on average, exactly k, or ReLU + L1 penalty")
     g.add_argument("--unit", choices=["layer", "head"], default="layer", help="one SAE for all heads of a layer together, or one a head")
-    g.add_argument("--l1", type=real, default=3e-4, help="relu: weight of sum(f) against squared error / D, inputs of norm sqrt(D)")
     g.add_argument("--aux_k", type=int, default=-1, help="(batch)topk: dead latents a token that fit the residual; 0: off, -1: D / 2")
     g.add_argument("--lr_warmup", type=int, default=50, help="steps of linear learning-rate warm-up")
     g.add_argument(
@@ -125,6 +126,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--preset", choices=["auto", *PHASE_PRESETS], default="auto", help="auto: the preset of the model behind the dump")
     g.add_argument("--expansion", type=count, default=by_preset, help="latents per input dimension, F / D")
     g.add_argument("--k", type=count, default=by_preset, help="active latents a token (topk, batchtopk)")
+    g.add_argument("--l1", type=real, default=by_preset, help="relu: weight of sum(f) against squared error / D, inputs of norm sqrt(D)")
     length = g.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, default=by_preset, help="optimiser steps")
     length.add_argument("--tokens", type=count, default=by_preset, help="training tokens, instead of --steps")
@@ -931,7 +933,7 @@ def draw_report(save_dir: Path) -> None:
     with atomic(save_dir / "table2.md") as tmp:
         tmp.write_text("\n".join(f"| {' | '.join(row)} |" for row in cells) + f"\n\nMSE in squared raw units.\n{STUDY}\n", encoding="utf-8")
     kinds = {kind: f"{kind[0]} ({kind[2]}, {kind[3]} of a {kind[1]})" for kind in table.groupby(GROUP[:-1]).groups}
-    color = dict(zip(kinds, ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(kinds), strict=False))
+    color = dict(zip(kinds, ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(kinds), strict=False))
 
     fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
     for i, (kind, t) in enumerate(table.groupby(GROUP[:-1])):

@@ -28,7 +28,19 @@ def chain(smoke_checkpoint, cache_dir, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("chain")
     shutil.copytree(smoke_checkpoint.parent, root / "model")
     ckpt, quick = str(root / "model" / "janus_adaptive_final.pt"), ["--dtype", "float32", "--cache_dir", str(cache_dir)]
-    dump = ["--model_path", ckpt, "--run_name", "adaptive", "--layers", "3", "6", "--tokens", "4096", "--save_dir", str(root / "activations")]
+    dump = [
+        "--model_path",
+        ckpt,
+        "--run_name",
+        "adaptive",
+        "--layers",
+        "3",
+        "6",
+        "--tokens",
+        "4096",
+        "--save_dir",
+        str(root / "activations"),
+    ]
     assert harvest_activations.main([*dump, *quick]) == 0
     sae = ["--runs", "adaptive", "--layers", "3", "--activations_dir", str(root / "activations"), "--save_dir", str(root / "saes")]
     assert train_sae.main([*sae, "--steps", "20", *quick]) == 0
@@ -161,7 +173,18 @@ def broken_checkpoints(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.mark.parametrize(
-    "what", ["missing", "a folder", "no sidecar", "truncated", "truncated, sidecar adapted", "a pickled object", "a text", "another model", "NaN weights"]
+    "what",
+    [
+        "missing",
+        "a folder",
+        "no sidecar",
+        "truncated",
+        "truncated, sidecar adapted",
+        "a pickled object",
+        "a text",
+        "another model",
+        "NaN weights",
+    ],
 )
 @pytest.mark.parametrize("script", ["harvest", "ablate"])
 def test_checkpoints(what, script, copy, cache_dir, capsys):

@@ -98,9 +98,7 @@ def repo(tmp_path, capsys, monkeypatch) -> Repo:
 
 def test_repository_in_step(repo):
     """Copies, a variant, a local name and the exempt names pass, with a one-line summary."""
-    each = (
-        "SCRIPT = 'x'\n__all__ = []\n\n\ndef parse_args(argv):\n    return argv\n\n\ndef check_args(p, a):\n    p(a)\n"
-    )
+    each = "SCRIPT = 'x'\n__all__ = []\n\n\ndef parse_args(argv):\n    return argv\n\n\ndef check_args(p, a):\n    p(a)\n"
     variant = f"# Variant of: janus_adaptive.py::_seed @{sha('_seed = 0')} -- another stream\n_seed = 1\n"
     local = "# Local: the unit of this file's CSV\nUNITS = {'b': 1}\n"
     repo.write(
@@ -173,9 +171,7 @@ def test_c001_unattached_or_doubled_marker(repo, text, line):
 
 def test_markers_in_strings_and_prose_are_not_markers(repo):
     """Strings that show a marker, and comments that only mention copies, are left alone."""
-    prose = (
-        "# Copies of the mask share storage, see model.py\n# A local variable; a variant\n# The copied rows\nY = 1\n"
-    )
+    prose = "# Copies of the mask share storage, see model.py\n# A local variable; a variant\n# The copied rows\nY = 1\n"
     repo.write(train_sae="DOC = '''\n# Copied from: nowhere.py::X\n'''\n" + prose)
     assert repo.codes() == []
 
@@ -260,9 +256,7 @@ def test_c006_owner_changed_since_the_variant(repo):
     assert f"@{sha(changed)}" in repo.run()[1]
 
 
-@pytest.mark.parametrize(
-    "block", ["def _load(p):\n    return p\n", "class _Box:\n    pass\n", "_UNITS = {'a': 1}\n", "_N: int = 1\n"]
-)
+@pytest.mark.parametrize("block", ["def _load(p):\n    return p\n", "class _Box:\n    pass\n", "_UNITS = {'a': 1}\n", "_N: int = 1\n"])
 def test_c007_same_name_unmarked(repo, block):
     """Private names and constants count; the main owner keeps the name, wherever it sorts."""
     repo.write(janus_adaptive=block, ablation=block)
@@ -278,9 +272,7 @@ def test_c007_marked_source_is_the_owner(repo):
 def test_c007_tuples_and_conditional_blocks(repo):
     """Names bound by tuples, chains and `if` count; bare annotations, loops inside and guards do not."""
     text = "A, (B, *C) = 1, (2, 3)\nD = E = 4\nif A:\n    F = 5\nG: int\nH.x = H['y'] = [i for i in A]\n"
-    repo.write(
-        a=text, b=text + "if __name__ == '__main__':\n    args = 1\n", c="if __name__ == '__main__':\n    args = 1\n"
-    )
+    repo.write(a=text, b=text + "if __name__ == '__main__':\n    args = 1\n", c="if __name__ == '__main__':\n    args = 1\n")
     status, out = repo.run()
     assert status == 1
     assert [line.split()[2] for line in out.splitlines()] == ["A", "B", "C", "D", "E", "F"]
@@ -402,12 +394,7 @@ def test_fix_pushes_owner_to_copies(repo):
     long = "def long(x):\n    y = x\n    return y\n"
     repo.write(
         janus_adaptive=OWNER + long,
-        train_sae=HEAD
-        + "# Copied from: janus_adaptive.py::long\ndef long(x):\n    return x\n"
-        + COPY
-        + STALE
-        + COPY_EPS
-        + TAIL,
+        train_sae=HEAD + "# Copied from: janus_adaptive.py::long\ndef long(x):\n    return x\n" + COPY + STALE + COPY_EPS + TAIL,
         harvest=HEAD + "# Copied from: janus_adaptive.py::EPS\nEPS = 2\n",
     )
     status, out = repo.run("--fix")
@@ -484,9 +471,7 @@ def test_adopt_takes_a_copy_into_the_owner_and_everywhere(repo):
 def test_adopt_leaves_copies_of_another_owner_alone(repo):
     """Two owners of one name, one of them marked Local."""
     copy = "# Copied from: {}.py::X\nX = {}\n"
-    repo.write(
-        janus_adaptive="X = 1\n", a=copy.format("janus_adaptive", 2), b="# Local: why\nX = 5\n", c=copy.format("b", 5)
-    )
+    repo.write(janus_adaptive="X = 1\n", a=copy.format("janus_adaptive", 2), b="# Local: why\nX = 5\n", c=copy.format("b", 5))
     assert repo.run("--adopt", "a.py::X")[0] == 0
     assert repo.read("janus_adaptive") == "X = 2\n"
     assert repo.read("c") == copy.format("b", 5)
@@ -538,9 +523,7 @@ def test_other_bad_arguments(repo):
 
 def test_writes_keep_line_ends_mode_and_leave_no_temporary_file(repo):
     """CRLF, form feeds, a missing last line feed and the executable bit survive a repair."""
-    repo.write(
-        janus_adaptive="X = 1\n", train_sae="PAGE = 1\r\n\f\r\n# Copied from: janus_adaptive.py::X\r\nX = 2\r\nY = 3"
-    )
+    repo.write(janus_adaptive="X = 1\n", train_sae="PAGE = 1\r\n\f\r\n# Copied from: janus_adaptive.py::X\r\nX = 2\r\nY = 3")
     (repo.root / "train_sae.py").chmod(0o755)
     assert repo.run("--fix")[0] == 0
     assert repo.read("train_sae") == "PAGE = 1\r\n\f\r\n# Copied from: janus_adaptive.py::X\r\nX = 1\r\nY = 3"

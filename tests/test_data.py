@@ -109,7 +109,15 @@ def test_without_a_hub_one_line_within_20_seconds(what, tmp_path):
     script = janus.__file__
     env = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}  # nobody listens there
     start = time.monotonic()
-    argv = [sys.executable, script, *[str(path) if w == "PATH" else w for w in what], "--preset", "smoke", "--save_dir", str(tmp_path / "out")]
+    argv = [
+        sys.executable,
+        script,
+        *[str(path) if w == "PATH" else w for w in what],
+        "--preset",
+        "smoke",
+        "--save_dir",
+        str(tmp_path / "out"),
+    ]
     r = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
     assert time.monotonic() - start < 20
     assert r.returncode == 1

@@ -46,7 +46,11 @@ def as_llama(net: janus.NewGPT) -> LlamaForCausalLM:
             attention_bias=False,
         )
     ).eval()
-    state = {"model.embed_tokens.weight": net.embedding.weight, "model.norm.weight": net.norm.weight, "lm_head.weight": net.unembedding.weight}
+    state = {
+        "model.embed_tokens.weight": net.embedding.weight,
+        "model.norm.weight": net.norm.weight,
+        "lm_head.weight": net.unembedding.weight,
+    }
     for l, b in enumerate(net.blocks):
         q, k, v = b.attn.w_qkv.weight.split([c.n_heads * c.d_head, c.n_kv_heads * c.d_head, c.n_kv_heads * c.d_head])
         gate, up = b.w_gate_up.weight.chunk(2)

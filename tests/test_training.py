@@ -33,7 +33,23 @@ def same(a: Path, b: Path) -> bool:
 def test_outputs_and_telemetry(smoke_checkpoint):
     folder = smoke_checkpoint.parent
     t = pd.read_csv(folder / "telemetry.csv")
-    named = "step tokens loss val_loss perplexity lambda P I D saturated phase sigma_z sigma_resid lr tokens_per_s".split()
+    named = [
+        "step",
+        "tokens",
+        "loss",
+        "val_loss",
+        "perplexity",
+        "lambda",
+        "P",
+        "I",
+        "D",
+        "saturated",
+        "phase",
+        "sigma_z",
+        "sigma_resid",
+        "lr",
+        "tokens_per_s",
+    ]
     assert set(named) <= set(t.columns)
     assert t["step"].tolist() == [10, 20, 30]
     assert t["tokens"].iloc[-1] == 30 * 8 * 64
@@ -148,7 +164,9 @@ def test_a_signal_saves_and_ends_cleanly(number, smoke_args, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(smoke_args, tmp_path, capsys):
-    assert janus.main([*smoke_args, "--learning_rate", "1e18", "--save_interval", "1", "--lr_warmup", "0", "--save_dir", str(tmp_path)]) == 1
+    assert (
+        janus.main([*smoke_args, "--learning_rate", "1e18", "--save_interval", "1", "--lr_warmup", "0", "--save_dir", str(tmp_path)]) == 1
+    )
     err = capsys.readouterr().err
     assert "not finite" in err and "--learning_rate" in err and err.count("\n") == 1
     assert not (tmp_path / "janus_adaptive_final.pt").exists()
@@ -188,7 +206,14 @@ def test_redraw_needs_only_the_csv(smoke_checkpoint, control_checkpoint, tmp_pat
 def test_linear_law_and_the_published_preset_parse_to_the_published_numbers():
     a = janus.parse_args(["--preset", "published", "--batch_size", "3"])
     assert (a.n_layers, a.d_model, a.n_heads, a.d_ff, a.dropout) == (12, 512, 8, 1365, 0.05)
-    assert (a.law, a.k_p, a.k_i * a.control_interval, a.lambda_max, a.penalty, a.layer_weights) == ("linear", 0.0, 0.5, 0.25, "fro", "cubic")
+    assert (a.law, a.k_p, a.k_i * a.control_interval, a.lambda_max, a.penalty, a.layer_weights) == (
+        "linear",
+        0.0,
+        0.5,
+        0.25,
+        "fro",
+        "cubic",
+    )
     assert a.batch_size == 3  # an explicit flag beats the preset
 
 

@@ -1,0 +1,559 @@
+"""hero_head_analysis.py against independent computations: naive forwards, hand-set weights, SAELens, an HTML parser."""
+
+import base64
+import json
+import math
+import shutil
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import hero_head_analysis as hero
+
+
+def make_model(seed: int = 0, **changes) -> hero.NewGPT:
+    """A small model with grouped queries, large weights and gains other than 1, so that nothing is trivially zero."""
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=40, n_layers=3, d_model=24, n_heads=4, n_kv_heads=2, d_head=6, d_ff=32, seq_len=20) | changes
+    model = hero.NewGPT(hero.GPTConfig(**sizes)).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.copy_(1 + 0.3 * torch.randn_like(p) if p.dim() == 1 else torch.randn_like(p) * (1.0 if "embedding" in name else 0.3))
+    return model
+
+
+def some_head(model: hero.NewGPT, layer: int, head: int, role: str = "hero") -> hero.Head:
+    return hero.Head(role, "adaptive", layer, head, model)
+
+
+def windows(model: hero.NewGPT, n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(model.cfg.vocab_size, (n, model.cfg.seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------------ identities
+def test_direct_attribution_sums_to_every_logit():
+    model = make_model()
+    idx, u = windows(model, 1), hero.unembedding(model)
+    v = model.cfg.vocab_size
+    parts, rms = hero.direct_attribution(model, idx.expand(v, -1), u[:, None].expand(-1, model.cfg.seq_len, -1))
+    assert parts.shape == (v, model.cfg.seq_len, 1 + model.cfg.n_layers * (model.cfg.n_heads + 1))
+    logits = model(idx)[0][0]
+    torch.testing.assert_close(parts.sum(-1).T, logits - logits.mean(-1, keepdim=True), atol=1e-4, rtol=0)
+    torch.testing.assert_close(rms[0], model.run_blocks(model.embed(idx))[0].square().mean(-1).add(1e-5).sqrt())
+
+
+def test_query_key_scores_are_the_models_own_in_layer_0():
+    model = make_model()
+    idx = windows(model, 1)
+    tap = {"pattern.0": None}
+    model(idx, tap=tap)
+    for h in range(model.cfg.n_heads):
+        at = some_head(model, 0, h)
+        x, t = at.inputs(idx[0]), 17
+        logits = torch.stack([at.qk_bands(x[t : t + 1], x[s : s + 1], t - s).sum() for s in range(t + 1)])
+        torch.testing.assert_close(logits.softmax(0), tap["pattern.0"][0, h, t, : t + 1], atol=1e-5, rtol=0)
+
+
+def test_band_shares_add_up_to_one_and_pairs_are_the_largest_scores():
+    at = some_head(make_model(), 1, 2)
+    ids = torch.arange(30)
+    pairs, bands = (pd.DataFrame(x) for x in at.decode_qk(ids, str))
+    assert set(bands["offset"]) == {1, 2, 8}  # 64 is beyond the context of 20
+    np.testing.assert_allclose(bands.groupby("offset")["share"].sum(), 1, atol=1e-5)
+    x = at.inputs(ids)
+    score = at.qk_bands(x, x, 2).sum(-1)
+    score = score - score.mean(1, keepdim=True)
+    top = pairs[pairs["offset"] == 2].iloc[0]
+    assert math.isclose(top["logits"], score.max().item(), rel_tol=1e-5)
+    assert math.isclose(score[int(top["query"]), int(top["key"])].item(), score.max().item(), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_output_value_circuit_is_what_attention_writes(layer):
+    """A token alone attends to itself fully, so the heads' OV outputs must add up to the layer's attn_out."""
+    model, ids = make_model(), torch.arange(40)
+    tap = {f"attn_out.{layer}": None}
+    model(ids[:, None], tap=tap)
+    heads = [some_head(model, layer, h) for h in range(model.cfg.n_heads)]
+    written = sum(at.inputs(ids) @ at.weights()[2].T @ at.weights()[3].T for at in heads)
+    torch.testing.assert_close(written, tap[f"attn_out.{layer}"][:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_copying_score_and_written_tokens():
+    """W_O set to the transpose of W_V: with tied embeddings the head raises what it reads; its negative lowers it."""
+    model = make_model(d_model=36, n_heads=6, n_kv_heads=6)
+    model.norm.weight.fill_(1)
+    at = some_head(model, 0, 1)
+    _, _, w_v, w_o = at.weights()
+    for sign in (1, -1):
+        w_o.copy_(sign * w_v.T)
+        rows, score = at.decode_ov(torch.arange(10), str, 1.0)
+        assert sign * score["value"] > 0.99 and score["null_max"] < 0.8
+        effect = at.inputs(torch.arange(10)) @ w_v.T @ w_o.T @ hero.unembedding(model).T
+        assert [int(r["raises"].split()[0]) for r in rows] == effect.argmax(1).tolist()
+        assert [int(r["lowers"].split()[0]) for r in rows] == effect.argmin(1).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------ head types
+def planted_induction() -> hero.NewGPT:
+    """Two layers without MLP, weights set by hand: L0H0 attends to the previous token and copies it to other dimensions;
+    L1H0 looks there for its own token, so it finds the token after an earlier copy. Head 1 of each layer is random."""
+    v, k = 32, 128
+    torch.manual_seed(3)
+    cfg = hero.GPTConfig(vocab_size=v, n_layers=2, d_model=2 * v + 1, n_heads=2, n_kv_heads=2, d_head=k, d_ff=8, seq_len=49, tied=False)
+    model = hero.NewGPT(cfg).eval().requires_grad_(False)
+    for block in model.blocks:
+        block.w_down.weight.zero_()
+    model.embedding.weight.zero_()
+    model.embedding.weight[:, :v] = torch.eye(v)
+    model.embedding.weight[:, -1] = 1  # a constant that position can be read with
+    q, key, value = (slice(i * 2 * k, i * 2 * k + k) for i in range(3))  # rows of head 0 in w_qkv
+    for block in model.blocks:
+        block.attn.w_qkv.weight[q] = block.attn.w_qkv.weight[key] = block.attn.w_qkv.weight[value] = 0
+        block.attn.w_o.weight[:, :k] = 0
+    w, every = model.blocks[0].attn.w_qkv.weight, torch.full((1, k), 3.0)
+    w[key, -1] = every[0]
+    w[q, -1] = hero.apply_rope(every, model.rope_cos[1], -model.rope_sin[1])[0]  # largest at offset 1
+    w[value, :v][:v] = torch.eye(v)
+    model.blocks[0].attn.w_o.weight[v : 2 * v, :v] = torch.eye(v)
+    w, slow = model.blocks[1].attn.w_qkv.weight, torch.arange(v) + k // 4  # rotary pairs that hardly turn in 49 tokens
+    w[q, :v][slow] = w[key, v : 2 * v][slow] = 8 * torch.eye(v)
+    return model
+
+
+def test_planted_induction_head_is_found_and_a_random_head_is_not():
+    model = planted_induction()
+    heads = [some_head(model, 1, 0), some_head(model, 1, 1, "random"), some_head(model, 0, 0, "previous")]
+    table = pd.DataFrame(hero.score_table(heads, windows(model, 12)))
+    score = table.set_index(["role", "score"])
+    value, null = score["value"].unstack(), score["null"].unstack()
+    assert value.loc["hero", "induction, random tokens"] > 0.9 > 0.3 > value.loc["random", "induction, random tokens"]
+    assert null.loc["hero", "induction, random tokens"] < 0.3
+    assert value.loc["hero", "induction"] > 0.5 > value.loc["random", "induction"]
+    assert value.loc["previous", "previous token"] > 0.9 and value.loc["previous", "entropy"] < 0.2
+    assert null.loc["previous", "previous token"] > 0.9  # a positional head does not care about the tokens
+    assert (table["n"] == 12).all() and (table["ci_low"] <= table["value"]).all() and (table["value"] <= table["ci_high"]).all()
+
+
+def test_scores_of_known_patterns():
+    idx = torch.tensor([[5, 6, 5, 7, 6]])
+    previous = torch.zeros(1, 1, 5, 5)
+    previous[..., 0, 0] = 1
+    for t in range(1, 5):
+        previous[..., t, t - 1] = 1
+    score = {k: v.item() for k, v in hero.score_pattern(previous, idx).items()}
+    assert score["previous token"] == 1 and score["current token"] == 0 and abs(score["entropy"]) < 1e-5
+    assert math.isclose(score["distance"], 1 / 5, rel_tol=1e-6) and score["first position"] == 0.25
+    # queries with an earlier copy: t=2 (5 at 0) and t=4 (6 at 1); their inductive keys are 1 and 2: position 1 is the previous one of 2
+    assert score["duplicate token"] == 0 and score["induction"] == 0.5
+    assert math.isnan(hero.score_pattern(previous, torch.arange(5)[None])["duplicate token"].item())  # no copies: not a number, not 0
+
+
+def test_interval_covers_and_skips_missing():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(100):
+        den = rng.gamma(5, size=60)
+        r = hero.interval(0.7 * den + rng.normal(size=60), den)
+        hits += r["ci_low"] < 0.7 < r["ci_high"]
+    assert hits >= 88  # 95 % nominal
+    assert hero.interval([1.0, math.nan, 3.0])["value"] == 2 and hero.interval([1.0, math.nan, 3.0])["n"] == 2
+    assert math.isnan(hero.interval([math.nan])["value"])
+    wide, narrow = (hero.interval(rng.normal(size=50), tests=k) for k in (20, 1))
+    assert wide["ci_high"] - wide["ci_low"] > narrow["ci_high"] - narrow["ci_low"]
+
+
+# ------------------------------------------------------------------------------------------------------ loss
+def naive_loss(model: hero.NewGPT, idx: torch.Tensor, **how) -> torch.Tensor:
+    logp = model(idx, **how)[0][:, :-1].log_softmax(-1)
+    return -logp.gather(-1, idx[:, 1:, None])[..., 0]
+
+
+def test_replaced_z_equals_the_naive_forward():
+    model = make_model()
+    idx, at, scale = windows(model, 5), some_head(model, 1, 3), torch.ones(3, 4)
+    seen = at.look(idx)
+    torch.testing.assert_close(at.loss(seen, seen["z"][:, :, 3]), naive_loss(model, idx), atol=1e-5, rtol=0)
+    scale[1, 3] = 0
+    torch.testing.assert_close(at.loss(seen, torch.zeros_like(seen["v"])), naive_loss(model, idx, head_scale=scale), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen["a"] @ seen["v"], seen["z"][:, :, 3], atol=1e-5, rtol=1e-5)
+
+
+def test_preserving_everything_explains_all_and_nothing_explains_nothing():
+    model = make_model()
+    at = some_head(model, 0, 1)
+    seen, held = at.look(windows(model, 12)), at.look(windows(model, 12, seed=1))
+    whole, nothing = (lambda s: s["a"] @ s["v"]), (lambda s: 0 * s["v"])
+    rows = pd.DataFrame(at.explained(seen, held, {"all": (whole, nothing), "half": (lambda s: whole(s) / 2, nothing)}))
+    rows = rows.set_index(["mechanism", "kind"])
+    np.testing.assert_allclose(rows.loc[("all", "claimed"), ["value", "ci_low", "ci_high"]].astype(float), 1, atol=1e-4)
+    np.testing.assert_allclose(rows.loc[("all", "matched-random"), ["value", "ci_low", "ci_high"]].astype(float), 0, atol=1e-4)
+    mean_ablated = at.loss(seen, held["z"][:, :, 1].mean((0, 1)).expand_as(seen["v"]))
+    impact = (mean_ablated - naive_loss(model, seen["idx"])).mean().item()
+    assert math.isclose(rows["impact"].iloc[0], impact, abs_tol=1e-5)
+
+
+def test_all_kinds_of_keys_and_as_many_at_random():
+    model = make_model()
+    at = some_head(model, 0, 0)
+    seen = at.look(windows(model, 3))
+    one = seen | {"a": torch.ones_like(seen["a"]).tril(), "v": torch.ones_like(seen["v"])}  # counts keys
+    for kind, mask in hero.pattern_types(seen["idx"]).items():
+        assert not mask.triu(1).any()  # never the future
+        count = hero.keys_kept(one, kind)[..., 0]
+        torch.testing.assert_close(count, mask.sum(-1).float())
+        torch.testing.assert_close(hero.keys_kept(one, kind, scatter=True)[..., 0], count)
+    assert not torch.allclose(hero.keys_kept(seen, "previous token"), hero.keys_kept(seen, "previous token", scatter=True))
+
+
+# ------------------------------------------------------------------------------------------------------ matching
+def permuted(model: hero.NewGPT, order: list[int], seed: int = 0) -> hero.NewGPT:
+    """The same function: heads in another order in every layer, and every value basis changed, absorbed by W_O."""
+    torch.manual_seed(seed)
+    twin = hero.NewGPT(model.cfg).eval().requires_grad_(False)
+    twin.load_state_dict(model.state_dict())
+    h, k = model.cfg.n_heads, model.cfg.d_head
+    for block in twin.blocks:
+        w = block.attn.w_qkv.weight.view(3, h, k, -1)
+        w_o = block.attn.w_o.weight.view(-1, h, k)
+        w.copy_(w[:, order])
+        w_o.copy_(w_o[:, order])
+        for i in range(h):
+            turn = torch.linalg.qr(torch.randn(k, k))[0]
+            w[2, i].copy_(turn @ w[2, i])
+            w_o[:, i].copy_(w_o[:, i] @ turn.T)
+    return twin
+
+
+def test_control_head_is_matched_by_function_not_by_index():
+    model, order = make_model(n_kv_heads=4), [2, 0, 3, 1]
+    twin, idx = permuted(model, order), windows(model, 16)
+    torch.testing.assert_close(twin(idx)[0], model(idx)[0], atol=1e-3, rtol=1e-3)
+    mine, theirs = (hero.head_writes(m, idx, 2) for m in (model, twin))
+    for layer in range(3):
+        for h in range(4):
+            l2, h2, cka, null = hero.match_by_function(mine[:, layer, h], theirs)
+            assert (l2, order[h2]) == (layer, h) and cka > 0.999 and null < 0.3
+
+
+def test_head_writes_are_isometric_to_the_residual_writes():
+    model = make_model()
+    idx = windows(model, 4)
+    tap = {"z.1": None}
+    model(idx, tap=tap)
+    o = tap["z.1"][:, :, 2].flatten(0, 1) @ some_head(model, 1, 2).weights()[3].T
+    y = hero.head_writes(model, idx, 1)[:, 1, 2]
+    torch.testing.assert_close(y @ y.T, (o - o.mean(0)) @ (o - o.mean(0)).T, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ features
+def test_mapped_share_ignores_the_value_basis_and_the_raw_share_does_not():
+    model, change = make_model(), torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(5))
+    decoder = torch.randn(50, 4, 6)
+    before = hero.head_share(decoder, hero.write_basis(model, 1)), hero.head_share(decoder)
+    size = torch.stack([decoder[:, h] @ some_head(model, 1, h).weights()[3].T for h in range(4)], 1).norm(dim=-1)
+    torch.testing.assert_close(before[0], size / size.sum(1, keepdim=True), atol=1e-5, rtol=1e-5)
+    # z -> z M^T, W_O -> W_O M^-1: the same model; the SAE of the new z has the decoder rows mapped by M
+    w_o = model.blocks[1].attn.w_o.weight.view(-1, 4, 6)
+    w_o.copy_(torch.einsum("dhk,hkj->dhj", w_o, torch.linalg.inv(change)))
+    decoder = torch.einsum("fhk,hjk->fhj", decoder, change)
+    torch.testing.assert_close(hero.head_share(decoder, hero.write_basis(model, 1)), before[0], atol=1e-4, rtol=1e-3)
+    assert (hero.head_share(decoder) - before[1]).abs().max() > 0.1
+
+
+def make_sae(arch: str, d_in: int, f: int, head: int | None = None, seed: int = 0) -> dict:
+    torch.manual_seed(seed)
+    w = torch.nn.functional.normalize(torch.randn(f, d_in), dim=1)
+    sae = dict(W_enc=w.T.clone(), W_dec=w, b_enc=0.1 * torch.randn(f), b_dec=0.1 * torch.randn(d_in))
+    sae |= dict(threshold=0.3 + 0.2 * torch.rand(f)) if arch == "jumprelu" else {}
+    return sae | dict(arch=arch, k=3 if arch == "topk" else None, head=head)
+
+
+def write_sae(folder: Path, sae: dict) -> None:
+    cfg = dict(architecture=sae["arch"], d_in=len(sae["b_dec"]), d_sae=len(sae["b_enc"]), dtype="float32", device="cpu")
+    cfg |= dict(k=sae["k"]) if sae["k"] else {}
+    folder.mkdir(parents=True)
+    (folder / "cfg.json").write_text(json.dumps(cfg | {"metadata": {"sae_lens_version": "6.54.12"}}))
+    save_file({k: v.contiguous() for k, v in sae.items() if isinstance(v, torch.Tensor)}, folder / "sae_weights.safetensors")
+
+
+@pytest.mark.parametrize("arch", ["standard", "topk", "jumprelu"])
+def test_encode_equals_saelens(arch, tmp_path):
+    saes = pytest.importorskip("sae_lens.saes.sae", reason="sae-lens is a development dependency")
+    sae, z = make_sae(arch, 24, 64), torch.randn(50, 4, 6)
+    write_sae(tmp_path / "sae", sae)
+    theirs = saes.SAE.load_from_disk(tmp_path / "sae").encode(z.flatten(1))
+    torch.testing.assert_close(hero.encode(sae, z), theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(hero.encode(sae, z, [5, 60]), theirs[:, [5, 60]], atol=1e-5, rtol=0)
+
+
+def test_features_are_ranked_by_written_share_with_naive_contexts_and_effects():
+    model = make_model()
+    idx = windows(model, 40)
+    at, sae = some_head(model, 1, 2), make_sae("jumprelu", 24, 96)
+    seen, held = at.look(idx[-10:]), at.look(idx[-20:-10])
+    dump = at.look(idx)["z"].flatten(0, 1).flatten(1).numpy()
+    rows, contexts, parts = hero.describe_features(at, sae, dump, idx, seen, held, 5, lambda i: f"<{i}>")
+    rows, contexts = pd.DataFrame(rows), pd.DataFrame(contexts)
+    mine, other = (rows[rows["kind"] == kind] for kind in ("hero", "matched-random"))
+    assert len(mine) == len(other) == 5 and not set(mine["feature"]) & set(other["feature"])
+    assert mine["share"].is_monotonic_decreasing and mine["share"].min() > other["share"].max()
+    assert (rows["frequency"] > 0).all() and ((mine["effective_heads"] >= 1) & (mine["effective_heads"] <= 4)).all()
+    f = int(mine["feature"].iloc[0])
+    acts = hero.encode(sae, torch.from_numpy(dump).view(-1, 4, 6))[:, f]
+    top = contexts[(contexts["feature"] == f)].iloc[0]
+    assert math.isclose(top["activation"], acts.max().item(), rel_tol=1e-5)
+    row = int(acts.argmax())
+    assert (top["window"], top["position"]) == divmod(row, 20) and f"«<{int(idx.flatten()[row])}>»" in top["context"]
+    assert contexts.groupby("feature")["window"].nunique().min() == 8  # one place a window
+    z = seen["z"].clone()
+    z[:, :, 2] -= acts.view(40, 20)[-10:, :, None] * sae["W_dec"][f].view(4, 6)[2]
+    effect = (at.loss(seen, z[:, :, 2]) - naive_loss(model, idx[-10:])).mean().item()
+    assert math.isclose(mine["value"].iloc[0], effect, abs_tol=1e-5)
+    logits = hero.unembedding(model) @ (at.weights()[3] @ sae["W_dec"][f].view(4, 6)[2])
+    assert mine["raises"].iloc[0].split()[0] == f"<{int(logits.argmax())}>"
+    every = [pair for name, pair in parts.items() if name.startswith("all")][0]
+    rebuilt = (hero.encode(sae, seen["z"]) @ sae["W_dec"]).view(10, 20, 4, 6)[:, :, 2]
+    torch.testing.assert_close(every[0](seen), rebuilt, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(every[1](seen), rebuilt)
+
+
+def test_features_of_a_one_head_sae():
+    model = make_model()
+    idx, at, sae = windows(model, 20), some_head(model, 1, 2), make_sae("topk", 6, 24, head=2)
+    seen, held = at.look(idx[-5:]), at.look(idx[:5])
+    dump = at.look(idx)["z"].flatten(0, 1).flatten(1).numpy()
+    rows, _, parts = hero.describe_features(at, sae, dump, idx, seen, held, 4, str)
+    assert {r["kind"] for r in rows} == {"hero", "matched-random"} and all(r["share"] == 1 for r in rows)
+    assert "its 4 SAE features" in parts
+
+
+# ------------------------------------------------------------------------------------------------------ the page
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: dict[str, list[str]] = {}
+        self.data = ""
+        self.inside = False
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            self.attributes.setdefault(name, []).append(value)
+        self.inside = ("id", "data") in attrs
+
+    def handle_data(self, data):
+        self.data += data if self.inside else ""
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "script"
+
+
+def test_page_keeps_hostile_tokens_as_text_and_needs_no_network():
+    bad = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "@DATA@", "@BODY@", "&lt;", "a|b`c", '"', "<!--"]
+    tables = {name: pd.DataFrame(dict(token=bad, value=1.5)) for name in hero.SECTIONS if name not in ("scores", "contexts")}
+    tables["scores"] = pd.DataFrame(dict(score=bad * 2, role=["hero"] * 8 + ["<b>"] * 8, value=1.0, ci_low=0.0, ci_high=1.0, null=0.5))
+    md, page = hero.render("<title> & more", bad[0], tables, "none: " + bad[1], dict(tokens=bad, panels=[], grid=[]))
+    parser = Page()
+    parser.feed(page)
+    assert parser.tags.count("script") == 2 and "img" not in parser.tags and "b" not in parser.tags
+    assert not {"src", "href", "onerror", "action"} & set(parser.attributes)
+    assert "http://" not in page and "https://" not in page and "url(" not in page and "import" not in page
+    assert json.loads(parser.data)["tokens"] == bad
+    for text in (md, page):
+        assert "<img" not in text and "alert(1)</script><" not in text
+    assert "<script" not in md
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+TEXT = "the quick brown fox jumps over lazy dog because of complex physics . < > script / a cat sat on mat and it is not here then again"
+WORDS = TEXT.split(" ")
+
+
+def write_checkpoint(folder: Path, model: hero.NewGPT, arm: str) -> Path:
+    path = folder / f"janus_{arm}_final.pt"
+    folder.mkdir(parents=True)
+    facts = dict(preset="smoke", arm=arm, data={"tokenizer_hash": "words"}, step=1)
+    content = dict(schema=hero.CHECKPOINT_SCHEMA, config=asdict(model.cfg), model=model.state_dict(), probe=hero.golden_probe(model))
+    torch.save(content | facts, path)
+    hero.write_sidecar(path, hero.CHECKPOINT_SCHEMA, [], **facts)
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*WORDS, "[UNK]"])}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return path
+
+
+def write_csv(path: Path, checkpoints: dict[str, Path], model: hero.NewGPT, best: dict[str, tuple[int, int]]) -> None:
+    rows = []
+    for run, checkpoint in checkpoints.items():
+        for mode in ("zero", "mean"):
+            places = [(l, h) for l in range(model.cfg.n_layers) for h in range(model.cfg.n_heads)]
+            for rank, (l, h) in enumerate(sorted(places, key=lambda p: p != best[run]) if mode == "mean" else places, 1):
+                delta = 1 / rank
+                row = dict(run=run, checkpoint=checkpoint, ckpt_sha=hero.sha256(checkpoint)[:16], layer=l, head=h, mode=mode, delta=delta)
+                rows.append(row | dict(ci_lo=delta - 0.3, ci_hi=delta + 0.3, rank=rank, p_top1=float(rank == 1), p_maxT=0.001 * rank))
+    pd.DataFrame(rows).to_csv(path, index=False)
+    hero.write_sidecar(path, "janus.ablation/1", [])
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """A folder with the hand-offs of phases 1-4 for a small model and its permuted twin as control; hero L1H2."""
+    root = tmp_path_factory.mktemp("study")
+    model = make_model(vocab_size=len(WORDS) + 1, n_kv_heads=4)
+    paths = {arm: write_checkpoint(root / arm, m, arm) for arm, m in (("adaptive", model), ("control", permuted(model, [2, 0, 3, 1])))}
+    write_csv(root / "results_ablation.csv", paths, model, {"adaptive": (1, 2), "control": (0, 0)})
+    idx, dump = windows(model, 24), root / "activations" / "adaptive"
+    facts = dict(checkpoint=str(paths["adaptive"]), checkpoint_sha256=hero.sha256(paths["adaptive"]), site="z")
+    dump.mkdir(parents=True)
+    np.save(dump / "tokens.npy", idx.flatten().numpy().astype(np.uint16))
+    np.save(dump / "L1.z.npy", some_head(model, 1, 2).look(idx)["z"].flatten(0, 1).flatten(1).numpy().astype(np.float16))
+    hero.write_sidecar(dump / "tokens.npy", "janus.tokens/1", [], **facts)
+    hero.write_sidecar(dump / "L1.z.npy", "janus.activations/1", [], **facts)
+    write_sae(root / "saes" / "adaptive" / "L1", make_sae("standard", 24, 48))
+    hero.write_sidecar(root / "saes" / "adaptive" / "L1" / "sae_weights.safetensors", "janus.sae/1", [], **facts)
+    return root
+
+
+def run(root: Path, *flags: str) -> int:
+    places = ["--saes_dir", str(root / "saes"), "--activations_dir", str(root / "activations"), "--save_dir", str(root / "out")]
+    sizes = ["--n_seqs", "8", "--features", "3", "--device", "cpu"]
+    return hero.main(["--ablation_csv", str(root / "results_ablation.csv"), *sizes, *places, *flags])
+
+
+@pytest.fixture(scope="module")
+def done(study: Path) -> Path:
+    assert run(study, "--text", "the quick < script > fox jumps over the quick dog") == 0
+    return study / "out"
+
+
+def test_whole_analysis_writes_report_tables_figures_and_sidecars(done: Path):
+    figures = ("attention", "importance", "scores", "preserving")
+    for name in [*(f"hero_{x}.csv" for x in {*hero.SECTIONS, *figures}), *(f"hero_{x}.png" for x in figures)]:
+        assert json.loads((done / f"{name}.json").read_text())["sha256"] == hero.sha256(done / name), name
+    md, page = (done / f"hero_report.{x}" for x in ("md", "html"))
+    text = md.read_text()
+    assert "L1H2" in text and "the unique hero" in text and "Match in control: L1H0" in text  # order[0] = 2: the permuted index
+    assert "http" not in page.read_text() and "&lt;" in text and "<script" not in text
+    record = json.loads((done / "run.json").read_text())
+    assert record["exit_status"] == 0 and record["hero"]["layer"] == 1
+    roles = set(pd.read_csv(done / "hero_scores.csv")["role"])
+    assert roles == {"hero", "match in control", "hero of control", *(f"random {i}" for i in range(1, 5))}
+    attention = pd.read_csv(done / "hero_attention.csv")
+    np.testing.assert_allclose(attention.groupby(["panel", "query"])["attention"].sum(), 1, atol=1e-5)
+    parser = Page()
+    parser.feed(page.read_text())
+    data = json.loads(parser.data)
+    packed = np.frombuffer(base64.b64decode(data["panels"][0]["a"]), "<f2").astype(float)
+    np.testing.assert_allclose(packed, attention[attention["panel"] == data["panels"][0]["name"]]["attention"], atol=1e-3)
+    assert data["tokens"][2] == "<" and len(data["grid"]) == 2 * 12
+    studied = {(g["run"], g["layer"], g["head"]) for g in data["grid"] if g["studied"]}
+    assert {("adaptive", 1, 2), ("control", 1, 0), ("control", 0, 0)} < studied and len(studied) == 7
+
+
+def test_same_command_same_numbers_and_redraw_needs_no_model(study: Path, done: Path):
+    assert run(study, "--text", "the quick < script > fox jumps over the quick dog", "--save_dir", str(study / "again")) == 0
+    for name in hero.SECTIONS:
+        assert (done / f"hero_{name}.csv").read_bytes() == (study / "again" / f"hero_{name}.csv").read_bytes(), name
+    (study / "again" / "hero_attention.png").unlink()
+    assert hero.main(["--redraw", "--save_dir", str(study / "again")]) == 0
+    assert (study / "again" / "hero_attention.png").stat().st_size > 10_000
+
+
+def test_missing_sae_is_one_line_with_both_commands(study: Path, tmp_path: Path):
+    assert run(study, "--saes_dir", str(tmp_path / "none"), "--save_dir", str(tmp_path / "out")) == 0
+    line = [x for x in (tmp_path / "out" / "hero_report.md").read_text().splitlines() if "There is no SAE of layer 1" in x]
+    for command in ("`python harvest_activations.py --model_path", "`python train_sae.py --runs adaptive --layers 1"):
+        assert command in line[0]
+    assert not (tmp_path / "out" / "hero_features.csv").exists()
+    assert (tmp_path / "out" / "hero_preserving.csv").exists()
+
+
+def test_forced_head_and_text_longer_than_the_context(study: Path, tmp_path: Path, capsys):
+    assert run(study, "--force_layer", "0", "--force_head", "3", "--text", "the cat " * 30, "--save_dir", str(tmp_path)) == 0
+    assert "only the first 20" in capsys.readouterr().out
+    text = (tmp_path / "hero_report.md").read_text()
+    assert "L0H3" in text and "chosen with --force_layer" in text
+    assert len(pd.read_csv(tmp_path / "hero_attention.csv").query("panel.str.startswith('hero')")["query"].unique()) == 20
+
+
+def broken(study: Path, tmp_path: Path, what: str) -> list[str]:
+    """Breaks one hand-off in a copy of the study; returns flags to run it with."""
+    csv, dump, sae = tmp_path / "results_ablation.csv", tmp_path / "activations/adaptive", tmp_path / "saes/adaptive/L1"
+    table = pd.read_csv(csv)
+    if path := {"other tokens": dump / "tokens.npy", "other z": dump / "L1.z.npy", "other sae": sae / "sae_weights.safetensors"}.get(what):
+        side = hero.sidecar_path(path)
+        side.write_text(side.read_text().replace(json.loads(side.read_text())["checkpoint_sha256"], "0" * 64))
+    if what == "empty csv":
+        csv.write_text("")
+    if what == "no rows":
+        table.head(0).to_csv(csv, index=False)
+    if what == "no column":
+        table.drop(columns="rank").to_csv(csv, index=False)
+    if what == "not a number":
+        table.assign(layer="x").to_csv(csv, index=False)
+    if what == "other checkpoint":
+        table.assign(ckpt_sha="f" * 16).to_csv(csv, index=False)
+    if what == "no tokens":
+        (dump / "tokens.npy").unlink()
+    if what == "cut tokens":
+        (dump / "tokens.npy").write_bytes((dump / "tokens.npy").read_bytes()[:-10])
+    if what == "no tokenizer":
+        table["checkpoint"] = str(shutil.copy(table["checkpoint"].iloc[0], tmp_path / "lone.pt"))
+        shutil.copy(str(study / "adaptive/janus_adaptive_final.pt.json"), tmp_path / "lone.pt.json")
+        table[table["run"] == "adaptive"].to_csv(csv, index=False)
+    if what == "unknown sae":
+        (sae / "cfg.json").write_text(json.dumps({"architecture": "gated"}))
+    if what in ("empty csv", "no rows", "no column", "not a number", "other checkpoint", "no tokenizer"):
+        hero.write_sidecar(csv, "janus.ablation/1", [])
+    places = {"layer": (3, 0), "head": (0, -1)}
+    return ["--run", "x"] if what == "run" else [f"--force_{k}={i}" for k, i in zip(("layer", "head"), places.get(what, ()), strict=False)]
+
+
+@pytest.mark.usefixtures("done")
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("empty csv", "is not a CSV"), ("no rows", "no rows"), ("no column", "'rank'"), ("not a number", "is not a CSV"),
+        ("run", "--run x is not in"), ("layer", "layer 3 is out of range: "), ("head", "heads 0 to 3"),
+        ("other checkpoint", "ablation_test.py"), ("other tokens", "000000000000"), ("other z", "harvest_activations.py"),
+        ("other sae", "train_sae.py"), ("no tokens", "harvest_activations.py"),
+        ("cut tokens", "damaged"), ("no tokenizer", "tokenizer.json"), ("unknown sae", "gated"),
+    ],
+)  # fmt: skip
+def test_broken_hand_offs_are_one_line(study: Path, tmp_path: Path, capsys, what: str, says: str):
+    copy = tmp_path / "copy"
+    shutil.copytree(study, copy)
+    before = {p: p.read_bytes() for p in sorted((copy / "out").iterdir())}
+    flags = broken(study, copy, what)
+    assert run(copy, "--overwrite", *flags) == 1
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1 and says in err[0] and "Traceback" not in err[0], err
+    assert {p: p.read_bytes() for p in sorted((copy / "out").iterdir())} == before  # what existed is untouched
+
+
+@pytest.mark.usefixtures("done")
+def test_existing_report_is_refused(study: Path, capsys):
+    assert run(study) == 1
+    assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["", "--ablation_csv x --text=", "--ablation_csv x --force_layer 1", "--ablation_csv x --dtype bfloat16"])
+def test_wrong_command_lines_exit_2(flags: str):
+    with pytest.raises(SystemExit) as e:
+        hero.main(flags.split())
+    assert e.value.code == 2
+
+
+def test_missing_csv_is_one_line(tmp_path: Path, capsys):
+    assert hero.main(["--ablation_csv", str(tmp_path / "no.csv")]) == 1
+    assert "ablation_test.py" in capsys.readouterr().err
+    assert hero.main(["--redraw", "--save_dir", str(tmp_path)]) == 1
+    assert "hero_attention.csv" in capsys.readouterr().err
