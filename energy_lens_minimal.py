@@ -289,6 +289,7 @@ BUILTIN_VERSION = 1
 
 
 # Copied from: janus_adaptive.py::builtin_documents
+@functools.cache  # reading ten thousand source files takes half a minute, and each split asks for it
 def builtin_documents() -> dict[str, str]:
     """English prose that is already on the machine: {name: text}, in a fixed order.
 

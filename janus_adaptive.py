@@ -565,6 +565,7 @@ BUILTIN_PACKAGES = {p: p for p in ("numpy", "pandas", "scipy", "matplotlib", "se
 BUILTIN_VERSION = 1
 
 
+@functools.cache  # reading ten thousand source files takes half a minute, and each split asks for it
 def builtin_documents() -> dict[str, str]:
     """English prose that is already on the machine: {name: text}, in a fixed order.
 

@@ -146,6 +146,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.resume and args.overwrite:
         p.error("--resume goes on with what --overwrite replaces: give one of them")
     return args
+
+
 # ------------------------------------------------------------------------------------------ files and provenance
 # Copied from: janus_adaptive.py::HandoffError
 class HandoffError(Exception):
@@ -610,7 +612,7 @@ class Dump:
 
         Every epoch deals blocks of neighbouring rows at random into pools; within a pool single rows are shuffled.
         """
-        block, blocks, pools, per_pool = self.layout(size)
+        (block, blocks, pools, per_pool), seed = self.layout(size), seed % 2**32  # NumPy takes no negative seed
         if self.pool[0] != (number // per_pool, size, seed):
             epoch, at = divmod(number // per_pool, pools)
             chosen = np.array_split(np.random.default_rng([seed, epoch]).permutation(blocks), pools)[at]

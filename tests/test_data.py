@@ -91,8 +91,8 @@ def test_windows_and_the_shuffled_stream(tmp_path):
 
 def test_builtin_is_prose_in_a_fixed_order_split_by_document(monkeypatch):
     monkeypatch.setattr(janus, "BUILTIN_PACKAGES", {"numpy": "numpy"})  # two sources are enough, and quick
-    docs = janus.builtin_documents()
-    assert list(docs) == list(janus.builtin_documents())
+    docs = janus.builtin_documents.__wrapped__()  # not from its cache
+    assert docs == janus.builtin_documents.__wrapped__()
     paragraphs = [p for text in docs.values() for p in text.split("\n\n")]
     assert len(paragraphs) == len(set(paragraphs)) > 5000
     assert sum(map(len, paragraphs)) > 1_500_000
