@@ -6,8 +6,8 @@ in the CSV, that run's own hero and its head that does most nearly the same (nev
 Reads   --ablation_csv of phase 4 (names checkpoints and hero: rank 1 under mean ablation), <activations_dir>/<run>/tokens.npy
         [N], L<layer>.z.npy [N, H*K] of phase 2, <saes_dir>/<run>/L<layer>[/H<head>] of phase 3 (else: no SAE section)
 Writes  <save_dir>/hero_report.md and .html (one file, no network), hero_*.csv (tidy), hero_*.png (from the CSVs alone)
-Quick   python hero_head_analysis.py --ablation_csv results_ablation.csv --n_seqs 16    (smoke model: @QUICK@)
-Full    python hero_head_analysis.py --ablation_csv results_ablation.csv    (64 windows of 512 tokens; prints the cost first)
+Quick   python hero_head_analysis.py --ablation_csv results_ablation.csv          (smoke model: 15 s of one CPU core, 1 GB)
+Full    python hero_head_analysis.py --ablation_csv results_ablation.csv          (64 windows of 512 tokens, some 80 passes over them)
         Expected: the direct logit attribution adds up to the logits within 1e-4.
 Shapes  n windows, B batch, T tokens, D d_model, H heads, K d_head, L layers, F SAE latents, V vocabulary, N dumped tokens.
 """
@@ -899,6 +899,7 @@ def draw_figures(folder: Path) -> None:
             ax.set(title=f"{run}: ablation of each head", xlabel="head (◆ studied here, * 95 % interval excludes 0)")
     with redrawn(folder, "scores", 1, (9, 6)) as (table, (ax,)):
         hero, rest = (table[(table["role"] == "hero") == x] for x in (True, False))
+        rest = rest.assign(role=rest["role"].str.replace(r"random \d+", f"{N_RANDOM} random heads that write as much", regex=True))
         sns.stripplot(rest, x="value", y="score", hue="role", ax=ax, palette="colorblind", jitter=0.25, alpha=0.9)
         error = np.abs(hero[["ci_low", "ci_high"]].sub(hero["value"], axis=0)).to_numpy().T
         ax.errorbar(hero["value"], hero["score"], xerr=error, fmt="D", color="k", label="hero, simultaneous 95 % interval", zorder=5)
@@ -961,10 +962,10 @@ calc()</script></html>
 
 
 def render(title: str, lead: str, tables: dict[str, pd.DataFrame], missing: str, data: dict[str, Any]) -> tuple[str, str]:
-    """The report as Markdown and as one HTML page (the first 20 rows of each table). All text is escaped: a token is never markup."""
+    """The report as Markdown and as one HTML page (the first 40 rows of each table). All text is escaped: a token is never markup."""
     md, body = [f"# {html.escape(title)}", html.escape(lead)], []
     for name, (heading, about) in SECTIONS.items():
-        about, table = (about, tables[name].head(20)) if name in tables else (missing, pd.DataFrame())
+        about, table = (about, tables[name].head(40)) if name in tables else (missing, pd.DataFrame())
         if name == "scores":  # heads side by side
             table = tables[name].pivot(index="score", columns="role", values="value")[list(dict.fromkeys(tables[name]["role"]))]
             table = tables[name].set_index("score")[["ci_low", "ci_high", "null"]].head(len(table)).join(table).reset_index()
