@@ -156,7 +156,7 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
             text = f"out of memory ({e}); use a smaller --batch_size"
         except KeyboardInterrupt:
             text = "interrupted"
-        print(f"{Path(__file__).name}: error: {' '.join(text.split())}", file=sys.stderr)
+        print(f"{Path(main.__code__.co_filename).name}: error: {' '.join(text.split())}", file=sys.stderr)
         return 1
 
     return run
