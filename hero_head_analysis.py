@@ -6,7 +6,7 @@ in the CSV, that run's own hero and its head that does most nearly the same (nev
 Reads   --ablation_csv of phase 4 (names checkpoints and hero: rank 1 under mean ablation), <activations_dir>/<run>/tokens.npy
         [N], L<layer>.z.npy [N, H*K] of phase 2, <saes_dir>/<run>/L<layer>[/H<head>] of phase 3 (else: no SAE section)
 Writes  <save_dir>/hero_report.md and .html (one file, no network), hero_*.csv (tidy), hero_*.png (from the CSVs alone)
-Quick   python hero_head_analysis.py --ablation_csv results_ablation.csv          (smoke model: 15 s of one CPU core, 1 GB)
+Quick   python hero_head_analysis.py --ablation_csv results_ablation.csv          (smoke model: 15 s of one CPU core, 0.7 GB)
 Full    python hero_head_analysis.py --ablation_csv results_ablation.csv          (64 windows of 512 tokens, some 80 passes over them)
         Expected: the direct logit attribution adds up to the logits within 1e-4.
 Shapes  n windows, B batch, T tokens, D d_model, H heads, K d_head, L layers, F SAE latents, V vocabulary, N dumped tokens.
