@@ -190,8 +190,12 @@ def test_existing_output_is_kept_without_overwrite(smoke_checkpoint, smoke_args,
     assert janus.sha256(smoke_checkpoint) == before
 
 
-def test_golden_probe_catches_a_drifted_model(smoke_checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(janus, "apply_rope", lambda x, cos, sin: x)
+@pytest.mark.parametrize(
+    ("what", "drifted"), [("SwiGLU", ("F.silu", torch.relu)), ("norm", ("RMSNorm.forward", lambda self, x: x * self.weight))]
+)
+def test_golden_probe_catches_a_drifted_model(what, drifted, smoke_checkpoint, monkeypatch):
+    owner, name = drifted[0].split(".")
+    monkeypatch.setattr(getattr(janus, owner), name, drifted[1])
     with pytest.raises(janus.HandoffError, match="golden probe"):
         janus.load_checkpoint(smoke_checkpoint, torch.device("cpu"), skip_probe=False)
     janus.load_checkpoint(smoke_checkpoint, torch.device("cpu"), skip_probe=True)
