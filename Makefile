@@ -13,9 +13,10 @@ RUN    ?= runs/demo
 LAYERS ?= 0 1 2 3 4 5
 LAST   := $(lastword $(LAYERS))
 # The demo model samples sigma from 2,048 tokens a step, which alone gives independent heads a sigma of about 0.003: its
-# setpoint is 0.009, not the published 0.0035, and its loop is faster because its run is shorter.
+# setpoint is 0.009, not the published 0.0035; its loop is faster because its run is shorter; and its learning rate stays
+# constant, because heads hardly respond once it has decayed (RESULTS.md).
 SETPOINT ?= 0.009
-TRAIN  ?= --preset demo --dataset builtin --target_sigma $(SETPOINT) --lambda_start 2 --pressure_warmup 100 --control_interval 5 --filter_beta 0.8 --k_p 4 --k_i 0.04
+TRAIN  ?= --preset demo --dataset builtin --target_sigma $(SETPOINT) --lambda_start 2 --pressure_warmup 100 --control_interval 5 --filter_beta 0.8 --k_p 4 --k_i 0.04 --schedule constant
 TEXT   ?= The quick brown fox jumps over the lazy dog because of complex physics.
 MODELS := $(RUN)/adaptive/janus_adaptive_final.pt.json $(RUN)/control/janus_control_final.pt.json
 DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.npy.json)
