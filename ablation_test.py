@@ -25,6 +25,7 @@ import argparse
 import ast
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -559,6 +560,7 @@ def builtin_documents() -> dict[str, str]:
     roots |= {p: Path(find_spec(p).origin).parent for p in BUILTIN_PACKAGES}  # type: ignore[union-attr, arg-type]
     skip = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3"}
     files = [(package, f.relative_to(root), f) for package, root in roots.items() for f in sorted(root.rglob("*.py"))]
+    gc.disable()  # else a third of the time goes into looking for garbage among the syntax trees
     for package, inner, f in tqdm(files, desc="documentation strings", unit="file", disable=None):
         if skip & set(inner.parts) or (package, inner.parts[0]) == ("transformers", "models"):  # the same text, 400 times
             continue
@@ -566,6 +568,7 @@ def builtin_documents() -> dict[str, str]:
             nodes = ast.walk(ast.parse(f.read_text(encoding="utf-8")))
             docs = [ast.get_docstring(n) for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
             sources[f"{package}/{inner.as_posix()}"] = [d for d in docs if d]
+    gc.enable()
     seen: set[str] = set()
     documents: dict[str, list[str]] = {}
     for name, texts in sources.items():
