@@ -84,12 +84,13 @@ def headlines(folder: Path) -> list[tuple[str, str]]:
         ),
     ]
     held, target = tracking(telemetry["adaptive"], record["target_sigma"]), record["target_sigma"]
+    hold = "" if np.isnan(held["hold_mean"]) else f" (mean {held['hold_mean']:.2f} in the hold phase at the end)"
     free = telemetry["control"]["val_sigma_z"].dropna().iloc[-1]
     out.append(
         (
             f"sigma against its setpoint {target:g}",
             f"filtered sigma {held['mean']:.3f} +- {held['sd']:.3f} of it from step {held['settled_step']:.0f} on, {held['share']:.0%} of "
-            f"{held['n']} samples within 10 % (mean {held['hold_mean']:.2f} in the hold phase at the end); "
+            f"{held['n']} samples within 10 %{hold}; "
             f"control {free:.4f}, {free / target:.1f} times the setpoint",
         )
     )
