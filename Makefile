@@ -26,9 +26,9 @@ SAES   := $(foreach arm,adaptive control,$(RUN)/saes/$(arm)/L$(LAST)/sae_weights
 .PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures clean
 
 help:
-	@echo "make demo   set up, then train, harvest, SAEs, ablation, hero: everything in $(RUN)"
+	@echo "make demo   set up, then train, harvest, SAEs, ablation, hero, a small Energy-Lens: everything in $(RUN)"
 	@echo "make test   set up, then run all tests"
-	@echo "make setup | train | harvest | sae | ablate | hero | figures | smoke | check | retrain | clean"
+	@echo "make setup | train | harvest | sae | ablate | hero | energy | figures | smoke | check | retrain | clean"
 
 setup: .venv/.ready
 .venv/.ready: requirements.txt
@@ -42,7 +42,7 @@ setup-dev: .venv/.ready-dev
 	@touch $@
 
 demo: setup
-	@$(MAKE) --no-print-directory -j2 train harvest ablate sae hero
+	@$(MAKE) --no-print-directory -j2 train harvest ablate sae energy hero
 	@$(MAKE) --no-print-directory figures
 	@$(PY) tools/headlines.py $(RUN)
 
@@ -73,6 +73,11 @@ $(RUN)/hero_analysis/hero_report.html.json: $(RUN)/results_ablation.csv.json $(S
 	$(PY) hero_head_analysis.py --ablation_csv $(basename $<) --saes_dir $(RUN)/saes --activations_dir $(RUN)/activations \
 	  --save_dir $(RUN)/hero_analysis --text "$(TEXT)" --overwrite
 
+# Energy-Lens at its smallest size; the real run is `python energy_lens_minimal.py`, five minutes.
+energy: $(RUN)/energy_lens/raw_results.json
+$(RUN)/energy_lens/raw_results.json: energy_lens_minimal.py | .venv/.ready
+	$(ONE) energy_lens_minimal.py --preset smoke --save_dir $(RUN)/energy_lens --overwrite
+
 # What both arms share is drawn once both are there; no model is needed.
 figures: $(DUMPS) $(SAES)
 	$(PY) janus_adaptive.py --redraw $(RUN)/adaptive/telemetry.csv $(RUN)/control/telemetry.csv --save_dir $(RUN) --target_sigma $(SETPOINT)
@@ -81,11 +86,11 @@ figures: $(DUMPS) $(SAES)
 
 # ------------------------------------------------------------------------------------------------------------- tests
 test: setup-dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --nbmake notebooks tests
 
 check: setup-dev
 	$(PY) -m ruff check .
-	$(PY) -m mypy janus_adaptive.py harvest_activations.py train_sae.py ablation_test.py hero_head_analysis.py
+	$(PY) -m mypy janus_adaptive.py harvest_activations.py train_sae.py ablation_test.py hero_head_analysis.py energy_lens.py
 	$(PY) tools/check_copies.py
 
 # The published sequence of commands at its smallest size.

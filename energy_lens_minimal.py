@@ -21,6 +21,7 @@ import ast
 import base64
 import contextlib
 import copy
+import ctypes
 import functools
 import gc
 import hashlib
@@ -175,12 +176,22 @@ class HandoffError(Exception):
     """A broken input or hand-off. The text is the one line that the user reads: fact, found, expected, command."""
 
 
+# Copied from: janus_adaptive.py::keep_memory
+def keep_memory() -> None:
+    """Linux with glibc: freed memory stays with the process. Else every large tensor is mapped anew, page by page: a tenth of a step."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
 # Copied from: janus_adaptive.py::one_line_errors
 def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
     """Decorates `main`: an expected failure is one line on stderr and exit status 1, never a traceback."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
+        keep_memory()
         try:
             return main(argv)
         except HandoffError as e:
@@ -518,15 +529,21 @@ def train_denoiser(predict: Callable[[Tensor], Tensor], groups: list[dict], trai
         raise HandoffError(f"{name}: the loss is {loss.item()} after {steps} steps; use a smaller --step_size")
 
 
+def untrained(corpus: Corpus, seed: int) -> EnergyTransformer:
+    """The Energy Transformer as it starts. The mask token has no field, so that its context decides."""
+    torch.manual_seed(seed)
+    et = EnergyTransformer(len(corpus.vocab), corpus.train.shape[1])
+    et.emb.data[MASK] = 0
+    return et
+
+
 def train_energy_transformer(corpus: Corpus, steps: int, alpha: float, seed: int) -> EnergyTransformer:
     """Plain first-order training through 3 to 6 descent steps: the energy's gradient is closed form, so no double backward.
 
     The synaptic energies are of second degree in the weights: at the others' learning rate Adam inflates them until every
-    input shares one attractor. They get a fifth of it and more decay. The mask token starts with no field, so that its context decides.
+    input shares one attractor. They get a fifth of it and more decay.
     """
-    torch.manual_seed(seed)
-    et = EnergyTransformer(len(corpus.vocab), corpus.train.shape[1])
-    et.emb.data[MASK] = 0
+    et = untrained(corpus, seed)
     synapses = [et.wq, et.wk, et.xi]
     rest = [p for p in et.parameters() if all(p is not q for q in synapses)]
     rng = np.random.default_rng(seed)
@@ -866,7 +883,7 @@ class Layer:
 
     features: pd.DataFrame
     null: Tensor  # [bins, n] EFAS of random directions
-    facts: dict[str, float]
+    facts: dict[str, Any]
     boot: np.ndarray  # [B, K] EFAS under the sequence bootstrap
 
 
@@ -923,6 +940,7 @@ def analyse_layer(
             mc_sd_ratio=z_mc.square().mean(0).sqrt(),
             efas_a=r[0],
             efas_b=r[1],
+            efas_shuffled=pearson(sequence_sums(f, a.roll(1, -1)))[0],  # with another feature's direction
             legacy=pearson(sequence_sums(f, legacy.expand_as(f)))[0],
             mi=mi,
             mi_share=mi / entropy,
@@ -932,7 +950,8 @@ def analyse_layer(
             table.loc[keep.numpy(), name] = value.double().numpy()
     t = pd.concat(rows, ignore_index=True).assign(layer=layer)
     ok = t.eligible.to_numpy()
-    null, facts = torch.zeros(1, 0), dict(layer=layer, n_tokens=e_token.numel(), n_seq=n_seq, latents=len(t), eligible=int(ok.sum()))
+    null = torch.zeros(1, 0)
+    facts: dict[str, Any] = dict(layer=layer, n_tokens=e_token.numel(), n_seq=n_seq, latents=len(t), eligible=int(ok.sum()))
     if not ok.any():
         return Layer(t, null, facts, np.zeros((200, 0)))
     t.loc[ok, "p_maxt"] = [(1 + (max_z >= abs(z)).sum().item()) / (1 + len(perms)) for z in t.z_token[ok]]
@@ -949,6 +968,7 @@ def analyse_layer(
         rule_false_directions=float((own.abs() > RULE).double().mean(1).sum()),
         random_directions_positive=float((null > 0).double().mean()),
         random_directions_q95=float(null.abs().quantile(0.95)) if null.numel() < 2**24 else math.nan,
+        shuffled_pairing_q95=float(t.efas_shuffled[ok].abs().quantile(0.95)),
         split_half_r=float(np.corrcoef(t.efas_a[ok], t.efas_b[ok])[0, 1]),
         legacy_max=float(t.legacy[ok].abs().max()),
         mc_sd_over_analytic=float(t.mc_sd_ratio[ok].median()),
@@ -1645,6 +1665,36 @@ def descent_table(et: EnergyTransformer, ids: Tensor, alpha: float, steps: int =
     return pd.DataFrame(rows)
 
 
+def efas_at(t: int, et: EnergyTransformer, x: Tensor, b: Tensor, sae: SAE, strata: Tensor, args: Any) -> Layer:
+    """EFAS of the SAE's features at descent step t, by the gradient that --gradient names; x, b [S, L, D]."""
+    et64 = copy.deepcopy(et).double()
+    state = x.clone().requires_grad_()
+    gx = torch.autograd.grad(et.energy(state, b).sum(), state)[0].detach()
+    e_token = torch.stack(list(et.energy_terms(x, b).values())).sum(0)
+    slope = few = None
+    if args.gradient == "finite_difference":
+        few = sae.encode(x).gt(0).sum((0, 1)).topk(16).indices
+
+        def slope(d: Tensor) -> Tensor:
+            return finite_difference(lambda y: et64.energy(y, b.double()), x.double(), d)
+
+    layer = analyse_layer(t, x, gx, e_token, sae, strata, args, slope, few)
+    some = sae.w_dec[torch.from_numpy(np.random.default_rng(args.seed).integers(0, len(sae.w_dec), 4))]
+    fd = finite_difference(lambda y: et64.energy(y, b[:2].double()), x[:2].double(), some)
+    exact = feature_gradient(et64.grad_x(x[:2].double(), b[:2].double()), some.double())
+    layer.facts["finite_difference_error"] = ((fd - exact).abs().max() / exact.abs().max()).item()
+    return layer
+
+
+def untrained_control(t: int, picked: Tensor, corpus: Corpus, args: Any) -> pd.DataFrame:
+    """The same analysis, SAE included, of an Energy Transformer that was never trained: the summary row of descent step t."""
+    et = untrained(corpus, args.seed).requires_grad_(False)
+    b, xs = descend(et, corpus.test, t, args.step_size)
+    fit = descend(et, picked, t, args.step_size)[1][t].flatten(0, 1)[: args.sae_tokens]
+    sae = train_sae(fit, args.sae_dict_size, args.sae_l1, args.sae_iterations, args.optimiser, args.seed)
+    return call_aligned([efas_at(t, et, xs[t], b, sae, corpus.strata, args)])[1].assign(fvu=sae.score(xs[t].flatten(0, 1))["fvu"])
+
+
 def analyse_energy_transformer(args: Any, et: EnergyTransformer, corpus: Corpus) -> LensResults:
     """SAE, EFAS, topology and interventions of a trained Energy Transformer."""
     rng, res, timer = np.random.default_rng(args.seed), LensResults("energy-transformer"), time.perf_counter()
@@ -1652,7 +1702,7 @@ def analyse_energy_transformer(args: Any, et: EnergyTransformer, corpus: Corpus)
     res.facts["invariants"] = check_invariants(et64, corpus.test[:4], alpha)
     stable, tables["step_size"] = largest_step(et64, corpus.test[::40])
     res.facts["largest_step"] = stable
-    last = args.energy_layers[-1]
+    last, middle = args.energy_layers[-1], args.energy_layers[len(args.energy_layers) // 2]
     picked = corpus.train[torch.from_numpy(rng.permutation(len(corpus.train))[: max(2000, args.sae_tokens // 32)])]
     with torch.no_grad():
         b, xs = descend(et, corpus.test, last, alpha)
@@ -1663,38 +1713,18 @@ def analyse_energy_transformer(args: Any, et: EnergyTransformer, corpus: Corpus)
         x, fit = xs[t], train_xs[t].flatten(0, 1)[: args.sae_tokens]
         sae = saes[t] = train_sae(fit, args.sae_dict_size, args.sae_l1, args.sae_iterations, args.optimiser, args.seed)
         score = sae.score(x.flatten(0, 1))
+        words = token_dictionary(train_xs[t], picked, x, corpus.test)
         quality.append(dict(layer=t, dictionary=f"SAE, {args.optimiser}", **score))
-        quality.append(
-            dict(layer=t, dictionary="one atom a token id + position", fvu=token_dictionary(train_xs[t], picked, x, corpus.test), l0=2.0)
-        )
-        if t == args.energy_layers[len(args.energy_layers) // 2]:
-            quality.append(
-                dict(
-                    layer=t,
-                    dictionary="MiniBatchDictionaryLearning, 256 atoms",
-                    **dictionary_learning(fit[:2048], x[::10].flatten(0, 1)[:320], score["l0"], args.seed),
-                )
-            )
-        state = x.clone().requires_grad_()
-        gx = torch.autograd.grad(et.energy(state, b).sum(), state)[0].detach()
-        e_token = torch.stack(list(et.energy_terms(x, b).values())).sum(0)
-        slope = few = None
-        if args.gradient == "finite_difference":
-            few = sae.encode(x).gt(0).sum((0, 1)).topk(16).indices
-
-            def slope(d: Tensor, x: Tensor = x) -> Tensor:
-                return finite_difference(lambda y: et64.energy(y, b.double()), x.double(), d)
-
-        layers.append(analyse_layer(t, x, gx, e_token, sae, corpus.strata, args, slope, few))
-        some = torch.from_numpy(rng.integers(0, args.sae_dict_size, 4))
-        fd = finite_difference(lambda y: et64.energy(y, b[:2].double()), x[:2].double(), sae.w_dec[some])  # noqa: B023 -- used at once
-        exact = feature_gradient(et64.grad_x(x[:2].double(), b[:2].double()), sae.w_dec[some].double())
-        layers[-1].facts["finite_difference_error"] = ((fd - exact).abs().max() / exact.abs().max()).item()
+        quality.append(dict(layer=t, dictionary="one atom a token id + position", fvu=words, l0=2.0))
+        if t == middle:
+            other = dictionary_learning(fit[:2048], x[::10].flatten(0, 1)[:320], score["l0"], args.seed)
+            quality.append(dict(layer=t, dictionary="MiniBatchDictionaryLearning, 256 atoms", **other))
+        layers.append(efas_at(t, et, x, b, sae, corpus.strata, args))
+    tables["untrained"] = untrained_control(middle, picked, corpus, args)
     tables["features"], tables["layers"] = call_aligned(layers)
     tables["sae"], tables["efas_distribution"] = pd.DataFrame(quality), histogram_table(tables["features"], layers, args.seed)
     res.facts["seconds_efas"] = time.perf_counter() - timer
 
-    middle = args.energy_layers[len(args.energy_layers) // 2]
     t, x, sae = tables["features"], xs[middle], saes[middle]
     own = t[(t.layer == middle) & t.eligible].reset_index(drop=True)
     if len(own):
@@ -1786,7 +1816,14 @@ def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[Report
             "p",
             "rule_false_*: how many features the original's rule |EFAS| > 0.1 would pass if sequences were permuted, or if every "
             "feature were a random direction of the same firing rate. "
+            "shuffled_pairing: f against the pull along another feature's direction. "
             "legacy: correlation with -np.gradient of the token energies over positions, which is no derivative in state space.",
+        ),
+        (
+            "p",
+            f"The same on an Energy Transformer that was never trained (own SAE, step {int(t['untrained'].layer.iloc[0])}): "
+            f"{int(t['untrained'].aligned.iloc[0])} of {int(t['untrained'].eligible.iloc[0])} eligible features pass, median |EFAS| "
+            f"{t['untrained'].median_abs_efas.iloc[0]:.3f}. What also appears there owes nothing to training.",
         ),
         ("img", (folder / "efas_distribution.png", "EFAS of the features, of permuted sequences and of random directions")),
     ]

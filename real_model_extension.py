@@ -509,7 +509,7 @@ class LanguageModel:
 
         def hook(l: int) -> Callable:
             def f(_m: nn.Module, _i: Any, out: Any) -> Any:
-                h = replace.get(l, out[0] if isinstance(out, tuple) else out)
+                h: Tensor = replace.get(l, out[0] if isinstance(out, tuple) else out)  # type: ignore[assignment]
                 if l in keep:
                     h = h.detach().requires_grad_() if graph and l == first else h
                     if graph and l != first:

@@ -200,7 +200,7 @@ def test_planted_features_are_found_with_their_attribution():
         found = lens.fdr(p_values(f, lens.feature_gradient(gx, sae.w_dec))) < 0.05
         shares.append((found[:20].mean(), found[20:].sum() / max(1, found.sum())))
     power, false = np.array(shares).T
-    assert power.mean() > 0.9 and false.mean() <= 0.05 + 2 * false.std() / math.sqrt(len(false))
+    assert power.mean() > 0.9 and false.mean() <= 0.05
 
     layer = lens.analyse_layer(0, x, gx, torch.randn(S, L), sae, torch.zeros(S), settings())
     table, summary = lens.call_aligned([layer])
