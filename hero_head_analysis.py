@@ -978,8 +978,9 @@ def render(title: str, lead: str, tables: dict[str, pd.DataFrame], missing: str,
     for name, (heading, about) in SECTIONS.items():
         about, table = (about, tables[name].head(40)) if name in tables else (missing, pd.DataFrame())
         if name == "scores":  # heads side by side
-            table = tables[name].pivot(index="score", columns="role", values="value")[list(dict.fromkeys(tables[name]["role"]))]
-            table = tables[name].set_index("score")[["ci_low", "ci_high", "null"]].head(len(table)).join(table).reset_index()
+            whole, roles = tables[name], list(dict.fromkeys(tables[name]["role"]))
+            hero = whole[whole["role"] == roles[0]].set_index("score")[["ci_low", "ci_high", "null"]]
+            table = hero.join(whole.pivot(index="score", columns="role", values="value")[roles]).reset_index()
         table = table.map(lambda v: "" if v != v else f"{v:.4g}" if isinstance(v, float) else str(v))
         lines = [[*table], ["---"] * table.shape[1], *table.to_numpy().tolist()] if len(table) else []
         rows = ("| " + " | ".join(html.escape(c).replace("|", "&#124;").replace("`", "&#96;") for c in line) + " |" for line in lines)

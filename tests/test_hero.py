@@ -446,6 +446,9 @@ def test_whole_analysis_writes_report_tables_figures_and_sidecars(done: Path):
     assert record["exit_status"] == 0 and record["hero"]["layer"] == 1
     roles = set(pd.read_csv(done / "hero_scores.csv")["role"])
     assert roles == {"hero", "match in control", "hero of control", *(f"random {i}" for i in range(1, 5))}
+    section = text.split("## What it attends to")[1].split("##")[0]
+    shown = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")][2:]
+    assert sorted(shown) == sorted(pd.read_csv(done / "hero_scores.csv")["score"].unique())  # every score, once
     attention = pd.read_csv(done / "hero_attention.csv")
     np.testing.assert_allclose(attention.groupby(["panel", "query"])["attention"].sum(), 1, atol=1e-5)
     parser = Page()
