@@ -1216,7 +1216,7 @@ def predicted_versus_actual(
     """
     rng, scores, points = np.random.default_rng(seed), [], []
     fixed = features.set_index("feature")[["efas_a", "efas_on", "n_active", "aligned"]].rename(columns={"n_active": "frequency"})
-    fixed["random"] = rng.standard_normal(len(fixed))
+    fixed["random"] = 0.0
     names = {
         "attribution": "signed",
         "integrated_gradients": "signed",
@@ -1245,11 +1245,14 @@ def predicted_versus_actual(
         )
         for name, kind in names.items():
             values = live[name] if name in live else np.tile(fixed.loc[keys, name].astype(float), (len(draws), 1))
+            if name == "random":  # its interval is the null's
+                values = rng.standard_normal(values.shape)
             for how in ("signed", "absolute") if kind == "signed" else ("absolute",):
                 pair = [np.take_along_axis(v if how == "signed" else np.abs(v), index, axis=1) for v in (values, change)]
                 pair = [stats.rankdata(v, axis=1) for v in pair]
                 pair = [v - v.mean(1, keepdims=True) for v in pair]
                 rho = (pair[0] * pair[1]).sum(1) / np.sqrt((pair[0] ** 2).sum(1) * (pair[1] ** 2).sum(1) + 1e-300)
+                rho[0] = rho[1:].mean() if name == "random" else rho[0]
                 lo, hi = np.quantile(rho[1:], [0.025, 0.975])
                 slope = (
                     np.polyfit(values[0], change[0], 1)[0]
@@ -1769,6 +1772,16 @@ def concept_line(t: pd.DataFrame) -> str:
     return "; ".join(parts) or "no eligible feature"
 
 
+def trivial_line(sae: pd.DataFrame) -> str:
+    """At how many steps or blocks the dictionary of token ids explains the states better than the SAE, and what that means."""
+    fvu = sae.assign(trivial=sae.dictionary.str.startswith("one atom")).query("trivial or dictionary.str.startswith('SAE')")
+    fvu = fvu.pivot(index="layer", columns="trivial", values="fvu")
+    return (
+        f"One atom a token id plus one a position leaves less unexplained than the SAE at {int((fvu[True] < fvu[False]).sum())} of "
+        f"{len(fvu)} layers. Where it does, the states are largely the tokens themselves, and a feature need be no more than a token."
+    )
+
+
 def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[ReportPart]:
     """The report of the Energy Transformer, and its figures in `folder`."""
     t, f = res.tables, res.facts
@@ -1809,7 +1822,7 @@ def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[Report
         ("img", (folder / "energy_descent.png", "Energy along the descent, held-out sequences")),
         ("h", "Sparse autoencoders"),
         ("t", t["sae"]),
-        ("p", "If one atom a token id explains as much as the SAE, its features are largely the tokens themselves."),
+        ("p", trivial_line(t["sae"])),
         ("h", "EFAS against its nulls"),
         ("t", rows.drop(columns=["latents"]).T.reset_index().rename(columns=str)),
         (
@@ -1854,7 +1867,8 @@ def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[Report
             (
                 "p",
                 "Spearman over features, interval by resampling sequences and features. Attribution, integrated gradients and "
-                "magnitude are evaluated on the very tokens that are then intervened on; EFAS comes from the other half of the documents.",
+                "magnitude are evaluated on the very tokens that are then intervened on; EFAS comes from the other half of the documents. "
+                "random: a new predictor in every draw, so its interval is what chance gives.",
             ),
             ("img", (folder / "predicted_actual.png", "Predicted and actual energy change of partial and full ablation")),
             ("h", "Interventions: persistent clamps"),
