@@ -1693,7 +1693,7 @@ def untrained_control(t: int, picked: Tensor, corpus: Corpus, args: Any) -> pd.D
     """The same analysis, SAE included, of an Energy Transformer that was never trained: the summary row of descent step t."""
     et = untrained(corpus, args.seed).requires_grad_(False)
     b, xs = descend(et, corpus.test, t, args.step_size)
-    fit = descend(et, picked, t, args.step_size)[1][t].flatten(0, 1)[: args.sae_tokens]
+    fit = descend(et, picked[: math.ceil(args.sae_tokens / picked.shape[1])], t, args.step_size)[1][t].flatten(0, 1)[: args.sae_tokens]
     sae = train_sae(fit, args.sae_dict_size, args.sae_l1, args.sae_iterations, args.optimiser, args.seed)
     return call_aligned([efas_at(t, et, xs[t], b, sae, corpus.strata, args)])[1].assign(fvu=sae.score(xs[t].flatten(0, 1))["fvu"])
 
@@ -1709,7 +1709,8 @@ def analyse_energy_transformer(args: Any, et: EnergyTransformer, corpus: Corpus)
     picked = corpus.train[torch.from_numpy(rng.permutation(len(corpus.train))[: max(2000, args.sae_tokens // 32)])]
     with torch.no_grad():
         b, xs = descend(et, corpus.test, last, alpha)
-        train_xs = descend(et, picked, last, alpha)[1]
+        parts = [descend(et, some, last, alpha)[1] for some in picked.split(250)]  # all at once would need a gigabyte
+        train_xs = [torch.cat(states) for states in zip(*parts, strict=True)]
 
     layers, saes, quality = [], {}, []
     for t in tqdm(args.energy_layers, desc="layers", disable=None):
