@@ -438,6 +438,14 @@ class Block(nn.Module):
         return out, {name: seen[name] for name in keep}
 
 
+# Copied from: janus_adaptive.py::TokenLoss
+class TokenLoss(nn.Module):
+    """Mean cross-entropy (nats) of logits [B, T, V] for targets [B, T]. A module, so that it is compiled in place like a block."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
 # Copied from: janus_adaptive.py::NewGPT
 class NewGPT(nn.Module):
     """A decoder-only transformer with exactly Llama's computation: pre-RMSNorm, SwiGLU, RoPE, no biases.
@@ -454,7 +462,7 @@ class NewGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.unembedding = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.drop, self.loss = nn.Dropout(cfg.dropout), TokenLoss()
         for name, p in self.named_parameters():
             if p.dim() > 1:  # as GPT-2: what writes to the residual stream starts smaller, by depth
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * cfg.n_layers) if "w_o" in name or "w_down" in name else 1))
@@ -493,7 +501,7 @@ class NewGPT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Token ids [B, T] -> logits [B, T, V] and, with targets [B, T], the mean cross-entropy in nats (else None)."""
         logits = self.unembed(self.run_blocks(self.embed(idx), head_scale=head_scale, tap=tap))
-        return logits, None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return logits, None if targets is None else self.loss(logits, targets)
 
 
 # Copied from: janus_adaptive.py::golden_probe

@@ -150,7 +150,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--schedule", choices=["cosine", "wsd", "constant"], default="cosine", help="cosine: to 10 %%; wsd: last fifth to 0")
     g.add_argument("--weight_decay", type=float, default=0.1, help="AdamW weight decay, of matrices")
     g.add_argument("--grad_clip", type=real, default=1.0, help="gradient norm above which gradients are scaled down")
-    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile the blocks; auto: where it pays")
+    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile blocks and loss; auto: where it pays")
     # fmt: on
     add_runtime_flags(p)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -472,6 +472,13 @@ class Block(nn.Module):
         return out, {name: seen[name] for name in keep}
 
 
+class TokenLoss(nn.Module):
+    """Mean cross-entropy (nats) of logits [B, T, V] for targets [B, T]. A module, so that it is compiled in place like a block."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
 class NewGPT(nn.Module):
     """A decoder-only transformer with exactly Llama's computation: pre-RMSNorm, SwiGLU, RoPE, no biases.
 
@@ -487,7 +494,7 @@ class NewGPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.unembedding = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.drop, self.loss = nn.Dropout(cfg.dropout), TokenLoss()
         for name, p in self.named_parameters():
             if p.dim() > 1:  # as GPT-2: what writes to the residual stream starts smaller, by depth
                 nn.init.normal_(p, std=0.02 / (math.sqrt(2 * cfg.n_layers) if "w_o" in name or "w_down" in name else 1))
@@ -526,7 +533,7 @@ class NewGPT(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Token ids [B, T] -> logits [B, T, V] and, with targets [B, T], the mean cross-entropy in nats (else None)."""
         logits = self.unembed(self.run_blocks(self.embed(idx), head_scale=head_scale, tap=tap))
-        return logits, None if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return logits, None if targets is None else self.loss(logits, targets)
 
 
 def golden_probe(model: NewGPT) -> dict[str, Any]:
@@ -1072,7 +1079,7 @@ def resume(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.Optim
 
 
 def announce(args: argparse.Namespace, model: NewGPT, train: HFWikiTextLoader, autocast: Any) -> None:
-    """Compiles the blocks (--compile), and prints sizes and cost, measured on one micro-batch that leaves no trace.
+    """Compiles blocks and loss (--compile), and prints sizes and cost, measured on one micro-batch that leaves no trace.
 
     Raises HandoffError if the disk is too small.
     """
@@ -1082,8 +1089,8 @@ def announce(args: argparse.Namespace, model: NewGPT, train: HFWikiTextLoader, a
     tokens = args.steps * args.batch_size * args.grad_accum * args.seq_len
     worth = device.type == "cuda" or (shutil.which("c++") is not None and 6 * inner * tokens > 1e13)  # FLOPs: minutes of work
     if args.compile == "on" or (args.compile == "auto" and worth):
-        for block in model.blocks:
-            block.compile()
+        for part in (*model.blocks, model.loss):
+            part.compile()
     with torch.random.fork_rng():
         batch = [tuple(t.to(device) for t in train.batch(np.zeros(args.batch_size, np.int64)))]
         for _ in range(2):  # the first one compiles, and touches its memory for the first time
