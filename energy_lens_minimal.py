@@ -69,7 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         sequences=320,
         sae_dict_size=2048,
         sae_tokens=4096,
-        sae_iterations=30,
+        sae_iterations=80,
         permutations=10_000,
         directions=2000,
         energy_layers=[0, 1, 2, 4, 6],
@@ -718,7 +718,7 @@ def train_sae(x: Tensor, n_latents: int, l1: float, iterations: int, optimiser: 
 
         opt.step(closure)
     else:
-        opt = torch.optim.Adam(params, lr=2e-3)
+        opt = torch.optim.Adam(params, lr=2e-3, fused=True)
         for _ in range(20 * iterations):
             opt.zero_grad()
             loss(z[torch.randint(len(z), (min(512, len(z)),), generator=generator)]).backward()
@@ -836,7 +836,8 @@ def mi_binned(f: Tensor, score: Tensor, bins: int = 8) -> tuple[Tensor, Tensor]:
     n = len(f)
     split = torch.where(f > 0, f, torch.nan).nanmedian(0).values
     fb, ab = (f > 0).long() + (f > split), (torch.special.ndtr(score.double()) * bins).clamp(0, bins - 1).long()
-    joint = torch.stack([(fb * bins + ab == c).sum(0) for c in range(3 * bins)]).double().reshape(3, bins, -1) / n
+    cell = fb * bins + ab + 3 * bins * torch.arange(f.shape[1])
+    joint = torch.bincount(cell.flatten(), minlength=3 * bins * f.shape[1]).reshape(-1, 3, bins).permute(1, 2, 0).double() / n
 
     def entropy(p: Tensor) -> Tensor:
         return -torch.special.xlogy(p, p).sum(0) + ((p > 0).sum(0) - 1) / (2 * n)
