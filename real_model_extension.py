@@ -866,6 +866,7 @@ class EnergyLensAnalyzer:
         found, saes, energies, rows, checks = [], {}, {}, [], []
         strata = torch.zeros(len(ids), dtype=torch.int64)
         for l in layers:
+            print(f"{(time.perf_counter() - self.clock) / 60:.1f} min: block {l}, SAE and EFAS", flush=True)
             modes = [LossEnergy(lm, l, mode) for mode in ENERGIES]  # type: ignore[arg-type]
             fit = h_fit[l][:, inner].flatten(0, 1)
             modes[1].fit(fit, last_fit[:, inner].flatten(0, 1))
@@ -894,6 +895,7 @@ class EnergyLensAnalyzer:
         t["features"], t["layers"] = lens.call_aligned(found)
         t["validity"], t["sae"] = pd.concat(checks, ignore_index=True), pd.DataFrame(rows)
         t["efas_distribution"] = lens.histogram_table(t["features"], found, cfg.seed)
+        print(f"{(time.perf_counter() - self.clock) / 60:.1f} min: ablations", flush=True)
         self._ablations(res, hs, gs, ids, saes, rng)
         t["text_types"] = self._text_types(res, saes)
         if given:
