@@ -152,7 +152,8 @@ class HandoffError(Exception):
 
 # Copied from: janus_adaptive.py::keep_memory
 def keep_memory() -> None:
-    """Linux with glibc: freed memory stays with the process. Else every large tensor is mapped anew, page by page: a tenth of a step."""
+    """Linux with glibc: freed memory stays with the process. Else every large tensor is mapped anew, page by page: a tenth of
+    a step. Only for loops that allocate the same again and again: what is kept between large temporaries would pin them."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX
@@ -165,7 +166,6 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
-        keep_memory()
         try:
             return main(argv)
         except HandoffError as e:
@@ -311,10 +311,11 @@ def refuse_overwrite(paths: list[Path], overwrite: bool) -> None:
 
 # Copied from: janus_adaptive.py::set_up
 def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
-    """Seeds everything -> the device of --device and the autocast context of --dtype.
+    """Seeds everything, keeps freed memory -> the device of --device and the autocast context of --dtype.
 
     auto: CUDA, else MPS, else the CPU; bfloat16 where the hardware multiplies it fast (GPUs, AMX and AVX512-BF16 CPUs).
     """
+    keep_memory()
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)  # noqa: NPY002 -- for libraries that still use the global generator
     torch.manual_seed(args.seed)

@@ -21,7 +21,6 @@ import ast
 import base64
 import contextlib
 import copy
-import ctypes
 import functools
 import gc
 import hashlib
@@ -176,22 +175,12 @@ class HandoffError(Exception):
     """A broken input or hand-off. The text is the one line that the user reads: fact, found, expected, command."""
 
 
-# Copied from: janus_adaptive.py::keep_memory
-def keep_memory() -> None:
-    """Linux with glibc: freed memory stays with the process. Else every large tensor is mapped anew, page by page: a tenth of a step."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
 # Copied from: janus_adaptive.py::one_line_errors
 def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
     """Decorates `main`: an expected failure is one line on stderr and exit status 1, never a traceback."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
-        keep_memory()
         try:
             return main(argv)
         except HandoffError as e:
