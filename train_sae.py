@@ -6,6 +6,7 @@ the model's behaviour survives when the reconstruction takes the place of the ac
 Reads   activations/<run>/L<layer>.<site>.npy [N, D] float16 or float32, raw units; for CE recovered tokens.npy and the checkpoint
 Writes  saes/<run>/L<layer>/ (--unit layer), saes/<run>/L<layer>/H<head>/ (--unit head); for a --site other than z L<layer>.<site>/:
           cfg.json, sae_weights.safetensors (float32, folded: takes and gives raw activations), training_state.pt (for --resume),
+          --arch topk: ae.pt, config.json and sae.safetensors, for dictionary_learning and eai-sparsify,
           training.csv, latent_frequencies.csv, and last, with all metrics, the sidecar sae_weights.safetensors.json
         saes/sae_metrics.csv, table2.csv, table2.md, figure2_l0_by_depth.png, figure3_activation_frequency.png: every finished SAE
 SAELens' SAE.load_from_disk(folder) loads an export; it encodes flat [N, D]. To splice a layer's SAE into a HookedSAETransformer
@@ -118,12 +119,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--save_dir", type=Path, default=Path("saes"), help="output folder")
     g.add_argument("--save_interval", type=count, default=500, help="steps between saves of training state and export")
     g = p.add_argument_group("method")
-    g.add_argument(
-        "--arch",
-        choices=ARCHS,
-        default="batchtopk",
-        help="k latents a token on average; exactly k; ReLU + L1; thresholds driven to --target_l0; gates + L1; nested batchtopk",
-    )
+    g.add_argument("--arch", choices=ARCHS, default="batchtopk", help="k on average, exactly k, L1, learned threshold, gated L1, nested k")
     g.add_argument("--unit", choices=["layer", "head"], default="layer", help="one SAE for all heads of a layer together, or one a head")
     g.add_argument("--aux_k", type=int, default=-1, help="not relu, gated: dead latents a token that fit the residual; 0: off, -1: D / 2")
     g.add_argument("--lr_warmup", type=int, default=50, help="steps of linear learning-rate warm-up")
@@ -718,7 +714,8 @@ class Trainer:
     """
 
     AUX, AUX_TOKENS = 1 / 32, 1 / 8  # weight of the auxiliary loss, share of the batch that it sees
-    BANDWIDTH = 0.5  # of pre, whose unit is the standard deviation of x
+    BANDWIDTH = 0.5  # in units of pre; at the start a latent's pre has standard deviation 1
+    THRESHOLD_RATE = 10  # learning rate of thresholds over that of weights: Adam's steps are no larger than it, and pre grows faster
     PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)  # shares of the latents
     TAU_STEPS = 100  # memory of tau's moving average, at most a fifth of the steps so far
 
@@ -734,7 +731,8 @@ class Trainer:
         self.W_enc, self.b_enc, self.W_dec, self.b_dec, *self.more = self.params
         shares = self.PREFIXES if args.arch == "matryoshka" else (1,)
         self.ends = torch.tensor([round(f * share) for share in shares], device=device)
-        self.optimizer = torch.optim.Adam(self.params, lr=args.learning_rate, eps=1e-9, fused=device.type != "mps")
+        groups = [{"params": p} for p in (self.params[:4], self.more) if p]
+        self.optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-9, fused=device.type != "mps")
         self.idle = torch.zeros(f, dtype=torch.int64, device=device)  # tokens since a latent fired
         self.tau = torch.zeros((), device=device)
         self.history: list[dict[str, Any]] = []
@@ -803,7 +801,8 @@ class Trainer:
             self.more[0].fill_(select((x[:256] - self.b_dec) @ self.W_enc.T + self.b_enc, a.target_l0, "batchtopk")[1])
         mse, fired = self.gradients(x)
         decay = (a.steps + 1 - self.step_count) / (a.lr_decay * a.steps) if a.lr_decay else 1.0
-        self.optimizer.param_groups[0]["lr"] = a.learning_rate * min(1.0, self.step_count / max(1, a.lr_warmup), decay)
+        for group, speed in zip(self.optimizer.param_groups, (1, self.THRESHOLD_RATE if a.arch == "jumprelu" else 1), strict=False):
+            group["lr"] = speed * a.learning_rate * min(1.0, self.step_count / max(1, a.lr_warmup), decay)
         grad = self.W_dec.grad
         assert grad is not None
         grad -= (grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
@@ -1106,7 +1105,7 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
     weights, pool = 8 * a.expansion * d * d, 2 * dump.array.itemsize * d * min(POOL, dump.n_train)
     need_disk(a.save_dir, weights * (copies * n + 3))
     print(f"{n} SAEs ({a.arch}, of a {a.unit}): D = {d}, F = {a.expansion * d}, on {device} in {a.dtype}, preset {a.preset}")
-    memory = 8 * weights + pool + 12 * a.batch_size * a.expansion * d
+    memory = 8 * weights + pool + (20 if a.arch == "gated" else 12) * a.batch_size * a.expansion * d
     print(f"cost: {a.tokens:,} tokens in {a.steps} steps each, about {seconds * a.steps * n / 60:.1f} min in all", end="; ")
     print(f"{weights * copies * n / 1e9:.2f} GB in {a.save_dir}, about {memory / 1e9:.1f} GB of memory", flush=True)
 
@@ -1204,14 +1203,15 @@ def finish_sae(job: Job, t: Trainer, model: tuple[NewGPT, np.ndarray] | None) ->
     mean, variance = (np.asarray(dump.side[key], float)[dump.columns] for key in ("mean", "variance"))
     inherited = ("checkpoint", "checkpoint_sha256", "arm", "seq_len", "n_heads", "d_head", "tokenizer_hash", "dataset")
     facts = {key: dump.side.get(key) for key in inherited} | {"gamma": np.linalg.norm(mean) / math.sqrt(variance.sum()), "scale": t.scale}
+    facts |= {"k": {"relu": None, "gated": None, "jumprelu": a.target_l0}.get(a.arch, a.k), "d_in": len(mean), "d_sae": len(fired)}
     facts |= {
-        "k": None if a.arch in L1_ARCHS else a.target_l0 if a.arch == "jumprelu" else a.k,
-        "d_in": len(mean),
-        "d_sae": len(fired),
         "steps": a.steps,
         "tokens": a.tokens,
+        "seed": a.seed,
+        "preset": a.preset,
+        "trajectory": a.trajectory,
+        "latent_frequencies": "latent_frequencies.csv",
     }
-    facts |= {"seed": a.seed, "preset": a.preset, "trajectory": a.trajectory, "latent_frequencies": "latent_frequencies.csv"}
     write_sidecar(folder / WEIGHTS, SAE_SCHEMA, [dump.path], **names, **facts, metrics=m)
     line = f"{folder}: L0 {m['l0']:.1f}, FVU {m['fvu']:.3f} [{m['fvu_lo']:.3f}, {m['fvu_hi']:.3f}], never fired {m['dead_share_eval']:.1%}"
     if model:
