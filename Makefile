@@ -37,8 +37,9 @@ setup: .venv/.ready
 	@touch $@
 
 setup-dev: .venv/.ready-dev
-.venv/.ready-dev: requirements-dev.txt .venv/.ready
+.venv/.ready-dev: requirements-dev.txt requirements-interop.txt .venv/.ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-interop.txt
 	@touch $@
 
 demo: setup

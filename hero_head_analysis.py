@@ -632,7 +632,10 @@ def match_by_function(mine: Tensor, others: Tensor) -> tuple[int, int, float, fl
 def encode(sae: dict[str, Any], z: Tensor, columns: Any = slice(None)) -> Tensor:
     """z [..., H, K] -> activations [..., F] of an SAE as SAELens stores it, or of the latents `columns` only."""
     c = slice(None) if sae["arch"] == "topk" else columns  # top-k compares all latents
-    pre = ((z.flatten(-2) if sae["head"] is None else z[..., sae["head"], :]) - sae["b_dec"]) @ sae["W_enc"][:, c] + sae["b_enc"][c]
+    pre = ((z.flatten(-2) if sae["head"] is None else z[..., sae["head"], :]) - sae["b_dec"]) @ sae["W_enc"][:, c]
+    if sae["arch"] == "gated":
+        return (pre * sae["r_mag"][c].exp() + sae["b_mag"][c]).relu() * (pre + sae["b_gate"][c] > 0)
+    pre = pre + sae["b_enc"][c]
     if sae["arch"] == "topk":
         top = pre.topk(sae["k"], dim=-1)
         return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())[..., columns]
@@ -839,7 +842,7 @@ def open_dump(path: Path, schema: str, ckpt: dict, remedy: str) -> Any:
         if path.suffix == ".npy":
             return np.load(path, mmap_mode="r", allow_pickle=False)
         cfg = json.loads(path.with_name("cfg.json").read_text(encoding="utf-8"))
-        if cfg["architecture"] not in ("standard", "topk", "jumprelu"):
+        if cfg["architecture"] not in ("standard", "topk", "jumprelu", "gated"):
             raise ValueError(f"architecture {cfg['architecture']}")
         return load_file(path) | dict(arch=cfg["architecture"], k=cfg.get("k"))
     except Exception as e:  # safetensors and numpy raise many types

@@ -6,6 +6,7 @@ the model's behaviour survives when the reconstruction takes the place of the ac
 Reads   activations/<run>/L<layer>.<site>.npy [N, D] float16 or float32, raw units; for CE recovered tokens.npy and the checkpoint
 Writes  saes/<run>/L<layer>/ (--unit layer), saes/<run>/L<layer>/H<head>/ (--unit head); for a --site other than z L<layer>.<site>/:
           cfg.json, sae_weights.safetensors (float32, folded: takes and gives raw activations), training_state.pt (for --resume),
+          --arch topk: ae.pt, config.json and sae.safetensors, for dictionary_learning and eai-sparsify,
           training.csv, latent_frequencies.csv, and last, with all metrics, the sidecar sae_weights.safetensors.json
         saes/sae_metrics.csv, table2.csv, table2.md, figure2_l0_by_depth.png, figure3_activation_frequency.png: every finished SAE
 SAELens' SAE.load_from_disk(folder) loads an export; it encodes flat [N, D]. To splice a layer's SAE into a HookedSAETransformer
@@ -58,6 +59,9 @@ from tqdm import tqdm
 CHECKPOINT_SCHEMA = "janus.checkpoint/1"
 SAE_SCHEMA, WEIGHTS = "janus.sae/1", "sae_weights.safetensors"
 ARCHS = {"batchtopk": "jumprelu", "topk": "topk", "relu": "standard"}  # and what SAELens calls the export
+ARCHS |= {"jumprelu": "jumprelu", "gated": "gated", "matryoshka": "jumprelu"}
+L1_ARCHS = ("relu", "gated")  # their L0 follows from --l1, not from --k or --target_l0
+TWINS = ("sae.safetensors", "ae.pt", "config.json")  # of a topk folder: what eai-sparsify and dictionary_learning read
 SITES = ["z", "attn_out", "mlp_out", "resid_pre", "resid_post"]
 BLOCK, POOL = 256, 1 << 18  # rows read in one go, rows shuffled together: memory does not grow with the dump
 CE_GAP = 0.02  # nats; where ablation costs less, "CE recovered" divides noise by noise
@@ -116,9 +120,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--save_dir", type=Path, default=Path("saes"), help="output folder")
     g.add_argument("--save_interval", type=count, default=500, help="steps between saves of training state and export")
     g = p.add_argument_group("method")
-    g.add_argument("--arch", choices=ARCHS, default="batchtopk", help="k latents a token on average, exactly k, or ReLU + L1 penalty")
+    g.add_argument("--arch", choices=ARCHS, default="batchtopk", help="k on average, exactly k, L1, learned threshold, gated L1, nested k")
     g.add_argument("--unit", choices=["layer", "head"], default="layer", help="one SAE for all heads of a layer together, or one a head")
-    g.add_argument("--aux_k", type=int, default=-1, help="(batch)topk: dead latents a token that fit the residual; 0: off, -1: D / 2")
+    g.add_argument("--aux_k", type=int, default=-1, help="not relu, gated: dead latents a token that fit the residual; 0: off, -1: D / 2")
     g.add_argument("--lr_warmup", type=int, default=50, help="steps of linear learning-rate warm-up")
     g.add_argument(
         "--lr_decay", type=float, default=0.2, help="last share of the steps, where the rate falls to 0; 0: --resume may add steps"
@@ -126,8 +130,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g = p.add_argument_group("sizes", "the preset's, unless given")
     g.add_argument("--preset", choices=["auto", *PHASE_PRESETS], default="auto", help="auto: the preset of the model behind the dump")
     g.add_argument("--expansion", type=count, default=by_preset, help="latents per input dimension, F / D")
-    g.add_argument("--k", type=count, default=by_preset, help="active latents a token (topk, batchtopk)")
-    g.add_argument("--l1", type=real, default=by_preset, help="relu: weight of sum(f) against squared error / D, inputs of norm sqrt(D)")
+    g.add_argument("--k", type=count, default=by_preset, help="active latents a token (topk, batchtopk, matryoshka)")
+    g.add_argument("--target_l0", type=count, default=by_preset, help="jumprelu: active latents a token to aim at; default: --k")
+    g.add_argument("--l1", type=real, default=by_preset, help="relu, gated: weight of sum(f) against squared error / D, norms sqrt(D)")
     length = g.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, default=by_preset, help="optimiser steps")
     length.add_argument("--tokens", type=count, default=by_preset, help="training tokens, instead of --steps")
@@ -667,26 +672,35 @@ def row_topk(pre: Tensor, k: int, members: int = 16) -> tuple[Tensor, Tensor]:
 
 def select(pre: Tensor, k: int, arch: str, guess: Tensor | float = 0.0) -> tuple[Code, Tensor]:
     """pre [N, F] -> the positive ones among each token's k largest (topk), or the batch's N k largest (batchtopk, Bussmann et al.
-    2024); and tau, the smallest value that fires (batchtopk). Exact whatever the `guess`, which is a fast lower bound of tau."""
+    2024); and tau, the smallest value that fires (batchtopk). Exact whatever the `guess`, which is a fast lower bound of tau.
+    jumprelu: all that exceed `guess` [F]."""
     if arch == "topk":
         value, latent = (t.flatten() for t in row_topk(pre, k))
         token, tau = torch.arange(len(pre), device=pre.device).repeat_interleave(k), pre.new_zeros(())
     else:
         token, latent = (pre > guess).nonzero(as_tuple=True)
-        if len(token) < k * len(pre):  # guessed too high
+        if arch != "jumprelu" and len(token) < k * len(pre):  # guessed too high
             token, latent = (pre > 0).nonzero(as_tuple=True)
-        value = pre[token, latent]
-        tau = value.kthvalue(len(value) - k * len(pre) + 1).values if len(value) > k * len(pre) else pre.new_zeros(())
+        value, tau = pre[token, latent], pre.new_zeros(())
+        if arch != "jumprelu" and len(value) > k * len(pre):
+            tau = value.kthvalue(len(value) - k * len(pre) + 1).values
     fires = (value > 0) & (value >= tau)
     count = torch.bincount(token[fires], minlength=len(pre))
     return Code(latent[fires], value[fires], token[fires], count.cumsum(0) - count), tau.float()
 
 
-def sparse_backward(x: Tensor, code: Code, dy: Tensor, w_dec: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of W_enc [F, D], b_enc [F], W_dec [F, D] from dy [N, D], the gradient at the reconstruction; x [N, D] was encoded.
+def nested(code: Code, n: int, ends: Tensor) -> Code:
+    """The code of G copies of the batch of n tokens: what fires below ends[0] [G] at token t stays, below ends[g] goes to g n + t."""
+    token, order = (torch.bucketize(code.latent, ends, right=True) * n + code.token).sort(stable=True)
+    count = torch.bincount(token, minlength=n * len(ends))
+    return Code(code.latent[order], code.value[order], token, count.cumsum(0) - count)
+
+
+def sparse_backward(x: Tensor, code: Code, dy: Tensor, w_dec: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of W_enc [F, D], b_enc [F], W_dec [F, D] and of the values [n] from dy [N, D], that at the reconstruction of x [N, D].
 
     dvalue = dy . w_dec[latent];  dW_dec[f] = sum of value dy, dW_enc[f] = sum of dvalue x over the tokens where f fires. A sum over
-    tokens grouped by latent is an embedding bag: no atomics, nothing of size [n, D] or [N, F].
+    tokens grouped by latent is an embedding bag: no atomics, nothing of size [n, D] or [N, F]. A value of 0 did not fire.
     """
     d_value = torch.ops.aten._embedding_bag_per_sample_weights_backward(dy, w_dec, code.latent, code.start, code.token, 0, -1)
     order, count = code.latent.argsort(stable=True), torch.bincount(code.latent, minlength=len(w_dec))
@@ -695,7 +709,9 @@ def sparse_backward(x: Tensor, code: Code, dy: Tensor, w_dec: Tensor) -> tuple[T
     def bag(rows: Tensor, weight: Tensor) -> Tensor:
         return F.embedding_bag(token, rows, start, per_sample_weights=weight[order], mode="sum").float()
 
-    return bag(x, d_value), torch.zeros(len(w_dec), device=x.device).index_add_(0, code.latent, d_value.float()), bag(dy, code.value)
+    d_pre = d_value * (code.value > 0)
+    d_bias = torch.zeros(len(w_dec), device=x.device).index_add_(0, code.latent, d_pre.float())
+    return bag(x, d_pre), d_bias, bag(dy, code.value), d_value
 
 
 def dense_backward(x: Tensor, acts: Tensor, dy: Tensor, w_dec: Tensor, l1: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -710,9 +726,17 @@ class Trainer:
     pre = (x - b_dec) W_enc^T + b_enc;   f = relu(pre) (relu), or its largest (select);   y = f W_dec + b_dec
     loss = ||y - x||^2 / D, + l1 sum(f) (relu), + AUX ||y_dead - (x - y)||^2 / ||x - y||^2 (topk, batchtopk; Gao et al. 2024), where
     y_dead is what the aux_k dead latents with the largest pre decode to. Means over tokens; gradients by hand, not by autograd.
+    matryoshka (Bussmann et al. 2025): batchtopk, whose squared error is the mean over the PREFIXES of the latents, each alone.
+    jumprelu (Rajamanoharan et al. 2024b): batchtopk with f = pre [pre > threshold] and + (L0 / target - 1)^2; a threshold learns
+    through a rectangle of width BANDWIDTH in place of the step's delta, nothing else does.
+    gated (Rajamanoharan et al. 2024a): with gate = pre, f = [gate > 0] relu(exp(r_mag) (x - b_dec) W_enc^T + b_mag) and
+    + l1 sum(relu(gate)) + ||relu(gate) W_dec + b_dec - x||^2 / D, the decoder of this last term held.
     """
 
     AUX, AUX_TOKENS = 1 / 32, 1 / 8  # weight of the auxiliary loss, share of the batch that it sees
+    BANDWIDTH = 0.5  # in units of pre; at the start a latent's pre has standard deviation 1
+    THRESHOLD_RATE = 10  # learning rate of thresholds over that of weights: Adam's steps are no larger than it, and pre grows faster
+    PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)  # shares of the latents
     TAU_STEPS = 100  # memory of tau's moving average, at most a fifth of the steps so far
 
     def __init__(self, args: argparse.Namespace, mean: Tensor, norm: float, device: torch.device) -> None:
@@ -720,11 +744,15 @@ class Trainer:
         self.args, self.dtype, self.step_count = args, getattr(torch, args.dtype), 0
         self.mean, self.scale = mean.to(device), math.sqrt(d) / norm
         w_dec = F.normalize(torch.randn(f, d, generator=torch.Generator().manual_seed(args.seed)), dim=1)
-        w_enc = w_dec * (2 / args.expansion if args.arch == "relu" else 1)  # relu: the half that fires then adds up to x
+        w_enc = w_dec * (2 / args.expansion if args.arch in L1_ARCHS else 1)  # there the half that fires then adds up to x
         # b_dec starts at the mean of the data, which is 0 in these coordinates
-        self.params = [t.to(device, copy=True) for t in (w_enc, torch.zeros(f), w_dec, torch.zeros(d))]
-        self.W_enc, self.b_enc, self.W_dec, self.b_dec = self.params
-        self.optimizer = torch.optim.Adam(self.params, lr=args.learning_rate, eps=1e-9, fused=device.type != "mps")
+        more = {"jumprelu": 1, "gated": 2}.get(args.arch, 0)  # threshold; r_mag, b_mag
+        self.params = [t.to(device, copy=True) for t in (w_enc, torch.zeros(f), w_dec, torch.zeros(d), *[torch.zeros(f)] * more)]
+        self.W_enc, self.b_enc, self.W_dec, self.b_dec, *self.more = self.params
+        shares = self.PREFIXES if args.arch == "matryoshka" else (1,)
+        self.ends = torch.tensor([round(f * share) for share in shares], device=device)
+        groups = [{"params": p} for p in (self.params[:4], self.more) if p]
+        self.optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-9, fused=device.type != "mps")
         self.idle = torch.zeros(f, dtype=torch.int64, device=device)  # tokens since a latent fired
         self.tau = torch.zeros((), device=device)
         self.history: list[dict[str, Any]] = []
@@ -734,18 +762,45 @@ class Trainer:
         (n, d), a = x.shape, self.args
         w_enc, w_dec, low = self.W_enc.to(self.dtype), self.W_dec.to(self.dtype), (x - self.b_dec).to(self.dtype)
         pre = torch.addmm(self.b_enc.to(self.dtype), low, w_enc.T)
-        if a.arch == "relu":
+        more: tuple[Tensor, ...] = ()
+        if a.arch == "gated":
+            (r_mag, b_mag), gate = self.more, pre.relu()
+            gain = r_mag.exp()
+            acts = torch.addcmul((b_mag - gain * self.b_enc).to(self.dtype), pre, gain.to(self.dtype)).relu_().mul_(pre > 0)
+            error, gate_error = ((f @ w_dec).float() + self.b_dec - x for f in (acts, gate))
+            dy, fired = error * (2 / (n * d)), (acts > 0).sum(0)
+            d_mag, d_b_mag, d_dec = dense_backward(low, acts, dy.to(self.dtype), w_dec)
+            d_gate, d_b_gate, _ = dense_backward(low, gate, gate_error.mul_(2 / (n * d)).to(self.dtype), w_dec, a.l1 / n)
+            d_mag *= gain[:, None]
+            grads, more = [d_mag + d_gate, d_b_gate, d_dec], ((d_mag * self.W_enc).sum(1), d_b_mag)
+            d_shared = gain * d_b_mag + d_b_gate
+        elif a.arch == "relu":
             acts = pre.relu()
             error = (acts @ w_dec).float() + self.b_dec - x
             dy, fired = error * (2 / (n * d)), (acts > 0).sum(0)
-            grads = dense_backward(low, acts, dy.to(self.dtype), w_dec, a.l1 / n)
+            grads = [*dense_backward(low, acts, dy.to(self.dtype), w_dec, a.l1 / n)]
+            d_shared = grads[1]
         else:
-            code, tau = select(pre, a.k, a.arch, 0.8 * self.tau)
+            jump = a.arch == "jumprelu"
+            code, tau = select(pre, a.k, a.arch, (self.more[0] - self.BANDWIDTH / 2).to(self.dtype) if jump else 0.8 * self.tau)
+            if jump:  # what the kernel reaches below the threshold is in the code with a value of 0
+                threshold, tau = self.more[0][code.latent], self.more[0].mean()
+                over = code.value.float() - threshold
+                code = code._replace(value=code.value * (over > 0))
             self.tau = self.tau.lerp(tau, 1 / min(self.TAU_STEPS, max(1, self.step_count / 5)))
-            y = F.embedding_bag(code.latent, w_dec, code.start, per_sample_weights=code.value, mode="sum")
-            error = y.float() + self.b_dec - x
-            dy, fired = error * (2 / (n * d)), torch.bincount(code.latent, minlength=len(w_dec))
-            grads = sparse_backward(low, code, dy.to(self.dtype), w_dec)
+            fired = torch.bincount(code.latent[code.value > 0], minlength=len(w_dec))
+            code = nested(code, n, self.ends) if len(self.ends) > 1 else code
+            y = F.embedding_bag(code.latent, w_dec, code.start, per_sample_weights=code.value, mode="sum").float().view(-1, n, d)
+            errors = (y.cumsum(0) if len(y) > 1 else y) + self.b_dec - x  # [G, N, D], of each prefix
+            dy = errors * (2 / errors.numel())
+            dy = dy.flip(0).cumsum(0).flip(0) if len(dy) > 1 else dy  # a latent serves its own and all longer prefixes
+            copies = low.expand(len(dy), n, d).flatten(0, 1)
+            *grads, d_value = sparse_backward(copies, code, dy.flatten(0, 1).to(self.dtype), w_dec)
+            d_shared, dy, error = grads[1], dy[0], errors[-1]
+            if jump:
+                pull = 2 * (fired.sum() / n / a.target_l0 - 1) / (a.target_l0 * n)
+                slope = (threshold * d_value.float() + pull) * (over.abs() < self.BANDWIDTH / 2) / -self.BANDWIDTH
+                more = (torch.zeros_like(self.b_enc).index_add_(0, code.latent, slope),)
             if len(dead := (self.idle > a.dead_tokens).nonzero().flatten()) and a.aux_k:
                 m = math.ceil(n * self.AUX_TOKENS)  # the batch is shuffled: its first rows are a random sample
                 top = pre[:m, dead].topk(min(len(dead), d // 2 if a.aux_k < 0 else a.aux_k))
@@ -754,21 +809,27 @@ class Trainer:
                 for grad, part in zip(grads, dense_backward(low[:m], acts, d_aux.to(self.dtype), w_dec[dead]), strict=True):
                     grad.index_add_(0, dead, part)
         # the decoder adds b_dec, the encoder subtracts it
-        for p, grad in zip(self.params, (*grads, dy.sum(0) - grads[1] @ self.W_enc), strict=True):
+        for p, grad in zip(self.params, (*grads, dy.sum(0) - d_shared @ self.W_enc, *more), strict=True):
             p.grad = grad
         return error.square().mean(), fired
 
     def step(self, raw: Tensor) -> None:
         """One optimiser step on raw rows [N, D]: Adam, with the decoder's gradient kept along the sphere and its norm at 1."""
         a, self.step_count = self.args, self.step_count + 1
-        mse, fired = self.gradients((raw.to(self.mean.device).float() - self.mean) * self.scale)
+        x = (raw.to(self.mean.device).float() - self.mean) * self.scale
+        if a.arch == "jumprelu" and self.step_count == 1:  # at the L0 asked for, which is then only held: the rate moves them little
+            self.more[0].fill_(select((x[:256] - self.b_dec) @ self.W_enc.T + self.b_enc, a.target_l0, "batchtopk")[1])
+        mse, fired = self.gradients(x)
         decay = (a.steps + 1 - self.step_count) / (a.lr_decay * a.steps) if a.lr_decay else 1.0
-        self.optimizer.param_groups[0]["lr"] = a.learning_rate * min(1.0, self.step_count / max(1, a.lr_warmup), decay)
+        for group, speed in zip(self.optimizer.param_groups, (1, self.THRESHOLD_RATE if a.arch == "jumprelu" else 1), strict=False):
+            group["lr"] = speed * a.learning_rate * min(1.0, self.step_count / max(1, a.lr_warmup), decay)
         grad = self.W_dec.grad
         assert grad is not None
         grad -= (grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
         self.optimizer.step()
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        if a.arch == "jumprelu":
+            self.more[0].clamp_(min=self.BANDWIDTH / 2)  # the kernel stays where pre is positive
         self.idle = torch.where(fired > 0, 0, self.idle + len(raw))
         if not math.isfinite(mse):
             raise HandoffError(f"step {self.step_count}: the error is {mse:g}; try a --learning_rate below {a.learning_rate}")
@@ -780,8 +841,10 @@ class Trainer:
     def weights(self, scale: float = 1.0, mean: Tensor | float = 0.0) -> dict[str, Tensor]:
         """The weights in SAELens' layout; with the trainer's scale and mean folded in they take and give raw activations."""
         out = {"W_enc": self.W_enc.T, "b_enc": self.b_enc / scale, "W_dec": self.W_dec, "b_dec": self.b_dec / scale + mean}
-        if self.args.arch == "batchtopk":
-            out["threshold"] = (self.tau / scale).expand_as(self.b_enc)
+        if self.args.arch == "gated":
+            out |= {"b_gate": out.pop("b_enc"), "r_mag": self.more[0], "b_mag": self.more[1] / scale}
+        elif ARCHS[self.args.arch] == "jumprelu":
+            out["threshold"] = (self.more[0] if self.more else self.tau.expand_as(self.b_enc)) / scale
         return {name: t.clone(memory_format=torch.contiguous_format) for name, t in out.items()}
 
 
@@ -792,7 +855,11 @@ class SparseAutoencoder(NamedTuple):
     weights: dict[str, Tensor]
 
     def encode(self, x: Tensor) -> Tensor:
-        pre = (x - self.weights["b_dec"]) @ self.weights["W_enc"] + self.weights["b_enc"]
+        pre = (x - self.weights["b_dec"]) @ self.weights["W_enc"]
+        if self.cfg["architecture"] == "gated":
+            magnitude = pre * self.weights["r_mag"].exp() + self.weights["b_mag"]
+            return magnitude.relu() * (pre + self.weights["b_gate"] > 0)
+        pre = pre + self.weights["b_enc"]
         if self.cfg["architecture"] == "topk":
             top = pre.topk(self.cfg["k"], sorted=False)
             return torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
@@ -1034,11 +1101,13 @@ def fill_in(args: argparse.Namespace, dump: Dump) -> argparse.Namespace:
     if "steps" not in a:
         a.steps = max(1, round((a.tokens if "tokens" in a else a.epochs * dump.n_train) / a.batch_size))
     a.tokens, d_in = a.steps * a.batch_size, dump.array.shape[1]
-    if a.arch != "relu" and a.k > a.expansion * d_in:
-        raise HandoffError(f"--k {a.k} is more than the {a.expansion * d_in} latents that --expansion {a.expansion} gives {dump.path}")
+    a.target_l0 = given.get("target_l0", a.k)
+    flag = "target_l0" if a.arch == "jumprelu" else "k"
+    if a.arch not in L1_ARCHS and (k := getattr(a, flag)) > a.expansion * d_in:
+        raise HandoffError(f"--{flag} {k} is more than the {a.expansion * d_in} latents that --expansion {a.expansion} gives {dump.path}")
     dump.layout(a.batch_size)
     names = ["arch", "expansion", "k", "l1", "aux_k", "dead_tokens", "batch_size", "learning_rate", "lr_warmup", "lr_decay"]
-    names += ["seed", "dtype", *(["steps"] if a.lr_decay else [])]
+    names += ["seed", "dtype", *(["steps"] if a.lr_decay else []), *(["target_l0"] if a.arch == "jumprelu" else [])]
     a.trajectory = {n: getattr(a, n) for n in names} | {"dump": dump.side["sha256"], "head": dump.head}
     return a
 
@@ -1052,23 +1121,32 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
         start = time.perf_counter()
         trainer.step(dump.batch(0, a.batch_size, a.seed))
         seconds = time.perf_counter() - start
+    copies = 6 if a.arch == "topk" else 4  # training state 3, exports
     weights, pool = 8 * a.expansion * d * d, 2 * dump.array.itemsize * d * min(POOL, dump.n_train)
-    need_disk(a.save_dir, weights * (4 * n + 3))
+    need_disk(a.save_dir, weights * (copies * n + 3))
     print(f"{n} SAEs ({a.arch}, of a {a.unit}): D = {d}, F = {a.expansion * d}, on {device} in {a.dtype}, preset {a.preset}")
-    memory = 8 * weights + pool + 12 * a.batch_size * a.expansion * d
+    memory = 8 * weights + pool + (20 if a.arch == "gated" else 12) * a.batch_size * a.expansion * d
     print(f"cost: {a.tokens:,} tokens in {a.steps} steps each, about {seconds * a.steps * n / 60:.1f} min in all", end="; ")
-    print(f"{weights * 4 * n / 1e9:.2f} GB in {a.save_dir}, about {memory / 1e9:.1f} GB of memory", flush=True)
+    print(f"{weights * copies * n / 1e9:.2f} GB in {a.save_dir}, about {memory / 1e9:.1f} GB of memory", flush=True)
 
 
 def save_sae(job: Job, t: Trainer) -> None:
     """Training state, folded export and its cfg.json, training.csv. From here on the folder is unfinished, so a sidecar goes first."""
     a, dump, folder = job
-    sidecar_path(folder / WEIGHTS).unlink(missing_ok=True)
+    for old in (f"{WEIGHTS}.json", *TWINS):
+        (folder / old).unlink(missing_ok=True)
     state = {"schema": SAE_SCHEMA, "trajectory": a.trajectory, "step": t.step_count, "history": t.history, "scale": t.scale, "mean": t.mean}
     state |= {"params": t.params, "idle": t.idle, "tau": t.tau, "optimizer": t.optimizer.state_dict()}
     torch.save(state, buffer := io.BytesIO())
     export = {name: w.cpu() for name, w in t.weights(t.scale, t.mean).items()}
-    for name, data in (("training_state.pt", buffer.getvalue()), (WEIGHTS, safetensors.torch.save(export))):
+    files = {"training_state.pt": buffer.getvalue(), WEIGHTS: safetensors.torch.save(export)}
+    if a.arch == "topk":  # one folder for three libraries
+        twin = {"encoder.weight": export["W_enc"].T.contiguous(), "encoder.bias": export["b_enc"], "b_dec": export["b_dec"]}
+        files["sae.safetensors"] = safetensors.torch.save(twin | {"W_dec": export["W_dec"]})
+        twin |= {"decoder.weight": export["W_dec"].T.contiguous(), "k": torch.tensor(a.k, dtype=torch.int32)}
+        torch.save(twin | {"threshold": torch.tensor(-1.0)}, buffer := io.BytesIO())
+        files["ae.pt"] = buffer.getvalue()
+    for name, data in files.items():
         with atomic(folder / name) as tmp:
             tmp.write_bytes(data)
     hook = f"blocks.{dump.layer}." + ("attn.hook_z" if dump.site == "z" else f"hook_{dump.site}")
@@ -1078,7 +1156,11 @@ def save_sae(job: Job, t: Trainer) -> None:
     metadata |= {"dataset_path": dump.side.get("dataset"), "training_architecture": a.arch, "training_tokens": t.step_count * a.batch_size}
     cfg = {"architecture": ARCHS[a.arch], "d_in": len(t.mean), "d_sae": len(t.b_enc), "dtype": "float32", "device": "cpu"}
     cfg |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
-    write_json(folder / "cfg.json", cfg | ({"k": a.k} if a.arch == "topk" else {}) | {"metadata": metadata})
+    if a.arch == "topk":
+        cfg |= {"k": a.k, "activation": "topk", "expansion_factor": a.expansion, "num_latents": len(t.b_enc), "normalize_decoder": True}
+        cfg |= dict.fromkeys(["multi_topk", "skip_connection", "transcode"], False)
+        write_json(folder / "config.json", {"trainer": {"dict_class": "AutoEncoderTopK", "k": a.k}})
+    write_json(folder / "cfg.json", cfg | {"metadata": metadata})
     write_csv(folder / "training.csv", pd.DataFrame(t.history))
 
 
@@ -1141,8 +1223,15 @@ def finish_sae(job: Job, t: Trainer, model: tuple[NewGPT, np.ndarray] | None) ->
     mean, variance = (np.asarray(dump.side[key], float)[dump.columns] for key in ("mean", "variance"))
     inherited = ("checkpoint", "checkpoint_sha256", "arm", "seq_len", "n_heads", "d_head", "tokenizer_hash", "dataset")
     facts = {key: dump.side.get(key) for key in inherited} | {"gamma": np.linalg.norm(mean) / math.sqrt(variance.sum()), "scale": t.scale}
-    facts |= {"k": a.k if a.arch != "relu" else None, "d_in": len(mean), "d_sae": len(fired), "steps": a.steps, "tokens": a.tokens}
-    facts |= {"seed": a.seed, "preset": a.preset, "trajectory": a.trajectory, "latent_frequencies": "latent_frequencies.csv"}
+    facts |= {"k": {"relu": None, "gated": None, "jumprelu": a.target_l0}.get(a.arch, a.k), "d_in": len(mean), "d_sae": len(fired)}
+    facts |= {
+        "steps": a.steps,
+        "tokens": a.tokens,
+        "seed": a.seed,
+        "preset": a.preset,
+        "trajectory": a.trajectory,
+        "latent_frequencies": "latent_frequencies.csv",
+    }
     write_sidecar(folder / WEIGHTS, SAE_SCHEMA, [dump.path], **names, **facts, metrics=m)
     line = f"{folder}: L0 {m['l0']:.1f}, FVU {m['fvu']:.3f} [{m['fvu_lo']:.3f}, {m['fvu_hi']:.3f}], never fired {m['dead_share_eval']:.1%}"
     if model:

@@ -272,18 +272,20 @@ def make_sae(arch: str, d_in: int, f: int, head: int | None = None, seed: int = 
     w = torch.nn.functional.normalize(torch.randn(f, d_in), dim=1)
     sae = dict(W_enc=w.T.clone(), W_dec=w, b_enc=0.1 * torch.randn(f), b_dec=0.1 * torch.randn(d_in))
     sae |= dict(threshold=0.3 + 0.2 * torch.rand(f)) if arch == "jumprelu" else {}
+    if arch == "gated":
+        sae |= dict(b_gate=sae.pop("b_enc"), b_mag=0.1 * torch.randn(f), r_mag=0.3 * torch.randn(f))
     return sae | dict(arch=arch, k=3 if arch == "topk" else None, head=head)
 
 
 def write_sae(folder: Path, sae: dict) -> None:
-    cfg = dict(architecture=sae["arch"], d_in=len(sae["b_dec"]), d_sae=len(sae["b_enc"]), dtype="float32", device="cpu")
+    cfg = dict(architecture=sae["arch"], d_in=len(sae["b_dec"]), d_sae=len(sae["W_dec"]), dtype="float32", device="cpu")
     cfg |= dict(k=sae["k"]) if sae["k"] else {}
     folder.mkdir(parents=True)
     (folder / "cfg.json").write_text(json.dumps(cfg | {"metadata": {"sae_lens_version": "6.54.12"}}))
     save_file({k: v.contiguous() for k, v in sae.items() if isinstance(v, torch.Tensor)}, folder / "sae_weights.safetensors")
 
 
-@pytest.mark.parametrize("arch", ["standard", "topk", "jumprelu"])
+@pytest.mark.parametrize("arch", ["standard", "topk", "jumprelu", "gated"])
 def test_encode_equals_saelens(arch, tmp_path):
     saes = pytest.importorskip("sae_lens.saes.sae", reason="sae-lens is a development dependency")
     sae, z = make_sae(arch, 24, 64), torch.randn(50, 4, 6)

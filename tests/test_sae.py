@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,15 @@ import train_sae as ts
 CPU = torch.device("cpu")
 ROOT = Path(ts.__file__).parent
 SMALL = ["--expansion", "4", "--k", "4", "--batch_size", "128", "--steps", "60", "--learning_rate", "3e-3", "--dead_tokens", "1000"]
+SAELENS = {"batchtopk": "jumprelu", "topk": "topk", "relu": "standard", "jumprelu": "jumprelu", "gated": "gated", "matryoshka": "jumprelu"}
 SMALL += ["--eval_tokens", "600", "--device", "cpu", "--dtype", "float32"]
 
 
 def settings(**more) -> argparse.Namespace:
     """What a Trainer reads from the command line."""
-    base = dict(arch="topk", expansion=4, k=4, l1=3e-3, aux_k=-1, dead_tokens=10**9, batch_size=128, steps=100, learning_rate=1e-3)
+    base = dict(
+        arch="topk", expansion=4, k=4, target_l0=4, l1=3e-3, aux_k=-1, dead_tokens=10**9, batch_size=128, steps=100, learning_rate=1e-3
+    )
     return argparse.Namespace(**base | dict(lr_warmup=5, lr_decay=0.2, seed=0, dtype="float32") | more)
 
 
@@ -38,6 +42,8 @@ def trainer(d: int = 16, **more) -> ts.Trainer:
     t.W_enc += 0.2 * torch.randn(t.W_enc.shape, generator=g)
     t.b_enc += 0.1 * torch.randn(t.b_enc.shape, generator=g)
     t.b_dec += 0.3 * torch.randn(t.b_dec.shape, generator=g)
+    for p in t.more:  # a threshold is positive; r_mag and b_mag need not be
+        p += 1 + 0.5 * torch.rand(p.shape, generator=g) if t.args.arch == "jumprelu" else 0.3 * torch.randn(p.shape, generator=g)
     return t
 
 
@@ -68,40 +74,72 @@ def test_topk_keeps_k_a_token_and_batchtopk_the_largest_of_the_batch():
     assert len(code.value) == 0 and tau == 0
 
 
-def dense_loss(t: ts.Trainer, x: torch.Tensor, params: list[torch.Tensor], support: torch.Tensor) -> torch.Tensor:
-    """The documented loss, written densely for autograd."""
-    a, (w_enc, b_enc, w_dec, b_dec) = t.args, params
+class Jump(torch.autograd.Function):
+    """pre [pre > threshold] and [pre > threshold], with the pseudo-derivatives of arXiv 2407.14435, equations 11 and 12."""
+
+    @staticmethod
+    def forward(ctx, pre, threshold, width):
+        ctx.save_for_backward(pre, threshold)
+        ctx.width = width
+        return pre * (pre > threshold), (pre > threshold).float()
+
+    @staticmethod
+    def backward(ctx, d_f, d_step):
+        pre, threshold = ctx.saved_tensors
+        kernel = ((pre - threshold) / ctx.width).abs().lt(0.5) / ctx.width
+        return d_f * (pre > threshold), -(kernel * (threshold * d_f + d_step)).sum(0), None
+
+
+def dense_loss(t: ts.Trainer, x: torch.Tensor, params: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The documented loss, written densely for autograd; the latents [N, F] and the error [N, D]."""
+    a, (w_enc, b_enc, w_dec, b_dec, *more) = t.args, params
     pre = (x - b_dec) @ w_enc.T + b_enc
-    f = pre.relu() * support
+    if a.arch == "jumprelu":
+        f, step = Jump.apply(pre, more[0], t.BANDWIDTH)
+    elif a.arch == "gated":
+        f = (pre > 0) * (((x - b_dec) @ w_enc.T) * more[0].exp() + more[1]).relu()
+    else:
+        cut = 0 if a.arch == "relu" else pre.topk(a.k).values[:, -1:] if a.arch == "topk" else pre.flatten().topk(a.k * len(x)).values[-1]
+        f = pre.relu() * (pre >= cut)
     error = f @ w_dec + b_dec - x
     loss = error.square().sum(1).mean() / x.shape[1]
+    if a.arch == "matryoshka":
+        prefixes = [f[:, :m] @ w_dec[:m] + b_dec - x for m in (2, 6, 14, 30, 64)]  # 1, 3, 7, 15 and 32 of 32 parts
+        loss = sum(part.square().sum(1).mean() for part in prefixes) / 5 / x.shape[1]
+    if a.arch == "jumprelu":
+        loss = loss + (step.sum(1).mean() / a.target_l0 - 1) ** 2
     if a.arch == "relu":
-        return loss + a.l1 * f.sum(1).mean()
+        loss = loss + a.l1 * f.sum(1).mean()
+    if a.arch == "gated":
+        by_gate = pre.relu() @ w_dec.detach() + b_dec.detach() - x
+        loss = loss + by_gate.square().sum(1).mean() / x.shape[1] + a.l1 * pre.relu().sum(1).mean()
     dead = t.idle > a.dead_tokens
-    if a.aux_k and dead.any():
+    if a.aux_k and dead.any() and a.arch not in ("relu", "gated"):
         m = math.ceil(len(x) / 8)
         top = pre[:m, dead].topk(min(a.aux_k if a.aux_k > 0 else x.shape[1] // 2, int(dead.sum())))
         acts = torch.zeros(m, int(dead.sum())).scatter(1, top.indices, top.values.relu())
         residual = -error[:m].detach()
         loss = loss + (acts @ w_dec[dead] - residual).square().sum() / residual.square().sum() / 32
-    return loss
+    return loss, f, error
 
 
-@pytest.mark.parametrize("arch, aux_k", [("topk", 0), ("topk", 3), ("batchtopk", -1), ("relu", 0)])
+CASES = [("topk", 0), ("topk", 3), ("batchtopk", -1), ("relu", 0), ("jumprelu", 0), ("jumprelu", 3), ("gated", 0), ("matryoshka", -1)]
+
+
+@pytest.mark.parametrize("arch, aux_k", CASES)
 def test_gradients_equal_dense_autograd(arch, aux_k):
     t = trainer(arch=arch, aux_k=aux_k, dead_tokens=50)
     x = 2 * torch.randn(96, 16, generator=torch.Generator().manual_seed(1))
     params = [p.clone().requires_grad_() for p in t.params]
-    pre = (x - t.b_dec) @ t.W_enc.T + t.b_enc
-    cut = {"topk": pre.topk(4).values[:, -1:], "batchtopk": pre.flatten().topk(4 * 96).values[-1], "relu": 0}[arch]
+    assert len(params) == 4 + {"jumprelu": 1, "gated": 2}.get(arch, 0)
     t.idle[::3] = 51
     mse, fired = t.gradients(x)
-    loss = dense_loss(t, x, params, pre >= cut)
+    loss, f, error = dense_loss(t, x, params)
     loss.backward()
     for ours, reference in zip(t.params, params, strict=True):
-        assert (ours.grad - reference.grad).norm() <= 1e-5 * reference.grad.norm()
-    assert torch.equal(fired, ((pre >= cut) & (pre > 0)).sum(0))
-    assert mse.item() == pytest.approx(dense_loss(trainer(arch=arch, l1=0), x, params, pre >= cut).item(), rel=1e-5)
+        assert reference.grad.norm() > 0 and (ours.grad - reference.grad).norm() <= 1e-5 * reference.grad.norm()
+    assert torch.equal(fired, (f > 0).sum(0)) and 0 < fired.sum() < f.numel()
+    assert mse.item() == pytest.approx(error.square().mean().item(), rel=1e-5)
 
 
 def test_bfloat16_gradients_are_within_one_percent():
@@ -124,7 +162,7 @@ def test_relu_equals_a_plain_autograd_loop():
         x = torch.randn(128, 16, generator=g)
         t.step(x)
         adam.zero_grad()
-        dense_loss(t, x, params, torch.ones(1)).backward()
+        dense_loss(t, x, params)[0].backward()
         adam.param_groups[0]["lr"] = a.learning_rate * min(1, step / 5, (31 - step) / 6)
         with torch.no_grad():
             w = params[2]
@@ -135,7 +173,7 @@ def test_relu_equals_a_plain_autograd_loop():
         torch.testing.assert_close(ours, reference.detach(), rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("arch", ["topk", "batchtopk"])
+@pytest.mark.parametrize("arch", ["topk", "batchtopk", "jumprelu", "matryoshka", "gated"])
 def test_a_planted_dictionary_is_recovered(arch):
     d, n_features, active = 32, 64, 3
     g = torch.Generator().manual_seed(0)
@@ -148,24 +186,32 @@ def test_a_planted_dictionary_is_recovered(arch):
 
     x = draw(4096)
     t = ts.Trainer(
-        settings(arch=arch, k=active, steps=800, dead_tokens=20_000, learning_rate=3e-3),
+        settings(arch=arch, k=active, target_l0=active, l1=0.03, steps=800, dead_tokens=20_000, learning_rate=3e-3),
         x.mean(0),
         (x - x.mean(0)).norm(dim=1).mean().item(),
         CPU,
     )
-    for _ in range(800):
+    held_out, fvu, l0 = draw(2048), [], 0.0
+    for step in range(800):
         t.step(draw(256))
+        if step in (0, 799):
+            sae = ts.SparseAutoencoder({"architecture": SAELENS[arch], "k": active}, t.weights(t.scale, t.mean))
+            error, f = sae.decode(sae.encode(held_out)) - held_out, sae.encode(held_out)
+            fvu += [(error.square().sum() / (held_out - held_out.mean(0)).square().sum()).item()]
+            l0 = (f > 0).sum(1).float().mean().item()
+    assert fvu[1] < 0.1 < 0.3 < fvu[0]
+    assert abs(l0 - active) < 0.2 if arch != "gated" else l0 < 0.25 * len(t.W_dec)
     cosine = planted @ t.W_dec.T
     assert cosine.max(1).values.mean() > 0.9
     control = planted @ F.normalize(torch.randn(t.W_dec.shape, generator=g), dim=1).T
     assert control.max(1).values.mean() < 0.7  # what as many random directions reach
 
 
-@pytest.mark.parametrize("arch", ["topk", "batchtopk", "relu"])
+@pytest.mark.parametrize("arch", SAELENS)
 def test_folding_changes_nothing_but_the_units(arch):
     t = trainer(arch=arch)
     t.tau += 0.4
-    cfg = {"architecture": {"topk": "topk", "batchtopk": "jumprelu", "relu": "standard"}[arch], "k": 4}
+    cfg = {"architecture": SAELENS[arch], "k": 4}
     raw = torch.randn(200, 16, generator=torch.Generator().manual_seed(5))
     scale, mean = 7.3, torch.linspace(-2, 3, 16)
     inside = ts.SparseAutoencoder(cfg, t.weights())
@@ -229,7 +275,7 @@ def run(made: Path, out: Path, *more: str, small: list[str] = SMALL) -> int:
 def finished(made, tmp_path_factory) -> Path:
     """SAEs of each architecture, in <arch>/adaptive/L0 and L2."""
     out = tmp_path_factory.mktemp("saes")
-    for arch in ("batchtopk", "topk", "relu"):
+    for arch in SAELENS:
         assert run(made, out / arch, "--runs", "adaptive", "--layers", "0", "2", "--arch", arch) == 0
     return out
 
@@ -239,13 +285,13 @@ def held_out(made: Path, layer: int) -> torch.Tensor:
     return torch.from_numpy(np.load(made / f"activations/adaptive/L{layer}.z.npy")[-128:].astype(np.float32))
 
 
-@pytest.mark.parametrize("arch", ["batchtopk", "topk", "relu"])
+@pytest.mark.parametrize("arch", SAELENS)
 def test_saelens_loads_the_export_and_agrees(made, finished, arch):
     from sae_lens import SAE
 
     folder, x = finished / arch / "adaptive" / "L2", held_out(made, 2)
     theirs, ours = SAE.load_from_disk(str(folder)), ts.load_sae(folder)
-    assert theirs.cfg.architecture() == {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu"}[arch]
+    assert theirs.cfg.architecture() == SAELENS[arch]
     assert theirs.cfg.metadata.hook_name == "blocks.2.attn.hook_z"
     with torch.no_grad():
         f = theirs.encode(x)
@@ -264,7 +310,43 @@ def test_saelens_loads_the_export_and_agrees(made, finished, arch):
     assert latents["n_fired"].tolist() == (f > 0).sum(0).tolist()
     assert m["dead_share_eval"] == pytest.approx((latents["frequency"] == 0).mean())
     assert n.max() <= 4 if arch == "topk" else n.std() > 0
-    assert m["fvu"] < 0.7 and m["l0"] < 6 or arch == "relu"  # 60 steps on random z
+    assert m["fvu"] < 0.7 and m["l0"] < 6 or arch in ("relu", "gated")  # 60 steps on random z
+
+
+def test_a_topk_folder_serves_three_libraries(made, finished, monkeypatch):
+    # dictionary_learning imports two packages for other ends (tracing models, reading .zst files)
+    for name, member in (("nnsight", "LanguageModel"), ("zstandard", "ZstdDecompressor")):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        setattr(sys.modules[name], member, None)
+    reason = "installed without its dependencies: make setup-dev"
+    sparsify = pytest.importorskip("sparsify", reason=reason)
+    dictionary_learning = pytest.importorskip("dictionary_learning.utils", reason=reason)
+    folder, x = finished / "topk/adaptive/L2", held_out(made, 2)
+    ours = ts.load_sae(folder)
+    f, y = ours.encode(x), ours.decode(ours.encode(x))
+    assert (f > 0).sum() > 100
+    with torch.no_grad():
+        theirs, config = dictionary_learning.load_dictionary(str(folder), "cpu")
+        assert config["trainer"]["k"] == theirs.k == 4 and type(theirs).__name__ == "AutoEncoderTopK"
+        assert (theirs.encode(x) - f).abs().max() <= 1e-5 and (theirs(x) - y).abs().max() <= 1e-5
+        coder = sparsify.SparseCoder.load_from_disk(folder)
+        top = coder.encode(x)
+        assert coder.num_latents == 96 and top[0].shape == (128, 4)
+        assert (torch.zeros_like(f).scatter(1, top[1], top[0]) - f).abs().max() <= 1e-5
+        assert (coder.decode(top[0], top[1]) - y).abs().max() <= 1e-5
+    state = torch.load(folder / "ae.pt", weights_only=True)
+    assert all(type(v) is torch.Tensor for v in state.values())
+
+
+def test_another_architecture_leaves_no_twin_behind(made, finished, tmp_path):
+    shutil.copytree(finished / "topk", tmp_path, dirs_exist_ok=True)
+    assert all((tmp_path / "adaptive/L0" / name).stat().st_size for name in ts.TWINS)
+    assert run(made, tmp_path, "--layers", "0", "--arch", "jumprelu", "--target_l0", "6", "--steps", "5", "--overwrite") == 0
+    assert not any((tmp_path / "adaptive/L0" / name).exists() for name in ts.TWINS)
+    record = json.loads((tmp_path / "adaptive/L0/sae_weights.safetensors.json").read_text())
+    assert record["k"] == record["trajectory"]["target_l0"] == 6
+    assert pd.read_csv(tmp_path / "adaptive/L0/training.csv")["l0"].iloc[-1] == pytest.approx(6, abs=1.5)  # where thresholds start
+    assert pd.read_csv(tmp_path / "sae_metrics.csv").set_index("layer")["arch"].to_dict() == {0: "jumprelu", 2: "topk"}
 
 
 def test_the_export_carries_what_the_next_phase_needs(finished):
@@ -415,7 +497,7 @@ def test_batches_are_the_training_rows_each_once_an_epoch(tmp_path, monkeypatch)
     assert not torch.equal(later, dump.batch(3, 64, 7)) and not torch.equal(dump.batch(2, 64, 8)[:, 0], epoch[128:192])
 
 
-@pytest.mark.parametrize("arch", ["batchtopk", "relu"])
+@pytest.mark.parametrize("arch", SAELENS)
 def test_an_interrupted_run_resumes_to_the_same_bytes(made, tmp_path, monkeypatch, arch):
     flags = ["--layers", "2", "--arch", arch, "--save_interval", "30", "--dead_tokens", "500"]
     assert run(made, tmp_path / "whole", *flags) == 0
@@ -548,7 +630,8 @@ def test_a_bad_dump_is_one_line(made, tmp_path, capsys, how):
     [
         (["--layers", "7"], "dumps of z of layers 0, 2, not 7"),
         (["--runs", "absent"], "dumps of z of layers none"),
-        (["--layers", "0", "--k", "97"], "more than the 96 latents"),
+        (["--layers", "0", "--k", "97"], "--k 97 is more than the 96 latents"),
+        (["--layers", "0", "--arch", "jumprelu", "--target_l0", "97"], "--target_l0 97 is more than the 96 latents"),
         (["--layers", "0", "--batch_size", "5000"], "too large for the 2432 training rows"),
         (["--layers", "0", "--learning_rate", "1e30", "--lr_warmup", "0"], "try a --learning_rate below"),
     ],
