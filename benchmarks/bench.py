@@ -216,12 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--activations", type=Path, metavar="FILE.npy", help="real activations [N, D] for SAE quality; none: those of --run")
     p.add_argument("--out", type=Path, help="folder of the results; none: benchmarks, with --quick runs/bench")
     o = p.parse_args(argv)
-    o.out, o.seconds, start = (
-        o.out or ROOT / ("runs/bench" if o.quick else "benchmarks"),
-        0.0 if o.quick else o.seconds,
-        time.perf_counter(),
-    )
-    o.out, o.scratch = o.out.resolve(), ROOT / "runs"
+    start, o.seconds, o.scratch = time.perf_counter(), 0.0 if o.quick else o.seconds, ROOT / "runs"
+    o.out = (o.out or ROOT / ("runs/bench" if o.quick else "benchmarks")).resolve()
     for folder in (o.out, o.scratch):
         folder.mkdir(parents=True, exist_ok=True)
     SKIPPED.clear()
@@ -236,10 +232,8 @@ def main(argv: list[str] | None = None) -> int:
             skip(name, f"failed with {type(e).__name__}: {e}")
             continue
         for r in found:
-            print(
-                f"  {r['what']} | {r['shape']} | {r['variant']}: {r['median']:.4g} [{r['low']:.4g}, {r['high']:.4g}] {r['unit']}",
-                flush=True,
-            )
+            spread = f"{r['median']:.4g} [{r['low']:.4g}, {r['high']:.4g}] {r['unit']}"
+            print(f"  {r['what']} | {r['shape']} | {r['variant']}: {spread}", flush=True)
         results["rows"] += found
         results["seconds"] = time.perf_counter() - start
         janus.write_json(o.out / "results.json", results)

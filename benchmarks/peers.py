@@ -136,17 +136,8 @@ def training(o: argparse.Namespace) -> list[Row]:
         times = race(calls, o.seconds)
         out += rates("training", "step", shape, times, n, "tokens/s")
         control, adaptive, bound = (np.array(v) for k, v in times.items() if k.startswith(("ours", "bound")))
-        out += [
-            row(
-                "training",
-                "Homeostat, sigma and penalty in every step",
-                shape,
-                "ours",
-                100 * (adaptive / control - 1),
-                "% more time",
-                "lower",
-            )
-        ]
+        what, more = "Homeostat, sigma and penalty in every step", 100 * (adaptive / control - 1)
+        out += [row("training", what, shape, "ours, adaptive against control", more, "% more time", "lower")]
         out += [row("training", "share of the matrix-product bound", shape, "ours, control", bound / control, "share", "higher")]
         for arm in arms:
             for kind, share in breakdown(lambda ours=ours, arm=arm: ours(arm)).items():
@@ -273,12 +264,12 @@ def sae_quality(o: argparse.Namespace, ts: Any) -> list[Row]:
         return fvu.item(), (f == 0).all(0).float().mean().item()
 
     out, rates_tried = [], (1e-3,) if o.quick else (3e-4, 1e-3, 3e-3)
+    dtypes = {"ours": "bfloat16" if half() else "float32", "SAELens": "float32"}
     for arch in ("topk", "batchtopk"):
         found: dict[str, list[tuple[float, float, float]]] = {}
         for lr in rates_tried:
-            t = ts.Trainer(
-                sae_args(arch, k, expansion, n, steps, lr, "bfloat16" if half() else "float32", 10**5), centre, norm, torch.device("cpu")
-            )
+            settings = sae_args(arch, k, expansion, n, steps, lr, dtypes["ours"], 10**5)
+            t = ts.Trainer(settings, centre, norm, torch.device("cpu"))
             for batch in itertools.islice(stream(), steps):
                 t.step(batch)
             found.setdefault("ours", []).append((*score(t.weights(t.scale, t.mean), arch), lr))
@@ -288,7 +279,7 @@ def sae_quality(o: argparse.Namespace, ts: Any) -> list[Row]:
             found.setdefault("SAELens", []).append((*score(dict(them.state_dict()), arch), lr))
         best = {name: min(scores) for name, scores in found.items()}
         for name, (fvu, dead, lr) in best.items():
-            who, what = f"{name}, {arch}", f"learning rate {lr:g}, the best of {len(rates_tried)}"
+            who, what = f"{name}, {arch}, {dtypes[name]}", f"learning rate {lr:g}, the best of {len(rates_tried)}"
             out.append(row("sae", f"held-out FVU; {what}", shape, who, [fvu], "FVU", "lower", best["SAELens"][0] / fvu))
             out.append(row("sae", "latents that never fire on 20,000 held-out tokens", shape, who, [dead], "share"))
     return out
