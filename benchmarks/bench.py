@@ -114,9 +114,9 @@ def memory(o: argparse.Namespace) -> list[Row]:
         mode = "on" if shutil.which("c++") and not o.quick else "off"  # as a full run would; a single step would not be worth it
         big, saes = model(preset, 500 if o.quick else 50257, 60_000 if o.quick else 100_000, "--grad_accum", 1, "--compile", mode)
         dump = ["harvest_activations.py", "--model_path", big, "--save_dir", folder / "dumps", "--layers", 3, 6, 9]
-        measure("2 harvest", f"{preset} preset, layers 3 6 9", *dump, "--tokens", tokens, "--run_name", "big")
+        measure("2 harvest", f"{preset} preset, layers 3 6 9", *dump, "--tokens", tokens, "--run_name", "adaptive")
         few = ["--steps", 8, *(["--batch_size", 512] if o.quick else [])]
-        measure("3 SAE training", f"{preset} preset, one layer", "train_sae.py", "--runs", "big", "--layers", 6, *saes, *few)
+        measure("3 SAE training", f"{preset} preset, one layer", "train_sae.py", "--runs", "adaptive", "--layers", 6, *saes, *few)
         csv = folder / "ablation.csv"
         some = ["--n_seqs", 8, "--block", 1, "--n_mean", 4, "--resample_draws", 1, "--mode", "mean", "--bootstrap", 200]
         args = ["--adaptive_model", big, "--save_file", csv, "--layers", 6, *some]

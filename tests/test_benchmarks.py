@@ -4,10 +4,12 @@ import copy
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import janus_adaptive as janus
 
@@ -21,11 +23,15 @@ import peers  # noqa: E402
 def test_a_race_takes_turns_and_a_peer_that_fails_is_skipped():
     calls: list[str] = []
 
+    def timed(name: str) -> None:
+        calls.append(name)
+        time.sleep(0.02)  # so that a round has a handful of calls
+
     def broken() -> None:
         raise ValueError("no\nsuch kernel")
 
     harness.SKIPPED.clear()
-    times = harness.race({"ours": lambda: calls.append("A"), "theirs": broken, "other": lambda: calls.append("B")}, 0.0)
+    times = harness.race({"ours": lambda: timed("A"), "theirs": broken, "other": lambda: timed("B")}, 0.0)
     assert {k: len(v) for k, v in times.items()} == {"ours": 3, "other": 3} and harness.SKIPPED == ["theirs: ValueError: no such kernel"]
     turns = "".join(c for c, before in zip(calls[4:], ["", *calls[4:]], strict=False) if c != before)  # after two warm-up calls each
     assert turns == "ABABAB"
@@ -80,7 +86,7 @@ def test_a_section_writes_both_files(tmp_path):
 def test_the_bound_multiplies_what_a_step_multiplies():
     """Three products of 2 n K N FLOPs a linear layer: 6 FLOPs a token and weight, the embedding counted once."""
     net = janus.NewGPT(janus.GPTConfig(vocab_size=32, n_layers=2, d_model=16, n_heads=2, n_kv_heads=2, d_head=8, d_ff=24, seq_len=8))
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as count:
+    with FlopCounterMode(display=False) as count:
         peers.gemm_bound(net, 8)()
     weights = sum(p.numel() for p in net.parameters() if p.dim() > 1)
     assert count.get_total_flops() == 6 * 8 * weights
