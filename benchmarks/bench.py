@@ -1,0 +1,247 @@
+"""Measure this project beside the libraries that people would otherwise use, on the machine at hand.
+
+Every comparison is a race: the variants run in turn, A B A B ..., in one process, after two warm-up calls each, so that a
+change of the machine's speed hits all of them. A row gives the median over the rounds, with the lowest and the highest. Peers
+get what a user could give them: the same shapes, data and optimiser, autocast and torch.compile where they work.
+
+Writes  <out>/results.json   rows {section, what, shape, variant, median, low, high, n, unit, better, ratio_to_best_peer}
+        <out>/RESULTS.md     the same as tables; compare two runs with benchmarks/compare.py OLD.json NEW.json
+
+Full    python benchmarks/bench.py               (make bench: under 25 minutes on two idle cores)
+Quick   python benchmarks/bench.py --quick       (tiny shapes, into runs/bench: does every section run? The numbers mean nothing)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import math
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from harness import ROOT, SKIPPED, Row, race, rates, row, skip
+from peers import ablation, harvest, sae, training
+
+import janus_adaptive as janus
+
+
+def machine(o: argparse.Namespace) -> list[Row]:
+    """What the hardware gives: matrix products, memory, disk."""
+    out = []
+    for n in (256, 512) if o.quick else (2048, 3072, 4096):
+        calls = {}
+        for dtype in (torch.bfloat16, torch.float32):
+            a, b, c = (torch.randn(n, n).to(dtype) for _ in range(3))
+            calls[str(dtype)[6:]] = lambda a=a, b=b, c=c: torch.mm(a, b, out=c)
+        for r in rates("machine", "matrix product", f"{n} x {n} x {n}", race(calls, o.seconds / 10), 2 * n**3 / 1e9, "GFLOP/s"):
+            out.append(r | {"ratio_to_best_peer": math.nan})
+    size = 1 << (20 if o.quick else 26)  # float32: 256 MB an array, far more than a cache
+    a, b, c = (torch.ones(size) for _ in range(3))
+    calls = {"copy (2 arrays)": lambda: a.copy_(b), "triad a = b + s c (3 arrays)": lambda: torch.add(b, c, alpha=0.5, out=a)}
+    work = dict(zip(calls, (8 * size / 1e9, 12 * size / 1e9), strict=True))
+    out += [r | {"ratio_to_best_peer": math.nan} for r in rates("machine", "memory", "", race(calls, o.seconds / 10), work, "GB/s")]
+    block = os.urandom(1 << 24)
+
+    def write() -> None:
+        with tempfile.NamedTemporaryFile(dir=o.scratch) as f:
+            for _ in range(1 if o.quick else 16):
+                f.write(block)
+            f.flush()
+            os.fsync(f.fileno())
+
+    done = rates("machine", "disk", "", race({"write and fsync": write}, o.seconds / 10), len(block) * (1 if o.quick else 16) / 1e6, "MB/s")
+    return out + done
+
+
+def peak(command: list[str], folder: Path) -> tuple[float, float]:
+    """Runs a script -> GB of its peak resident memory, and of the anonymous part of it (without mapped files)."""
+    with open(folder / "log.txt", "w+") as log:
+        process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
+        anonymous, done = 0, 0
+        while not done:
+            with contextlib.suppress(OSError, StopIteration):
+                status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines()
+                anonymous = max(anonymous, next(int(line.split()[1]) for line in status if line.startswith("RssAnon")))
+            done, code, usage = os.wait4(process.pid, os.WNOHANG)
+            time.sleep(0.02)
+        process.returncode = os.waitstatus_to_exitcode(code)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command[:3])} ended with {process.returncode}: {(folder / 'log.txt').read_text()[-300:]}")
+    return usage.ru_maxrss / 1e6 * 1.024, anonymous / 1e6 * 1.024
+
+
+def memory(o: argparse.Namespace) -> list[Row]:
+    """Peak memory of each phase as a process of its own: a few steps at full size, and two lengths at demo size."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    out: list[Row] = []
+    with tempfile.TemporaryDirectory(dir=o.scratch) as name:
+        folder = Path(name)
+
+        def measure(what: str, shape: str, *command: object) -> None:
+            try:
+                resident, anonymous = peak([str(c) for c in (*command, "--cache_dir", folder / "cache")], folder)
+            except RuntimeError as e:
+                return skip(f"memory of {what}", e)
+            out.append(row("memory", what, shape, "ours, resident", [resident], "GB", "lower"))
+            out.append(row("memory", what, shape, "ours, anonymous (no mapped files)", [anonymous], "GB", "lower"))
+
+        def model(preset: str, vocab: int, words: int, *more: object) -> tuple[Path, list[object]]:
+            """A checkpoint after one step on `words` random words of a vocabulary of that size."""
+            tokenizer, text = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, "w0")), folder / f"{preset}.txt"
+            tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+            tokenizer.save(str(folder / f"{preset}.json"))
+            ids = np.random.default_rng(0).integers(vocab, size=(words // 50, 50))
+            text.write_text("\n".join(" ".join(f"w{i}" for i in line) for line in ids.tolist()), encoding="utf-8")
+            data = ["--dataset", text, "--tokenizer", folder / f"{preset}.json", "--preset", preset, "--save_dir", folder / preset]
+            measure("1 training", f"{preset} preset", "janus_adaptive.py", *data, "--steps", 1, *more)
+            return folder / preset / "janus_adaptive_final.pt", ["--activations_dir", folder / "dumps", "--save_dir", folder / "saes"]
+
+        preset, tokens = ("smoke", 20_000) if o.quick else ("full", 40_000)
+        mode = "on" if shutil.which("c++") and not o.quick else "off"  # as a full run would; a single step would not be worth it
+        big, saes = model(preset, 500 if o.quick else 50257, 60_000 if o.quick else 100_000, "--grad_accum", 1, "--compile", mode)
+        dump = ["harvest_activations.py", "--model_path", big, "--save_dir", folder / "dumps", "--layers", 3, 6, 9]
+        measure("2 harvest", f"{preset} preset, layers 3 6 9", *dump, "--tokens", tokens, "--run_name", "adaptive")
+        few = ["--steps", 8, *(["--batch_size", 512] if o.quick else [])]
+        measure("3 SAE training", f"{preset} preset, one layer", "train_sae.py", "--runs", "adaptive", "--layers", 6, *saes, *few)
+        csv = folder / "ablation.csv"
+        some = ["--n_seqs", 8, "--block", 1, "--n_mean", 4, "--resample_draws", 1, "--mode", "mean", "--bootstrap", 200]
+        args = ["--adaptive_model", big, "--save_file", csv, "--layers", 6, *some]
+        measure("4 ablation", f"{preset} preset, one layer", "ablation_test.py", *args)
+        some = ["--force_layer", 6, "--force_head", 0, "--n_seqs", 8, "--features", 2]
+        args = ["--ablation_csv", csv, *saes[:2], "--saes_dir", folder / "saes", "--save_dir", folder / "hero", *some]
+        measure("5 hero analysis", f"{preset} preset", "hero_head_analysis.py", *args)
+        small, _ = model("demo", 500 if o.quick else 4096, 60_000 if o.quick else 1_400_000)
+        for i, count in enumerate((20_000, 40_000) if o.quick else (300_000, 1_200_000)):
+            dump = ["harvest_activations.py", "--model_path", small, "--save_dir", folder / "dumps", "--layers", 3, "--tokens", count]
+            measure("2 harvest: constant?", f"demo preset, {count:,} tokens", *dump, "--run_name", f"n{i}", "--overwrite")
+            args = ["train_sae.py", "--runs", f"n{i}", "--layers", 3, *saes, "--steps", 8, "--eval_tokens", 10_000]
+            measure("3 SAE training: constant?", f"demo preset, {count:,} tokens", *args)
+    return out
+
+
+def nulls(o: argparse.Namespace) -> list[Row]:
+    """Sequence-permutation nulls of Energy-Lens beside scipy.stats.permutation_test, which takes one feature at a time."""
+    from scipy import stats
+
+    import energy_lens_minimal as lens
+
+    s, length, k, n_perm = (40, 8, 64, 200) if o.quick else (313, 32, 2048, 10_000)
+    g = torch.Generator().manual_seed(0)
+    f, a = (torch.rand(s, length, k, generator=g) < 0.01) * torch.rand(s, length, k, generator=g), torch.randn(s, length, k, generator=g)
+    strata, f0, a0 = torch.zeros(s), f[..., 0].numpy(), a[..., 0].numpy()
+    perms = lens.permutations(strata, n_perm, np.random.default_rng(0))
+
+    def statistic(order: np.ndarray, axis: int = -1) -> np.ndarray:
+        return (f0 * a0[order.astype(int)]).sum((axis - 1, axis))
+
+    def scipy() -> None:
+        options = dict(permutation_type="pairings", n_resamples=n_perm, vectorized=True, batch=500, rng=np.random.default_rng(1))
+        stats.permutation_test((np.arange(s),), statistic, **options)
+
+    calls = {"ours": lambda: (lens.seqperm_moments(f, a, strata), lens.seqperm_mc(f, a, perms)), "scipy.stats.permutation_test": scipy}
+    shape = f"{s * length:,} tokens, {n_perm:,} permutations"
+    return rates(
+        "nulls", "sequence permutations", shape, race(calls, o.seconds / 4), {"ours": k, "scipy.stats.permutation_test": 1}, "features/s"
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+SECTIONS = {f.__name__: f for f in (machine, training, sae, ablation, harvest, memory, nulls)}
+
+
+def describe() -> dict[str, Any]:
+    """The machine and the versions behind the numbers."""
+    cpu = (
+        [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        if platform.system() == "Linux"
+        else []
+    )
+    flags = [k for k, v in torch.cpu.get_capabilities().items() if v is True and k in ("avx2", "avx512_bf16", "amx_bf16")]
+    facts = {"cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(), "features": flags, "cores": os.cpu_count()}
+    facts |= {"threads": torch.get_num_threads(), "compiler": shutil.which("c++"), "load_at_start": os.getloadavg()[0]}
+    for name in ("transformers", "sae-lens", "transformer-lens", "dictionary-learning", "eai-sparsify"):
+        with contextlib.suppress(ImportError):
+            facts[name] = importlib.metadata.version(name)
+    return facts | {k: v for k, v in janus.provenance().items() if k in ("git", "versions", "time")}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as tables, one a section."""
+    m, minutes = results["machine"], results["seconds"] / 60
+    peers = ", ".join(f"{k} {v}" for k, v in m.items() if "-" in k or k == "transformers")
+    commit = m["git"]["commit"][:8] + (" with changes" if m["git"]["dirty"] else "")
+    text = f"""# Benchmarks
+
+{m["cpu"]}, {m["cores"]} cores, {m["threads"]} threads, {", ".join(m["features"])}, C++ compiler {m["compiler"]}; torch
+{m["versions"]["torch"]}, {peers}. {m["time"]}, commit {commit}, load average at the start
+{m["load_at_start"]:.2f}, {minutes:.0f} minutes: `{results["command"]}`
+
+Variants of a table ran in turn, A B A B ..., in one process: median [lowest, highest] over n rounds. "x peer" is how many times
+better than the best variant that is not ours. Tokens are random and models untrained where speed is measured; what is learnt
+(FVU, differences in standard errors) is measured on real activations and text.
+"""
+    number: Callable[[float], str] = lambda v: f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.3g}"  # noqa: E731
+    for section in {r["section"]: 0 for r in results["rows"]}:
+        text += f"\n## {section}\n\n{(SECTIONS[section].__doc__ or '').strip()}\n\n"
+        text += "| what | shape | variant | median [low, high] | n | x peer |\n|---|---|---|---|---|---|\n"
+        for r in (r for r in results["rows"] if r["section"] == section):
+            spread = f" [{number(r['low'])}, {number(r['high'])}]" if r["n"] > 1 else ""
+            ratio = f"{r['ratio_to_best_peer']:.2f}" if math.isfinite(r["ratio_to_best_peer"]) else ""
+            text += f"| {r['what']} | {r['shape']} | {r['variant']} | {number(r['median'])}{spread} {r['unit']} | {r['n']} | {ratio} |\n"
+    return text + ("\n## Not measured\n\n" + "".join(f"* {s}\n" for s in results["skipped"]) if results["skipped"] else "")
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
+    p.add_argument("--quick", action="store_true", help="tiny shapes: only shows that every section runs")
+    p.add_argument("--seconds", type=float, default=10.0, help="time each variant of a race gets, seconds; at least three rounds")
+    p.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of `make demo`: its model and activations")
+    p.add_argument("--activations", type=Path, metavar="FILE.npy", help="real activations [N, D] for SAE quality; none: those of --run")
+    p.add_argument("--out", type=Path, help="folder of the results; none: benchmarks, with --quick runs/bench")
+    o = p.parse_args(argv)
+    start, o.seconds, o.scratch = time.perf_counter(), 0.0 if o.quick else o.seconds, ROOT / "runs"
+    o.out = (o.out or ROOT / ("runs/bench" if o.quick else "benchmarks")).resolve()
+    for folder in (o.out, o.scratch):
+        folder.mkdir(parents=True, exist_ok=True)
+    SKIPPED.clear()
+    words = ["python", "benchmarks/bench.py", *(sys.argv[1:] if argv is None else argv)]
+    results: dict[str, Any] = {"command": " ".join(words), "machine": describe(), "rows": [], "skipped": SKIPPED}
+    for name in o.sections:
+        print(f"{name} ...", flush=True)
+        try:
+            found = SECTIONS[name](o)
+        except Exception as e:  # the other sections are still worth having
+            traceback.print_exc()
+            skip(name, f"failed with {type(e).__name__}: {e}")
+            continue
+        for r in found:
+            spread = f"{r['median']:.4g} [{r['low']:.4g}, {r['high']:.4g}] {r['unit']}"
+            print(f"  {r['what']} | {r['shape']} | {r['variant']}: {spread}", flush=True)
+        results["rows"] += found
+        results["seconds"] = time.perf_counter() - start
+        janus.write_json(o.out / "results.json", results)
+        with janus.atomic(o.out / "RESULTS.md") as tmp:
+            tmp.write_text(markdown(results), encoding="utf-8")
+    print(f"{o.out / 'RESULTS.md'}: {time.perf_counter() - start:.0f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+    return int(any("failed with" in s for s in SKIPPED))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

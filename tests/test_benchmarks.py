@@ -1,0 +1,106 @@
+"""The benchmark: its races, its comparison of two results, and that its training step is the one that janus_adaptive.py takes."""
+
+import copy
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import janus_adaptive as janus
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import bench  # noqa: E402
+import compare  # noqa: E402
+import harness  # noqa: E402
+import peers  # noqa: E402
+
+
+def test_a_race_takes_turns_and_a_peer_that_fails_is_skipped():
+    calls: list[str] = []
+
+    def timed(name: str) -> None:
+        calls.append(name)
+        time.sleep(0.02)  # so that a round has a handful of calls
+
+    def broken() -> None:
+        raise ValueError("no\nsuch kernel")
+
+    harness.SKIPPED.clear()
+    times = harness.race({"ours": lambda: timed("A"), "theirs": broken, "other": lambda: timed("B")}, 0.0)
+    assert {k: len(v) for k, v in times.items()} == {"ours": 3, "other": 3} and harness.SKIPPED == ["theirs: ValueError: no such kernel"]
+    turns = "".join(c for c, before in zip(calls[4:], ["", *calls[4:]], strict=False) if c != before)  # after two warm-up calls each
+    assert turns == "ABABAB"
+    with pytest.raises(ValueError):  # but ours must not fail silently
+        harness.race({"ours": broken}, 0.0)
+
+
+def test_rates_and_ratios():
+    times = {"ours, x": [2.0, 4.0, 1.0], "theirs": [4.0, 4.0, 5.0], "slow": [9.0, 8.0, 7.0], "bound": [1.0, 1.0, 1.0]}
+    ours, theirs, slow, _ = harness.rates("s", "w", "", times, 40, "tokens/s")
+    assert (ours["median"], ours["low"], ours["high"], ours["n"]) == (20, 10, 40, 3)
+    assert ours["ratio_to_best_peer"] == 2 and theirs["ratio_to_best_peer"] == 1 and slow["ratio_to_best_peer"] == 0.5
+
+
+def test_compare_finds_what_became_worse(tmp_path, capsys):
+    def row(variant, values, better, ratio=math.nan):
+        return harness.row("s", "w", "", variant, values, "u", better, ratio)
+
+    rows = [
+        row("ours, fast", [90, 100, 110], "higher", 2.0),
+        row("ours, memory", [3.9, 4, 4.1], "lower"),
+        row("theirs", [50], "higher", 1.0),
+    ]
+    old, new = {"rows": [*rows, row("profile", [1], "")]}, {"rows": copy.deepcopy(rows)}
+    for r, scale in zip(new["rows"], (0.5, 1.01, 0.1), strict=True):
+        r |= {k: r[k] * scale for k in ("median", "low", "high")}
+    new["rows"][0]["ratio_to_best_peer"] = 2.5
+    files = [str(tmp_path / name) for name in ("old.json", "new.json")]
+    for file, results in zip(files, (old, new), strict=True):
+        janus.write_json(file, results)
+    assert compare.main([*files, "--fail_above", "1.9"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(" 10.00x worse") and lines[1].startswith("  2.00x worse: s | w |  | ours, fast")
+    assert lines[2].startswith("  1.01x worse (within the spread)") and "1 of ours" in lines[-1]  # a slower peer is no regression
+    assert compare.main([*files, "--fail_above", "2.1"]) == 0
+    assert compare.main([*files, "--relative", "--fail_above", "1.0"]) == 0 and "  0.80x better" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as e:
+        compare.main([files[0], str(tmp_path)])
+    assert e.value.code == 2
+
+
+def test_a_section_writes_both_files(tmp_path):
+    assert bench.main(["--quick", "--sections", "machine", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["machine"]["threads"] == torch.get_num_threads() and results["skipped"] == []
+    for r in results["rows"]:
+        assert 0 < r["low"] <= r["median"] <= r["high"] and r["n"] >= 3
+        assert r["variant"] in (tmp_path / "RESULTS.md").read_text()
+    assert compare.main([str(tmp_path / "results.json")] * 2 + ["--fail_above", "1"]) == 0
+
+
+def test_the_bound_multiplies_what_a_step_multiplies():
+    """Three products of 2 n K N FLOPs a linear layer: 6 FLOPs a token and weight, the embedding counted once."""
+    net = janus.NewGPT(janus.GPTConfig(vocab_size=32, n_layers=2, d_model=16, n_heads=2, n_kv_heads=2, d_head=8, d_ff=24, seq_len=8))
+    with FlopCounterMode(display=False) as count:
+        peers.gemm_bound(net, 8)()
+    weights = sum(p.numel() for p in net.parameters() if p.dim() > 1)
+    assert count.get_total_flops() == 6 * 8 * weights
+
+
+def test_the_step_measured_is_the_step_of_the_script(smoke_args, smoke_checkpoint):
+    args = janus.parse_args(smoke_args)
+    _, autocast = janus.set_up(args)
+    data = janus.HFWikiTextLoader(args.dataset, args.tokenizer, args.seq_len, "train", args.cache_dir)
+    ckpt = torch.load(smoke_checkpoint, weights_only=True)
+    model = janus.NewGPT(janus.GPTConfig(**ckpt["config"])).train()
+    optimizer, pressure = peers.janus_optimizer(model, args), janus.Pressure(args)
+    for step in range(1, args.steps + 1):
+        x, y = data.shuffled((step - 1) * args.batch_size, args.batch_size, args.seed)
+        peers.janus_step(model, optimizer, pressure, args, autocast, step, x, y, measure=step % args.control_interval == 0)
+    assert all(torch.equal(w, ckpt["model"][name]) for name, w in model.state_dict().items())
+    assert pressure.state_dict() == ckpt["pressure"]
