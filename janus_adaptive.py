@@ -1226,7 +1226,7 @@ def train_model(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.
                 sidecar_path(old).unlink(missing_ok=True)
                 old.unlink()
         if stop:
-            number = (signals or [signal.SIGTERM])[0]
+            number = int((signals or [signal.SIGTERM])[0])
             print(f"signal {number}: saved step {step} in {args.save_dir}; continue with the same command and --resume")
             all_sum(torch.zeros(1))  # the others wait until rank 0 has saved
             return 128 + number
