@@ -28,6 +28,7 @@ import ctypes
 import functools
 import gc
 import hashlib
+import io
 import json
 import math
 import os
@@ -43,6 +44,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -53,6 +55,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib import colors
 from scipy import stats
@@ -182,6 +185,65 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
         return 1
 
     return run
+
+
+# Copied from: janus_adaptive.py::torchrun
+def torchrun(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates `main`: if torchrun started it, joins the other processes (gloo; nccl between GPUs) and lets only rank 0 print.
+
+    Of several processes that fail the first says why; torchrun then ends those that wait for it.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        if not dist.is_torchelastic_launched():
+            return main(argv)
+        store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timedelta(days=30))
+        out, err = [io.StringIO()] * 2 if rank else (sys.stdout, sys.stderr)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = main(argv)
+        except SystemExit:  # --help or a wrong command line, the same for all: nobody ends before rank 0 has printed it
+            all_sum(torch.zeros(1))
+            raise
+        except BaseException:
+            if store.add("failed", 1) == 1:
+                raise
+            time.sleep(1)  # as soon as one process has ended torchrun ends the rest, and the first may still be printing
+            return 1
+        dist.destroy_process_group()
+        return status
+
+    return run
+
+
+# Copied from: janus_adaptive.py::rank_and_world
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process, and how many torchrun started; without it 0 and 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+# Copied from: janus_adaptive.py::all_sum
+def all_sum(*tensors: Tensor) -> None:
+    """Replaces each tensor (of one dtype and device) by its sum over all processes, the same bits in each of them."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
+
+
+# Copied from: janus_adaptive.py::rank_0_first
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """The other processes enter the block when rank 0 has left it; if it fails there they never do."""
+    rank, _ = rank_and_world()
+    if rank:
+        all_sum(torch.zeros(1))
+    yield
+    if not rank:
+        all_sum(torch.zeros(1))
 
 
 # Copied from: janus_adaptive.py::atomic
@@ -323,6 +385,10 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
     name = next(k for k, ok in there.items() if ok) if args.device == "auto" else args.device
     if not there[name]:
         raise HandoffError(f"--device {name} is not available here; found: {', '.join(k for k in there if there[k])}")
+    if name == "cuda":
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= (n := torch.cuda.device_count()):
+            raise HandoffError(f"torchrun started process {local} (from 0) where there are {n} GPUs; give --nproc_per_node {n}")
+        torch.cuda.set_device(local)
     cpu = torch.cpu.get_capabilities()
     fast = {"cuda": there["cuda"] and torch.cuda.is_bf16_supported(False), "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}
     half = bool(fast.get(name)) if args.dtype == "auto" else args.dtype == "bfloat16"
@@ -829,14 +895,15 @@ def ablate_layer(model: NewGPT, l: int, tap: dict[str, Tensor], final: Tensor, s
 def measure(model: NewGPT, text: HFWikiTextLoader, means: dict[int, Tensor], args: argparse.Namespace, windows: np.ndarray,
             modes: list[str], layers: list[int], autocast: Any, label: str | None = None) -> dict[str, np.ndarray]:  # fmt: skip
     """Ablates every head of `layers` on `windows` [n] of `text` -> "base" [n], the clean loss, and for each mode
-    "<mode>.<score>" [n, layers, H] for SCORES and first_order = sum over tokens of (substitute - z) . dloss/dz; float64."""
+    "<mode>.<score>" [n, layers, H] for SCORES and first_order = sum over tokens of (substitute - z) . dloss/dz; float64.
+    Several processes share the batches; each returns all of it."""
     device, draws = model.embedding.weight.device, args.resample_draws if "resample" in modes else 0
     shift = np.random.default_rng(args.seed).integers(1, text.n_windows, size=(draws, text.n_windows))[:, windows]
     donors = (windows + shift) % text.n_windows  # [draws, n], never the window itself; the same for every model and batch size
-    shape = (len(windows), len(layers), model.cfg.n_heads)
+    shape, (rank, world) = (len(windows), len(layers), model.cfg.n_heads), rank_and_world()
     out = {"base": np.zeros(shape[0])} | {f"{mode}.{score}": np.zeros(shape) for mode in modes for score in (*SCORES, "first_order")}
-    bar = tqdm(total=len(windows) * len(layers), desc=label, unit="layer", disable=None if label else True)
-    for first in range(0, len(windows), args.batch_size):
+    bar = tqdm(total=len(windows) * len(layers) // world, desc=label, unit="layer", disable=None if label else True)
+    for first in range(rank * args.batch_size, len(windows), world * args.batch_size):
         rows = slice(first, first + args.batch_size)
         x, y = (t.to(device) for t in text.batch(windows[rows]))
         with autocast:
@@ -852,6 +919,7 @@ def measure(model: NewGPT, text: HFWikiTextLoader, means: dict[int, Tensor], arg
                 out["base"][rows] = scores[0, 0].cpu().double().numpy()
                 bar.update(len(x))
     bar.close()
+    all_sum(*map(torch.from_numpy, out.values()))  # in place; where another process measured, the arrays are still 0
     return out
 
 
@@ -1148,7 +1216,8 @@ def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
     """Ablates every head of every run -> the arrays of the .npz, and the facts of its sidecar."""
     device, autocast = set_up(args)
     runs = load_runs(args, device)
-    train, val = open_splits(args, *next(iter(runs.values()))[1:])
+    with rank_0_first():  # it fills the cache
+        train, val = open_splits(args, *next(iter(runs.values()))[1:])
     windows, float32 = spaced(val.n_windows, args.n_seqs), torch.autocast(device.type, enabled=False)
     if len(windows) < 4 * args.block:
         raise HandoffError(f"{len(windows)} validation sequences do not make 4 units of --block {args.block}: use more text, or --block 1")
@@ -1165,7 +1234,7 @@ def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
         start, some = time.perf_counter(), windows[: args.batch_size]
         measured(some, args.mode[:1], args.layers[len(args.layers) // 2 :][:1], context)
         passes = sum(args.resample_draws if mode == "resample" else 1 for mode in args.mode)
-        minutes = (time.perf_counter() - start) / 60 * passes * len(args.layers) * len(windows) / len(some)
+        minutes = (time.perf_counter() - start) / 60 * passes * len(args.layers) * len(windows) / len(some) / rank_and_world()[1]
         heads = len(args.layers) * model.cfg.n_heads
         size = f"{len(windows)} sequences of {val.seq_len} tokens"
         print(f"{run}: {heads} heads x {passes} passes over {size}: at most about {minutes:.1f} min here", flush=True)
@@ -1203,6 +1272,7 @@ def write_results(args: argparse.Namespace) -> None:
 
 
 @one_line_errors
+@torchrun
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     csv, npz = args.save_file, named(args.save_file, ".npz")
@@ -1213,6 +1283,9 @@ def main(argv: list[str] | None = None) -> int:
             write_results(args)
         return 0
     refuse_overwrite([csv, npz, named(csv, "_summary.csv")], args.overwrite)
+    if rank_and_world()[0]:
+        measure_runs(args)
+        return 0
     with run_record(csv.parent, args):
         losses, facts = measure_runs(args)
         sidecar_path(npz).unlink(missing_ok=True)

@@ -27,6 +27,7 @@ import ctypes
 import functools
 import gc
 import hashlib
+import io
 import json
 import math
 import os
@@ -44,6 +45,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -53,6 +55,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -172,6 +175,65 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
         return 1
 
     return run
+
+
+# Copied from: janus_adaptive.py::torchrun
+def torchrun(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates `main`: if torchrun started it, joins the other processes (gloo; nccl between GPUs) and lets only rank 0 print.
+
+    Of several processes that fail the first says why; torchrun then ends those that wait for it.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        if not dist.is_torchelastic_launched():
+            return main(argv)
+        store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timedelta(days=30))
+        out, err = [io.StringIO()] * 2 if rank else (sys.stdout, sys.stderr)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = main(argv)
+        except SystemExit:  # --help or a wrong command line, the same for all: nobody ends before rank 0 has printed it
+            all_sum(torch.zeros(1))
+            raise
+        except BaseException:
+            if store.add("failed", 1) == 1:
+                raise
+            time.sleep(1)  # as soon as one process has ended torchrun ends the rest, and the first may still be printing
+            return 1
+        dist.destroy_process_group()
+        return status
+
+    return run
+
+
+# Copied from: janus_adaptive.py::rank_and_world
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process, and how many torchrun started; without it 0 and 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+# Copied from: janus_adaptive.py::all_sum
+def all_sum(*tensors: Tensor) -> None:
+    """Replaces each tensor (of one dtype and device) by its sum over all processes, the same bits in each of them."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
+
+
+# Copied from: janus_adaptive.py::rank_0_first
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """The other processes enter the block when rank 0 has left it; if it fails there they never do."""
+    rank, _ = rank_and_world()
+    if rank:
+        all_sum(torch.zeros(1))
+    yield
+    if not rank:
+        all_sum(torch.zeros(1))
 
 
 # Copied from: janus_adaptive.py::atomic
@@ -314,6 +376,10 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
     name = next(k for k, ok in there.items() if ok) if args.device == "auto" else args.device
     if not there[name]:
         raise HandoffError(f"--device {name} is not available here; found: {', '.join(k for k in there if there[k])}")
+    if name == "cuda":
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= (n := torch.cuda.device_count()):
+            raise HandoffError(f"torchrun started process {local} (from 0) where there are {n} GPUs; give --nproc_per_node {n}")
+        torch.cuda.set_device(local)
     cpu = torch.cpu.get_capabilities()
     fast = {"cuda": there["cuda"] and torch.cuda.is_bf16_supported(False), "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}
     half = bool(fast.get(name)) if args.dtype == "auto" else args.dtype == "bfloat16"
@@ -911,9 +977,11 @@ def harvest(args: argparse.Namespace, model: NewGPT, data: HFWikiTextLoader, aut
     """Writes the dumps of the layers to do as partial files, windows bounds[b] to bounds[b+1] a block.
 
     After each block the dumps and then its sums are forced to disk, so that a killed harvest goes on at the start of a block.
+    Several processes deal the blocks out: they write to the same files, each its own rows and sums.
     Raises HandoffError for an activation that cannot be dumped, dumps that do not fit, or a damaged unfinished harvest.
     """
     t, todo, width = data.seq_len, job["todo"], model.cfg.n_heads * model.cfg.d_head if args.site == "z" else model.cfg.d_model
+    rank, world = rank_and_world()
 
     def measure(first: int, end: int) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
         idx = data.batch(np.arange(first, end))[0].to(model.embedding.weight.device)
@@ -922,11 +990,12 @@ def harvest(args: argparse.Namespace, model: NewGPT, data: HFWikiTextLoader, aut
             rows = to_dump(seen[f"{args.site}.{l}"], args.dump_dtype, f"{args.site} of layer {l}, windows {first} to {end - 1},")
             yield l, rows, sufficient_statistics(rows, seen[f"z.{l}"])
 
-    if args.overwrite or not (args.out / PROGRESS).exists():
-        remove([*args.out.glob("*.partial.np[yz]"), args.out / PROGRESS])
-        reserve(args, todo, (int(bounds[-1]) * t, width))
-        write_json(args.out / PROGRESS, job)
-    left = [b for b in range(len(bounds) - 1) if not sums_path(args, b).exists()]
+    with rank_0_first():
+        if rank == 0 and (args.overwrite or not (args.out / PROGRESS).exists()):
+            remove([*args.out.glob("*.partial.np[yz]"), args.out / PROGRESS])
+            reserve(args, todo, (int(bounds[-1]) * t, width))
+            write_json(args.out / PROGRESS, job)
+    left = [b for b in range(rank, len(bounds) - 1, world) if not sums_path(args, b).exists()]
     try:
         for path in args.out.glob("L*.partial.npy"):
             np.load(path, mmap_mode="r", allow_pickle=False)  # a check: "r+" would lengthen a truncated file without a word
@@ -935,9 +1004,10 @@ def harvest(args: argparse.Namespace, model: NewGPT, data: HFWikiTextLoader, aut
         raise HandoffError(f"the unfinished harvest in {args.out} was damaged ({e}) and is now removed; start again") from None
     start, trial = time.perf_counter(), min(args.batch_size, int(bounds[-1]))
     list(measure(0, trial))
-    minutes = (time.perf_counter() - start) * (bounds[-1] - bounds[left[0]]) / trial / 60 if left else 0.0
+    windows = int(np.diff(bounds)[left].sum()) if left else 0
+    minutes = (time.perf_counter() - start) * windows / trial / 60
     print(f"time: at most about {minutes:.1f} min for layers {todo}, site {args.site}, on {model.embedding.weight.device}", flush=True)
-    with tqdm(total=int(bounds[-1] - bounds[left[0]]) * t if left else 0, unit="tok", unit_scale=True, disable=None) as bar:
+    with tqdm(total=windows * t, unit="tok", unit_scale=True, disable=None) as bar:
         for b in left:
             sums: dict[str, Any] = {}
             for first in range(bounds[b], bounds[b + 1], args.batch_size):
@@ -1120,8 +1190,9 @@ def load_text(args: argparse.Namespace, trained: dict[str, Any], cfg: GPTConfig)
 
 
 @one_line_errors
+@torchrun
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args, (rank, _) = parse_args(argv), rank_and_world()
     if args.redraw:
         args.out = args.save_dir / args.run_name
         report(args)
@@ -1130,24 +1201,28 @@ def main(argv: list[str] | None = None) -> int:
     model, ckpt = load_checkpoint(args.model_path, device, args.skip_probe)
     resolve(args, ckpt, autocast)
     compared_csvs(args, TABLES[1])  # a mistake in --compare should not cost a harvest
-    data, n_windows = load_text(args, ckpt["data"], model.cfg)
+    with rank_0_first():  # it fills the cache
+        data, n_windows = load_text(args, ckpt["data"], model.cfg)
     facts = {k: data.description[k] for k in ("dataset", "dataset_key", "split", "tokenizer_hash")}
     facts |= dict(run_name=args.run_name, preset=ckpt["preset"], arm=ckpt["arm"], seed=args.seed)
     facts |= dict(checkpoint=args.model_path, checkpoint_sha256=sha256(args.model_path))
     facts |= dict(n_heads=model.cfg.n_heads, d_head=model.cfg.d_head, seq_len=data.seq_len, n_tokens=n_windows * data.seq_len)
     bounds = np.linspace(0, n_windows, min(N_BLOCKS, n_windows) + 1).astype(int)
     job = plan(args, facts)
-    with run_record(args.out, args):
+    with contextlib.nullcontext() if rank else run_record(args.out, args):
         if job["todo"]:
             try:
                 harvest(args, model, data, autocast, job, bounds)
             except HandoffError:
                 remove([*args.out.glob("*.partial.np[yz]"), args.out / PROGRESS])  # going on could not mend it
                 raise
-            finish(args, model, data, job, bounds, facts)
+            all_sum(torch.zeros(1))  # every block is on disk
+            if rank == 0:
+                finish(args, model, data, job, bounds, facts)
         else:
             print(f"{args.out} has these layers already: nothing to harvest")
-        report(args)
+        if rank == 0:
+            report(args)
     return 0
 
 

@@ -289,6 +289,10 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
     name = next(k for k, ok in there.items() if ok) if args.device == "auto" else args.device
     if not there[name]:
         raise HandoffError(f"--device {name} is not available here; found: {', '.join(k for k in there if there[k])}")
+    if name == "cuda":
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= (n := torch.cuda.device_count()):
+            raise HandoffError(f"torchrun started process {local} (from 0) where there are {n} GPUs; give --nproc_per_node {n}")
+        torch.cuda.set_device(local)
     cpu = torch.cpu.get_capabilities()
     fast = {"cuda": there["cuda"] and torch.cuda.is_bf16_supported(False), "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}
     half = bool(fast.get(name)) if args.dtype == "auto" else args.dtype == "bfloat16"

@@ -28,6 +28,7 @@ import ctypes
 import functools
 import gc
 import hashlib
+import io
 import json
 import math
 import os
@@ -45,6 +46,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -54,6 +56,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -166,6 +169,8 @@ def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     arm, _, value = args.pressure.partition(":")
     args.n_kv_heads = args.n_kv_heads or args.n_heads
     args.lr_warmup = args.lr_warmup if args.lr_warmup >= 0 else args.steps // 20
+    if args.grad_accum % (world := rank_and_world()[1]):
+        p.error(f"--grad_accum {args.grad_accum} must be a multiple of the {world} processes, which share the micro-batches of a step")
     number = value.replace(".", "", 1).replace("e-", "", 1).isdigit()
     if not {"adaptive": not value, "control": not value, "constant": number, "replay": bool(value)}.get(arm):
         p.error(f"--pressure {args.pressure}: expected adaptive, control, constant:LAMBDA (a number from 0) or replay:TELEMETRY.csv")
@@ -216,6 +221,61 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
         return 1
 
     return run
+
+
+def torchrun(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates `main`: if torchrun started it, joins the other processes (gloo; nccl between GPUs) and lets only rank 0 print.
+
+    Of several processes that fail the first says why; torchrun then ends those that wait for it.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        if not dist.is_torchelastic_launched():
+            return main(argv)
+        store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timedelta(days=30))
+        out, err = [io.StringIO()] * 2 if rank else (sys.stdout, sys.stderr)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = main(argv)
+        except SystemExit:  # --help or a wrong command line, the same for all: nobody ends before rank 0 has printed it
+            all_sum(torch.zeros(1))
+            raise
+        except BaseException:
+            if store.add("failed", 1) == 1:
+                raise
+            time.sleep(1)  # as soon as one process has ended torchrun ends the rest, and the first may still be printing
+            return 1
+        dist.destroy_process_group()
+        return status
+
+    return run
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process, and how many torchrun started; without it 0 and 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def all_sum(*tensors: Tensor) -> None:
+    """Replaces each tensor (of one dtype and device) by its sum over all processes, the same bits in each of them."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """The other processes enter the block when rank 0 has left it; if it fails there they never do."""
+    rank, _ = rank_and_world()
+    if rank:
+        all_sum(torch.zeros(1))
+    yield
+    if not rank:
+        all_sum(torch.zeros(1))
 
 
 @contextlib.contextmanager
@@ -354,6 +414,10 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
     name = next(k for k, ok in there.items() if ok) if args.device == "auto" else args.device
     if not there[name]:
         raise HandoffError(f"--device {name} is not available here; found: {', '.join(k for k in there if there[k])}")
+    if name == "cuda":
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= (n := torch.cuda.device_count()):
+            raise HandoffError(f"torchrun started process {local} (from 0) where there are {n} GPUs; give --nproc_per_node {n}")
+        torch.cuda.set_device(local)
     cpu = torch.cpu.get_capabilities()
     fast = {"cuda": there["cuda"] and torch.cuda.is_bf16_supported(False), "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}
     half = bool(fast.get(name)) if args.dtype == "auto" else args.dtype == "bfloat16"
@@ -922,9 +986,11 @@ def training_step(model: NewGPT, batches: list[tuple[Tensor, Tensor]], weights: 
     """Accumulates the gradient of loss + sum_l weights[l] * penalty_l over micro-batches of inputs and targets [B, T].
 
     Returns the mean loss (nats) and, if measured or penalised, the Gram matrices of the whole step [L, H, H]. The penalty
-    of a micro-batch uses its own Gram matrices; sigma, which the Homeostat sees, uses their sum.
+    of a micro-batch uses its own Gram matrices; sigma, which the Homeostat sees, uses their sum. Gradients, Gram matrices and
+    loss are those of the micro-batches of all processes. They are summed once, here: DistributedDataParallel would hand the
+    blocks a copy of `tap`, and would have to be told which backward pass is the last.
     """
-    pressed, total, grams = bool(weights.any()), 0.0, None
+    pressed, total, grams, n = bool(weights.any()), 0.0, None, len(batches) * rank_and_world()[1]
     for x, y in batches:
         tap: dict | None = dict.fromkeys(f"z.{l}" for l in range(len(model.blocks))) if pressed or measure else None
         with autocast:
@@ -935,9 +1001,11 @@ def training_step(model: NewGPT, batches: list[tuple[Tensor, Tensor]], weights: 
             grams = gram.detach() if grams is None else grams + gram.detach()
             if pressed:
                 objective = loss + (weights * decorrelation_penalty(gram, args.penalty)).sum()
-        (objective / len(batches)).backward()
-        total += loss.item() / len(batches)
-    return total, grams
+        (objective / n).backward()
+        total += loss.item() / n
+    all_sum(*[p.grad for p in model.parameters() if p.grad is not None], *([] if grams is None else [grams]))
+    all_sum(whole := torch.tensor(total, dtype=torch.float64))
+    return whole.item(), grams
 
 
 @torch.no_grad()
@@ -946,22 +1014,24 @@ def validate(model: NewGPT, data: HFWikiTextLoader, batch_size: int, autocast: A
     write_overlap, the heads' mean ||U_i^T U_j||_F^2 / K (U: orthonormal basis of the rows of W_O; random: K/D)."""
     model.eval()
     batch_size = max(batch_size, 8192 // data.seq_len)  # without gradients more fits, and small models run faster
-    loss, grams, w_o = 0.0, {"z": torch.zeros(1), "resid": torch.zeros(1)}, [b.attn.w_o.weight for b in model.blocks]
-    for first in range(0, data.n_windows, batch_size):
+    n_layers, n_heads, d_head, (rank, world) = model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head, rank_and_world()
+    grams = {space: torch.zeros(n_layers, n_heads, n_heads, dtype=torch.float64) for space in ("z", "resid")}
+    loss, w_o = torch.zeros((), dtype=torch.float64), [b.attn.w_o.weight for b in model.blocks]
+    for first in range(rank * batch_size, data.n_windows, world * batch_size):
         x, y = (t.to(w_o[0].device) for t in data.batch(np.arange(first, min(first + batch_size, data.n_windows))))
         tap: dict = dict.fromkeys(f"z.{l}" for l in range(len(model.blocks)))
         with autocast:
             loss += model(x, y, tap=tap)[1].item() * len(x)
         for space in grams:
             gram = [head_gram(z, w if space == "resid" else None) for z, w in zip(tap.values(), w_o, strict=True)]
-            grams[space] = grams[space] + torch.stack(gram).double().cpu()
+            grams[space] += torch.stack(gram).double().cpu()
+    all_sum(loss, *grams.values())
     model.train()
-    n_heads, d_head = model.cfg.n_heads, model.cfg.d_head
     bases = torch.linalg.qr(torch.stack(w_o).float().unflatten(2, (n_heads, d_head)).transpose(1, 2))[0]  # [L, H, D, K]
     overlap = torch.einsum("lhdk,lgdm->lhgkm", bases, bases).square().sum((-1, -2)) / d_head
     i, j = torch.triu_indices(n_heads, n_heads, offset=1)
     layers = dict(sigma_z=sigma_of(grams["z"]), sigma_resid=sigma_of(grams["resid"]), write_overlap=overlap[:, i, j].mean(-1))
-    return {"val_loss": loss / data.n_windows, **{k: v.tolist() for k, v in layers.items()}}
+    return {"val_loss": loss.item() / data.n_windows, **{k: v.tolist() for k, v in layers.items()}}
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -1102,7 +1172,7 @@ def announce(args: argparse.Namespace, model: NewGPT, train: HFWikiTextLoader, a
     where = f"{device} in {'bfloat16' if autocast._enabled else 'float32'}"
     print(f"model: {total / 1e6:.2f}M parameters, {inner / 1e6:.2f}M without embeddings, on {where}")
     print(f"data: {d['dataset_key']}, {d['n_tokens']:,} training tokens; tokenizer {d['tokenizer_hash']}, {model.cfg.vocab_size:,} kinds")
-    minutes = seconds * args.steps * args.grad_accum / 60
+    minutes = seconds * args.steps * args.grad_accum / rank_and_world()[1] / 60
     print(f"cost: {args.steps} steps, {tokens:,} tokens, about {minutes:.1f} min; up to {gb / 1e9:.2f} GB in {args.save_dir}", flush=True)
 
 
@@ -1122,9 +1192,9 @@ def train_model(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.
                 data: tuple[HFWikiTextLoader, ...], autocast: Any, facts: dict[str, Any], signals: list[int]) -> int:  # fmt: skip
     """The training loop: step, clip, sample sigma, control, validate, save. `data`: training and validation split.
 
-    Returns 0, or 128 + the number of the signal that ended it, after saving.
+    Returns 0, or 128 + the number of the signal that ended it, after saving. Several processes take the same steps; rank 0 writes.
     """
-    device, (train, val) = model.embedding.weight.device, data
+    device, (train, val), (rank, world) = model.embedding.weight.device, data, rank_and_world()
     depth = torch.arange(1, args.n_layers + 1, device=device) / args.n_layers
     layer_weights = depth**3 if args.layer_weights == "cubic" else torch.ones_like(depth)
     first, logs = resume(args, model, optimizer, pressure) if args.resume else (0, {"telemetry": [], "layers": []})
@@ -1137,7 +1207,10 @@ def train_model(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.
         sample, check = step % args.control_interval == 0, step % args.val_interval == 0 or last
         x, y = (t.to(device).split(args.batch_size) for t in train.shuffled((step - 1) * n, n, args.seed))
         weights = torch.tensor(lambdas, device=device) * layer_weights
-        loss, grams = training_step(model, list(zip(x, y, strict=True)), weights, args, autocast, sample or check)
+        if world > 1 and args.dropout:  # each process its own noise, which --resume can repeat
+            torch.manual_seed((args.seed * args.steps + step) * world + rank)
+        loss, grams = training_step(model, list(zip(x, y, strict=True))[rank::world], weights, args, autocast, sample or check)
+        all_sum(noted := torch.tensor(float(len(signals))))  # so that all of them stop at the same step
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
         if not math.isfinite(loss + norm):
             kept = f"the checkpoints in {args.save_dir} are good, try a --learning_rate below {args.learning_rate}"
@@ -1158,27 +1231,31 @@ def train_model(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.
             result |= {"lambda": lambdas if len(lambdas) > 1 else lambdas * args.n_layers}
             logs["layers"] += [{"step": step, "layer": l, **{k: v[l] for k, v in result.items()}} for l in range(args.n_layers)]
             clock = time.perf_counter()
-        if check or signals or step % args.save_interval == 0 or time.perf_counter() - written > 10:
+        stop, save = bool(noted) and not last, bool(noted) or last or step % args.save_interval == 0
+        if rank == 0 and (check or save or time.perf_counter() - written > 10):
             written = time.perf_counter()
             for name, table in (("telemetry.csv", rows), ("layers.csv", logs["layers"])):
                 with atomic(args.save_dir / name) as tmp:
                     pd.DataFrame(table).to_csv(tmp, index=False)
-        if last or signals or step % args.save_interval == 0:
+        if rank == 0 and save:
             path = args.save_dir / (f"janus_{facts['arm']}_final.pt" if last else f"ckpt_{step:08d}.pt")
             save_checkpoint(path, model, optimizer, pressure, {**facts, "step": step}, logs)
             for old in sorted(args.save_dir.glob("ckpt_*.pt"))[:-3]:
                 sidecar_path(old).unlink(missing_ok=True)
                 old.unlink()
-        if signals and not last:
-            print(f"signal {signals[0]}: saved step {step} in {args.save_dir}; continue with the same command and --resume")
-            return 128 + signals[0]
+        if stop:
+            number = int((signals or [signal.SIGTERM])[0])
+            print(f"signal {number}: saved step {step} in {args.save_dir}; continue with the same command and --resume")
+            all_sum(torch.zeros(1))  # the others wait until rank 0 has saved
+            return 128 + number
     return 0
 
 
 @one_line_errors
+@torchrun
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    csv, arm = args.save_dir / "telemetry.csv", args.pressure.partition(":")[0]
+    csv, arm, (rank, _) = args.save_dir / "telemetry.csv", args.pressure.partition(":")[0], rank_and_world()
     if args.redraw:
         draw_training(args.redraw, args.target_sigma, args.save_dir / "training.png")
         return 0
@@ -1193,7 +1270,8 @@ def main(argv: list[str] | None = None) -> int:
         args.dataset = str(Path(args.dataset).resolve())  # later phases may be started in another folder
 
     device, autocast = set_up(args)
-    train, val = (HFWikiTextLoader(args.dataset, args.tokenizer, args.seq_len, s, args.cache_dir) for s in ("train", "validation"))
+    with rank_0_first():  # it fills the cache
+        train, val = (HFWikiTextLoader(args.dataset, args.tokenizer, args.seq_len, s, args.cache_dir) for s in ("train", "validation"))
     heads = dict(n_heads=args.n_heads, n_kv_heads=args.n_kv_heads, d_head=args.d_model // args.n_heads)
     rest = {k: getattr(args, k) for k in ("n_layers", "d_model", "d_ff", "seq_len", "tied", "dropout")}
     model = NewGPT(GPTConfig(vocab_size=train.tokenizer.get_vocab_size(), **heads, **rest)).to(device).train()
@@ -1203,16 +1281,18 @@ def main(argv: list[str] | None = None) -> int:
     pressure = Pressure(args)
     announce(args, model, train, autocast)
 
-    with run_record(args.save_dir, args) as record:
-        for path in [] if args.resume else [final, sidecar_path(final), *old]:
-            path.unlink(missing_ok=True)
-        with atomic(args.save_dir / "tokenizer.json") as tmp:
-            train.tokenizer.save(str(tmp))
+    recording: Any = contextlib.nullcontext({}) if rank else run_record(args.save_dir, args)
+    with recording as record:
+        if rank == 0:
+            for path in [] if args.resume else [final, sidecar_path(final), *old]:
+                path.unlink(missing_ok=True)
+            with atomic(args.save_dir / "tokenizer.json") as tmp:
+                train.tokenizer.save(str(tmp))
         facts = {"arm": arm, "preset": args.preset, "seed": args.seed, "dataset": args.dataset, "data": train.description}
         facts["arguments"] = trajectory(args)
         with noting_signals() as signals:
             record["exit_status"] = train_model(args, model, optimizer, pressure, (train, val), autocast, facts, signals)
-    if record["exit_status"]:
+    if rank or record["exit_status"]:
         return record["exit_status"]
     draw_training([csv], args.target_sigma, args.save_dir / "training.png")
     end = read_telemetry(csv).iloc[-1]

@@ -43,6 +43,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
@@ -192,6 +194,53 @@ def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
         return 1
 
     return run
+
+
+# Copied from: janus_adaptive.py::torchrun
+def torchrun(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates `main`: if torchrun started it, joins the other processes (gloo; nccl between GPUs) and lets only rank 0 print.
+
+    Of several processes that fail the first says why; torchrun then ends those that wait for it.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        if not dist.is_torchelastic_launched():
+            return main(argv)
+        store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timedelta(days=30))
+        out, err = [io.StringIO()] * 2 if rank else (sys.stdout, sys.stderr)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = main(argv)
+        except SystemExit:  # --help or a wrong command line, the same for all: nobody ends before rank 0 has printed it
+            all_sum(torch.zeros(1))
+            raise
+        except BaseException:
+            if store.add("failed", 1) == 1:
+                raise
+            time.sleep(1)  # as soon as one process has ended torchrun ends the rest, and the first may still be printing
+            return 1
+        dist.destroy_process_group()
+        return status
+
+    return run
+
+
+# Copied from: janus_adaptive.py::rank_and_world
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process, and how many torchrun started; without it 0 and 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+# Copied from: janus_adaptive.py::all_sum
+def all_sum(*tensors: Tensor) -> None:
+    """Replaces each tensor (of one dtype and device) by its sum over all processes, the same bits in each of them."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
 
 
 # Copied from: janus_adaptive.py::atomic
@@ -341,6 +390,10 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
     name = next(k for k, ok in there.items() if ok) if args.device == "auto" else args.device
     if not there[name]:
         raise HandoffError(f"--device {name} is not available here; found: {', '.join(k for k in there if there[k])}")
+    if name == "cuda":
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= (n := torch.cuda.device_count()):
+            raise HandoffError(f"torchrun started process {local} (from 0) where there are {n} GPUs; give --nproc_per_node {n}")
+        torch.cuda.set_device(local)
     cpu = torch.cpu.get_capabilities()
     fast = {"cuda": there["cuda"] and torch.cuda.is_bf16_supported(False), "cpu": cpu.get("avx512_bf16") or cpu.get("amx_bf16")}
     half = bool(fast.get(name)) if args.dtype == "auto" else args.dtype == "bfloat16"
@@ -1122,11 +1175,12 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
         trainer.step(dump.batch(0, a.batch_size, a.seed))
         seconds = time.perf_counter() - start
     copies = 6 if a.arch == "topk" else 4  # training state 3, exports
+    minutes = seconds * a.steps * math.ceil(n / rank_and_world()[1]) / 60
     weights, pool = 8 * a.expansion * d * d, 2 * dump.array.itemsize * d * min(POOL, dump.n_train)
     need_disk(a.save_dir, weights * (copies * n + 3))
     print(f"{n} SAEs ({a.arch}, of a {a.unit}): D = {d}, F = {a.expansion * d}, on {device} in {a.dtype}, preset {a.preset}")
     memory = 8 * weights + pool + (20 if a.arch == "gated" else 12) * a.batch_size * a.expansion * d
-    print(f"cost: {a.tokens:,} tokens in {a.steps} steps each, about {seconds * a.steps * n / 60:.1f} min in all", end="; ")
+    print(f"cost: {a.tokens:,} tokens in {a.steps} steps each, about {minutes:.1f} min in all", end="; ")
     print(f"{weights * copies * n / 1e9:.2f} GB in {a.save_dir}, about {memory / 1e9:.1f} GB of memory", flush=True)
 
 
@@ -1254,12 +1308,13 @@ def collect_metrics(save_dir: Path) -> None:
 
 
 @one_line_errors
+@torchrun
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     if args.redraw:
         draw_report(args.save_dir)
         return 0
-    device, autocast = set_up(args)
+    (rank, world), (device, autocast) = rank_and_world(), set_up(args)
     args.dtype = "bfloat16" if autocast._enabled else "float32"
     jobs = find_jobs(args)
     if not args.resume:
@@ -1267,21 +1322,30 @@ def main(argv: list[str] | None = None) -> int:
     given = dict(zip(args.runs or [], args.model_path or [], strict=False))
     models = {run: find_model(dump, given.get(run), device, args.skip_probe) for run, dump in {j.dump.run: j.dump for j in jobs}.items()}
     announce_cost(jobs, device)
+    all_sum(stopped := torch.zeros(()))  # nobody writes before all have looked at what is there
     stop: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: stop.append(n))
     runs = {job.dump.run for job in jobs}
-    with run_record(args.save_dir / runs.pop() if len(runs) == 1 else args.save_dir, args) as record:
+    recording: Any = run_record(args.save_dir / runs.pop() if len(runs) == 1 else args.save_dir, args)
+    with contextlib.nullcontext({}) if rank else recording as record:
         record["settings"] = {str(job.folder): vars(job.args) for job in jobs}
-        for job in jobs:
+        for job in jobs[rank::world]:  # several processes deal the jobs out
             trainer = run_training(job, device, stop)
             if stop:
-                print(f"signal {stop[0]}: {job.folder} is saved; continue with the same command and --resume")
-                record["exit_status"] = 128 + stop[0]
-                return 128 + stop[0]
+                stopped += 1
+                break
             if trainer:
                 print(finish_sae(job, trainer, models[job.dump.run]), flush=True)
             job.dump.pool = (None, torch.empty(0))
+        all_sum(stopped)
+        if stopped:
+            status = 128 + (stop or [signal.SIGTERM])[0]
+            print(f"signal {status - 128}: what is unfinished in {args.save_dir} is saved; continue with the same command and --resume")
+            record["exit_status"] = status
+            return status
+        if rank:
+            return 0
         with open(args.save_dir / ".lock", "w") as lock:  # runs trained side by side report one after the other
             fcntl.flock(lock, fcntl.LOCK_EX)
             collect_metrics(args.save_dir)
