@@ -21,6 +21,7 @@ import ast
 import base64
 import contextlib
 import copy
+import ctypes
 import functools
 import gc
 import hashlib
@@ -68,7 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         sequences=320,
         sae_dict_size=2048,
         sae_tokens=4096,
-        sae_iterations=80,
+        sae_iterations=50,
         permutations=10_000,
         directions=2000,
         energy_layers=[0, 1, 2, 4, 6],
@@ -173,6 +174,16 @@ def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 # Copied from: janus_adaptive.py::HandoffError
 class HandoffError(Exception):
     """A broken input or hand-off. The text is the one line that the user reads: fact, found, expected, command."""
+
+
+# Copied from: janus_adaptive.py::keep_memory
+def keep_memory() -> None:
+    """Linux with glibc: freed memory stays with the process. Else every large tensor is mapped anew, page by page: a tenth of
+    a step. Only for loops that allocate the same again and again: what is kept between large temporaries would pin them."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 # Copied from: janus_adaptive.py::one_line_errors
@@ -1896,6 +1907,7 @@ def main(argv: list[str] | None = None) -> int:
     args, clock = parse_args(argv), time.perf_counter()
     report, raw = args.save_dir / "research_report.md", args.save_dir / "raw_results.json"
     refuse_overwrite([report, raw], args.overwrite)
+    keep_memory()
     with run_record(args.save_dir, args) as record:
         res, _ = run_all(args, build_corpus(documents(args.corpus, args.cache_dir), args.sequences, args.seed))
         cost = (

