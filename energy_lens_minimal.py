@@ -69,7 +69,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         sequences=320,
         sae_dict_size=2048,
         sae_tokens=4096,
-        sae_iterations=50,
+        sae_iterations=30,
         permutations=10_000,
         directions=2000,
         energy_layers=[0, 1, 2, 4, 6],
@@ -1707,11 +1707,12 @@ def analyse_energy_transformer(args: Any, et: EnergyTransformer, corpus: Corpus)
     stable, tables["step_size"] = largest_step(et64, corpus.test[::40])
     res.facts["largest_step"] = stable
     last, middle = args.energy_layers[-1], args.energy_layers[len(args.energy_layers) // 2]
-    picked = corpus.train[torch.from_numpy(rng.permutation(len(corpus.train))[: max(2000, args.sae_tokens // 32)])]
+    picked = corpus.train[torch.from_numpy(rng.permutation(len(corpus.train))[: max(1000, args.sae_tokens // 32)])]
     with torch.no_grad():
         b, xs = descend(et, corpus.test, last, alpha)
-        parts = [descend(et, some, last, alpha)[1] for some in picked.split(250)]  # all at once would need a gigabyte
-        train_xs = [torch.cat(states) for states in zip(*parts, strict=True)]
+        parts = [descend(et, some, last, alpha)[1] for some in picked.split(125)]  # all at once would need a gigabyte
+        train_xs = {t: torch.cat([states[t] for states in parts]) for t in args.energy_layers}
+        del parts
 
     layers, saes, quality = [], {}, []
     for t in tqdm(args.energy_layers, desc="layers", disable=None):
