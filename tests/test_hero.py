@@ -515,7 +515,7 @@ def broken(study: Path, tmp_path: Path, what: str) -> list[str]:
         shutil.copy(str(study / "adaptive/janus_adaptive_final.pt.json"), tmp_path / "lone.pt.json")
         table[table["run"] == "adaptive"].to_csv(csv, index=False)
     if what == "unknown sae":
-        (sae / "cfg.json").write_text(json.dumps({"architecture": "gated"}))
+        (sae / "cfg.json").write_text(json.dumps({"architecture": "temporal"}))
     if what in ("empty csv", "no rows", "no column", "not a number", "other checkpoint", "no tokenizer"):
         hero.write_sidecar(csv, "janus.ablation/1", [])
     places = {"layer": (3, 0), "head": (0, -1)}
@@ -530,7 +530,7 @@ def broken(study: Path, tmp_path: Path, what: str) -> list[str]:
         ("run", "--run x is not in"), ("layer", "layer 3 is out of range: "), ("head", "heads 0 to 3"),
         ("other checkpoint", "ablation_test.py"), ("other tokens", "000000000000"), ("other z", "harvest_activations.py"),
         ("other sae", "train_sae.py"), ("no tokens", "harvest_activations.py"),
-        ("cut tokens", "damaged"), ("no tokenizer", "tokenizer.json"), ("unknown sae", "gated"),
+        ("cut tokens", "damaged"), ("no tokenizer", "tokenizer.json"), ("unknown sae", "temporal"),
     ],
 )  # fmt: skip
 def test_broken_hand_offs_are_one_line(study: Path, tmp_path: Path, capsys, what: str, says: str):
