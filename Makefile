@@ -16,7 +16,7 @@ LAST   := $(lastword $(LAYERS))
 # setpoint is 0.009, not the published 0.0035; its loop is faster because its run is shorter; and its learning rate stays
 # constant, because heads hardly respond once it has decayed (RESULTS.md).
 SETPOINT ?= 0.009
-TRAIN  ?= --preset demo --dataset builtin --target_sigma $(SETPOINT) --lambda_start 2 --pressure_warmup 100 --control_interval 5 --filter_beta 0.8 --k_p 4 --k_i 0.04 --schedule constant
+TRAIN  ?= --preset demo --dataset builtin --target_sigma $(SETPOINT) --lambda_start 2 --pressure_warmup 100 --control_interval 5 --filter_beta 0.8 --k_p 4 --k_i 0.1 --schedule constant --lr_warmup 100
 TEXT   ?= The quick brown fox jumps over the lazy dog because of complex physics.
 MODELS := $(RUN)/adaptive/janus_adaptive_final.pt.json $(RUN)/control/janus_control_final.pt.json
 DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.npy.json)
