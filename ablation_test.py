@@ -628,7 +628,6 @@ SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  
 BUILTIN_PACKAGES = {p: p for p in ("numpy", "pandas", "scipy", "matplotlib", "seaborn", "torch", "transformers", "datasets")} | {
     "sklearn": "scikit-learn"
 }
-BUILTIN_PACKAGES["sklearn"] = "scikit-learn"
 # Copied from: janus_adaptive.py::BUILTIN_VERSION
 BUILTIN_VERSION = 1
 

@@ -105,8 +105,8 @@ def training(o: argparse.Namespace) -> list[Row]:
         model, theirs = janus.NewGPT(cfg).train(), llama(cfg)
         assert sum(p.numel() for p in theirs.parameters()) == model.n_params()[0]
         if shutil.which("c++"):
-            for block in model.blocks:
-                block.compile(backend=backend)
+            for part in (*model.blocks, model.loss):  # as announce() does
+                part.compile(backend=backend)
         mine, plain, steps = janus_optimizer(model, args), janus_optimizer(theirs, args), itertools.count(1)
         data = itertools.cycle([tuple(torch.randint(vocab, (batch, seq_len)) for _ in "xy") for _ in range(4)])
         arms = {arm: janus.Pressure(janus.parse_args([*flags, "--pressure", arm])) for arm in ("control", "adaptive")}
