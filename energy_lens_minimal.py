@@ -1785,6 +1785,11 @@ def trivial_line(sae: pd.DataFrame) -> str:
     )
 
 
+def upright(layers: pd.DataFrame) -> pd.DataFrame:
+    """The table of layers with a column a layer: there are more quantities than layers."""
+    return layers.drop(columns=["latents"]).set_index("layer").T.rename_axis(index="layer", columns=None).reset_index().rename(columns=str)
+
+
 def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[ReportPart]:
     """The report of the Energy Transformer, and its figures in `folder`."""
     t, f = res.tables, res.facts
@@ -1827,7 +1832,7 @@ def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[Report
         ("t", t["sae"]),
         ("p", trivial_line(t["sae"])),
         ("h", "EFAS against its nulls"),
-        ("t", rows.drop(columns=["latents"]).T.reset_index().rename(columns=str)),
+        ("t", upright(rows)),
         (
             "p",
             "rule_false_*: how many features the original's rule |EFAS| > 0.1 would pass if sequences were permuted, or if every "

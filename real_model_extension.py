@@ -1069,7 +1069,7 @@ def compose_report(res: LensResults, cfg: EnergyLensConfig, out: Path) -> list[R
         ("t", t["sae"]),
         ("p", lens.trivial_line(t["sae"])),
         ("h", "EFAS against its nulls"),
-        ("t", layers.drop(columns=["latents"]).T.reset_index().rename(columns=str)),
+        ("t", lens.upright(layers)),
         ("img", (out / "efas_distribution.png", "EFAS of the features, of permuted sequences and of random directions")),
     ]
     shift = "not enough data: no eligible feature"
