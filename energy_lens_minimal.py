@@ -444,7 +444,7 @@ class EnergyTransformer(nn.Module):
 
     def field(self, ids: Tensor) -> Tensor:
         """Token ids [S, L] -> input field b [S, L, D], which is also the start of the descent."""
-        return self.field_scale * (self.emb[ids] + self.pos[: ids.shape[1]])
+        return self.field_scale * (F.embedding(ids, self.emb) + self.pos[: ids.shape[1]])
 
     def activation(self, x: Tensor) -> Tensor:
         """g = gamma (x - mean) / sqrt(var + eps) + delta, per token; gamma is one number, so that g is a gradient."""

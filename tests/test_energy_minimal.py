@@ -192,6 +192,22 @@ def planted(seed=0, k=100, n_planted=20):
     return x, gx, sae, strength
 
 
+def test_the_gradient_of_the_tokens_has_the_same_bits_every_time_on_two_threads():
+    """Indexing a parameter would add up its gradient in whatever order the threads come (atomically), to other bits each time."""
+    before, found = torch.get_num_threads(), set()
+    ids = torch.randint(0, 60, (64, 32), generator=torch.Generator().manual_seed(1))
+    try:
+        torch.set_num_threads(2)
+        for _ in range(40):
+            torch.manual_seed(0)
+            et = lens.EnergyTransformer(2000, 32)
+            et.field(ids).square().sum().backward()
+            found.add(et.emb.grad.numpy().tobytes())
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
 def test_planted_features_are_found_with_their_attribution():
     shares = []
     for seed in range(8):
