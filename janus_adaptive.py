@@ -45,7 +45,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import version
@@ -112,6 +112,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g = p.add_argument_group("inputs")
     g.add_argument("--dataset", default="wikitext-103-raw-v1", help="WikiText, builtin, or a .txt/.parquet/.jsonl file or saved folder")
     g.add_argument("--tokenizer", default="auto", help="gpt2, a hub name, folder or tokenizer.json, or train:N; auto: gpt2 or train:4096")
+    g.add_argument("--init_from", metavar="CKPT", help="start from its weights; its sizes and tokenizer replace the preset's")
     g.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --save_dir; equals an uninterrupted run")
     g.add_argument("--redraw", nargs="+", metavar="CSV", help="only redraw training.png in --save_dir from these telemetry files")
     g = p.add_argument_group("outputs")
@@ -1149,6 +1150,22 @@ def resume(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.Optim
     return ckpt["step"], ckpt["logs"]
 
 
+def start_from(args: argparse.Namespace) -> NewGPT:
+    """--init_from -> the model of that checkpoint with this run's context and dropout. Sets its sizes and tokenizer in `args`.
+
+    tools/import_hf.py turns a pretrained Llama into such a checkpoint. Raises HandoffError if it cannot be read or has one head.
+    """
+    saved, _ = load_checkpoint(args.init_from, torch.device("cpu"), args.skip_probe)
+    if saved.cfg.n_heads < 2:
+        raise HandoffError(f"{args.init_from} has one head a layer; expected at least 2, between which sigma is measured")
+    model = NewGPT(replace(saved.cfg, seq_len=args.seq_len, dropout=args.dropout))
+    model.load_state_dict(saved.state_dict())
+    for size in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "tied"):
+        setattr(args, size, getattr(saved.cfg, size))
+    args.tokenizer = str(Path(args.init_from).resolve().with_name("tokenizer.json"))
+    return model
+
+
 def announce(args: argparse.Namespace, model: NewGPT, train: HFWikiTextLoader, autocast: Any) -> None:
     """Compiles blocks and loss (--compile), and prints sizes and cost, measured on one micro-batch that leaves no trace.
 
@@ -1270,11 +1287,13 @@ def main(argv: list[str] | None = None) -> int:
         args.dataset = str(Path(args.dataset).resolve())  # later phases may be started in another folder
 
     device, autocast = set_up(args)
+    model = start_from(args) if args.init_from else None
     with rank_0_first():  # it fills the cache
         train, val = (HFWikiTextLoader(args.dataset, args.tokenizer, args.seq_len, s, args.cache_dir) for s in ("train", "validation"))
-    heads = dict(n_heads=args.n_heads, n_kv_heads=args.n_kv_heads, d_head=args.d_model // args.n_heads)
-    rest = {k: getattr(args, k) for k in ("n_layers", "d_model", "d_ff", "seq_len", "tied", "dropout")}
-    model = NewGPT(GPTConfig(vocab_size=train.tokenizer.get_vocab_size(), **heads, **rest)).to(device).train()
+    if model is None:
+        sizes = {k: getattr(args, k) for k in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "seq_len", "tied", "dropout")}
+        model = NewGPT(GPTConfig(vocab_size=train.tokenizer.get_vocab_size(), d_head=args.d_model // args.n_heads, **sizes))
+    model = model.to(device).train()
     split = {True: args.weight_decay, False: 0.0}  # matrices decay, norms do not
     groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == m], "weight_decay": decay} for m, decay in split.items()]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps")

@@ -117,6 +117,27 @@ def test_phases_2_to_5_run_on_it(imported, cache_dir, tmp_path):
     assert f"L{layer}H" in (tmp_path / "hero" / "hero_report.md").read_text()
 
 
+def test_training_starts_from_it_and_presses_its_heads(source, imported, text_file, cache_dir, tmp_path):
+    """With next to no learning rate the validation loss is transformers' own; with one, the pressure lowers sigma below the control's."""
+    data = ["--dataset", str(text_file), "--cache_dir", str(cache_dir), "--dtype", "float32", "--preset", "smoke", "--seq_len", "32"]
+    common = [*data, "--init_from", str(imported), "--val_interval", "20", "--save_interval", "20", "--control_interval", "5"]
+    still = ["--steps", "1", "--learning_rate", "1e-12", "--weight_decay", "0", "--pressure", "control"]
+    assert janus.main([*common, *still, "--save_dir", str(tmp_path / "still")]) == 0
+    model, ckpt = janus.load_checkpoint(tmp_path / "still/janus_control_final.pt", torch.device("cpu"), False)
+    assert model.cfg.rope_theta == 1e5 and model.cfg.n_kv_heads == 2 and not model.cfg.tied, "sizes are the pretrained model's"
+    n = janus.HFWikiTextLoader(str(text_file), str(imported.with_name("tokenizer.json")), 32, "validation", cache_dir).n_windows
+    x, y = windows(n, imported, cache_dir)
+    with torch.inference_mode():
+        theirs = F.cross_entropy(LlamaForCausalLM.from_pretrained(source).eval()(x).logits.flatten(0, 1), y.flatten()).item()
+    assert ckpt["logs"]["telemetry"][-1]["val_loss"] == pytest.approx(theirs, abs=1e-4)
+    sigma = {}
+    for pressure in ("control", "constant:20"):
+        out = tmp_path / pressure.partition(":")[0]
+        assert janus.main([*common, "--steps", "40", "--pressure", pressure, "--save_dir", str(out)]) == 0
+        sigma[pressure] = janus.read_telemetry(out / "telemetry.csv")["val_sigma_z"].dropna().iloc[-1]
+    assert sigma["constant:20"] < 0.7 * sigma["control"], sigma
+
+
 def test_what_is_refused_is_one_line(source, tokenizer, tmp_path, capsys):
     def says(model: Path, *more: str) -> str:
         assert import_hf.main([str(model), str(tmp_path / "out"), *more]) == 1

@@ -46,8 +46,10 @@ def tracking(telemetry: pd.DataFrame, target: float) -> dict[str, float]:
     step, relative = telemetry["step"][auto].to_numpy(), relative[auto].to_numpy()
     inside = np.abs(relative - 1) <= 0.10
     first = int(inside.argmax()) if inside.any() else len(inside)
-    held = {"settled_step": float(step[first]) if inside.any() else np.nan, "share": inside[first:].mean() if inside.any() else 0.0}
-    return held | {"mean": relative[first:].mean(), "sd": relative[first:].std(), "n": len(relative) - first, "hold_mean": hold_mean}
+    if not inside.any():
+        return {"settled_step": np.nan, "share": 0.0, "mean": np.nan, "sd": np.nan, "n": 0, "hold_mean": hold_mean}
+    held = {"settled_step": float(step[first]), "share": inside[first:].mean(), "n": len(relative) - first, "hold_mean": hold_mean}
+    return held | {"mean": relative[first:].mean(), "sd": relative[first:].std()}
 
 
 def read(path: Path, columns: list[str]) -> pd.DataFrame:
@@ -86,14 +88,19 @@ def headlines(folder: Path) -> list[tuple[str, str]]:
     held, target = tracking(telemetry["adaptive"], record["target_sigma"]), record["target_sigma"]
     hold = "" if np.isnan(held["hold_mean"]) else f" (mean {held['hold_mean']:.2f} in the hold phase at the end)"
     control = telemetry["control"]
-    free = control["sigma_z"][control["step"] >= held["settled_step"]].mean()  # the same metric, over the same steps
+    same = control["step"] >= held["settled_step"] if held["n"] else control["step"] > 0
+    free = control["sigma_z"][same].mean()  # the same metric, over the same steps
     whole = {arm: t["val_sigma_z"].dropna().iloc[-1] for arm, t in telemetry.items()}
+    loop = "filtered sigma never came within 10 % of it; "
+    if held["n"]:
+        loop = (
+            f"filtered sigma {held['mean']:.3f} +- {held['sd']:.3f} of it from step {held['settled_step']:.0f} on, {held['share']:.0%} of "
+            f"{held['n']} samples within 10 %{hold}; "
+        )
     out.append(
         (
             f"sigma against its setpoint {target:g}",
-            f"filtered sigma {held['mean']:.3f} +- {held['sd']:.3f} of it from step {held['settled_step']:.0f} on, {held['share']:.0%} of "
-            f"{held['n']} samples within 10 %{hold}; "
-            f"control {free:.4f}, {free / target:.2f} times the setpoint (whole validation split, where sampling adds less: adaptive "
+            f"{loop}control {free:.4f}, {free / target:.2f} times the setpoint (whole validation split, where sampling adds less: adaptive "
             f"{whole['adaptive']:.4f}, control {whole['control']:.4f})",
         )
     )
