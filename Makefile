@@ -121,8 +121,8 @@ bench: setup-dev
 SMOL ?= runs/smollm2
 SMOL_MODEL := $(SMOL)/model/janus_pretrained_final.pt
 demo-smollm2: setup-models
-	$(PY) tools/import_hf.py smollm2 $(SMOL)/model --seq_len 128 --overwrite
-	$(PY) ablation_test.py --adaptive_model $(SMOL_MODEL) --dtype float32 --n_seqs 8 --n_mean 32 --mode mean zero --batch_size 8 \
+	$(PY) tools/import_hf.py smollm2 $(SMOL)/model --seq_len 64 --overwrite
+	$(PY) ablation_test.py --adaptive_model $(SMOL_MODEL) --dtype float32 --n_seqs 12 --n_mean 64 --mode mean zero --batch_size 6 \
 	  --save_file $(SMOL)/results_ablation.csv --overwrite
 	layer=$$($(PY) -c "import pandas as pd; t = pd.read_csv('$(SMOL)/results_ablation_summary.csv'); \
 	  print(int(t[t['mode'] == t['ranked_by']]['hero_layer'].iloc[0]))") && \

@@ -602,7 +602,8 @@ def load_checkpoint(path: str | Path, device: torch.device, skip_probe: bool) ->
 
     Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees with its golden probe.
     """
-    read_sidecar(path, CHECKPOINT_SCHEMA, "python janus_adaptive.py --save_dir DIR")
+    remedy = "python janus_adaptive.py --save_dir DIR, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
+    read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         model = NewGPT(GPTConfig(**ckpt["config"]))
@@ -832,10 +833,11 @@ SCORES = ("loss", "kl", "flip")  # of a token: cross-entropy and KL(clean || abl
 def token_scores(model: NewGPT, final: Tensor, targets: Tensor) -> Tensor:
     """Last residual streams [1 + R, N, D], the clean one first, and targets [N] -> SCORES [3, 1 + R, N], float32.
 
-    A few tokens at a time: the logits of all variants never exist at once.
+    A few tokens at a time: the logits of all variants never exist at once. But 256 rows at least: with fewer a product reads all
+    of a large unembedding for next to no work.
     """
     limit = 1 << (20 if final.device.type == "cpu" else 27)  # logits at once, about a cache
-    step, parts = max(1, limit // (len(final) * model.cfg.vocab_size)), []
+    step, parts = max(1, max(256, limit // model.cfg.vocab_size) // len(final)), []
     for x, y in zip(final.split(step, dim=1), targets.split(step), strict=True):
         log_q = model.unembed(x).float().log_softmax(-1)  # [1 + R, n, V]; row 0 is log p
         picked = log_q.gather(-1, torch.stack((y, log_q[0].argmax(-1)), -1).expand(len(log_q), -1, 2))  # of target, of clean top

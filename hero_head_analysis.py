@@ -506,7 +506,8 @@ def load_checkpoint(path: str | Path, device: torch.device, skip_probe: bool) ->
 
     Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees with its golden probe.
     """
-    read_sidecar(path, CHECKPOINT_SCHEMA, "python janus_adaptive.py --save_dir DIR")
+    remedy = "python janus_adaptive.py --save_dir DIR, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
+    read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         model = NewGPT(GPTConfig(**ckpt["config"]))

@@ -118,6 +118,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g = p.add_argument_group("outputs")
     g.add_argument("--save_dir", type=Path, default=Path("checkpoints/v1"), help="output folder")
     g.add_argument("--save_interval", type=count, help="steps between checkpoints")
+    g.add_argument("--tensorboard", action="store_true", help="also log to <save_dir>/tensorboard (needs the package tensorboard)")
     g.add_argument("--val_interval", type=count, help="steps between validations of the whole split")
     g = p.add_argument_group("model")
     g.add_argument("--preset", choices=list(PRESETS), default="full", help="sizes; explicit flags beat it; defaults shown are its own")
@@ -167,6 +168,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Cross-flag checks (exit 2 with one line), and the defaults that follow from other flags."""
+    if args.tensorboard and find_spec("tensorboard") is None:
+        p.error("--tensorboard needs a package: pip install tensorboard (the CSVs have the same numbers without it)")
     arm, _, value = args.pressure.partition(":")
     args.n_kv_heads = args.n_kv_heads or args.n_heads
     args.lr_warmup = args.lr_warmup if args.lr_warmup >= 0 else args.steps // 20
@@ -622,7 +625,8 @@ def load_checkpoint(path: str | Path, device: torch.device, skip_probe: bool) ->
 
     Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees with its golden probe.
     """
-    read_sidecar(path, CHECKPOINT_SCHEMA, "python janus_adaptive.py --save_dir DIR")
+    remedy = "python janus_adaptive.py --save_dir DIR, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
+    read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         model = NewGPT(GPTConfig(**ckpt["config"]))
@@ -1043,6 +1047,18 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 # ------------------------------------------------------------------------------------- report: telemetry and figure
+def show_live(board: Any, step: int, row: dict[str, Any], grams: Tensor | None) -> None:
+    """One row of telemetry to TensorBoard; the cosines between heads as a histogram, and their absolute values as an image a layer."""
+    for name, value in row.items():
+        if isinstance(value, int | float) and math.isfinite(value):
+            board.add_scalar(name, value, step)
+    if grams is not None:
+        scale = grams.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30).rsqrt()
+        board.add_histogram("cosines between heads", head_cosines(grams), step)
+        board.add_images("abs(cosine) between heads, by layer", (grams * scale[:, :, None] * scale[:, None]).abs()[:, None], step)
+    board.flush()
+
+
 def read_telemetry(path: str | Path) -> pd.DataFrame:
     """A telemetry.csv of this script; HandoffError if it is not one."""
     try:
@@ -1105,7 +1121,7 @@ def draw_training(csvs: list[str | Path], target: float, out: Path) -> None:
 # ---------------------------------------------------------------------------------------- checkpoints and main
 def trajectory(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that decide where a run goes; --resume refuses to change them."""
-    free = {"save_dir", "resume", "redraw", "overwrite", "cache_dir", "device", "skip_probe", "save_interval", "preset"}
+    free = {"save_dir", "resume", "redraw", "overwrite", "tensorboard", "cache_dir", "device", "skip_probe", "save_interval", "preset"}
     return {k: v for k, v in vars(args).items() if k not in free}
 
 
@@ -1217,6 +1233,8 @@ def train_model(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.
     first, logs = resume(args, model, optimizer, pressure) if args.resume else (0, {"telemetry": [], "layers": []})
     rows, n, told = logs["telemetry"], args.batch_size * args.grad_accum, first
     clock = written = time.perf_counter()
+    wanted = args.tensorboard and rank == 0
+    board = import_module("torch.utils.tensorboard").SummaryWriter(str(args.save_dir / "tensorboard")) if wanted else None
     for step in tqdm(range(first + 1, args.steps + 1), initial=first, total=args.steps, desc=facts["arm"], unit="step", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -1248,6 +1266,8 @@ def train_model(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.
             result |= {"lambda": lambdas if len(lambdas) > 1 else lambdas * args.n_layers}
             logs["layers"] += [{"step": step, "layer": l, **{k: v[l] for k, v in result.items()}} for l in range(args.n_layers)]
             clock = time.perf_counter()
+        if board and (sample or check):
+            show_live(board, step, rows[-1], grams)
         stop, save = bool(noted) and not last, bool(noted) or last or step % args.save_interval == 0
         if rank == 0 and (check or save or time.perf_counter() - written > 10):
             written = time.perf_counter()

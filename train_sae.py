@@ -44,6 +44,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +122,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--redraw", action="store_true", help="only rebuild table 2 and the figures from the CSVs in --save_dir")
     g = p.add_argument_group("outputs")
     g.add_argument("--save_dir", type=Path, default=Path("saes"), help="output folder")
+    g.add_argument("--tensorboard", action="store_true", help="also log to <SAE folder>/tensorboard (needs the package tensorboard)")
     g.add_argument("--save_interval", type=count, default=500, help="steps between saves of training state and export")
     g = p.add_argument_group("method")
     g.add_argument("--arch", choices=ARCHS, default="batchtopk", help="k on average, exactly k, L1, learned threshold, gated L1, nested k")
@@ -153,6 +156,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         p.error("--lr_decay must lie in [0, 1), --lr_warmup must not be negative, --aux_k must be -1 or more")
     if args.resume and args.overwrite:
         p.error("--resume goes on with what --overwrite replaces: give one of them")
+    if args.tensorboard and find_spec("tensorboard") is None:
+        p.error("--tensorboard needs a package: pip install tensorboard (the CSVs have the same numbers without it)")
     return args
 
 
@@ -607,7 +612,8 @@ def load_checkpoint(path: str | Path, device: torch.device, skip_probe: bool) ->
 
     Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees with its golden probe.
     """
-    read_sidecar(path, CHECKPOINT_SCHEMA, "python janus_adaptive.py --save_dir DIR")
+    remedy = "python janus_adaptive.py --save_dir DIR, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
+    read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         model = NewGPT(GPTConfig(**ckpt["config"]))
@@ -1246,11 +1252,17 @@ def run_training(job: Job, device: torch.device, stop: list[int]) -> Trainer | N
     if t.step_count >= a.steps and sidecar_path(folder / WEIGHTS).exists():
         print(f"{folder} is finished; there is nothing to resume")
         return None
+    board = import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard")) if a.tensorboard else None
     bar = tqdm(
         range(t.step_count, a.steps), initial=t.step_count, total=a.steps, desc="/".join(folder.parts[-3:]), unit="step", disable=None
     )
     for step in bar:
         t.step(dump.batch(step, a.batch_size, a.seed))
+        if board and t.history and t.history[-1]["step"] == step + 1:
+            for name, value in t.history[-1].items():
+                board.add_scalar(name, value, step + 1)
+            board.add_histogram("tokens since a latent fired", t.idle, step + 1)
+            board.flush()
         if stop or (step + 1) % a.save_interval == 0 or step + 1 == a.steps:
             save_sae(job, t)
         if stop:

@@ -285,6 +285,20 @@ def held_out(made: Path, layer: int) -> torch.Tensor:
     return torch.from_numpy(np.load(made / f"activations/adaptive/L{layer}.z.npy")[-128:].astype(np.float32))
 
 
+def test_tensorboard_shows_the_numbers_of_the_csv(made, finished, tmp_path):
+    pytest.importorskip("tensorboard", reason="requirements-dev.txt installs it")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(made, tmp_path, "--runs", "adaptive", "--layers", "0", "--arch", "topk", "--tensorboard") == 0
+    folder, events = tmp_path / "adaptive" / "L0", EventAccumulator(str(tmp_path / "adaptive" / "L0" / "tensorboard"))
+    events.Reload()
+    t = pd.read_csv(folder / "training.csv")
+    for column in ("mse_normalised", "l0", "dead_share"):
+        shown = [(e.step, e.value) for e in events.Scalars(column)]
+        assert [step for step, _ in shown] == t["step"].tolist() and np.allclose([v for _, v in shown], t[column], rtol=1e-6)
+    assert t.equals(pd.read_csv(finished / "topk" / "adaptive" / "L0" / "training.csv")), "looking must not change the training"
+
+
 @pytest.mark.parametrize("arch", SAELENS)
 def test_saelens_loads_the_export_and_agrees(made, finished, arch):
     from sae_lens import SAE

@@ -228,3 +228,27 @@ def test_schedules():
     a.schedule = "wsd"
     rate = np.array([janus.learning_rate(s, a) for s in range(1, a.steps + 1)])
     assert (rate[200 : int(0.8 * a.steps)] == a.learning_rate).all() and 0 < rate[-1] < 0.02 * a.learning_rate
+
+
+def test_tensorboard_shows_the_numbers_of_the_csv_and_moves_nothing(smoke_args, smoke_checkpoint, tmp_path):
+    pytest.importorskip("tensorboard", reason="requirements-dev.txt installs it")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert janus.main([*smoke_args, "--tensorboard", "--save_dir", str(tmp_path)]) == 0
+    assert same(tmp_path / "janus_adaptive_final.pt", smoke_checkpoint)
+    events, t = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0}), pd.read_csv(tmp_path / "telemetry.csv")
+    events.Reload()
+    for column in ("loss", "val_loss", "sigma_z", "lambda", "grad_norm"):
+        rows = t[["step", column]].dropna()
+        shown = [(e.step, e.value) for e in events.Scalars(column)]
+        assert [step for step, _ in shown] == rows["step"].tolist()
+        assert np.allclose([value for _, value in shown], rows[column], rtol=1e-6)
+    assert len(events.Histograms("cosines between heads")) == len(t)
+    assert len(events.Images("abs(cosine) between heads, by layer")) == len(t)
+
+
+def test_tensorboard_that_is_missing_is_one_line(smoke_args, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(janus, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as e:
+        janus.main([*smoke_args, "--tensorboard", "--save_dir", str(tmp_path)])
+    assert e.value.code == 2 and "error: --tensorboard needs a package: pip install tensorboard" in capsys.readouterr().err
