@@ -236,7 +236,7 @@ def test_tensorboard_shows_the_numbers_of_the_csv_and_moves_nothing(smoke_args, 
 
     assert janus.main([*smoke_args, "--tensorboard", "--save_dir", str(tmp_path)]) == 0
     assert same(tmp_path / "janus_adaptive_final.pt", smoke_checkpoint)
-    events, t = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0}), pd.read_csv(tmp_path / "telemetry.csv")
+    events, t = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0, "histograms": 0}), pd.read_csv(tmp_path / "telemetry.csv")
     events.Reload()
     for column in ("loss", "val_loss", "sigma_z", "lambda", "grad_norm"):
         rows = t[["step", column]].dropna()
