@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pandas as pd
@@ -107,6 +108,19 @@ def test_verdicts_follow_the_tables(edited, tmp_path):
     telemetry.to_csv(path, index=False)
     claim, said, _ = report.verdict(report.Run(run))[0]
     assert "holds sigma" in claim and said == "not supported"
+
+
+def test_tracking_of_known_loops():
+    """Settles at the second closed-loop sample; then three of four within 10 %. And one that never does."""
+    phase = ["warmup"] * 2 + ["auto"] * 5 + ["hold"]
+    t = pd.DataFrame(dict(step=range(0, 80, 10), phase=phase, sigma_filtered=[9, 9, 1.5, 1.05, 0.95, 1.2, 1.0, 0.5]))
+    held = report.tracking(t, 1.0)
+    assert held["settled_step"] == 30 and held["n"] == 4 and held["share"] == 0.75 and held["hold_mean"] == 0.5
+    assert held["mean"] == pytest.approx(1.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        never = report.tracking(t.assign(sigma_filtered=2.0), 1.0)
+    assert never["n"] == 0 and never["share"] == 0 and never["mean"] != never["mean"]
 
 
 @pytest.mark.parametrize("given, says", [("nothing", "has no adaptive/telemetry.csv"), ("full", "Is a directory")])
