@@ -27,6 +27,7 @@ from typing import Any
 
 import pandas as pd
 from PIL import Image
+from scipy import stats
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from headlines import tracking  # noqa: E402
@@ -54,7 +55,7 @@ class Exhibit:
 
 
 class Run:
-    """The folder of one pipeline; its tables, read once. A missing one raises FileNotFoundError."""
+    """The folder of one pipeline, and what lies in it. A missing table raises FileNotFoundError."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
@@ -65,7 +66,11 @@ class Run:
         return pd.read_csv(self.path / name)
 
     def record(self, name: str) -> dict[str, Any]:
-        return json.loads((self.path / name / "run.json").read_text(encoding="utf-8"))
+        path = self.path / name / "run.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise HandoffError(f"{path} is not JSON: damaged; the phase that wrote it writes it anew") from None
 
     @cached_property
     def telemetry(self) -> dict[str, pd.DataFrame]:
@@ -247,9 +252,9 @@ def verdict(r: Run) -> list[tuple[str, str, str]]:
             f"adaptive {own:.4f}, control {free:.4f}; one seed an arm, so a description of these two models",
         )
     try:
-        t = r.table("saes/sae_metrics.csv").pivot(index="layer", columns="run", values="fvu")
+        t = r.table("saes/sae_metrics.csv").pivot_table(index="layer", columns="run", values="fvu")
         gap = t["adaptive"] - t["control"]
-        half = 1.96 * gap.sem()
+        half = stats.t.ppf(0.975, len(gap) - 1) * gap.sem()  # the layers are the units
         told = abs(gap.mean()) > half
         judge(
             "Decorrelated heads are easier for sparse autoencoders",
