@@ -110,7 +110,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], epilog=note, allow_abbrev=False, formatter_class=formatter)
     by = {k: "; by preset: " + ", ".join(f"{name} {sizes[k]}" for name, sizes in PHASE_PRESETS.items()) for k in PHASE_PRESETS["full"]}
     g = p.add_argument_group("inputs")
-    g.add_argument("--adaptive_model", type=Path, help="checkpoint of janus_adaptive.py; needed unless --redraw")
+    g.add_argument("--adaptive_model", type=Path, help="checkpoint (.pt), or a pretrained Llama: folder, hub name, .gguf; not for --redraw")
     g.add_argument("--control_model", type=Path, help="another checkpoint, measured on the same sequences")
     g.add_argument("--redraw", type=Path, metavar="CSV", help="no model: all but the .npz again from CSV's .npz (without it: figures)")
     g.add_argument("--dataset", help="text, as for janus_adaptive.py; default: that of the checkpoint")
@@ -618,6 +618,31 @@ def load_checkpoint(path: str | Path, device: torch.device, skip_probe: bool) ->
             f"{Path(__file__).name} is not the one that was trained; run tools/check_copies.py, or pass --skip_probe"
         )
     return model.to(device).eval(), ckpt
+
+
+# Copied from: janus_adaptive.py::as_checkpoint
+def as_checkpoint(path: str | Path, cache_dir: str | Path, dataset: str | None = None) -> Path:
+    """A Janus checkpoint (.pt) as it is; a pretrained Llama (folder, hub name, .gguf file or smollm2) is made into one in `cache_dir`.
+
+    tools/import_hf.py does that, once for each state of the files. Raises HandoffError with its line where it cannot.
+    """
+    here, tool = Path(path), Path(__file__).resolve().parent / "tools" / "import_hf.py"
+    if here.suffix == ".pt" or (here.is_file() and here.suffix != ".gguf"):
+        return here
+    files = sorted(here.glob("*")) if here.is_dir() else [here] if here.exists() else []
+    if any(f.name.startswith("janus_") for f in files):
+        raise HandoffError(f"{path} is a folder of janus_adaptive.py; give the file in it: janus_*_final.pt")
+    if not tool.is_file():
+        raise HandoffError(f"{path} is not a checkpoint (.pt), and {tool}, which imports other models, is missing: use the repository")
+    name = str(here.resolve()) if files else str(path)
+    state = repr([name, dataset, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)])
+    out = Path(cache_dir).expanduser() / f"pretrained-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
+    if not sidecar_path(made := out / "janus_pretrained_final.pt").exists():
+        argv = [sys.executable, str(tool), name, str(out), "--cache_dir", str(cache_dir), "--overwrite"]
+        done = subprocess.run([*argv, *(["--dataset", dataset] if dataset else [])], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise HandoffError((done.stderr.strip().splitlines() or [f"{tool} failed"])[-1].removeprefix("import_hf.py: error: "))
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -1182,7 +1207,9 @@ def heatmap(ranking: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
 # ---------------------------------------------------------------------------------------------------------- main
 def load_runs(args: argparse.Namespace, device: torch.device) -> dict[str, tuple[NewGPT, dict[str, Any], Path]]:
     """{run: (model, checkpoint, path)}, named by arm (by flag if the arms are equal). Fills in the sizes that args leaves open."""
-    paths = {flag: path for flag, path in (("adaptive", args.adaptive_model), ("control", args.control_model)) if path}
+    given = {flag: path for flag, path in (("adaptive", args.adaptive_model), ("control", args.control_model)) if path}
+    with rank_0_first():
+        paths = {flag: as_checkpoint(path, args.cache_dir, args.dataset) for flag, path in given.items()}
     found = {flag: (*load_checkpoint(path, device, args.skip_probe), path) for flag, path in paths.items()}
     facts = [
         {k: ckpt["config"][k] for k in ("n_layers", "seq_len", "vocab_size")} | {"tokenizer": ckpt["data"]["tokenizer_hash"]}

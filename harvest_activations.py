@@ -104,7 +104,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     count, sites = positive(int), ["z", "attn_out", "resid_pre", "resid_post", "mlp_out"]
     g = p.add_argument_group("inputs")
-    g.add_argument("--model_path", type=Path, help="checkpoint (.pt) of janus_adaptive.py; needed unless --redraw")
+    g.add_argument(
+        "--model_path", type=Path, help="checkpoint (.pt), or a pretrained Llama: folder, hub name, .gguf; needed unless --redraw"
+    )
     g.add_argument("--compare", nargs="+", metavar="RUN", help="runs in figure 1 and table 1; none: every finished run in --save_dir")
     g.add_argument("--redraw", action="store_true", help="only redraw figure 1 and table 1 of --run_name, from the CSV files")
     g = p.add_argument_group("outputs")
@@ -609,6 +611,31 @@ def load_checkpoint(path: str | Path, device: torch.device, skip_probe: bool) ->
             f"{Path(__file__).name} is not the one that was trained; run tools/check_copies.py, or pass --skip_probe"
         )
     return model.to(device).eval(), ckpt
+
+
+# Copied from: janus_adaptive.py::as_checkpoint
+def as_checkpoint(path: str | Path, cache_dir: str | Path, dataset: str | None = None) -> Path:
+    """A Janus checkpoint (.pt) as it is; a pretrained Llama (folder, hub name, .gguf file or smollm2) is made into one in `cache_dir`.
+
+    tools/import_hf.py does that, once for each state of the files. Raises HandoffError with its line where it cannot.
+    """
+    here, tool = Path(path), Path(__file__).resolve().parent / "tools" / "import_hf.py"
+    if here.suffix == ".pt" or (here.is_file() and here.suffix != ".gguf"):
+        return here
+    files = sorted(here.glob("*")) if here.is_dir() else [here] if here.exists() else []
+    if any(f.name.startswith("janus_") for f in files):
+        raise HandoffError(f"{path} is a folder of janus_adaptive.py; give the file in it: janus_*_final.pt")
+    if not tool.is_file():
+        raise HandoffError(f"{path} is not a checkpoint (.pt), and {tool}, which imports other models, is missing: use the repository")
+    name = str(here.resolve()) if files else str(path)
+    state = repr([name, dataset, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)])
+    out = Path(cache_dir).expanduser() / f"pretrained-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
+    if not sidecar_path(made := out / "janus_pretrained_final.pt").exists():
+        argv = [sys.executable, str(tool), name, str(out), "--cache_dir", str(cache_dir), "--overwrite"]
+        done = subprocess.run([*argv, *(["--dataset", dataset] if dataset else [])], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise HandoffError((done.stderr.strip().splitlines() or [f"{tool} failed"])[-1].removeprefix("import_hf.py: error: "))
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------- data
@@ -1199,6 +1226,8 @@ def main(argv: list[str] | None = None) -> int:
         report(args)
         return 0
     device, autocast = set_up(args)
+    with rank_0_first():
+        args.model_path = as_checkpoint(args.model_path, args.cache_dir, args.dataset)
     model, ckpt = load_checkpoint(args.model_path, device, args.skip_probe)
     resolve(args, ckpt, autocast)
     compared_csvs(args, TABLES[1])  # a mistake in --compare should not cost a harvest

@@ -112,7 +112,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g = p.add_argument_group("inputs")
     g.add_argument("--dataset", default="wikitext-103-raw-v1", help="WikiText, builtin, or a .txt/.parquet/.jsonl file or saved folder")
     g.add_argument("--tokenizer", default="auto", help="gpt2, a hub name, folder or tokenizer.json, or train:N; auto: gpt2 or train:4096")
-    g.add_argument("--init_from", metavar="CKPT", help="start from its weights; its sizes and tokenizer replace the preset's")
+    g.add_argument("--init_from", metavar="MODEL", help="start from a checkpoint or pretrained Llama, with its sizes")
     g.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --save_dir; equals an uninterrupted run")
     g.add_argument("--redraw", nargs="+", metavar="CSV", help="only redraw training.png in --save_dir from these telemetry files")
     g = p.add_argument_group("outputs")
@@ -643,6 +643,30 @@ def load_checkpoint(path: str | Path, device: torch.device, skip_probe: bool) ->
     return model.to(device).eval(), ckpt
 
 
+def as_checkpoint(path: str | Path, cache_dir: str | Path, dataset: str | None = None) -> Path:
+    """A Janus checkpoint (.pt) as it is; a pretrained Llama (folder, hub name, .gguf file or smollm2) is made into one in `cache_dir`.
+
+    tools/import_hf.py does that, once for each state of the files. Raises HandoffError with its line where it cannot.
+    """
+    here, tool = Path(path), Path(__file__).resolve().parent / "tools" / "import_hf.py"
+    if here.suffix == ".pt" or (here.is_file() and here.suffix != ".gguf"):
+        return here
+    files = sorted(here.glob("*")) if here.is_dir() else [here] if here.exists() else []
+    if any(f.name.startswith("janus_") for f in files):
+        raise HandoffError(f"{path} is a folder of janus_adaptive.py; give the file in it: janus_*_final.pt")
+    if not tool.is_file():
+        raise HandoffError(f"{path} is not a checkpoint (.pt), and {tool}, which imports other models, is missing: use the repository")
+    name = str(here.resolve()) if files else str(path)
+    state = repr([name, dataset, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)])
+    out = Path(cache_dir).expanduser() / f"pretrained-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
+    if not sidecar_path(made := out / "janus_pretrained_final.pt").exists():
+        argv = [sys.executable, str(tool), name, str(out), "--cache_dir", str(cache_dir), "--overwrite"]
+        done = subprocess.run([*argv, *(["--dataset", dataset] if dataset else [])], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise HandoffError((done.stderr.strip().splitlines() or [f"{tool} failed"])[-1].removeprefix("import_hf.py: error: "))
+    return made
+
+
 # ---------------------------------------------------------------------------------------------------------- data
 HUB_DATASETS = {name: "Salesforce/wikitext" for name in ("wikitext-103-raw-v1", "wikitext-2-raw-v1")}
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}  # of a dataset that has no splits
@@ -1167,10 +1191,12 @@ def resume(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.Optim
 
 
 def start_from(args: argparse.Namespace) -> NewGPT:
-    """--init_from -> the model of that checkpoint with this run's context and dropout. Sets its sizes and tokenizer in `args`.
+    """--init_from -> that model with this run's context and dropout. Sets its sizes and tokenizer in `args`.
 
-    tools/import_hf.py turns a pretrained Llama into such a checkpoint. Raises HandoffError if it cannot be read or has one head.
+    Raises HandoffError if it cannot be read or has one head.
     """
+    with rank_0_first():
+        args.init_from = str(as_checkpoint(args.init_from, args.cache_dir, args.dataset))
     saved, _ = load_checkpoint(args.init_from, torch.device("cpu"), args.skip_probe)
     if saved.cfg.n_heads < 2:
         raise HandoffError(f"{args.init_from} has one head a layer; expected at least 2, between which sigma is measured")

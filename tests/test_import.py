@@ -138,6 +138,37 @@ def test_training_starts_from_it_and_presses_its_heads(source, imported, text_fi
     assert sigma["constant:20"] < 0.7 * sigma["control"], sigma
 
 
+def test_a_folder_is_taken_as_a_model_path(source, imported, text_file, cache_dir, tmp_path, capfd):
+    """Phases 1, 2 and 4 import it themselves, once, and what they then do is what they do with the checkpoint."""
+    flags = ["--layers", "1", "--tokens", "640", "--dtype", "float32", "--cache_dir", str(cache_dir), "--dataset", str(text_file)]
+    for name, model in (("theirs", source), ("ours", imported)):
+        extra = ["--batch_size", "4"] if name == "theirs" else []
+        argv = ["--model_path", str(model), *flags, *extra, "--save_dir", str(tmp_path / name)]
+        assert harvest_activations.main(argv) == 0
+    side = json.loads((tmp_path / "theirs/pretrained/L1.z.npy.json").read_text())
+    model, _ = janus.load_checkpoint(side["checkpoint"], torch.device("cpu"), False)
+    assert model.cfg.seq_len == 64, "the model's own context"
+    ours, _ = janus.load_checkpoint(imported, torch.device("cpu"), False)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), ours.state_dict().values(), strict=True))
+    capfd.readouterr()
+    small = ["--adaptive_model", str(source), "--n_seqs", "8", "--n_mean", "4", "--mode", "zero", "--bootstrap", "200", "--layers", "1"]
+    assert ablation_test.main([*small, *flags[4:], "--save_file", str(tmp_path / "r.csv")]) == 0
+    assert "parameters" not in capfd.readouterr().out, "imported once"
+
+
+def test_what_no_phase_can_take_is_one_line(smoke_checkpoint, tmp_path, cache_dir, capfd):
+    GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    says = {tmp_path / "gpt2": "gpt2 model (LayerNorm, learned positions, biases), expected llama"}
+    says |= {smoke_checkpoint.parent: "give the file in it: janus_*_final.pt", tmp_path / "no.gguf": "no.gguf does not exist"}
+    for path, text in says.items():
+        for script, flag in ((harvest_activations, "--model_path"), (ablation_test, "--adaptive_model"), (janus, "--init_from")):
+            out = ["--save_file", str(tmp_path / "r.csv")] if script is ablation_test else ["--save_dir", str(tmp_path / "out")]
+            capfd.readouterr()
+            assert script.main([flag, str(path), "--dataset", "builtin", "--cache_dir", str(cache_dir), *out]) == 1
+            error = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+            assert len(error) == 1 and text in error[0] and not (tmp_path / "r.csv").exists()
+
+
 def test_what_is_refused_is_one_line(source, tokenizer, tmp_path, capsys):
     def says(model: Path, *more: str) -> str:
         assert import_hf.main([str(model), str(tmp_path / "out"), *more]) == 1
