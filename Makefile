@@ -46,8 +46,8 @@ setup-dev: .venv/.ready-dev
 	@touch $@
 
 demo: setup
-	@$(MAKE) --no-print-directory -j2 train harvest ablate sae energy hero
-	@$(MAKE) --no-print-directory figures
+	@$(MAKE) --no-print-directory -j2 train
+	@$(MAKE) --no-print-directory -j2 ablate harvest sae hero figures energy  # two at a time, in this order: the longest must not be last
 	@$(PY) tools/headlines.py $(RUN)
 	@$(PY) tools/report.py --runs $(RUN)
 
@@ -122,7 +122,7 @@ SMOL ?= runs/smollm2
 SMOL_MODEL := $(SMOL)/model/janus_pretrained_final.pt
 demo-smollm2: setup-models
 	$(PY) tools/import_hf.py smollm2 $(SMOL)/model --seq_len 64 --overwrite
-	$(PY) ablation_test.py --adaptive_model $(SMOL_MODEL) --dtype float32 --n_seqs 12 --n_mean 64 --mode mean zero --batch_size 6 \
+	$(PY) ablation_test.py --adaptive_model $(SMOL_MODEL) --dtype float32 --n_seqs 8 --n_mean 64 --mode mean zero --batch_size 8 \
 	  --save_file $(SMOL)/results_ablation.csv --overwrite
 	layer=$$($(PY) -c "import pandas as pd; t = pd.read_csv('$(SMOL)/results_ablation_summary.csv'); \
 	  print(int(t[t['mode'] == t['ranked_by']]['hero_layer'].iloc[0]))") && \
