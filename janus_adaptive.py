@@ -652,8 +652,10 @@ def as_checkpoint(path: str | Path, cache_dir: str | Path, dataset: str | None =
     if here.suffix == ".pt" or (here.is_file() and here.suffix != ".gguf"):
         return here
     files = sorted(here.glob("*")) if here.is_dir() else [here] if here.exists() else []
-    if any(f.name.startswith("janus_") for f in files):
-        raise HandoffError(f"{path} is a folder of janus_adaptive.py; give the file in it: janus_*_final.pt")
+    if here.is_dir() and not (here / "config.json").is_file():
+        ours = sorted(here.glob("janus_*_final.pt"))
+        todo = f"give the checkpoint in it: {ours[0]}" if ours else "make a checkpoint with: python janus_adaptive.py --save_dir DIR"
+        raise HandoffError(f"{path} is not a file, and holds no config.json of a pretrained model; {todo}")
     if not tool.is_file():
         raise HandoffError(f"{path} is not a checkpoint (.pt), and {tool}, which imports other models, is missing: use the repository")
     name = str(here.resolve()) if files else str(path)

@@ -159,7 +159,7 @@ def test_a_folder_is_taken_as_a_model_path(source, imported, text_file, cache_di
 def test_what_no_phase_can_take_is_one_line(smoke_checkpoint, tmp_path, cache_dir, capfd):
     GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
     says = {tmp_path / "gpt2": "gpt2 model (LayerNorm, learned positions, biases), expected llama"}
-    says |= {smoke_checkpoint.parent: "give the file in it: janus_*_final.pt", tmp_path / "no.gguf": "no.gguf does not exist"}
+    says |= {smoke_checkpoint.parent: f"give the checkpoint in it: {smoke_checkpoint}", tmp_path / "no.gguf": "no.gguf does not exist"}
     for path, text in says.items():
         for script, flag in ((harvest_activations, "--model_path"), (ablation_test, "--adaptive_model"), (janus, "--init_from")):
             out = ["--save_file", str(tmp_path / "r.csv")] if script is ablation_test else ["--save_dir", str(tmp_path / "out")]
