@@ -191,7 +191,7 @@ def test_the_page_in_a_browser(width, scheme, browser, hostile):
     assert page.locator("details[open] pre").first.inner_text().startswith("python janus_adaptive.py --redraw")
     page.locator("nav a").first.focus()
     page.keyboard.press("Enter")
-    assert page.url.endswith("#verdict")
+    page.wait_for_function("location.hash === '#verdict'")
     with page.expect_download() as saved:
         page.locator("a[download='results_ablation.csv']").first.click()
     assert Path(saved.value.path()).read_bytes() == (hostile.parents[1] / "runs" / "base" / "results_ablation.csv").read_bytes()
