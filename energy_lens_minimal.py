@@ -41,7 +41,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,21 @@ def positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+# Copied from: janus_adaptive.py::version_and_completion
+def version_and_completion(p: argparse.ArgumentParser) -> None:
+    """Adds --version (release, git commit), and answers a shell that asks through argcomplete for completions."""
+    try:
+        release = version("janus-arc")
+    except PackageNotFoundError:
+        release = "not installed"
+    commit = git("describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+    p.add_argument("--version", action="version", version=f"janus-arc {release}, commit {commit}")
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete  # only then: the scripts run without it
+
+        argcomplete.autocomplete(p)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -149,6 +164,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--seed", type=int, default=42, help="seed of NumPy and torch")
     g.add_argument("--overwrite", action="store_true", help="replace existing output")
     g.add_argument("--cache_dir", default=os.environ.get("JANUS_CACHE", "~/.cache/janus_arc"), help="folder of the text cache")
+    version_and_completion(p)
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     preset.add_argument("--preset", choices=list(PRESETS), default="full")
     p.set_defaults(**PRESETS[preset.parse_known_args(argv)[0].preset])
@@ -244,17 +260,21 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
         tmp.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
 
 
+# Copied from: janus_adaptive.py::git
+def git(*words: str) -> str:
+    """What git says of the repository whose root holds this file; empty where there is none (an installed copy)."""
+    here = Path(__file__).resolve().parent
+    if not (here / ".git").exists():  # a virtual environment may lie in the repository of something else
+        return ""
+    try:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
 # Copied from: janus_adaptive.py::provenance
 def provenance() -> dict[str, Any]:
     """Script, argv, git commit (and whether the tree was dirty), versions and hardware of this process."""
-
-    def git(*words: str) -> str:
-        try:
-            cmd = ["git", "-C", str(Path(__file__).resolve().parent), *words]
-            return subprocess.run(cmd, capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "script": Path(__file__).name,
@@ -1434,7 +1454,8 @@ def write_report(title: str, blocks: list[ReportPart], path: Path) -> None:
         "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 "
         "1em}table{border-collapse:collapse;font-size:13px}td,th{padding:.2em .6em;border-bottom:1px solid #ccc;text-align:right}"
     )
-    start = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    start = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    start += f"<title>{html.escape(title)}</title>"
     document = f"{start}<style>{style}</style><body>{''.join(page)}</body></html>"
     for target, text in ((path, "\n\n".join(md) + "\n"), (path.with_suffix(".html"), document)):
         with atomic(target) as tmp:

@@ -47,7 +47,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,21 @@ def positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+# Copied from: janus_adaptive.py::version_and_completion
+def version_and_completion(p: argparse.ArgumentParser) -> None:
+    """Adds --version (release, git commit), and answers a shell that asks through argcomplete for completions."""
+    try:
+        release = version("janus-arc")
+    except PackageNotFoundError:
+        release = "not installed"
+    commit = git("describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+    p.add_argument("--version", action="version", version=f"janus-arc {release}, commit {commit}")
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete  # only then: the scripts run without it
+
+        argcomplete.autocomplete(p)
+
+
 # Copied from: janus_adaptive.py::add_runtime_flags
 def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     """The flags that every script spells alike."""
@@ -97,6 +112,7 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--overwrite", action="store_true", help="replace existing output")
     g.add_argument("--cache_dir", default=os.environ.get("JANUS_CACHE", "~/.cache/janus_arc"), help="folder of the token cache")
     g.add_argument("--skip_probe", action="store_true", help="do not replay a checkpoint's golden probe (deliberate model variants)")
+    version_and_completion(p)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -279,17 +295,21 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+# Copied from: janus_adaptive.py::git
+def git(*words: str) -> str:
+    """What git says of the repository whose root holds this file; empty where there is none (an installed copy)."""
+    here = Path(__file__).resolve().parent
+    if not (here / ".git").exists():  # a virtual environment may lie in the repository of something else
+        return ""
+    try:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
 # Copied from: janus_adaptive.py::provenance
 def provenance() -> dict[str, Any]:
     """Script, argv, git commit (and whether the tree was dirty), versions and hardware of this process."""
-
-    def git(*words: str) -> str:
-        try:
-            cmd = ["git", "-C", str(Path(__file__).resolve().parent), *words]
-            return subprocess.run(cmd, capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "script": Path(__file__).name,
@@ -622,6 +642,8 @@ def as_checkpoint(path: str | Path, cache_dir: str | Path, dataset: str | None =
     here, tool = Path(path), Path(__file__).resolve().parent / "tools" / "import_hf.py"
     if here.suffix == ".pt" or (here.is_file() and here.suffix != ".gguf"):
         return here
+    if not here.exists() and (here.suffix == ".gguf" or str(path).startswith(("/", ".", "~")) or len(here.parts) > 2):  # no hub name
+        raise HandoffError(f"{path} does not exist; give a checkpoint (.pt), a folder, hub name or .gguf file of a Llama model, or smollm2")
     files = sorted(here.glob("*")) if here.is_dir() else [here] if here.exists() else []
     if here.is_dir() and not (here / "config.json").is_file():
         ours = sorted(here.glob("janus_*_final.pt"))

@@ -33,6 +33,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,21 @@ def positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+# Copied from: janus_adaptive.py::version_and_completion
+def version_and_completion(p: argparse.ArgumentParser) -> None:
+    """Adds --version (release, git commit), and answers a shell that asks through argcomplete for completions."""
+    try:
+        release = version("janus-arc")
+    except PackageNotFoundError:
+        release = "not installed"
+    commit = git("describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+    p.add_argument("--version", action="version", version=f"janus-arc {release}, commit {commit}")
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete  # only then: the scripts run without it
+
+        argcomplete.autocomplete(p)
+
+
 # Copied from: janus_adaptive.py::add_runtime_flags
 def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     """The flags that every script spells alike."""
@@ -78,6 +94,7 @@ def add_runtime_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--overwrite", action="store_true", help="replace existing output")
     g.add_argument("--cache_dir", default=os.environ.get("JANUS_CACHE", "~/.cache/janus_arc"), help="folder of the token cache")
     g.add_argument("--skip_probe", action="store_true", help="do not replay a checkpoint's golden probe (deliberate model variants)")
+    version_and_completion(p)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -96,7 +113,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g = p.add_argument_group("method")
     g.add_argument("--preset", choices=["auto", *PHASE_PRESETS], default="auto", help="sizes; auto: the checkpoint's preset")
     g.add_argument("--n_seqs", type=positive(int), help="windows of harvested tokens to analyse, sequences; none: by preset")
-    g.add_argument("--features", type=positive(int), help="SAE features to describe; none: by preset")
+    g.add_argument("--n_features", type=positive(int), help="SAE features to describe; none: by preset")
+    g.add_argument("--features", type=int, nargs="+", help="numbers of SAE features to draw a page about, hero_features.html")
     g.add_argument("--force_layer", type=int, help="with --force_head: the head to analyse instead of the hero; layer, from 0")
     g.add_argument("--force_head", type=int, help="head in --force_layer, from 0")
     add_runtime_flags(p)
@@ -191,17 +209,21 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+# Copied from: janus_adaptive.py::git
+def git(*words: str) -> str:
+    """What git says of the repository whose root holds this file; empty where there is none (an installed copy)."""
+    here = Path(__file__).resolve().parent
+    if not (here / ".git").exists():  # a virtual environment may lie in the repository of something else
+        return ""
+    try:
+        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
 # Copied from: janus_adaptive.py::provenance
 def provenance() -> dict[str, Any]:
     """Script, argv, git commit (and whether the tree was dirty), versions and hardware of this process."""
-
-    def git(*words: str) -> str:
-        try:
-            cmd = ["git", "-C", str(Path(__file__).resolve().parent), *words]
-            return subprocess.run(cmd, capture_output=True, text=True, timeout=10).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "script": Path(__file__).name,
@@ -865,8 +887,26 @@ def open_sae(args: argparse.Namespace, hero: Head, ckpt: dict, harvest: str, n: 
             sae, dump = open_dump(weights, "janus.sae/1", ckpt, train), open_dump(path, "janus.activations/1", ckpt, harvest)
             if dump.shape != (n, hero.model.cfg.n_heads * hero.model.cfg.d_head):
                 raise HandoffError(f"{path} has shape {dump.shape}, not that of tokens.npy ({n} rows); remake both with: {harvest}")
-            return {k: v.to(hero.model.norm.weight) if isinstance(v, Tensor) else v for k, v in sae.items()} | dict(head=head), dump
-    return f"There is no SAE of layer {hero.layer}; make it with `{harvest}` and `{train}`."
+            for f in (f for f in args.features or [] if not 0 <= f < len(sae["W_dec"])):
+                raise HandoffError(f"--features {f}: {weights.parent} has features 0 to {len(sae['W_dec']) - 1}")
+            sae |= dict(head=head, folder=weights.parent)
+            return {k: v.to(hero.model.norm.weight) if isinstance(v, Tensor) else v for k, v in sae.items()}, dump
+    missing = f"There is no SAE of layer {hero.layer}; make it with `{harvest}` and `{train}`."
+    if args.features:
+        raise HandoffError(f"--features: {missing}")
+    return missing
+
+
+def draw_features(args: argparse.Namespace, of: dict[str, Any]) -> Path:
+    """hero_features.html: tools/feature_dashboard.py on the hero's SAE. Raises HandoffError with its line where it cannot."""
+    tool, out = Path(__file__).resolve().parent / "tools" / "feature_dashboard.py", args.save_dir / "hero_features.html"
+    if not tool.is_file():
+        raise HandoffError(f"{tool}, which draws features, is missing: use the repository")
+    argv = [sys.executable, tool, of["sae"][0]["folder"], "--features", *args.features, "--activations_dir", args.activations_dir]
+    done = subprocess.run([str(x) for x in [*argv, "--model_path", of["ckpt"]["path"], "--out", out]], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise HandoffError((done.stderr.strip().splitlines() or [f"{tool} failed"])[-1].removeprefix("feature_dashboard.py: error: "))
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------- report
@@ -1068,7 +1108,7 @@ def study_hero(args: argparse.Namespace, of: dict[str, Any]) -> tuple[dict[str, 
     hero, ckpt, windows, say, text, first = (of[k] for k in ("hero", "ckpt", "windows", "say", "text", "first"))
     model, c, (_, t) = hero.model, hero.model.cfg, windows.shape
     n, n_features = PHASE_PRESETS.get(ckpt.get("preset", "full") if args.preset == "auto" else args.preset, PHASE_PRESETS["full"])
-    n, n_features = min(args.n_seqs or n, len(windows) // 2), args.features or n_features
+    n, n_features = min(args.n_seqs or n, len(windows) // 2), args.n_features or n_features
     idx, rest, stride = windows[-n:], windows[-2 * n : -n], math.ceil(n * t / 4096)
     print(f"hero: {hero.run} L{hero.layer}H{hero.head}; {n} + {n} windows of {t} tokens, about {50 + 3 * n_features} passes", flush=True)
 
@@ -1185,7 +1225,10 @@ def main(argv: list[str] | None = None) -> int:
             with atomic(args.save_dir / name) as tmp:
                 tmp.write_text(content, encoding="utf-8")
         draw_figures(args.save_dir)
-        for name in [*outputs, *(f"hero_{x}.png" for x in ("attention", "importance", "scores", "preserving"))]:
+        names = [*outputs, *(f"hero_{x}.png" for x in ("attention", "importance", "scores", "preserving"))]
+        if args.features:
+            names.append(draw_features(args, of).name)
+        for name in names:
             facts = hero.row(checkpoint_sha256=of["ckpt"]["sha256"], seed=args.seed)
             write_sidecar(args.save_dir / name, "janus.hero/1", [args.ablation_csv], **facts)
     print(f"{lead}\n{missing}\nRead {args.save_dir / 'hero_report.html'} or {args.save_dir / 'hero_report.md'}")

@@ -176,6 +176,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--seed", type=int, default=base.seed, help="seed of NumPy and torch")
     g.add_argument("--overwrite", action="store_true", help="replace existing output")
     g.add_argument("--cache_dir", default=base.cache_dir, help="folder of the text cache")
+    lens.version_and_completion(p)
     args = p.parse_args(argv)
     try:
         EnergyLensConfig(**{k: v for k, v in vars(args).items() if k not in ("texts", "save_dir", "overwrite")})

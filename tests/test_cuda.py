@@ -55,4 +55,4 @@ def test_all_phases_run(dtype, smoke_args, tmp_path):
         "--save_dir",
         str(tmp_path / "h"),
     ]
-    assert hero_head_analysis.main([*hero, "--device", "cuda", "--n_seqs", "4", "--features", "2"]) == 0
+    assert hero_head_analysis.main([*hero, "--device", "cuda", "--n_seqs", "4", "--n_features", "2"]) == 0

@@ -426,7 +426,7 @@ def study(tmp_path_factory) -> Path:
 
 def run(root: Path, *flags: str) -> int:
     places = ["--saes_dir", str(root / "saes"), "--activations_dir", str(root / "activations"), "--save_dir", str(root / "out")]
-    sizes = ["--n_seqs", "8", "--features", "3", "--device", "cpu"]
+    sizes = ["--n_seqs", "8", "--n_features", "3", "--device", "cpu"]
     return hero.main(["--ablation_csv", str(root / "results_ablation.csv"), *sizes, *places, *flags])
 
 

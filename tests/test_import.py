@@ -102,7 +102,7 @@ def test_zero_ablation_is_that_of_transformer_lens(source, imported, cache_dir, 
     assert list(table.sort_values("rank").index[:5]) == sorted(theirs, key=theirs.get, reverse=True)[:5]
 
 
-def test_phases_2_to_5_run_on_it(imported, cache_dir, tmp_path):
+def test_phases_2_to_5_run_on_it(imported, cache_dir, tmp_path, capsys):
     quick, csv = ["--cache_dir", str(cache_dir), "--dtype", "float32"], tmp_path / "r.csv"
     ablate = ["--adaptive_model", str(imported), "--n_seqs", "8", "--n_mean", "8", "--bootstrap", "200", "--mode", "mean"]
     assert ablation_test.main([*ablate, "--save_file", str(csv), *quick]) == 0
@@ -112,9 +112,12 @@ def test_phases_2_to_5_run_on_it(imported, cache_dir, tmp_path):
     sae = ["--activations_dir", str(tmp_path / "activations"), "--save_dir", str(tmp_path / "saes"), "--steps", "20"]
     assert train_sae.main([*sae, "--batch_size", "256", *quick]) == 0
     where = ["--saes_dir", str(tmp_path / "saes"), "--activations_dir", str(tmp_path / "activations")]
-    hero = ["--ablation_csv", str(csv), *where, "--n_seqs", "8", "--features", "2", "--save_dir", str(tmp_path / "hero")]
-    assert hero_head_analysis.main([*hero, *quick]) == 0
+    hero = ["--ablation_csv", str(csv), *where, "--n_seqs", "8", "--n_features", "2", "--save_dir", str(tmp_path / "hero")]
+    assert hero_head_analysis.main([*hero, "--features", "99999", *quick]) == 1 and "has features 0 to" in capsys.readouterr().err
+    assert hero_head_analysis.main([*hero, "--features", "3", "5", *quick]) == 0
     assert f"L{layer}H" in (tmp_path / "hero" / "hero_report.md").read_text()
+    page = (tmp_path / "hero" / "hero_features.html").read_text()
+    assert "Feature 3:" in page and "Feature 5:" in page and (tmp_path / "hero" / "hero_features.html.json").is_file()
 
 
 def test_training_starts_from_it_and_presses_its_heads(source, imported, text_file, cache_dir, tmp_path):
@@ -160,6 +163,7 @@ def test_what_no_phase_can_take_is_one_line(smoke_checkpoint, tmp_path, cache_di
     GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
     says = {tmp_path / "gpt2": "gpt2 model (LayerNorm, learned positions, biases), expected llama"}
     says |= {smoke_checkpoint.parent: f"give the checkpoint in it: {smoke_checkpoint}", tmp_path / "no.gguf": "no.gguf does not exist"}
+    says |= {tmp_path / "no_folder": "no_folder does not exist; give a checkpoint", "../nothing": "../nothing does not exist"}
     for path, text in says.items():
         for script, flag in ((harvest_activations, "--model_path"), (ablation_test, "--adaptive_model"), (janus, "--init_from")):
             out = ["--save_file", str(tmp_path / "r.csv")] if script is ablation_test else ["--save_dir", str(tmp_path / "out")]
