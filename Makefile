@@ -23,12 +23,12 @@ DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.np
 SAES   := $(foreach arm,adaptive control,$(RUN)/saes/$(arm)/L$(LAST)/sae_weights.safetensors.json)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures report demo-smollm2 bench clean
+.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures report seeds demo-smollm2 bench clean
 
 help:
 	@echo "make demo   set up, then train, harvest, SAEs, ablation, hero, a small Energy-Lens: everything in $(RUN)"
 	@echo "make test   set up, then run all tests"
-	@echo "make setup | train | harvest | sae | ablate | hero | energy | figures | report | smoke | check | bench | retrain | clean"
+	@echo "make setup | train | harvest | sae | ablate | hero | energy | figures | report | seeds | smoke | check | bench | retrain | clean"
 
 # Bytecode is compiled when a module is first used: compiling all of it here takes a minute.
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
@@ -93,6 +93,13 @@ figures: $(DUMPS) $(SAES)
 	$(PY) janus_adaptive.py --redraw $(RUN)/adaptive/telemetry.csv $(RUN)/control/telemetry.csv --save_dir $(RUN) --target_sigma $(SETPOINT)
 	$(PY) harvest_activations.py --redraw --run_name adaptive --save_dir $(RUN)/activations --compare control adaptive
 	$(PY) train_sae.py --redraw --save_dir $(RUN)/saes
+
+# Other training seeds: both arms and their ablation, seven minutes a seed on two cores; then what holds over seeds, in results/.
+SEEDS ?= 1 2 3 4
+seeds: setup
+	for s in $(SEEDS); do $(MAKE) --no-print-directory -j2 train RUN=runs/seeds/$$s "TRAIN=$(TRAIN) --seed $$s" || exit 1; done
+	printf '%s\n' $(SEEDS) | xargs -P 2 -I{} $(MAKE) --no-print-directory ablate RUN=runs/seeds/{}
+	$(PY) tools/seeds.py $(SEEDS:%=runs/seeds/%)
 
 # ------------------------------------------------------------------------------------------------------------- tests
 test: setup-dev

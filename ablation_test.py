@@ -1195,7 +1195,8 @@ def figure4(table: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
         ax.annotate(name, (x, max(y.max(), first["ci_hi_pct"])), (0, 5), textcoords="offset points", fontsize=8, ha="center")
         ax.plot([x - 0.45, x + 0.45], [100 * r["noise_limit"] / r["base_loss"]] * 2, color="black", ls=":", lw=1.2)
         ax.set(title=f"{r['mode']} ablation", xticks=range(len(runs)), xticklabels=runs, xlim=(-0.6, len(runs) - 0.4))
-    axes[0, 0].set_yscale("symlog", linthresh=noise_share(summary))
+    if (linear := noise_share(summary)) < table["pct_impact"].abs().max():  # else symlog is linear anyway, with hardly a tick
+        axes[0, 0].set_yscale("symlog", linthresh=linear)
     axes[0, 0].margins(y=0.12)
     axes[0, 0].set_ylabel("loss impact of ablating one head\n(% of base loss; linear within the noise)")
     fig.supxlabel(

@@ -925,16 +925,18 @@ SECTIONS = {  # table: (heading, what it shows)
 
 
 @contextlib.contextmanager
-def redrawn(folder: Path, name: str, columns: int, size: tuple[float, float]) -> Iterator[tuple[pd.DataFrame, Any]]:
-    """hero_<name>.png from hero_<name>.csv: yields the table and the axes."""
+def redrawn(folder: Path, name: str, size: tuple[float, float], panels: str | None = None) -> Iterator[tuple[pd.DataFrame, Any]]:
+    """hero_<name>.png from hero_<name>.csv: yields the table and its axes, one of `size` inches a value of the column `panels`."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    fig, axes = plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
     try:
-        yield pd.read_csv(folder / f"hero_{name}.csv", keep_default_na=False, na_values=[""]), axes[0]
+        table = pd.read_csv(folder / f"hero_{name}.csv", keep_default_na=False, na_values=[""])
+        columns = table[panels].nunique() if panels else 1
+        fig, axes = plt.subplots(1, columns, figsize=(columns * size[0], size[1]), layout="constrained", squeeze=False)
+        yield table, axes[0]
     except (OSError, ValueError, KeyError) as e:
         raise HandoffError(f"{folder}/hero_{name}.csv cannot be drawn ({e}); it is written by: python hero_head_analysis.py") from None
     with atomic(folder / f"hero_{name}.png") as tmp, warnings.catch_warnings():
@@ -948,7 +950,7 @@ def draw_figures(folder: Path) -> None:
     import seaborn as sns
     from matplotlib.colors import LogNorm
 
-    with redrawn(folder, "attention", 2, (14, 6.4)) as (table, axes):
+    with redrawn(folder, "attention", (7, 6.4), "panel") as (table, axes):
         for ax, (name, part) in zip(axes, table.groupby("panel", sort=False), strict=True):
             words = part.drop_duplicates("query")["query_token"].str.replace("$", r"\$")
             grid = part.pivot(index="query", columns="key", values="attention").clip(lower=1e-3)
@@ -956,16 +958,15 @@ def draw_figures(folder: Path) -> None:
             bar = dict(label="attention probability (log; darkest: .001 or less)")
             sns.heatmap(grid, norm=LogNorm(1e-3, 1), cmap="viridis", ax=ax, cbar_kws=bar)
             ax.set(title=name, xlabel="key (attended to)", ylabel="query")
-    with redrawn(folder, "importance", 2, (13, 5)) as (table, axes):
+    with redrawn(folder, "importance", (6.5, 5), "run") as (table, axes):
         most = 1000 * table["delta"].abs().max()
-        axes[1].set_visible(table["run"].nunique() > 1)
-        for ax, (run, part) in zip(axes, table.groupby("run", sort=False), strict=False):
+        for ax, (run, part) in zip(axes, table.groupby("run", sort=False), strict=True):
             note = np.where(part["studied"], "◆", np.where((part["ci_lo"] > 0) | (part["ci_hi"] < 0), "*", ""))
             grid, notes = (part.assign(x=x).pivot(index="layer", columns="head", values="x") for x in (1000 * part["delta"], note))
             bar = dict(label="loss increase (1/1000 nats a token)")
             sns.heatmap(grid, annot=notes, fmt="", cmap="RdBu_r", vmin=-most, vmax=most, ax=ax, cbar_kws=bar)
             ax.set(title=f"{run}: ablation of each head", xlabel="head (◆ studied here, * 95 % interval excludes 0)")
-    with redrawn(folder, "scores", 1, (9, 6)) as (table, (ax,)):
+    with redrawn(folder, "scores", (9, 6)) as (table, (ax,)):
         hero, rest = (table[(table["role"] == "hero") == x] for x in (True, False))
         rest = rest.assign(role=rest["role"].str.replace(r"random \d+", f"{N_RANDOM} random heads that write as much", regex=True))
         sns.stripplot(rest, x="value", y="score", hue="role", ax=ax, palette="colorblind", jitter=0.25, alpha=0.9)
@@ -974,7 +975,7 @@ def draw_figures(folder: Path) -> None:
         ax.scatter(hero["null"], hero["score"], marker="x", color="#D55E00", s=60, label="hero, null", zorder=6)
         ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         ax.set(xlabel="attention mass, share of the largest entropy or distance, or eigenvalue ratio", ylabel="")
-    with redrawn(folder, "preserving", 1, (9, 5)) as (table, (ax,)):
+    with redrawn(folder, "preserving", (9, 5)) as (table, (ax,)):
         names = list(dict.fromkeys(table["mechanism"]))
         for kind, color, dy in (("claimed", "#0072B2", -0.2), ("matched-random", "#999999", 0.2)):
             part = table[table["kind"] == kind]
