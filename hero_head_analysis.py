@@ -969,6 +969,7 @@ def draw_figures(folder: Path) -> None:
     with redrawn(folder, "scores", (9, 6)) as (table, (ax,)):
         hero, rest = (table[(table["role"] == "hero") == x] for x in (True, False))
         rest = rest.assign(role=rest["role"].str.replace(r"random \d+", f"{N_RANDOM} random heads that write as much", regex=True))
+        np.random.seed(0)  # noqa: NPY002 -- seaborn's jitter, so that --redraw draws the same
         sns.stripplot(rest, x="value", y="score", hue="role", ax=ax, palette="colorblind", jitter=0.25, alpha=0.9)
         error = np.abs(hero[["ci_low", "ci_high"]].sub(hero["value"], axis=0)).to_numpy().T
         ax.errorbar(hero["value"], hero["score"], xerr=error, fmt="D", color="k", label="hero, simultaneous 95 % interval", zorder=5)
