@@ -79,9 +79,11 @@ def test_wrong_inputs_are_one_line(tmp_path, capsys):
         assert error.count("\n") == 1
         return error
 
-    assert "make it with" in says(str(tmp_path / "nothing"))
+    assert "nothing/adaptive/telemetry.csv is not a telemetry.csv" in says(str(tmp_path / "nothing"))
     assert "found the seeds [1], expected at least two" in says(str(tmp_path / "a"))
     assert "found the seeds [1, 1]" in says(str(tmp_path / "a"), str(tmp_path / "a"))
     assert "the arms have the seeds 2 and 3" in says(str(tmp_path / "a"), str(tmp_path / "b"))
+    (tmp_path / "b/results_ablation_summary.csv").unlink()
+    assert "is not a pair of finished runs" in (text := says(str(tmp_path / "a"), str(tmp_path / "b"))) and "make seeds" in text
     (tmp_path / "a/control/telemetry.csv").unlink()
     assert "telemetry.csv" in says(str(tmp_path / "a"), str(tmp_path / "b"))

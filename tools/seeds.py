@@ -19,13 +19,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
-from headlines import read, tracking  # noqa: E402
+from headlines import tracking  # noqa: E402
 from scipy import stats  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from janus_adaptive import HandoffError, atomic, one_line_errors, read_telemetry  # noqa: E402
 
-COLOURS = {"adaptive": "#0072b2", "control": "#d55e00"}
+COLOURS = {"adaptive": "#d55e00", "control": "#0072b2"}
 METRICS = {  # name: label; all are tested, so p-values and intervals are corrected for their number
     "val_loss": "validation loss (nats a token)",
     "val_sigma_z": "sigma_z, validation",
@@ -38,11 +38,11 @@ METRICS = {  # name: label; all are tested, so p-values and intervals are correc
 
 def measure(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One seed -> its rows (seed, arm, metric, value), and how its loop tracked the setpoint. HandoffError if it is unfinished."""
-    summary = read(folder / "results_ablation_summary.csv", ["run", "mode", "ranked_by", "hero_layer", "hero_head", "unique_hero"])
-    summary = summary[summary["mode"] == summary["ranked_by"]].set_index("run")
     telemetry = {arm: read_telemetry(folder / arm / "telemetry.csv") for arm in COLOURS}
     rows, heroes = [], {}
     try:
+        summary = pd.read_csv(folder / "results_ablation_summary.csv")
+        summary = summary[summary["mode"] == summary["ranked_by"]].set_index("run")
         settings = {arm: json.loads((folder / arm / "run.json").read_text(encoding="utf-8"))["arguments"] for arm in COLOURS}
         seed, target = (settings["adaptive"][name] for name in ("seed", "target_sigma"))
         if settings["control"]["seed"] != seed:
