@@ -1509,7 +1509,8 @@ def draw_distribution(t: pd.DataFrame, path: Path, unit: str) -> None:
             ax.axvspan(-RULE, RULE, color="0.92", zorder=0)
             ax.set(title=f"{unit} {layer}", xlabel="EFAS (correlation)", yscale="symlog", ylim=(0, None))
         axes[0].set_ylabel("density (grey: |EFAS| < 0.1)")
-        axes[0].legend(fontsize=7, loc="upper left", frameon=False)
+        key = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(*key, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
 
 
 def draw_predicted(points: pd.DataFrame, scores: pd.DataFrame, path: Path, ylabel: str = "energy change per active token") -> None:
