@@ -633,13 +633,24 @@ def load_checkpoint(path: str | Path, device: torch.device, skip_probe: bool) ->
     return model.to(device).eval(), ckpt
 
 
+# Copied from: janus_adaptive.py::run_tool
+def run_tool(name: str, *argv: object) -> None:
+    """Runs tools/NAME.py. Raises HandoffError with the last line of its errors, or where it is missing."""
+    tool = Path(__file__).resolve().parent / "tools" / f"{name}.py"
+    if not tool.is_file():
+        raise HandoffError(f"{tool} is missing: it comes with the repository, not with the installed commands")
+    done = subprocess.run([sys.executable, *map(str, [tool, *argv])], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise HandoffError((done.stderr.strip().splitlines() or [f"{tool} failed"])[-1].removeprefix(f"{name}.py: error: "))
+
+
 # Copied from: janus_adaptive.py::as_checkpoint
 def as_checkpoint(path: str | Path, cache_dir: str | Path, dataset: str | None = None) -> Path:
     """A Janus checkpoint (.pt) as it is; a pretrained Llama (folder, hub name, .gguf file or smollm2) is made into one in `cache_dir`.
 
     tools/import_hf.py does that, once for each state of the files. Raises HandoffError with its line where it cannot.
     """
-    here, tool = Path(path), Path(__file__).resolve().parent / "tools" / "import_hf.py"
+    here = Path(path)
     if here.suffix == ".pt" or (here.is_file() and here.suffix != ".gguf"):
         return here
     if not here.exists() and (here.suffix == ".gguf" or str(path).startswith(("/", ".", "~")) or len(here.parts) > 2):  # no hub name
@@ -649,16 +660,12 @@ def as_checkpoint(path: str | Path, cache_dir: str | Path, dataset: str | None =
         ours = sorted(here.glob("janus_*_final.pt"))
         todo = f"give the checkpoint in it: {ours[0]}" if ours else "make a checkpoint with: python janus_adaptive.py --save_dir DIR"
         raise HandoffError(f"{path} is not a file, and holds no config.json of a pretrained model; {todo}")
-    if not tool.is_file():
-        raise HandoffError(f"{path} is not a checkpoint (.pt), and {tool}, which imports other models, is missing: use the repository")
     name = str(here.resolve()) if files else str(path)
     state = repr([name, dataset, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)])
     out = Path(cache_dir).expanduser() / f"pretrained-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
     if not sidecar_path(made := out / "janus_pretrained_final.pt").exists():
-        argv = [sys.executable, str(tool), name, str(out), "--cache_dir", str(cache_dir), "--overwrite"]
-        done = subprocess.run([*argv, *(["--dataset", dataset] if dataset else [])], stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise HandoffError((done.stderr.strip().splitlines() or [f"{tool} failed"])[-1].removeprefix("import_hf.py: error: "))
+        extra = ["--dataset", dataset] if dataset else []
+        run_tool("import_hf", name, out, "--cache_dir", cache_dir, "--overwrite", *extra)
     return made
 
 

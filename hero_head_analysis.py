@@ -897,15 +897,21 @@ def open_sae(args: argparse.Namespace, hero: Head, ckpt: dict, harvest: str, n: 
     return missing
 
 
-def draw_features(args: argparse.Namespace, of: dict[str, Any]) -> Path:
-    """hero_features.html: tools/feature_dashboard.py on the hero's SAE. Raises HandoffError with its line where it cannot."""
-    tool, out = Path(__file__).resolve().parent / "tools" / "feature_dashboard.py", args.save_dir / "hero_features.html"
+# Copied from: janus_adaptive.py::run_tool
+def run_tool(name: str, *argv: object) -> None:
+    """Runs tools/NAME.py. Raises HandoffError with the last line of its errors, or where it is missing."""
+    tool = Path(__file__).resolve().parent / "tools" / f"{name}.py"
     if not tool.is_file():
-        raise HandoffError(f"{tool}, which draws features, is missing: use the repository")
-    argv = [sys.executable, tool, of["sae"][0]["folder"], "--features", *args.features, "--activations_dir", args.activations_dir]
-    done = subprocess.run([str(x) for x in [*argv, "--model_path", of["ckpt"]["path"], "--out", out]], stderr=subprocess.PIPE, text=True)
+        raise HandoffError(f"{tool} is missing: it comes with the repository, not with the installed commands")
+    done = subprocess.run([sys.executable, *map(str, [tool, *argv])], stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        raise HandoffError((done.stderr.strip().splitlines() or [f"{tool} failed"])[-1].removeprefix("feature_dashboard.py: error: "))
+        raise HandoffError((done.stderr.strip().splitlines() or [f"{tool} failed"])[-1].removeprefix(f"{name}.py: error: "))
+
+
+def draw_features(args: argparse.Namespace, of: dict[str, Any]) -> Path:
+    """hero_features.html: tools/feature_dashboard.py on the hero's SAE."""
+    out, inputs = args.save_dir / "hero_features.html", ["--activations_dir", args.activations_dir, "--model_path", of["ckpt"]["path"]]
+    run_tool("feature_dashboard", of["sae"][0]["folder"], "--features", *args.features, *inputs, "--out", out)
     return out
 
 

@@ -661,12 +661,22 @@ def load_checkpoint(path: str | Path, device: torch.device, skip_probe: bool) ->
     return model.to(device).eval(), ckpt
 
 
+def run_tool(name: str, *argv: object) -> None:
+    """Runs tools/NAME.py. Raises HandoffError with the last line of its errors, or where it is missing."""
+    tool = Path(__file__).resolve().parent / "tools" / f"{name}.py"
+    if not tool.is_file():
+        raise HandoffError(f"{tool} is missing: it comes with the repository, not with the installed commands")
+    done = subprocess.run([sys.executable, *map(str, [tool, *argv])], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise HandoffError((done.stderr.strip().splitlines() or [f"{tool} failed"])[-1].removeprefix(f"{name}.py: error: "))
+
+
 def as_checkpoint(path: str | Path, cache_dir: str | Path, dataset: str | None = None) -> Path:
     """A Janus checkpoint (.pt) as it is; a pretrained Llama (folder, hub name, .gguf file or smollm2) is made into one in `cache_dir`.
 
     tools/import_hf.py does that, once for each state of the files. Raises HandoffError with its line where it cannot.
     """
-    here, tool = Path(path), Path(__file__).resolve().parent / "tools" / "import_hf.py"
+    here = Path(path)
     if here.suffix == ".pt" or (here.is_file() and here.suffix != ".gguf"):
         return here
     if not here.exists() and (here.suffix == ".gguf" or str(path).startswith(("/", ".", "~")) or len(here.parts) > 2):  # no hub name
@@ -676,16 +686,12 @@ def as_checkpoint(path: str | Path, cache_dir: str | Path, dataset: str | None =
         ours = sorted(here.glob("janus_*_final.pt"))
         todo = f"give the checkpoint in it: {ours[0]}" if ours else "make a checkpoint with: python janus_adaptive.py --save_dir DIR"
         raise HandoffError(f"{path} is not a file, and holds no config.json of a pretrained model; {todo}")
-    if not tool.is_file():
-        raise HandoffError(f"{path} is not a checkpoint (.pt), and {tool}, which imports other models, is missing: use the repository")
     name = str(here.resolve()) if files else str(path)
     state = repr([name, dataset, *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)])
     out = Path(cache_dir).expanduser() / f"pretrained-{hashlib.sha256(state.encode()).hexdigest()[:12]}"
     if not sidecar_path(made := out / "janus_pretrained_final.pt").exists():
-        argv = [sys.executable, str(tool), name, str(out), "--cache_dir", str(cache_dir), "--overwrite"]
-        done = subprocess.run([*argv, *(["--dataset", dataset] if dataset else [])], stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise HandoffError((done.stderr.strip().splitlines() or [f"{tool} failed"])[-1].removeprefix("import_hf.py: error: "))
+        extra = ["--dataset", dataset] if dataset else []
+        run_tool("import_hf", name, out, "--cache_dir", cache_dir, "--overwrite", *extra)
     return made
 
 
@@ -1141,21 +1147,24 @@ def draw_training(csvs: list[str | Path], target: float, out: Path) -> None:
     """Loss, sigma and lambda against steps, one colour a run (labelled by its folder); drawn from the CSVs alone."""
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    runs = [(Path(path).resolve().parent.name, read_telemetry(path)) for path in csvs]
+    pressed = any((t["lambda"] > 0).any() for _, t in runs)  # the control arm alone has no penalty to draw
+    fig, axes = plt.subplots(1, 2 + pressed, figsize=(13 if pressed else 9, 3.8), layout="constrained")
     arms, others = {"adaptive": "#D55E00", "control": "#0072B2"}, iter(["#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(csvs))
-    for path in csvs:
-        t, label = read_telemetry(path), Path(path).resolve().parent.name
+    for label, t in runs:
         color = arms.get(label) or next(others)
         axes[0].plot(t["step"], t["loss"], color=color, alpha=0.3, lw=0.8)
         axes[0].plot(*t[["step", "val_loss"]].dropna().to_numpy().T, color=color, marker="o", ms=4, label=label)
         axes[1].plot(*t[["step", "sigma_z"]].dropna().to_numpy().T, color=color, lw=0.8, alpha=0.5, label=label)
         if "sigma_filtered" in t:
             axes[1].plot(*t[["step", "sigma_filtered"]].dropna().to_numpy().T, color=color, lw=1.6)
-        axes[2].plot(t["step"], t["lambda"].where(t["lambda"] > 0), color=color, lw=1.2, label=label)
+        if pressed:
+            axes[2].plot(t["step"], t["lambda"].where(t["lambda"] > 0), color=color, lw=1.2, label=label)
     axes[1].axhspan(0.9 * target, 1.1 * target, color="0.85", label=f"setpoint {target:g} $\\pm$ 10 %")
     axes[0].set(title="Loss (thin: training, dots: validation)", ylabel="cross-entropy (nats a token)")
     axes[1].set(title="What the Homeostat measures (thick: filtered)", ylabel=r"$\sigma$: mean |cosine| between heads", yscale="log")
-    axes[2].set(title="What it does", ylabel=r"penalty weight $\lambda$ (none: control)", yscale="log")
+    if pressed:
+        axes[2].set(title="What it does", ylabel=r"penalty weight $\lambda$ (none: control)", yscale="log")
     for ax in axes:
         ax.set_xlabel("optimiser step")
         ax.legend(fontsize=8)

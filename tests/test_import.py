@@ -173,6 +173,15 @@ def test_what_no_phase_can_take_is_one_line(smoke_checkpoint, tmp_path, cache_di
             assert len(error) == 1 and text in error[0] and not (tmp_path / "r.csv").exists()
 
 
+def test_a_script_without_tools_says_what_it_lacks(source, tmp_path, monkeypatch, capsys):
+    for script, flag in ((harvest_activations, "--model_path"), (ablation_test, "--adaptive_model"), (janus, "--init_from")):
+        monkeypatch.setattr(script, "__file__", str(tmp_path / "alone.py"))
+        out = ["--save_file", str(tmp_path / "r.csv")] if script is ablation_test else ["--save_dir", str(tmp_path / "out")]
+        assert script.main([flag, str(source), "--dataset", "builtin", "--cache_dir", str(tmp_path / "cache"), *out]) == 1
+        err = capsys.readouterr().err
+        assert "import_hf.py is missing" in err and err.count("\n") == 1, err
+
+
 def test_what_is_refused_is_one_line(source, tokenizer, tmp_path, capsys):
     def says(model: Path, *more: str) -> str:
         assert import_hf.main([str(model), str(tmp_path / "out"), *more]) == 1

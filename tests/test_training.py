@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -205,6 +206,9 @@ def test_redraw_needs_only_the_csv(smoke_checkpoint, control_checkpoint, tmp_pat
     csvs = [str(c.parent / "telemetry.csv") for c in (smoke_checkpoint, control_checkpoint)]
     assert janus.main(["--redraw", *csvs, "--save_dir", str(tmp_path)]) == 0
     assert (tmp_path / "training.png").stat().st_size > 10_000
+    width = plt.imread(tmp_path / "training.png").shape[1]
+    assert janus.main(["--redraw", csvs[1], "--save_dir", str(tmp_path)]) == 0
+    assert plt.imread(tmp_path / "training.png").shape[1] < width, "no empty panel for a penalty that the control arm has not"
 
 
 def test_linear_law_and_the_published_preset_parse_to_the_published_numbers():
