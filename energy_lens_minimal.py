@@ -115,7 +115,7 @@ def version_and_completion(p: argparse.ArgumentParser) -> None:
         release = version("janus-arc")
     except PackageNotFoundError:
         release = "not installed"
-    commit = git("describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+    commit = git("describe", "--always", "--dirty", "--abbrev=12") or release.partition("+g")[2] or "unknown"
     p.add_argument("--version", action="version", version=f"janus-arc {release}, commit {commit}")
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete  # only then: the scripts run without it
@@ -1420,9 +1420,16 @@ class LensResults:
         return json.dumps(record, default=str)
 
 
+def cell(v: Any) -> str:
+    """A value of a table for the reader: four significant digits, whole numbers whole, a dash where there is none."""
+    if not isinstance(v, (float, np.floating)):
+        return str(v)
+    return "–" if math.isnan(v) else f"{v:,.0f}" if float(v).is_integer() and abs(v) >= 1000 else f"{v:.4g}"
+
+
 def markdown_table(t: pd.DataFrame) -> str:
-    """A table as Markdown, four significant digits."""
-    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v).replace("|", "\\|") for v in row] for row in t.itertuples(index=False)]
+    """A table as Markdown."""
+    cells = [[cell(v).replace("|", "\\|") for v in row] for row in t.itertuples(index=False)]
     lines = [list(map(str, t.columns)), ["---"] * t.shape[1], *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -1439,9 +1446,7 @@ def write_report(title: str, blocks: list[ReportPart], path: Path) -> None:
             page.append(f"<p>{html.escape(value)}</p>")
         elif kind == "t":
             md.append(markdown_table(value))
-            page.append(
-                '<div style="overflow-x:auto">' + value.to_html(index=False, float_format=lambda v: f"{v:.4g}", border=0) + "</div>"
-            )
+            page.append('<div style="overflow-x:auto">' + value.map(cell).to_html(index=False, border=0) + "</div>")
         else:
             image, caption = value
             md.append(f"![{caption}]({Path(image).name})\n\n*{caption}*")
@@ -1875,6 +1880,9 @@ def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[Report
         draw_predicted(t["predicted_actual"], t["predictors"], folder / "predicted_actual.png")
         draw_dose(t["clamps"], folder / "dose_response.png")
         concept = concept_line(t["concepts"])
+        clearest = t["concepts"].sort_values("auroc", ascending=False).groupby("token_class").head(3)
+        small = clearest[["p", "q"]].map(lambda p: p if p >= 1e-10 else "< 1e-10")  # so far out the normal tail gives no digits
+        clearest = clearest.assign(**small)
         dose = t["clamps"]
         own, random = (dose[(dose.arm == arm) & (dose.dose == dose.dose.max())] for arm in ("feature", "random direction"))
         gap = own.attractor_shift.reset_index(drop=True) - random.attractor_shift.reset_index(drop=True)
@@ -1891,7 +1899,7 @@ def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[Report
         out += [
             ("h", "Concepts"),
             ("p", concept + "."),
-            ("t", t["concepts"].sort_values("auroc", ascending=False).groupby("token_class").head(3)),
+            ("t", clearest),
             ("h", "Interventions: predicted against actual"),
             ("t", t["predictors"]),
             (
