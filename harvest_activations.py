@@ -94,7 +94,7 @@ def version_and_completion(p: argparse.ArgumentParser) -> None:
         release = version("janus-arc")
     except PackageNotFoundError:
         release = "not installed"
-    commit = git("describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+    commit = git("describe", "--always", "--dirty", "--abbrev=12") or release.partition("+g")[2] or "unknown"
     p.add_argument("--version", action="version", version=f"janus-arc {release}, commit {commit}")
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete  # only then: the scripts run without it
@@ -714,11 +714,15 @@ def builtin_documents() -> dict[str, str]:
     return {name: "\n\n".join(paragraphs) for name, paragraphs in documents.items()}
 
 
+# Copied from: janus_adaptive.py::TEXT_ADVICE
+TEXT_ADVICE = "use --dataset builtin, or --dataset PATH with --tokenizer train:4096"
+
+
 # Copied from: janus_adaptive.py::from_hub
-def from_hub(what: str, load: Callable[[], Any], seconds: float = 6.0) -> Any:
+def from_hub(what: str, load: Callable[[], Any], advice: str = TEXT_ADVICE, seconds: float = 6.0) -> Any:
     """Runs `load`, with the hub libraries offline (their cache only) if the hub does not answer within `seconds`.
 
-    Raises HandoffError, which says what to do without a network.
+    Raises HandoffError, which ends in `advice`: what to do without a network.
     """
     url, answered = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), threading.Event()
 
@@ -735,7 +739,6 @@ def from_hub(what: str, load: Callable[[], Any], seconds: float = 6.0) -> Any:
         return load()
     except Exception as e:  # the hub libraries raise many types
         cause = (str(e).strip().splitlines() or [type(e).__name__])[0][:100] if answered.is_set() else f"no answer from {url}"
-        advice = "use --dataset builtin, or --dataset PATH with --tokenizer train:4096"
         raise HandoffError(f"{what} cannot be had from the Hugging Face hub or its cache ({cause}); {advice}") from None
 
 
@@ -1061,11 +1064,7 @@ def harvest(args: argparse.Namespace, model: NewGPT, data: HFWikiTextLoader, aut
         dumps = {l: np.lib.format.open_memmap(dump_path(args, l, ".partial"), mode="r+") for l in todo if left}
     except (OSError, ValueError) as e:
         raise HandoffError(f"the unfinished harvest in {args.out} was damaged ({e}) and is now removed; start again") from None
-    start, trial = time.perf_counter(), min(args.batch_size, int(bounds[-1]))
-    list(measure(0, trial))
-    windows = int(np.diff(bounds)[left].sum()) if left else 0
-    minutes = (time.perf_counter() - start) * windows / trial / 60
-    print(f"time: at most about {minutes:.1f} min for layers {todo}, site {args.site}, on {model.embedding.weight.device}", flush=True)
+    windows, start = int(np.diff(bounds)[left].sum()) if left else 0, time.perf_counter()
     with tqdm(total=windows * t, unit="tok", unit_scale=True, disable=None) as bar:
         for b in left:
             sums: dict[str, Any] = {}
@@ -1076,6 +1075,10 @@ def harvest(args: argparse.Namespace, model: NewGPT, data: HFWikiTextLoader, aut
                     for name, value in found.items():
                         sums[f"{name}.{l}"] = sums.get(f"{name}.{l}", 0.0) + value
                 bar.update((end - first) * t)
+                if (b, first) == (left[0], bounds[b]):
+                    minutes = (time.perf_counter() - start) * windows / (end - first) / 60
+                    where = f"layers {todo}, site {args.site}, on {model.embedding.weight.device}"
+                    bar.write(f"time: at most about {minutes:.1f} min for {where}")
             for dump in dumps.values():
                 dump.flush()
             with atomic(sums_path(args, b)) as tmp:

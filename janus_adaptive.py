@@ -99,7 +99,7 @@ def version_and_completion(p: argparse.ArgumentParser) -> None:
         release = version("janus-arc")
     except PackageNotFoundError:
         release = "not installed"
-    commit = git("describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+    commit = git("describe", "--always", "--dirty", "--abbrev=12") or release.partition("+g")[2] or "unknown"
     p.add_argument("--version", action="version", version=f"janus-arc {release}, commit {commit}")
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete  # only then: the scripts run without it
@@ -736,10 +736,13 @@ def builtin_documents() -> dict[str, str]:
     return {name: "\n\n".join(paragraphs) for name, paragraphs in documents.items()}
 
 
-def from_hub(what: str, load: Callable[[], Any], seconds: float = 6.0) -> Any:
+TEXT_ADVICE = "use --dataset builtin, or --dataset PATH with --tokenizer train:4096"
+
+
+def from_hub(what: str, load: Callable[[], Any], advice: str = TEXT_ADVICE, seconds: float = 6.0) -> Any:
     """Runs `load`, with the hub libraries offline (their cache only) if the hub does not answer within `seconds`.
 
-    Raises HandoffError, which says what to do without a network.
+    Raises HandoffError, which ends in `advice`: what to do without a network.
     """
     url, answered = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), threading.Event()
 
@@ -756,7 +759,6 @@ def from_hub(what: str, load: Callable[[], Any], seconds: float = 6.0) -> Any:
         return load()
     except Exception as e:  # the hub libraries raise many types
         cause = (str(e).strip().splitlines() or [type(e).__name__])[0][:100] if answered.is_set() else f"no answer from {url}"
-        advice = "use --dataset builtin, or --dataset PATH with --tokenizer train:4096"
         raise HandoffError(f"{what} cannot be had from the Hugging Face hub or its cache ({cause}); {advice}") from None
 
 

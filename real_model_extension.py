@@ -449,11 +449,15 @@ def load_checkpoint(path: str | Path, device: torch.device, skip_probe: bool) ->
 # ---------------------------------------------------------------------------------------------------------- data
 
 
+# Copied from: janus_adaptive.py::TEXT_ADVICE
+TEXT_ADVICE = "use --dataset builtin, or --dataset PATH with --tokenizer train:4096"
+
+
 # Copied from: janus_adaptive.py::from_hub
-def from_hub(what: str, load: Callable[[], Any], seconds: float = 6.0) -> Any:
+def from_hub(what: str, load: Callable[[], Any], advice: str = TEXT_ADVICE, seconds: float = 6.0) -> Any:
     """Runs `load`, with the hub libraries offline (their cache only) if the hub does not answer within `seconds`.
 
-    Raises HandoffError, which says what to do without a network.
+    Raises HandoffError, which ends in `advice`: what to do without a network.
     """
     url, answered = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), threading.Event()
 
@@ -470,7 +474,6 @@ def from_hub(what: str, load: Callable[[], Any], seconds: float = 6.0) -> Any:
         return load()
     except Exception as e:  # the hub libraries raise many types
         cause = (str(e).strip().splitlines() or [type(e).__name__])[0][:100] if answered.is_set() else f"no answer from {url}"
-        advice = "use --dataset builtin, or --dataset PATH with --tokenizer train:4096"
         raise HandoffError(f"{what} cannot be had from the Hugging Face hub or its cache ({cause}); {advice}") from None
 
 
@@ -600,7 +603,8 @@ def load_language_model(name: str) -> LanguageModel:
         )
 
     try:
-        tok, model = load() if Path(name).is_dir() else from_hub(f"model {name!r}", load)
+        advice = "give a folder, FILE.gguf, a Janus checkpoint (.pt), or smollm2 (after: make setup-models)"
+        tok, model = load() if Path(name).is_dir() else from_hub(f"model {name!r}", load, advice)
     except HandoffError:
         raise
     except Exception as e:  # transformers, gguf and safetensors raise many types

@@ -78,6 +78,11 @@ def run(world, tmp_path, capsys, monkeypatch):
     return call
 
 
+def test_the_time_is_estimated_once(run):
+    status, out, _ = run("--layers", "0")
+    assert status == 0 and out.count("time: at most about") == 1
+
+
 @pytest.fixture(scope="session")
 def finished(world):
     """A finished float32 harvest of all layers, for reading only."""

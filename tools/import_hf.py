@@ -70,7 +70,8 @@ def load_llama(name: str) -> tuple[Any, Any]:
         return model.eval(), hf.AutoTokenizer.from_pretrained(name, **options)
 
     try:
-        return load() if Path(name).is_dir() else from_hub(f"model {name!r}", load)
+        advice = "give a folder, FILE.gguf, or smollm2 (after: make setup-models)"
+        return load() if Path(name).is_dir() else from_hub(f"model {name!r}", load, advice)
     except HandoffError:
         raise
     except Exception as e:  # transformers, gguf, tokenizers and safetensors raise many types
