@@ -76,7 +76,7 @@ def version_and_completion(p: argparse.ArgumentParser) -> None:
         release = version("janus-arc")
     except PackageNotFoundError:
         release = "not installed"
-    commit = git("describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+    commit = git("describe", "--always", "--dirty", "--abbrev=12") or release.partition("+g")[2] or "unknown"
     p.add_argument("--version", action="version", version=f"janus-arc {release}, commit {commit}")
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete  # only then: the scripts run without it

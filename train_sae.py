@@ -69,6 +69,7 @@ L1_ARCHS = ("relu", "gated")  # their L0 follows from --l1, not from --k or --ta
 TWINS = ("sae.safetensors", "ae.pt", "config.json")  # of a topk folder: what eai-sparsify and dictionary_learning read
 SITES = ["z", "attn_out", "mlp_out", "resid_pre", "resid_post"]
 BLOCK, POOL = 256, 1 << 18  # rows read in one go, rows shuffled together: memory does not grow with the dump
+SPARE = 4  # latents a token on either side of the k-th largest that bfloat16 may confuse: about two are closer than its rounding
 CE_GAP = 0.02  # nats; where ablation costs less, "CE recovered" divides noise by noise
 GROUP = ["run", "unit", "arch", "site", "layer"]
 
@@ -104,7 +105,7 @@ def version_and_completion(p: argparse.ArgumentParser) -> None:
         release = version("janus-arc")
     except PackageNotFoundError:
         release = "not installed"
-    commit = git("describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+    commit = git("describe", "--always", "--dirty", "--abbrev=12") or release.partition("+g")[2] or "unknown"
     p.add_argument("--version", action="version", version=f"janus-arc {release}, commit {commit}")
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete  # only then: the scripts run without it
@@ -750,22 +751,45 @@ def row_topk(pre: Tensor, k: int, members: int = 16) -> tuple[Tensor, Tensor]:
     return value, latent.gather(1, at)
 
 
-def select(pre: Tensor, k: int, arch: str, guess: Tensor | float = 0.0) -> tuple[Code, Tensor]:
+def nth_largest(value: Tensor, n: int) -> Tensor:
+    """The n-th largest of value [any]: infinity for n = 0, and 0 where there are not as many."""
+    if n == 0:
+        return value.new_full((), math.inf)
+    return value.kthvalue(len(value) - n + 1).values if len(value) >= n else value.new_zeros(())
+
+
+def select(
+    pre: Tensor, k: int, arch: str, guess: Tensor | float = 0.0, exact: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> tuple[Code, Tensor]:
     """pre [N, F] -> the positive ones among each token's k largest (topk), or the batch's N k largest (batchtopk, Bussmann et al.
     2024); and tau, the smallest value that fires (batchtopk). Exact whatever the `guess`, which is a fast lower bound of tau.
-    jumprelu: all that exceed `guess` [F]."""
+    jumprelu: all that exceed `guess` [F].
+
+    pre in bfloat16 orders close values wrongly: where `exact` (latent [n], token [n] -> float32 values [n]) is given, it decides
+    between the SPARE a token that are just large enough and the SPARE that are just too small."""
+    n, spare = len(pre), min(SPARE, k) * (exact is not None)
     if arch == "topk":
-        value, latent = (t.flatten() for t in row_topk(pre, k))
-        token, tau = torch.arange(len(pre), device=pre.device).repeat_interleave(k), pre.new_zeros(())
+        value, latent = row_topk(pre, k + spare)
+        if exact:
+            value, order = value.float().sort(1, descending=True)
+            latent = latent.gather(1, order)
+            close = latent[:, k - spare :]
+            best, at = exact(close.flatten(), torch.arange(n, device=pre.device).repeat_interleave(2 * spare)).view_as(close).topk(spare)
+            value, latent = torch.cat([value[:, : k - spare], best], 1), torch.cat([latent[:, : k - spare], close.gather(1, at)], 1)
+        value, latent, token = value.flatten(), latent.flatten(), torch.arange(n, device=pre.device).repeat_interleave(k)
+        tau = value.new_zeros(())
     else:
         token, latent = (pre > guess).nonzero(as_tuple=True)
-        if arch != "jumprelu" and len(token) < k * len(pre):  # guessed too high
+        if arch != "jumprelu" and len(token) < (k + spare) * n:  # guessed too high
             token, latent = (pre > 0).nonzero(as_tuple=True)
-        value, tau = pre[token, latent], pre.new_zeros(())
-        if arch != "jumprelu" and len(value) > k * len(pre):
-            tau = value.kthvalue(len(value) - k * len(pre) + 1).values
+        value, tau = pre[token, latent].to(torch.float32 if exact else pre.dtype), pre.new_zeros(())
+        if arch != "jumprelu":
+            if exact:
+                close = ((value >= nth_largest(value, (k + spare) * n)) & (value <= nth_largest(value, (k - spare) * n))).nonzero()[:, 0]
+                value[close] = exact(latent[close], token[close])
+            tau = nth_largest(value, k * n)
     fires = (value > 0) & (value >= tau)
-    count = torch.bincount(token[fires], minlength=len(pre))
+    count = torch.bincount(token[fires], minlength=n)
     return Code(latent[fires], value[fires], token[fires], count.cumsum(0) - count), tau.float()
 
 
@@ -776,13 +800,19 @@ def nested(code: Code, n: int, ends: Tensor) -> Code:
     return Code(code.latent[order], code.value[order], token, count.cumsum(0) - count)
 
 
+def pair_products(x: Tensor, w: Tensor, latent: Tensor, token: Tensor) -> Tensor:
+    """x[token] . w[latent] [n] for x [N, D], w [F, D], tokens in order: without gathering rows, of which there are n D numbers."""
+    count = torch.bincount(token, minlength=len(x))
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, w, latent, count.cumsum(0) - count, token, 0, -1)
+
+
 def sparse_backward(x: Tensor, code: Code, dy: Tensor, w_dec: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of W_enc [F, D], b_enc [F], W_dec [F, D] and of the values [n] from dy [N, D], that at the reconstruction of x [N, D].
 
     dvalue = dy . w_dec[latent];  dW_dec[f] = sum of value dy, dW_enc[f] = sum of dvalue x over the tokens where f fires. A sum over
     tokens grouped by latent is an embedding bag: no atomics, nothing of size [n, D] or [N, F]. A value of 0 did not fire.
     """
-    d_value = torch.ops.aten._embedding_bag_per_sample_weights_backward(dy, w_dec, code.latent, code.start, code.token, 0, -1)
+    d_value = pair_products(dy, w_dec, code.latent, code.token)
     order, count = code.latent.argsort(stable=True), torch.bincount(code.latent, minlength=len(w_dec))
     token, start = code.token[order], count.cumsum(0) - count
 
@@ -814,6 +844,7 @@ class Trainer:
     """
 
     AUX, AUX_TOKENS = 1 / 32, 1 / 8  # weight of the auxiliary loss, share of the batch that it sees
+    CLIP = 1.0  # norm of D times the gradient, as in SAELens: large early gradients would stay in Adam's second moment for long
     BANDWIDTH = 0.5  # in units of pre; at the start a latent's pre has standard deviation 1
     THRESHOLD_RATE = 10  # learning rate of thresholds over that of weights; at 1, L0 stays far below its target for hundreds of steps
     PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)  # shares of the latents
@@ -824,7 +855,8 @@ class Trainer:
         self.args, self.dtype, self.step_count = args, getattr(torch, args.dtype), 0
         self.mean, self.scale = mean.to(device), math.sqrt(d) / norm
         w_dec = F.normalize(torch.randn(f, d, generator=torch.Generator().manual_seed(args.seed)), dim=1)
-        w_enc = w_dec * (2 / args.expansion if args.arch in L1_ARCHS else 1)  # there the half that fires then adds up to x
+        # Small: with an L1 penalty half of the latents fire at first, and then add up to x; elsewhere it fits better than norm 1.
+        w_enc = w_dec * (1 if args.arch == "jumprelu" else 2 / args.expansion)
         # b_dec starts at the mean of the data, which is 0 in these coordinates
         more = {"jumprelu": 1, "gated": 2}.get(args.arch, 0)  # threshold; r_mag, b_mag
         self.params = [t.to(device, copy=True) for t in (w_enc, torch.zeros(f), w_dec, torch.zeros(d), *[torch.zeros(f)] * more)]
@@ -841,7 +873,8 @@ class Trainer:
         """Sets .grad of every parameter for the batch x [N, D] -> squared error a dimension, and firings [F]."""
         (n, d), a = x.shape, self.args
         w_enc, w_dec, low = self.W_enc.to(self.dtype), self.W_dec.to(self.dtype), (x - self.b_dec).to(self.dtype)
-        pre = torch.addmm(self.b_enc.to(self.dtype), low, w_enc.T)
+        # the bias as one more input that is 1: addmm would first write it to all of pre
+        pre = torch.cat([low, low.new_ones(n, 1)], 1) @ torch.cat([w_enc, self.b_enc[:, None].to(self.dtype)], 1).T
         more: tuple[Tensor, ...] = ()
         if a.arch == "gated":
             (r_mag, b_mag), gate = self.more, pre.relu()
@@ -862,13 +895,19 @@ class Trainer:
             d_shared = grads[1]
         else:
             jump = a.arch == "jumprelu"
-            code, tau = select(pre, a.k, a.arch, (self.more[0] - self.BANDWIDTH / 2).to(self.dtype) if jump else 0.8 * self.tau)
+            guess, full = (self.more[0] - self.BANDWIDTH / 2).to(self.dtype) if jump else 0.8 * self.tau, x - self.b_dec
+
+            def exact(latent: Tensor, token: Tensor) -> Tensor:
+                return pair_products(full, self.W_enc, latent, token) + self.b_enc[latent]
+
+            code, tau = select(pre, a.k, a.arch, guess, exact if self.dtype != torch.float32 else None)
             if jump:  # what the kernel reaches below the threshold is in the code with a value of 0
                 threshold, tau = self.more[0][code.latent], self.more[0].mean()
                 over = code.value.float() - threshold
                 code = code._replace(value=code.value * (over > 0))
             self.tau = self.tau.lerp(tau, 1 / min(self.TAU_STEPS, max(1, self.step_count / 5)))
             fired = torch.bincount(code.latent[code.value > 0], minlength=len(w_dec))
+            code = code._replace(value=code.value.to(self.dtype))
             code = nested(code, n, self.ends) if len(self.ends) > 1 else code
             y = F.embedding_bag(code.latent, w_dec, code.start, per_sample_weights=code.value, mode="sum").float().view(-1, n, d)
             errors = (y.cumsum(0) if len(y) > 1 else y) + self.b_dec - x  # [G, N, D], of each prefix
@@ -903,9 +942,11 @@ class Trainer:
         decay = (a.steps + 1 - self.step_count) / (a.lr_decay * a.steps) if a.lr_decay else 1.0
         for group, speed in zip(self.optimizer.param_groups, (1, self.THRESHOLD_RATE if a.arch == "jumprelu" else 1), strict=False):
             group["lr"] = speed * a.learning_rate * min(1.0, self.step_count / max(1, a.lr_warmup), decay)
+        if a.arch not in L1_ARCHS:  # gated recovers planted atoms less well with it
+            torch.nn.utils.clip_grad_norm_(self.params, self.CLIP / len(self.mean))
         grad = self.W_dec.grad
         assert grad is not None
-        grad -= (grad * self.W_dec).sum(1, keepdim=True) * self.W_dec
+        grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
         self.optimizer.step()
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
         if a.arch == "jumprelu":
