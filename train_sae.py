@@ -855,8 +855,7 @@ class Trainer:
         self.args, self.dtype, self.step_count = args, getattr(torch, args.dtype), 0
         self.mean, self.scale = mean.to(device), math.sqrt(d) / norm
         w_dec = F.normalize(torch.randn(f, d, generator=torch.Generator().manual_seed(args.seed)), dim=1)
-        # Small: with an L1 penalty half of the latents fire at first, and then add up to x; elsewhere it fits better than norm 1.
-        w_enc = w_dec * (1 if args.arch == "jumprelu" else 2 / args.expansion)
+        w_enc = w_dec * (2 / args.expansion if args.arch in L1_ARCHS else 1)  # there the half that fires then adds up to x
         # b_dec starts at the mean of the data, which is 0 in these coordinates
         more = {"jumprelu": 1, "gated": 2}.get(args.arch, 0)  # threshold; r_mag, b_mag
         self.params = [t.to(device, copy=True) for t in (w_enc, torch.zeros(f), w_dec, torch.zeros(d), *[torch.zeros(f)] * more)]
