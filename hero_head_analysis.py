@@ -909,7 +909,7 @@ def run_tool(name: str, *argv: object) -> None:
 
 
 def draw_features(args: argparse.Namespace, of: dict[str, Any]) -> Path:
-    """hero_features.html: tools/feature_dashboard.py on the hero's SAE."""
+    """hero_features.html: tools/feature_dashboard.py on the hero's SAE. Raises HandoffError with that tool's error."""
     out, inputs = args.save_dir / "hero_features.html", ["--activations_dir", args.activations_dir, "--model_path", of["ckpt"]["path"]]
     run_tool("feature_dashboard", of["sae"][0]["folder"], "--features", *args.features, *inputs, "--out", out)
     return out

@@ -1160,7 +1160,7 @@ def draw_training(csvs: list[str | Path], target: float, out: Path) -> None:
         axes[1].plot(*t[["step", "sigma_z"]].dropna().to_numpy().T, color=color, lw=0.8, alpha=0.5, label=label)
         if "sigma_filtered" in t:
             axes[1].plot(*t[["step", "sigma_filtered"]].dropna().to_numpy().T, color=color, lw=1.6)
-        if pressed:
+        if (t["lambda"] > 0).any():
             axes[2].plot(t["step"], t["lambda"].where(t["lambda"] > 0), color=color, lw=1.2, label=label)
     axes[1].axhspan(0.9 * target, 1.1 * target, color="0.85", label=f"setpoint {target:g} $\\pm$ 10 %")
     axes[0].set(title="Loss (thin: training, dots: validation)", ylabel="cross-entropy (nats a token)")

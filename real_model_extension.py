@@ -593,18 +593,18 @@ def load_language_model(name: str) -> LanguageModel:
             tok.decode,
             model.cfg.seq_len,
         )
-    name, options = pretrained_source(name)
+    source, options = pretrained_source(name)
 
     def load() -> tuple[Any, Any]:
         hf = import_module("transformers")  # only now: from_hub must have looked for the hub first
         hf.utils.logging.set_verbosity_error()
-        return hf.AutoTokenizer.from_pretrained(name, **options), hf.AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, **options
+        return hf.AutoTokenizer.from_pretrained(source, **options), hf.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, **options
         )
 
     try:
         advice = "give a folder, FILE.gguf, a Janus checkpoint (.pt), or smollm2 (after: make setup-models)"
-        tok, model = load() if Path(name).is_dir() else from_hub(f"model {name!r}", load, advice)
+        tok, model = load() if Path(source).is_dir() else from_hub(f"model {name!r}", load, advice)
     except HandoffError:
         raise
     except Exception as e:  # transformers, gguf and safetensors raise many types

@@ -420,7 +420,8 @@ def study(tmp_path_factory) -> Path:
     hero.write_sidecar(dump / "tokens.npy", "janus.tokens/1", [], **facts)
     hero.write_sidecar(dump / "L1.z.npy", "janus.activations/1", [], **facts)
     write_sae(root / "saes" / "adaptive" / "L1", make_sae("standard", 24, 48))
-    hero.write_sidecar(root / "saes" / "adaptive" / "L1" / "sae_weights.safetensors", "janus.sae/1", [], **facts)
+    facts |= dict(run="adaptive", layer=1, head=None)
+    hero.write_sidecar(root / "saes" / "adaptive" / "L1" / "sae_weights.safetensors", "janus.sae/1", [dump / "L1.z.npy"], **facts)
     return root
 
 
@@ -470,6 +471,15 @@ def test_same_command_same_numbers_and_redraw_needs_no_model(study: Path, done: 
     (study / "again" / "hero_attention.png").unlink()
     assert hero.main(["--redraw", "--save_dir", str(study / "again")]) == 0
     assert (study / "again" / "hero_attention.png").stat().st_size > 10_000
+
+
+def test_a_page_about_chosen_features_and_a_number_that_the_sae_does_not_have(study: Path, tmp_path: Path, capfd):
+    assert run(study, "--features", "3", "7", "--save_dir", str(tmp_path / "page")) == 0
+    page = (tmp_path / "page" / "hero_features.html").read_text()
+    assert [f"Feature {i}:" in page for i in (3, 7, 4)] == [True, True, False]
+    capfd.readouterr()
+    assert run(study, "--features", "48", "--save_dir", str(tmp_path / "none"))
+    assert len(lines := capfd.readouterr().err.strip().splitlines()) == 1 and "48" in lines[0]
 
 
 def test_missing_sae_is_one_line_with_both_commands(study: Path, tmp_path: Path):

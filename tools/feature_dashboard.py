@@ -202,7 +202,7 @@ def render(title: str, about: str, rows: list[dict[str, Any]]) -> str:
             f'<tr><td>H{h}</td><td><i style="width:{8 * s:.2f}rem"></i> {s:.0%}</td><td>{v:+.3g}</td></tr>'
             for h, (s, v) in enumerate(zip(r["heads"], r["by_head"], strict=True))
         )
-        active = f"active on {r['n_active']} tokens ({r['frequency']:.2%}), up to {r['largest']:.3g}"
+        active = f"active on {r['n_active']} tokens ({100 * r['frequency']:.3g}% of all), up to {r['largest']:.3g}"
         body.append(
             f'<details id="f{r["feature"]}" {"open" if len(body) < 3 else ""}><summary>Feature {r["feature"]}: {active}</summary>'
             f"<div class=two><div>{histogram(r['counts'], r['edges'])}{words}<table><tr><th>head<th>share of what it writes"
