@@ -1424,7 +1424,7 @@ def cell(v: Any) -> str:
     """A value of a table for the reader: four significant digits, whole numbers whole, a dash where there is none."""
     if not isinstance(v, (float, np.floating)):
         return str(v)
-    return "–" if math.isnan(v) else f"{v:,.0f}" if float(v).is_integer() and abs(v) >= 1000 else f"{v:.4g}"
+    return "–" if math.isnan(v) else f"{v:,.0f}" if float(v).is_integer() and abs(float(v)) >= 1000 else f"{v:.4g}"
 
 
 def markdown_table(t: pd.DataFrame) -> str:

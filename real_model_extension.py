@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import io
 import json
 import math
 import os
@@ -26,8 +28,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +39,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -220,6 +224,65 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------------- model
+
+
+# Copied from: janus_adaptive.py::torchrun
+def torchrun(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorates `main`: if torchrun started it, joins the other processes (gloo; nccl between GPUs) and lets only rank 0 print.
+
+    Of several processes that fail the first says why; torchrun then ends those that wait for it.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        if not dist.is_torchelastic_launched():
+            return main(argv)
+        store, rank, world = next(dist.rendezvous("env://"))
+        dist.init_process_group(store=store, rank=rank, world_size=world, timeout=timedelta(days=30))
+        out, err = [io.StringIO()] * 2 if rank else (sys.stdout, sys.stderr)
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = main(argv)
+        except SystemExit:  # --help or a wrong command line, the same for all: nobody ends before rank 0 has printed it
+            all_sum(torch.zeros(1))
+            raise
+        except BaseException:
+            if store.add("failed", 1) == 1:
+                raise
+            time.sleep(1)  # as soon as one process has ended torchrun ends the rest, and the first may still be printing
+            return 1
+        dist.destroy_process_group()
+        return status
+
+    return run
+
+
+# Copied from: janus_adaptive.py::rank_and_world
+def rank_and_world() -> tuple[int, int]:
+    """Number of this process, and how many torchrun started; without it 0 and 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+# Copied from: janus_adaptive.py::all_sum
+def all_sum(*tensors: Tensor) -> None:
+    """Replaces each tensor (of one dtype and device) by its sum over all processes, the same bits in each of them."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(total.view_as(t))
+
+
+# Copied from: janus_adaptive.py::rank_0_first
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """The other processes enter the block when rank 0 has left it; if it fails there they never do."""
+    rank, _ = rank_and_world()
+    if rank:
+        all_sum(torch.zeros(1))
+    yield
+    if not rank:
+        all_sum(torch.zeros(1))
 
 
 # Copied from: janus_adaptive.py::GPTConfig
@@ -655,11 +718,11 @@ class LossEnergy:
     tuned: the same of an affine translation of h, fitted by `fit`.
     """
 
-    def __init__(self, lm: LanguageModel, layer: int, mode: str) -> None:
+    def __init__(self, lm: LanguageModel, layer: int, mode: str, translate: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
         if mode not in ENERGIES:
             raise ConfigError(f"energy {mode!r}: expected one of {', '.join(ENERGIES)}")
         self.lm, self.layer, self.mode = lm, layer, mode
-        self.translate: tuple[Tensor, Tensor, Tensor] | None = None
+        self.translate = translate
 
     def fit(self, h: Tensor, h_last: Tensor) -> LossEnergy:
         """Ridge regression of the last block's output minus h on h, both [N, D]; penalty 0.01 of h's mean variance a token."""
@@ -691,6 +754,15 @@ class LossEnergy:
             return torch.autograd.grad(self.energy(h, ids).sum(), h)[0]
 
 
+def share(items: Sequence[Any], work: Callable[[Any], Any], desc: str, unit: str) -> list[Any]:
+    """[work(item) for item in items], dealt out over the processes that torchrun started; each of them gets every result."""
+    rank, world = rank_and_world()
+    parts = [[work(item) for item in tqdm(items[rank::world], desc=desc, unit=unit, disable=None)]] * world
+    if world > 1:
+        dist.all_gather_object(parts, parts[0])  # pickled, but only between the processes of this run
+    return [parts[n % world][n // world] for n in range(len(items))]
+
+
 def states_and_gradients(
     lm: LanguageModel, ids: Tensor, layers: list[int], batch: int = 16, backward: bool = True
 ) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor, Tensor]:
@@ -698,19 +770,18 @@ def states_and_gradients(
 
     Without `backward` the gradients are empty.
     """
-    hs, gs = ({l: [] for l in layers} for _ in range(2))  # type: ignore[var-annotated]
-    last, nats = [], []
-    for part in tqdm(ids.split(batch), desc="forward and backward", unit="batch", disable=None):
+
+    def run(part: Tensor) -> tuple[list[Tensor], list[Any], Tensor, Tensor]:
         logits, seen = lm.run(part, keep=tuple({*layers, len(lm.blocks) - 1}), graph=backward)
         loss = next_token_nats(logits, part)
         if backward:
             loss.sum().backward()
-        for l in layers:
-            hs[l].append(seen[l].detach())
-            gs[l].append(seen[l].grad if backward else torch.empty(0))
-        last.append(seen[len(lm.blocks) - 1].detach())
-        nats.append(loss.detach())
-    return {l: torch.cat(v) for l, v in hs.items()}, {l: torch.cat(v) for l, v in gs.items()}, torch.cat(last), torch.cat(nats)
+        pulls = [seen[l].grad if backward else torch.empty(0) for l in layers]
+        return [seen[l].detach() for l in layers], pulls, seen[len(lm.blocks) - 1].detach(), loss.detach()
+
+    hs, gs, last, nats = zip(*share(ids.split(batch), run, "forward and backward", "batch"), strict=True)
+    h, g = ({l: torch.cat(v) for l, *v in zip(layers, *parts, strict=True)} for parts in (hs, gs))
+    return h, g, torch.cat(last), torch.cat(nats)
 
 
 def batched(f: Callable[[Tensor, Tensor], Tensor], h: Tensor, ids: Tensor, batch: int = 16) -> Tensor:
@@ -811,6 +882,8 @@ class EnergyLensAnalyzer:
             f"{(time.perf_counter() - self.clock) / 60:.1f} minutes, {time.process_time() / 60:.1f} CPU minutes on "
             f"{torch.get_num_threads()} threads, peak {lens.peak_gb():.2f} GB"
         )
+        if (world := rank_and_world()[1]) > 1:
+            res.facts["cost"] += f", in the first of {world} processes"
         return res
 
     def generate_research_report(self, results: LensResults, path: str | Path = "energy_lens_report.md") -> Path:
@@ -879,38 +952,38 @@ class EnergyLensAnalyzer:
         h_fit, _, last_fit, _ = states_and_gradients(lm, fit_ids, layers, backward=False)  # type: ignore[arg-type]
         hs, gs, _, nats = states_and_gradients(lm, ids, layers)  # type: ignore[arg-type]
         res, rng, inner = LensResults(lm.name), np.random.default_rng(cfg.seed), slice(1, -1)  # type: ignore[union-attr]
-        found, saes, energies, rows, checks = [], {}, {}, [], []
         strata = torch.zeros(len(ids), dtype=torch.int64)
-        for l in layers:
+
+        def one_block(l: int) -> tuple[SAE, pd.DataFrame, list[dict], lens.Layer, Tensor, Any]:
             print(f"{(time.perf_counter() - self.clock) / 60:.1f} min: block {l}, SAE and EFAS", flush=True)
             modes = [LossEnergy(lm, l, mode) for mode in ENERGIES]  # type: ignore[arg-type]
             fit = h_fit[l][:, inner].flatten(0, 1)
             modes[1].fit(fit, last_fit[:, inner].flatten(0, 1))
-            energies[l] = modes[ENERGIES.index(cfg.energy)]
-            checks.append(validity(modes, hs[l][:16], gs[l][:16], ids[:16], cfg.seed))
-            sae = saes[l] = lens.train_sae(fit, cfg.sae_dict_size, cfg.sae_l1 or 3.0, cfg.sae_iterations, cfg.optimiser, cfg.seed)
+            own = modes[ENERGIES.index(cfg.energy)]
+            check = validity(modes, hs[l][:16], gs[l][:16], ids[:16], cfg.seed)
+            sae = lens.train_sae(fit, cfg.sae_dict_size, cfg.sae_l1 or 3.0, cfg.sae_iterations, cfg.optimiser, cfg.seed)
             x = hs[l][:, inner]
-            rows.append(dict(layer=l, dictionary=f"SAE, {cfg.optimiser}", **sae.score(x[: 8192 // cfg.seq_len + 1].flatten(0, 1))))
-            rows.append(
-                dict(
-                    layer=l,
-                    dictionary="one atom a token id + position",
-                    fvu=lens.token_dictionary(h_fit[l][:, inner], fit_ids[:, inner], x, ids[:, inner]),
-                    l0=2.0,
-                )
-            )
+            trivial = lens.token_dictionary(h_fit[l][:, inner], fit_ids[:, inner], x, ids[:, inner])
+            rows = [
+                dict(layer=l, dictionary=f"SAE, {cfg.optimiser}", **sae.score(x[: 8192 // cfg.seq_len + 1].flatten(0, 1))),
+                dict(layer=l, dictionary="one atom a token id + position", fvu=trivial, l0=2.0),
+            ]
             if cfg.energy == "final":
                 g, e = gs[l], nats
             else:
-                g = batched(energies[l].grad, hs[l], ids)
+                g = batched(own.grad, hs[l], ids)
                 with torch.no_grad():
-                    e = batched(energies[l].energy, hs[l], ids)
-            gs[l] = g
-            found.append(lens.analyse_layer(l, x, g[:, inner], e[:, 1:], sae, strata, cfg))
+                    e = batched(own.energy, hs[l], ids)
+            return sae, check, rows, lens.analyse_layer(l, x, g[:, inner], e[:, 1:], sae, strata, cfg), g, own.translate
+
+        blocks = share(layers, one_block, "blocks", "block")
+        all_saes, checks, rows, found, slopes, translations = zip(*blocks, strict=True)
+        saes, gs = dict(zip(layers, all_saes, strict=True)), dict(zip(layers, slopes, strict=True))
+        energies = {l: LossEnergy(lm, l, cfg.energy, by) for l, by in zip(layers, translations, strict=True)}  # type: ignore[arg-type]
         t = res.tables
-        t["features"], t["layers"] = lens.call_aligned(found)
-        t["validity"], t["sae"] = pd.concat(checks, ignore_index=True), pd.DataFrame(rows)
-        t["efas_distribution"] = lens.histogram_table(t["features"], found, cfg.seed)
+        t["features"], t["layers"] = lens.call_aligned(list(found))
+        t["validity"], t["sae"] = pd.concat(checks, ignore_index=True), pd.DataFrame([row for pair in rows for row in pair])
+        t["efas_distribution"] = lens.histogram_table(t["features"], list(found), cfg.seed)
         print(f"{(time.perf_counter() - self.clock) / 60:.1f} min: ablations", flush=True)
         self._ablations(res, hs, gs, ids, saes, rng)
         t["text_types"] = self._text_types(res, saes)
@@ -920,13 +993,17 @@ class EnergyLensAnalyzer:
 
     def _ablations(self, res: LensResults, hs: dict, gs: dict, ids: Tensor, saes: dict, rng: np.random.Generator) -> None:
         """Ablates matched features and, with the same length at the same tokens, random directions; the outcome is the model's own loss."""
-        effects, scores, points = [], [], []
         held = torch.arange(len(ids))[1::2]  # the half that efas_a has not seen
+        plans = []
         for l, sae in saes.items():
             own = res.tables["features"].query("layer == @l and eligible").reset_index(drop=True)
-            if not len(own):
-                continue
-            chosen, true = lens.matched_features(own, self.config.intervened, rng), LossEnergy(self.lm, l, "final")  # type: ignore[arg-type]
+            if len(own):
+                chosen = lens.matched_features(own, self.config.intervened, rng)
+                plans.append((l, sae, chosen, torch.from_numpy(rng.standard_normal(sae.w_dec.shape, dtype=np.float32))))
+
+        def one_block(plan: tuple[int, SAE, pd.DataFrame, Tensor]) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+            (l, sae, chosen, noise), effects = plan, []
+            true = LossEnergy(self.lm, l, "final")  # type: ignore[arg-type]
             h, g, rows = hs[l][held].clone(), gs[l][held], ids[held]
             pads = torch.zeros_like(h)  # only inner positions are changed, as in the statistics
             pads[:, 1:-1] = 1
@@ -937,7 +1014,6 @@ class EnergyLensAnalyzer:
             def slope(y: Tensor, i: Tensor, true: LossEnergy = true, pads: Tensor = pads, rows: Tensor = rows) -> Tensor:
                 return true.grad(y, rows[i]) * pads[i]
 
-            noise = torch.from_numpy(rng.standard_normal(sae.w_dec.shape, dtype=np.float32))
             arms = {"feature": sae, "random direction": replace(sae, w_dec=F.normalize(noise, dim=-1))}
             for arm, dictionary in arms.items():
                 table = lens.ablate(
@@ -945,14 +1021,12 @@ class EnergyLensAnalyzer:
                 )
                 effects.append(table.assign(arm=arm, layer=l).merge(chosen[["feature", "aligned", "efas"]], on="feature"))
             s, p = lens.predicted_versus_actual(effects[-2].drop(columns=["aligned", "efas"]), chosen, self.config.seed)
-            scores.append(s.assign(layer=l))
-            points.append(p.assign(layer=l))
-        if effects:
-            res.tables["interventions"] = pd.concat(effects, ignore_index=True)
-            res.tables["predictors"], res.tables["predicted_actual"] = (
-                pd.concat(scores, ignore_index=True),
-                pd.concat(points, ignore_index=True),
-            )
+            return pd.concat(effects), s.assign(layer=l), p.assign(layer=l)
+
+        if plans:
+            tables = zip(*share(plans, one_block, "ablations", "block"), strict=True)
+            for name, parts in zip(("interventions", "predictors", "predicted_actual"), tables, strict=True):
+                res.tables[name] = pd.concat(parts, ignore_index=True)
 
     def _text(self, row: Tensor, layers: list[int]) -> tuple[dict, dict, Tensor]:
         hs, gs, _, nats = states_and_gradients(self.lm, row, layers)  # type: ignore[arg-type]
@@ -1140,15 +1214,24 @@ def read_texts(path: Path | None) -> dict[str, str]:
 
 
 @one_line_errors
+@torchrun
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args, (rank, world) = parse_args(argv), rank_and_world()
     report = args.save_dir / "research_report.md"
     refuse_overwrite([report], args.overwrite)
+    if world > 1 and args.model_name == "energy-transformer":
+        raise HandoffError("energy-transformer runs in one process; start it without torchrun: python energy_lens_minimal.py")
     torch.manual_seed(args.seed)
-    with run_record(args.save_dir, args) as record:
+    folder: Any = contextlib.nullcontext({}) if rank else run_record(args.save_dir, args)
+    with folder as record:
         cfg = EnergyLensConfig(**{k: v for k, v in vars(args).items() if k not in ("texts", "save_dir", "overwrite")})
-        analyzer = EnergyLensAnalyzer(cfg)
-        res = analyzer.run_comprehensive_analysis(read_texts(args.texts))
+        texts = read_texts(args.texts)
+        with rank_0_first():  # it fills the cache
+            analyzer = EnergyLensAnalyzer(cfg)
+            lens.documents(cfg.corpus, cfg.cache_dir)
+        res = analyzer.run_comprehensive_analysis(texts)
+        if rank:
+            return 0
         res.to_json(args.save_dir / "raw_results.json")
         analyzer.generate_research_report(res, report)
         record |= dict(cost=res.facts["cost"], config=asdict(cfg))

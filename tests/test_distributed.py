@@ -15,6 +15,7 @@ import torch
 import ablation_test
 import harvest_activations
 import janus_adaptive as janus
+import real_model_extension as real
 import train_sae
 
 SMALL = ["--n_layers", "2", "--control_interval", "2", "--pressure_warmup", "4", "--batch_size", "2"]
@@ -170,3 +171,21 @@ def test_a_signal_saves_and_one_process_goes_on_to_the_same_bits(smoke_args, tmp
     assert all(torch.equal(a[k], b[k]) for k in a)
     x, y = (pd.read_csv(tmp_path / n / "telemetry.csv").drop(columns="tokens_per_s") for n in ("one", "two"))
     pd.testing.assert_frame_equal(x, y, check_exact=True)
+
+
+def test_energy_lens_gives_the_same_numbers(gpt2, tmp_path):
+    """Three blocks and 21 batches of sequences over two processes; a tuned energy, which has a translator to hand on."""
+    sizes = dict(corpus_tokens=6400, seq_len=24, sae_dict_size=64, sae_iterations=3, permutations=100, directions=100, intervened=4)
+    argv = ["--model_name", gpt2, "--corpus", "topics", "--energy", "tuned", "--energy_layers", 0, 1, 3]
+    (texts := tmp_path / "texts.txt").write_text("The quick brown fox jumps over the lazy dog.\n")
+    argv = [str(x) for x in [*argv, "--texts", texts, *(y for k, v in sizes.items() for y in (f"--{k}", v)), "--save_dir"]]
+    assert real.main([*argv, str(tmp_path / "one")]) == 0
+    wrong = ["--model_name", "energy-transformer", "--save_dir", str(tmp_path / "wrong")]
+    commands = [("real_model_extension", [*argv, str(tmp_path / "two")]), ("real_model_extension", wrong)]
+    status, out, err = drive(commands, tmp_path)
+    assert status and len(errors(err)) == 1 and "runs in one process" in errors(err)[0], err
+    assert out.count("report: ") == 1 and not (tmp_path / "wrong").exists()
+    one, two = (json.loads((tmp_path / n / "raw_results.json").read_text()) for n in ("one", "two"))
+    assert {"interventions", "text_ablations", "text_types"} < set(one["tables"]) and one["tables"] == two["tables"]
+    assert "in the first of 2 processes" in two["facts"]["cost"] and "processes" not in one["facts"]["cost"]
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == sorted(p.name for p in (tmp_path / "two").iterdir())

@@ -23,28 +23,6 @@ SMALL = dict(
 
 
 @pytest.fixture(scope="session")
-def gpt2(tmp_path_factory):
-    """A folder with a random GPT-2 of four blocks and a tokenizer of 600 tokens."""
-    from pydoc_data.topics import topics
-
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("gpt2")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(list(topics.values())[:20], trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False))
-    PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=600, n_positions=128, n_embd=32, n_layer=4, n_head=2, initializer_range=0.2, bos_token_id=0, eos_token_id=0
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def lm(gpt2):
     return real.load_language_model(str(gpt2))
 
