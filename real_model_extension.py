@@ -661,6 +661,7 @@ def load_language_model(name: str) -> LanguageModel:
     def load() -> tuple[Any, Any]:
         hf = import_module("transformers")  # only now: from_hub must have looked for the hub first
         hf.utils.logging.set_verbosity_error()
+        hf.utils.logging.disable_progress_bar()
         return hf.AutoTokenizer.from_pretrained(source, **options), hf.AutoModelForCausalLM.from_pretrained(
             source, dtype=torch.float32, **options
         )
