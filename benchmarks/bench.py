@@ -32,8 +32,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import ROOT, SKIPPED, Row, race, rates, row, skip
-from peers import ablation, harvest, sae, training
+from harness import ROOT, SKIPPED, Row, autocast, half, race, rates, row, skip
+from peers import Text, ablation, harvest, janus_optimizer, janus_step, sae, sae_args, training
 
 import janus_adaptive as janus
 
@@ -159,8 +159,104 @@ def nulls(o: argparse.Namespace) -> list[Row]:
     )
 
 
+def gradients(o: argparse.Namespace) -> list[Row]:
+    """States and energy gradients of three blocks of a pretrained model, beside what transformers alone would take for them."""
+    from transformers import GPT2Config, GPT2LMHeadModel, logging
+
+    import real_model_extension as real
+
+    width, vocab, n, length = (32, 500, 4, 16) if o.quick else (384, 16384, 16, 128)
+    logging.set_verbosity_error()
+    sizes = dict(vocab_size=vocab, n_positions=length, n_embd=width, n_layer=12, n_head=4, bos_token_id=0, eos_token_id=0)
+    net, plain_net = (GPT2LMHeadModel(GPT2Config(**sizes)).eval() for _ in range(2))
+    body, layers = net.transformer, [3, 7, 10]
+    lm = real.LanguageModel("gpt2", net, body.h, body.ln_f, net.lm_head, list, str, length)
+    ids = torch.randint(vocab, (n, length), generator=torch.Generator().manual_seed(0))
+
+    def plain() -> None:
+        plain_net(input_ids=ids, labels=ids).loss.backward()
+        plain_net.zero_grad(set_to_none=True)
+
+    def each(l: int) -> None:
+        h = lm.run(ids, keep=(l,))[1][l]
+        real.LossEnergy(lm, l, "final").grad(h, ids)
+
+    calls = {
+        "ours, three blocks at once": lambda: real.states_and_gradients(lm, ids, layers),
+        "ours, a block at a time": lambda: [each(l) for l in layers],
+        "transformers, one forward and backward, with weight gradients": plain,
+    }
+    shape = f"12x{width}, V={vocab:,}, {n} x {length} tokens"
+    return rates("gradients", "states and gradients of three blocks", shape, race(calls, o.seconds / 2), ids.numel(), "tokens/s")
+
+
+def scaling(o: argparse.Namespace) -> list[Row]:
+    """One size changed at a time: training (not compiled), SAE training, and ablation of every head."""
+    import ablation_test as at
+    import train_sae as ts
+
+    out, threads = list[Row](), torch.get_num_threads()
+
+    def train(n_layers: int = 6, n_heads: int = 8, batch: int = 8) -> tuple[float, Callable[[], Any]]:
+        sizes = dict(n_layers=n_layers, d_model=32 if o.quick else 256, n_heads=n_heads, d_ff=64 if o.quick else 688, seq_len=128)
+        flags = [str(w) for k, v in (sizes | dict(batch_size=batch, grad_accum=1)).items() for w in (f"--{k}", v)]
+        args = janus.parse_args(flags)
+        _, context = janus.set_up(args)
+        torch.set_num_threads(threads)
+        model = janus.NewGPT(janus.GPTConfig(vocab_size=4096, n_kv_heads=n_heads, d_head=sizes["d_model"] // n_heads, **sizes)).train()
+        optimizer, pressure = janus_optimizer(model, args), janus.Pressure(args)
+        x, y = torch.randint(4096, (2, batch, 128))
+        return batch * 128, lambda: janus_step(model, optimizer, pressure, args, context, 1, x, y, measure=True)
+
+    def encoder(latents: int = 6144, k: int = 32, n: int = 2048) -> tuple[float, Callable[[], Any]]:
+        d = 64 if o.quick else 768
+        x = torch.randn(n, d)
+        settings = sae_args("topk", k, latents // d, n, 10**9, 3e-4, "bfloat16" if half() else "float32", 10**7)
+        t = ts.Trainer(settings, x.mean(0), float(x.norm(dim=1).mean()), torch.device("cpu"))
+        return n, lambda: t.step(x)
+
+    def heads(n_heads: int = 8, n_layers: int = 6, n: int = 4) -> tuple[float, Callable[[], Any]]:
+        d = 32 if o.quick else 256
+        cfg = at.GPTConfig(
+            vocab_size=4096, n_layers=n_layers, d_model=d, n_heads=n_heads, n_kv_heads=n_heads, d_head=d // n_heads, d_ff=2 * d, seq_len=128
+        )
+        model, text = at.NewGPT(cfg).eval().requires_grad_(False), Text(torch.randint(4096, (n, 129)))
+        zeros = {l: torch.zeros(n_heads, cfg.d_head) for l in range(n_layers)}
+        args = argparse.Namespace(seed=0, batch_size=n, resample_draws=0)
+        return n_layers * n_heads * n * 128, lambda: at.measure(
+            model, text, zeros, args, np.arange(n), ["zero"], list(zeros), autocast(False)
+        )
+
+    families: list[tuple[str, str, Callable[..., tuple[float, Callable[[], Any]]], str, list[int]]] = [
+        ("training step", "tokens/s", train, "n_layers", [3, 6, 12]),
+        ("training step", "tokens/s", train, "n_heads", [2, 8, 16]),
+        ("training step", "tokens/s", train, "batch", [2, 8, 32]),
+        ("SAE training step", "tokens/s", encoder, "latents", [1536, 6144, 24576]),
+        ("SAE training step", "tokens/s", encoder, "k", [16, 32, 64]),
+        ("SAE training step", "tokens/s", encoder, "n", [512, 2048, 8192]),
+        ("ablation of every head", "head-tokens/s", heads, "n_heads", [4, 8, 16]),
+        ("ablation of every head", "head-tokens/s", heads, "n_layers", [3, 6, 12]),
+        ("ablation of every head", "head-tokens/s", heads, "n", [2, 8]),
+    ]
+    for what, unit, make, name, sizes in families:
+        made = {f"ours, {name} = {size:,}": make(**{name: size}) for size in sizes}
+        times = race({k: call for k, (_, call) in made.items()}, o.seconds / 10)
+        out += rates("scaling", what, f"{name} changed", times, {k: work for k, (work, _) in made.items()}, unit)
+    for what, unit, make, *_ in families[::3]:
+        work, call = make()
+
+        def on(count: int, call: Callable[[], Any] = call) -> None:
+            torch.set_num_threads(count)
+            call()
+
+        calls = {f"ours, {count} threads": lambda count=count, on=on: on(count) for count in sorted({1, threads})}
+        out += rates("scaling", what, "threads changed", race(calls, o.seconds / 10), work, unit)
+        torch.set_num_threads(threads)
+    return out
+
+
 # -------------------------------------------------------------------------------------------------------------- report
-SECTIONS = {f.__name__: f for f in (machine, training, sae, ablation, harvest, memory, nulls)}
+SECTIONS = {f.__name__: f for f in (machine, training, sae, ablation, harvest, nulls, gradients, memory, scaling)}
 
 
 def describe() -> dict[str, Any]:
@@ -196,7 +292,7 @@ better than the best variant that is not ours. Tokens are random and models untr
 """
     number: Callable[[float], str] = lambda v: f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.3g}"  # noqa: E731
     for section in {r["section"]: 0 for r in results["rows"]}:
-        text += f"\n## {section}\n\n{(SECTIONS[section].__doc__ or '').strip()}\n\n"
+        text += f"\n## {section}\n\n{(SECTIONS[section].__doc__ or '').strip()} {results['section_seconds'][section] / 60:.1f} minutes.\n\n"
         text += "| what | shape | variant | median [low, high] | n | x peer |\n|---|---|---|---|---|---|\n"
         for r in (r for r in results["rows"] if r["section"] == section):
             spread = f" [{number(r['low'])}, {number(r['high'])}]" if r["n"] > 1 else ""
@@ -213,8 +309,8 @@ def main(argv: list[str] | None = None) -> int:
         "--sections",
         nargs="+",
         choices=SECTIONS,
-        default=[s for s in SECTIONS if s != "memory"],
-        help="what to measure; memory, at full size, takes as long as all others",
+        default=list(SECTIONS),
+        help="what to measure",
     )
     p.add_argument("--quick", action="store_true", help="tiny shapes: only shows that every section runs")
     p.add_argument("--seconds", type=float, default=10.0, help="time each variant of a race gets, seconds; at least three rounds")
@@ -228,9 +324,10 @@ def main(argv: list[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     SKIPPED.clear()
     words = ["python", "benchmarks/bench.py", *(sys.argv[1:] if argv is None else argv)]
-    results: dict[str, Any] = {"command": " ".join(words), "machine": describe(), "rows": [], "skipped": SKIPPED}
+    results: dict[str, Any] = {"command": " ".join(words), "machine": describe(), "rows": [], "skipped": SKIPPED, "section_seconds": {}}
     for name in o.sections:
         print(f"{name} ...", flush=True)
+        began = time.perf_counter()
         try:
             found = SECTIONS[name](o)
         except Exception as e:  # the other sections are still worth having
@@ -241,6 +338,7 @@ def main(argv: list[str] | None = None) -> int:
             spread = f"{r['median']:.4g} [{r['low']:.4g}, {r['high']:.4g}] {r['unit']}"
             print(f"  {r['what']} | {r['shape']} | {r['variant']}: {spread}", flush=True)
         results["rows"] += found
+        results["section_seconds"][name] = time.perf_counter() - began
         results["seconds"] = time.perf_counter() - start
         janus.write_json(o.out / "results.json", results)
         with janus.atomic(o.out / "RESULTS.md") as tmp:
