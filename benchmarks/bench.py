@@ -70,17 +70,18 @@ def peak(command: list[str], folder: Path) -> tuple[float, float]:
     """Runs a script -> GB of its peak resident memory, and of the anonymous part of it (without mapped files)."""
     with open(folder / "log.txt", "w+") as log:
         process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
-        anonymous, done = 0, 0
+        resident, anonymous, done = 0, 0, 0
         while not done:
-            with contextlib.suppress(OSError, StopIteration):
+            with contextlib.suppress(OSError, KeyError):
                 status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8").splitlines()
-                anonymous = max(anonymous, next(int(line.split()[1]) for line in status if line.startswith("RssAnon")))
-            done, code, usage = os.wait4(process.pid, os.WNOHANG)
+                kb = {line.partition(":")[0]: int(line.split()[1]) for line in status if line.startswith(("VmHWM", "RssAnon"))}
+                resident, anonymous = kb["VmHWM"], max(anonymous, kb["RssAnon"])  # ru_maxrss would count the parent before exec
+            done, code = os.waitpid(process.pid, os.WNOHANG)
             time.sleep(0.02)
         process.returncode = os.waitstatus_to_exitcode(code)
         if process.returncode:
             raise RuntimeError(f"{' '.join(command[:3])} ended with {process.returncode}: {(folder / 'log.txt').read_text()[-300:]}")
-    return usage.ru_maxrss / 1e6 * 1.024, anonymous / 1e6 * 1.024
+    return resident / 1e6 * 1.024, anonymous / 1e6 * 1.024
 
 
 def memory(o: argparse.Namespace) -> list[Row]:

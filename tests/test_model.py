@@ -214,3 +214,15 @@ def test_penalty_gradient_against_finite_differences():
             return janus.decorrelation_penalty((flat @ flat.T)[None], kind)[0]
 
         assert torch.autograd.gradcheck(penalty, z.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("length", [1, 3, 17, 32])
+def test_attention_by_rows_is_scaled_dot_product_attention(length):
+    """What the compiled model uses on a CPU, and its gradients, in float64."""
+    q, k, v, g = torch.randn(4, 2, 3, length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    leaves, found = [t.clone().requires_grad_() for t in (q, k, v)], []
+    for attend in (janus.Attention.attention_by_rows, lambda *x: torch.nn.functional.scaled_dot_product_attention(*x, is_causal=True)):
+        z = attend(*leaves)
+        found.append((z, *torch.autograd.grad(z, leaves, g)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # the softmax of ours is in float32
