@@ -1802,11 +1802,16 @@ def concept_line(t: pd.DataFrame) -> str:
     return "; ".join(parts) or "no eligible feature"
 
 
-def trivial_line(sae: pd.DataFrame) -> str:
-    """At how many steps or blocks the dictionary of token ids explains the states better than the SAE, and what that means."""
+def sae_line(sae: pd.DataFrame) -> str:
+    """At how many steps or blocks token ids explain the states better than the SAE, or nothing is explained; what that means."""
     fvu = sae.assign(trivial=sae.dictionary.str.startswith("one atom")).query("trivial or dictionary.str.startswith('SAE')")
     fvu = fvu.pivot(index="layer", columns="trivial", values="fvu")
-    return (
+    useless = fvu.index[fvu[False] >= 1]
+    warning = (
+        f"At layer {', '.join(map(str, useless))} the SAE explains nothing: it leaves no less than the mean state would (FVU 1 or more). "
+        "What follows about the features there says nothing about the model. "
+    )
+    return (warning if len(useless) else "") + (
         f"One atom a token id plus one a position leaves less unexplained than the SAE at {int((fvu[True] < fvu[False]).sum())} of "
         f"{len(fvu)} layers. Where it does, the states are largely the tokens themselves, and a feature need be no more than a token."
     )
@@ -1857,7 +1862,7 @@ def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[Report
         ("img", (folder / "energy_descent.png", "Energy along the descent, held-out sequences")),
         ("h", "Sparse autoencoders"),
         ("t", t["sae"]),
-        ("p", trivial_line(t["sae"])),
+        ("p", sae_line(t["sae"])),
         ("h", "EFAS against its nulls"),
         ("t", upright(rows)),
         (

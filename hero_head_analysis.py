@@ -403,8 +403,9 @@ class Attention(nn.Module):
         return torch.cat(out, 2)
 
     def by_rows(self, x: Tensor) -> bool:
-        """Compiled for a CPU, plain products and a fused softmax take two thirds of the time of its attention kernels."""
-        return torch.compiler.is_compiling() and x.device.type == "cpu" and not self.dropout
+        """Compiled for a CPU, plain products and a fused softmax take two thirds of the time of its attention kernels; but they
+        keep T^2 numbers a head for the backward pass, too many for a long context."""
+        return torch.compiler.is_compiling() and x.device.type == "cpu" and not self.dropout and x.shape[1] <= 1024
 
     @staticmethod
     def pattern(q: Tensor, k: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ CHECKPOINT_SCHEMA = "janus.checkpoint/1"
 # Sizes; every preset takes the same code path, and a flag given explicitly beats the preset. `published` is the
 # configuration of the original study (Belanger 2026), its control law included.
 PRESETS: dict[str, dict[str, Any]] = {
-    "full": dict(n_layers=12, d_model=768, n_heads=12, d_ff=2048, seq_len=512, batch_size=16, grad_accum=4, steps=4000,
+    "full": dict(n_layers=12, d_model=768, n_heads=12, d_ff=2048, seq_len=512, batch_size=4, grad_accum=16, steps=4000,
                  learning_rate=6e-4, pressure_warmup=400, val_interval=500, save_interval=500),
     "published": dict(n_layers=12, d_model=512, n_heads=8, d_ff=1365, seq_len=512, batch_size=16, grad_accum=4, steps=4005,
                       learning_rate=6.29e-4, schedule="constant", lr_warmup=0, weight_decay=1.34e-4, dropout=0.05, penalty="fro",
@@ -523,8 +523,9 @@ class Attention(nn.Module):
         return torch.cat(out, 2)
 
     def by_rows(self, x: Tensor) -> bool:
-        """Compiled for a CPU, plain products and a fused softmax take two thirds of the time of its attention kernels."""
-        return torch.compiler.is_compiling() and x.device.type == "cpu" and not self.dropout
+        """Compiled for a CPU, plain products and a fused softmax take two thirds of the time of its attention kernels; but they
+        keep T^2 numbers a head for the backward pass, too many for a long context."""
+        return torch.compiler.is_compiling() and x.device.type == "cpu" and not self.dropout and x.shape[1] <= 1024
 
     @staticmethod
     def pattern(q: Tensor, k: Tensor) -> Tensor:

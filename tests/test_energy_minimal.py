@@ -363,6 +363,19 @@ def test_sae_explains_a_sparse_dictionary(optimiser):
     assert (sae.w_dec @ torch.tensor(atoms.T, dtype=torch.float32)).max(0).values.median() > 0.9
 
 
+def test_report_says_where_the_sae_explains_nothing():
+    """Tokens that share nothing but their noise: fitted on 64 of them, an SAE of 512 atoms predicts others worse than the mean."""
+    g = torch.Generator().manual_seed(0)
+    noise, good = torch.randn(2, 64, 16, generator=g), torch.randn(2048, 3, generator=g).relu() @ torch.randn(3, 16, generator=g)
+    poor, rich = lens.train_sae(noise[0], 512, 3.0, 30, "lbfgs", 0), lens.train_sae(good[:1024], 64, 3.0, 100, "lbfgs", 0)
+    fvu = {3: poor.score(noise[1])["fvu"], 5: rich.score(good[1024:])["fvu"]}
+    rows = [dict(layer=l, dictionary="SAE, lbfgs", fvu=x) for l, x in fvu.items()]
+    table = pd.DataFrame(rows + [dict(layer=l, dictionary="one atom a token id + position", fvu=0.5) for l in fvu])
+    said = lens.sae_line(table)
+    assert "At layer 3 the SAE explains nothing" in said and "at 1 of 2 layers" in said
+    assert "explains nothing" not in lens.sae_line(table[table.layer == 5])
+
+
 def test_sae_refuses_bad_states():
     with pytest.raises(lens.HandoffError, match="smaller than the state"):
         lens.train_sae(torch.randn(50, 8), 4, 0.1, 2, "lbfgs", 0)
