@@ -1,6 +1,6 @@
 """Measure this project beside the libraries that people would otherwise use, on the machine at hand.
 
-Every comparison is a race: the variants run in turn, A B A B ..., in one process, after two warm-up calls each, so that a
+Every comparison is a race: the variants run in turn, A B B A A B ..., in one process, after warm-up calls, so that a
 change of the machine's speed hits all of them. A row gives the median over the rounds, with the lowest and the highest. Peers
 get what a user could give them: the same shapes, data and optimiser, autocast and torch.compile where they work.
 
@@ -111,16 +111,16 @@ def memory(o: argparse.Namespace) -> list[Row]:
             measure("1 training", f"{preset} preset, {' '.join(str(m) for m in more)}", "janus_adaptive.py", *data, *more)
             return folder / preset / "janus_adaptive_final.pt", ["--activations_dir", folder / "dumps", "--save_dir", folder / "saes"]
 
-        preset, tokens = ("smoke", 20_000) if o.quick else ("full", 40_000)
-        mode = "on" if shutil.which("c++") and not o.quick else "off"  # as a full run would; a single step would not be worth it
-        two = ["--steps", 2, "--grad_accum", 2, "--compile", mode]  # then gradients and Adam's moments are there already
+        preset, tokens = ("smoke", 20_000) if o.quick else ("full", 20_000)
+        two = ["--steps", 2, "--grad_accum", 2, "--compile", "off"]  # so that gradients and Adam's moments are there already
         big, saes = model(preset, 500 if o.quick else 50257, 60_000 if o.quick else 100_000, *two)
         dump = ["harvest_activations.py", "--model_path", big, "--save_dir", folder / "dumps", "--layers", 3, 6, 9]
         measure("2 harvest", f"{preset} preset, layers 3 6 9", *dump, "--tokens", tokens, "--run_name", "adaptive")
-        few = ["--steps", 8, *(["--batch_size", 512] if o.quick else [])]
+        few = ["--steps", 8, "--eval_tokens", 5_000, *(["--batch_size", 512] if o.quick else [])]
         measure("3 SAE training", f"{preset} preset, one layer", "train_sae.py", "--runs", "adaptive", "--layers", 6, *saes, *few)
         csv = folder / "ablation.csv"
         some = ["--n_seqs", 4, "--block", 1, "--n_mean", 4, "--resample_draws", 1, "--mode", "mean", "--bootstrap", 200]
+        some += ["--dtype", "float32"]  # needs more memory than bfloat16; auto would try both
         args = ["--adaptive_model", big, "--save_file", csv, "--layers", 6, *some]
         measure("4 ablation", f"{preset} preset, one layer, 4 sequences", "ablation_test.py", *args)
         some = ["--force_layer", 6, "--force_head", 0, "--n_seqs", 4, "--n_features", 2, "--features", 2]
@@ -130,7 +130,7 @@ def memory(o: argparse.Namespace) -> list[Row]:
         for i, count in enumerate((20_000, 40_000) if o.quick else (100_000, 400_000)):
             dump = ["harvest_activations.py", "--model_path", small, "--save_dir", folder / "dumps", "--layers", 3, "--tokens", count]
             measure("2 harvest: constant?", f"demo preset, {count:,} tokens", *dump, "--run_name", f"n{i}", "--overwrite")
-            args = ["train_sae.py", "--runs", f"n{i}", "--layers", 3, *saes, "--steps", 8, "--eval_tokens", 10_000]
+            args = ["train_sae.py", "--runs", f"n{i}", "--layers", 3, *saes, "--steps", 8, "--eval_tokens", 5_000]
             measure("3 SAE training: constant?", f"demo preset, {count:,} tokens", *args)
     return out
 
@@ -288,7 +288,7 @@ def markdown(results: dict[str, Any]) -> str:
 {m["versions"]["torch"]}, {peers}. {m["time"]}, commit {commit}, load average at the start
 {m["load_at_start"]:.2f}, {minutes:.0f} minutes: `{results["command"]}`
 
-Variants of a table ran in turn, A B A B ..., in one process: median [lowest, highest] over n rounds. "x peer" is how many times
+Variants of a table ran in turn, A B B A A B ..., in one process: median [lowest, highest] over n rounds. "x peer" is how many times
 better than the best variant that is not ours. Tokens are random and models untrained where speed is measured; what is learnt
 (FVU, differences in standard errors) is measured on real activations and text.
 """

@@ -53,26 +53,31 @@ def peer(name: str) -> Any:
 def race(variants: dict[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
     """Seconds a call, of each variant in each round: rounds until the variants have had `seconds` each, at least three.
 
-    The first two calls of a variant (compilation, first touch of memory) do not count; one that fails is skipped.
+    The order is turned round after each round, A B C, C B A, A B C ...: a variant that shares its model and memory with another
+    is then not always the one that finds them gone cold. The first two calls of a variant (compilation, first touch of memory) do
+    not count, only the first if it takes longer than 2 seconds; one that fails is skipped.
     """
     repeats, times = {}, {}
     for name, call in variants.items():
         try:
-            call()
-            start = time.perf_counter()
-            call()
-            repeats[name], times[name] = max(1, math.ceil(0.1 / (time.perf_counter() - start))), []
+            for _ in range(2):
+                start = time.perf_counter()
+                call()
+                if (took := time.perf_counter() - start) > 2:
+                    break
+            repeats[name], times[name] = max(1, math.ceil(0.1 / took)), []
         except Exception as e:  # a peer may fail in any way; the others go on
             if name.startswith("ours"):
                 raise
             skip(name, f"{type(e).__name__}: {e}")
-    end = time.perf_counter() + seconds * len(times)
+    order, end = list(times), time.perf_counter() + seconds * len(times)
     while time.perf_counter() < end or min(map(len, times.values())) < 3:
-        for name in times:
+        for name in order:
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 variants[name]()
             times[name].append((time.perf_counter() - start) / repeats[name])
+        order.reverse()
     return times
 
 

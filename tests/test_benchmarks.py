@@ -33,8 +33,8 @@ def test_a_race_takes_turns_and_a_peer_that_fails_is_skipped():
     harness.SKIPPED.clear()
     times = harness.race({"ours": lambda: timed("A"), "theirs": broken, "other": lambda: timed("B")}, 0.0)
     assert {k: len(v) for k, v in times.items()} == {"ours": 3, "other": 3} and harness.SKIPPED == ["theirs: ValueError: no such kernel"]
-    turns = "".join(c for c, before in zip(calls[4:], ["", *calls[4:]], strict=False) if c != before)  # after two warm-up calls each
-    assert turns == "ABABAB"
+    each = (len(calls) - 4) // 6  # after two warm-up calls each, three rounds
+    assert "".join(calls[4:]) == "".join(c * each for c in "ABBAAB") and each > 1
     with pytest.raises(ValueError):  # but ours must not fail silently
         harness.race({"ours": broken}, 0.0)
 
