@@ -126,8 +126,8 @@ def memory(o: argparse.Namespace) -> list[Row]:
         some = ["--force_layer", 6, "--force_head", 0, "--n_seqs", 4, "--n_features", 2, "--features", 2]
         args = ["--ablation_csv", csv, *saes[:2], "--saes_dir", folder / "saes", "--save_dir", folder / "hero", *some]
         measure("5 hero analysis", f"{preset} preset, 4 sequences", "hero_head_analysis.py", *args)
-        small, _ = model("demo", 500 if o.quick else 4096, 60_000 if o.quick else 500_000, "--steps", 1)
-        for i, count in enumerate((20_000, 40_000) if o.quick else (100_000, 400_000)):
+        small, _ = model("demo", 500 if o.quick else 4096, 60_000 if o.quick else 700_000, "--steps", 1)
+        for i, count in enumerate((20_000, 40_000) if o.quick else (300_000, 600_000)):  # above the pool of train_sae.py, 262,144 rows
             dump = ["harvest_activations.py", "--model_path", small, "--save_dir", folder / "dumps", "--layers", 3, "--tokens", count]
             measure("2 harvest: constant?", f"demo preset, {count:,} tokens", *dump, "--run_name", f"n{i}", "--overwrite")
             args = ["train_sae.py", "--runs", f"n{i}", "--layers", 3, *saes, "--steps", 8, "--eval_tokens", 5_000]
