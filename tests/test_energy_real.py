@@ -192,6 +192,13 @@ def test_nan_weights_are_refused(lm, gpt2):
         real.LanguageModel("x", model, lm.blocks, lm.norm, lm.unembedding, lm.encode, lm.decode, 128)
 
 
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c", "nothing.gguf"])
+def test_a_path_that_does_not_exist_is_no_hub_name(name):
+    with pytest.raises(lens.HandoffError, match=f"{name} does not exist; expected"):
+        real.pretrained_source(name)
+    assert real.pretrained_source("owner/model") == ("owner/model", {})
+
+
 def test_unknown_model_exits_1_with_one_line(tmp_path):
     """In a process of its own: the hub libraries read their settings when they are imported."""
     script = Path(real.__file__)
