@@ -393,11 +393,10 @@ def refuse_overwrite(paths: list[Path], overwrite: bool) -> None:
 
 # Copied from: janus_adaptive.py::set_up
 def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
-    """Seeds everything, keeps freed memory -> the device of --device and the autocast context of --dtype.
+    """Seeds everything -> the device of --device and the autocast context of --dtype.
 
     auto: CUDA, else MPS, else the CPU; bfloat16 where the hardware multiplies it fast (GPUs, AMX and AVX512-BF16 CPUs).
     """
-    keep_memory()
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)  # noqa: NPY002 -- for libraries that still use the global generator
     torch.manual_seed(args.seed)
@@ -1296,6 +1295,7 @@ def open_splits(args: argparse.Namespace, ckpt: dict[str, Any], path: Path) -> l
 
 def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Ablates every head of every run -> the arrays of the .npz, and the facts of its sidecar."""
+    keep_memory()
     device, autocast = set_up(args)
     runs = load_runs(args, device)
     with rank_0_first():  # it fills the cache

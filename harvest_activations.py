@@ -386,11 +386,10 @@ def need_disk(folder: str | Path, n_bytes: float) -> None:
 
 # Copied from: janus_adaptive.py::set_up
 def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
-    """Seeds everything, keeps freed memory -> the device of --device and the autocast context of --dtype.
+    """Seeds everything -> the device of --device and the autocast context of --dtype.
 
     auto: CUDA, else MPS, else the CPU; bfloat16 where the hardware multiplies it fast (GPUs, AMX and AVX512-BF16 CPUs).
     """
-    keep_memory()
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)  # noqa: NPY002 -- for libraries that still use the global generator
     torch.manual_seed(args.seed)
@@ -1278,6 +1277,7 @@ def main(argv: list[str] | None = None) -> int:
         args.out = args.save_dir / args.run_name
         report(args)
         return 0
+    keep_memory()
     device, autocast = set_up(args)
     with rank_0_first():
         args.model_path = as_checkpoint(args.model_path, args.cache_dir, args.dataset)

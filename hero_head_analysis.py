@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import ctypes
 import functools
 import hashlib
 import html
@@ -132,16 +131,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 # Copied from: janus_adaptive.py::HandoffError
 class HandoffError(Exception):
     """A broken input or hand-off. The text is the one line that the user reads: fact, found, expected, command."""
-
-
-# Copied from: janus_adaptive.py::keep_memory
-def keep_memory() -> None:
-    """Linux with glibc: freed memory stays with the process. Else every large tensor is mapped anew, page by page: a tenth of
-    a step. Only for loops that allocate the same again and again: what is kept between large temporaries would pin them."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 # Copied from: janus_adaptive.py::one_line_errors
@@ -299,11 +288,10 @@ def refuse_overwrite(paths: list[Path], overwrite: bool) -> None:
 
 # Copied from: janus_adaptive.py::set_up
 def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
-    """Seeds everything, keeps freed memory -> the device of --device and the autocast context of --dtype.
+    """Seeds everything -> the device of --device and the autocast context of --dtype.
 
     auto: CUDA, else MPS, else the CPU; bfloat16 where the hardware multiplies it fast (GPUs, AMX and AVX512-BF16 CPUs).
     """
-    keep_memory()
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)  # noqa: NPY002 -- for libraries that still use the global generator
     torch.manual_seed(args.seed)
@@ -611,8 +599,9 @@ def score_pattern(a: Tensor, idx: Tensor) -> dict[str, Tensor]:
 def score_table(heads: list[Head], idx: Tensor) -> list[dict[str, Any]]:
     """Scores of `heads` on the windows idx [n, T]; null: the model reads each window's tokens shuffled, the kinds of keys stay
     where they were. Induction also on [x, r, r], r random without repeats (Olsson 2022; null: the second r shuffled)."""
-    rng, rows, half = torch.Generator().manual_seed(0), [], (idx.shape[1] - 1) // 2
-    pool = idx.unique().cpu() if len(idx.unique()) > half else torch.arange(heads[0].model.cfg.vocab_size)
+    vocab = heads[0].model.cfg.vocab_size
+    rng, rows, half = torch.Generator().manual_seed(0), [], min((idx.shape[1] - 1) // 2, vocab - 1)  # r has no repeats
+    pool = idx.unique().cpu() if len(idx.unique()) > half else torch.arange(vocab)
     pick = torch.stack([pool[torch.randperm(len(pool), generator=rng)[: half + 1]] for _ in idx])
     orders = (torch.arange(half) + 1, torch.randperm(half, generator=rng) + 1)
     twice, mixed_twice = (torch.cat((pick, pick[:, order]), 1).to(idx.device) for order in orders)

@@ -424,11 +424,10 @@ def need_disk(folder: str | Path, n_bytes: float) -> None:
 
 
 def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
-    """Seeds everything, keeps freed memory -> the device of --device and the autocast context of --dtype.
+    """Seeds everything -> the device of --device and the autocast context of --dtype.
 
     auto: CUDA, else MPS, else the CPU; bfloat16 where the hardware multiplies it fast (GPUs, AMX and AVX512-BF16 CPUs).
     """
-    keep_memory()
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)  # noqa: NPY002 -- for libraries that still use the global generator
     torch.manual_seed(args.seed)
@@ -1091,7 +1090,8 @@ def validate(model: NewGPT, data: HFWikiTextLoader, batch_size: int, autocast: A
     """The whole split in order, in eval mode: val_loss (nats a token) and, of each layer [L], sigma_z, sigma_resid, and
     write_overlap, the heads' mean ||U_i^T U_j||_F^2 / K (U: orthonormal basis of the rows of W_O; random: K/D)."""
     model.eval()
-    batch_size = max(batch_size, 8192 // data.seq_len)  # without gradients more fits, and small models run faster
+    # Without gradients more fits, and small models run faster; but logits [B, T, V] stay below half a gigabyte in float32
+    batch_size = max(batch_size, min(8192, 2**27 // model.cfg.vocab_size) // data.seq_len)
     n_layers, n_heads, d_head, (rank, world) = model.cfg.n_layers, model.cfg.n_heads, model.cfg.d_head, rank_and_world()
     grams = {space: torch.zeros(n_layers, n_heads, n_heads, dtype=torch.float64) for space in ("z", "resid")}
     loss, w_o = torch.zeros((), dtype=torch.float64), [b.attn.w_o.weight for b in model.blocks]
@@ -1384,6 +1384,7 @@ def main(argv: list[str] | None = None) -> int:
     if Path(args.dataset).exists():
         args.dataset = str(Path(args.dataset).resolve())  # later phases may be started in another folder
 
+    keep_memory()
     device, autocast = set_up(args)
     model = start_from(args) if args.init_from else None
     with rank_0_first():  # it fills the cache

@@ -405,11 +405,10 @@ def need_disk(folder: str | Path, n_bytes: float) -> None:
 
 # Copied from: janus_adaptive.py::set_up
 def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
-    """Seeds everything, keeps freed memory -> the device of --device and the autocast context of --dtype.
+    """Seeds everything -> the device of --device and the autocast context of --dtype.
 
     auto: CUDA, else MPS, else the CPU; bfloat16 where the hardware multiplies it fast (GPUs, AMX and AVX512-BF16 CPUs).
     """
-    keep_memory()
     random.seed(args.seed)
     np.random.seed(args.seed % 2**32)  # noqa: NPY002 -- for libraries that still use the global generator
     torch.manual_seed(args.seed)
@@ -1406,6 +1405,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.redraw:
         draw_report(args.save_dir)
         return 0
+    keep_memory()
     (rank, world), (device, autocast) = rank_and_world(), set_up(args)
     args.dtype = "bfloat16" if autocast._enabled else "float32"
     jobs = find_jobs(args)

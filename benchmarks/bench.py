@@ -112,9 +112,11 @@ def memory(o: argparse.Namespace) -> list[Row]:
             measure("1 training", f"{preset} preset, {' '.join(str(m) for m in more)}", "janus_adaptive.py", *data, *more)
             return folder / preset / "janus_adaptive_final.pt", ["--activations_dir", folder / "dumps", "--save_dir", folder / "saes"]
 
-        preset, tokens = ("smoke", 20_000) if o.quick else ("full", 20_000)
+        preset, tokens, words = ("smoke", 20_000, 60_000) if o.quick else ("full", 20_000, 330_000)
+        if o.whole and not o.quick:  # a full pool of train_sae.py; hero analysis takes 64 + 64 windows of 512 tokens
+            tokens = 275_000
         two = ["--steps", 2, "--grad_accum", 2, "--compile", "off"]  # so that gradients and Adam's moments are there already
-        big, saes = model(preset, 500 if o.quick else 50257, 60_000 if o.quick else 100_000, *two)
+        big, saes = model(preset, 500 if o.quick else 50257, words, *two)
         dump = ["harvest_activations.py", "--model_path", big, "--save_dir", folder / "dumps", "--layers", 3, 6, 9]
         measure("2 harvest", f"{preset} preset, layers 3 6 9", *dump, "--tokens", tokens, "--run_name", "adaptive")
         few = ["--steps", 8, "--eval_tokens", 5_000, *(["--batch_size", 512] if o.quick else [])]
@@ -122,11 +124,13 @@ def memory(o: argparse.Namespace) -> list[Row]:
         csv = folder / "ablation.csv"
         some = ["--n_seqs", 8, "--block", 1, "--n_mean", 4, "--resample_draws", 1, "--mode", "mean", "--bootstrap", 200]
         some += ["--dtype", "float32"]  # needs more memory than bfloat16, and auto would try both
-        args = ["--adaptive_model", big, "--save_file", csv, "--layers", 3, *some]
-        measure("4 ablation", f"{preset} preset, layer 3, 8 sequences", "ablation_test.py", *args)
-        some = ["--force_layer", 3, "--force_head", 0, "--n_seqs", 2, "--n_features", 2, "--features", 2]
-        args = ["--ablation_csv", csv, *saes[:2], "--saes_dir", folder / "saes", "--save_dir", folder / "hero", *some]
-        measure("5 hero analysis", f"{preset} preset, 2 + 2 sequences", "hero_head_analysis.py", *args)
+        args = ["ablation_test.py", "--adaptive_model", big, "--save_file", csv, *some, *([] if o.whole else ["--layers", 3])]
+        measure("4 ablation", f"{preset} preset, {'every layer' if o.whole else 'layer 3'}, 8 sequences", *args)
+        args = ["--ablation_csv", csv, *saes[:2], "--saes_dir", folder / "saes", "--save_dir", folder / "hero", "--n_features", 2]
+        args += ["--features", 2, "--force_layer", 3, "--force_head", 0, *([] if o.whole else ["--n_seqs", 2])]
+        measure("5 hero analysis", f"{preset} preset, {'its own' if o.whole else '2 + 2'} sequences", "hero_head_analysis.py", *args)
+        if o.whole:
+            return out
         small, _ = model("demo", 500 if o.quick else 4096, 60_000 if o.quick else 650_000, "--steps", 1)
         for i, count in enumerate((20_000, 40_000) if o.quick else (275_000, 550_000)):  # one and two full pools of train_sae.py
             dump = ["harvest_activations.py", "--model_path", small, "--save_dir", folder / "dumps", "--layers", 3, "--tokens", count]
@@ -200,29 +204,28 @@ def scaling(o: argparse.Namespace) -> list[Row]:
 
     out, threads = list[Row](), torch.get_num_threads()
 
-    def train(n_layers: int = 6, n_heads: int = 8, batch: int = 8) -> tuple[float, Callable[[], Any]]:
-        sizes = dict(n_layers=n_layers, d_model=32 if o.quick else 256, n_heads=n_heads, d_ff=64 if o.quick else 688, seq_len=128)
+    def train(n_layers: int = 6, batch: int = 8) -> tuple[float, Callable[[], Any]]:
+        sizes = dict(n_layers=n_layers, d_model=32 if o.quick else 256, n_heads=8, d_ff=64 if o.quick else 688, seq_len=128)
         flags = [str(w) for k, v in (sizes | dict(batch_size=batch, grad_accum=1)).items() for w in (f"--{k}", v)]
         args = janus.parse_args(flags)
         _, context = janus.set_up(args)
         torch.set_num_threads(threads)
-        model = janus.NewGPT(janus.GPTConfig(vocab_size=4096, n_kv_heads=n_heads, d_head=sizes["d_model"] // n_heads, **sizes)).train()
+        model = janus.NewGPT(janus.GPTConfig(vocab_size=4096, n_kv_heads=8, d_head=sizes["d_model"] // 8, **sizes)).train()
         optimizer, pressure = janus_optimizer(model, args), janus.Pressure(args)
         x, y = torch.randint(4096, (2, batch, 128))
         return batch * 128, lambda: janus_step(model, optimizer, pressure, args, context, 1, x, y, measure=True)
 
-    def encoder(latents: int = 6144, k: int = 32, n: int = 2048) -> tuple[float, Callable[[], Any]]:
+    def encoder(latents: int = 6144, n: int = 2048) -> tuple[float, Callable[[], Any]]:
         d = 64 if o.quick else 768
         x = torch.randn(n, d)
-        settings = sae_args("topk", k, latents // d, n, 10**9, 3e-4, "bfloat16" if half() else "float32", 10**7)
+        settings = sae_args("topk", 32, latents // d, n, 10**9, 3e-4, "bfloat16" if half() else "float32", 10**7)
         t = ts.Trainer(settings, x.mean(0), float(x.norm(dim=1).mean()), torch.device("cpu"))
         return n, lambda: t.step(x)
 
-    def heads(n_heads: int = 8, n_layers: int = 6, n: int = 4) -> tuple[float, Callable[[], Any]]:
-        d = 32 if o.quick else 256
-        cfg = at.GPTConfig(
-            vocab_size=4096, n_layers=n_layers, d_model=d, n_heads=n_heads, n_kv_heads=n_heads, d_head=d // n_heads, d_ff=2 * d, seq_len=128
-        )
+    def heads(n_heads: int = 8) -> tuple[float, Callable[[], Any]]:
+        n, n_layers, d = 4, 6, 32 if o.quick else 256
+        sizes = dict(vocab_size=4096, n_layers=n_layers, d_model=d, d_ff=2 * d, seq_len=128)
+        cfg = at.GPTConfig(n_heads=n_heads, n_kv_heads=n_heads, d_head=d // n_heads, **sizes)
         model, text = at.NewGPT(cfg).eval().requires_grad_(False), Text(torch.randint(4096, (n, 129)))
         zeros = {l: torch.zeros(n_heads, cfg.d_head) for l in range(n_layers)}
         args = argparse.Namespace(seed=0, batch_size=n, resample_draws=0)
@@ -312,6 +315,7 @@ def main(argv: list[str] | None = None) -> int:
         help="what to measure",
     )
     p.add_argument("--quick", action="store_true", help="tiny shapes: only shows that every section runs")
+    p.add_argument("--whole", action="store_true", help="memory: every layer, and all sequences of hero analysis; over an hour")
     p.add_argument("--seconds", type=float, default=4.0, help="time each variant of a race gets, seconds; at least three rounds")
     p.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of `make demo`: its model and activations")
     p.add_argument("--activations", type=Path, metavar="FILE.npy", help="real activations [N, D] for SAE quality; none: those of --run")
@@ -322,6 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     for folder in (o.out, o.scratch):
         folder.mkdir(parents=True, exist_ok=True)
     SKIPPED.clear()
+    janus.keep_memory()  # as the scripts do; the peers gain from it too
     words = ["python", "benchmarks/bench.py", *(sys.argv[1:] if argv is None else argv)]
     results: dict[str, Any] = {"command": " ".join(words), "machine": describe(), "rows": [], "skipped": SKIPPED, "section_seconds": {}}
     for name in o.sections:

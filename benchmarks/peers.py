@@ -81,15 +81,22 @@ PARTS = {  # kind: what the name of a kernel contains; the first that fits
     "optimiser": ("adam",),
     "loss": ("softmax", "nll", "cross_entropy"),
 }
+SAE_PARTS = {
+    "matrix product (the encoder's)": ("mm",),
+    "embedding bags (decoder, sparse gradients, exact products)": ("embedding_bag",),
+    "casts and copies": ("copy", "cat"),
+    "selection of the largest": ("topk", "sort", "nonzero", "amax", "gather", "::index", "kthvalue", "bincount"),
+    "optimiser": ("adam",),
+}
 
 
-def breakdown(call: Callable[[], Any]) -> dict[str, float]:
+def breakdown(call: Callable[[], Any], parts: dict[str, tuple[str, ...]] = PARTS) -> dict[str, float]:
     """Share of the CPU time of one call, by kind of kernel. What torch.compile fused counts as elementwise."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     total: Counter = Counter()
     for event in profile.key_averages():
-        kind = next((k for k, words in PARTS.items() if any(w in event.key.lower() for w in words)), "elementwise, norms, copies, rest")
+        kind = next((k for k, words in parts.items() if any(w in event.key.lower() for w in words)), "elementwise, norms, copies, rest")
         total[kind] += event.self_cpu_time_total
     return {kind: t / sum(total.values()) for kind, t in total.items()}
 
@@ -197,7 +204,9 @@ def sae(o: argparse.Namespace) -> list[Row]:
     import train_sae as ts
 
     d, expansion, k, n = (64, 8, 8, 256) if o.quick else (768, 16, 32, 4096)
-    m, shape, g = d * expansion, f"d={d}, m={d * expansion:,}, k={k}, {n:,} tokens a step", torch.Generator().manual_seed(0)
+    m, g = d * expansion, torch.Generator().manual_seed(0)
+    size = f"d={d}, m={m:,}, k={k}"
+    shape = f"{size}, {n:,} tokens a step"
     atoms, cpu = F.normalize(torch.randn(m, d, generator=g), dim=1), torch.device("cpu")
     data = [torch.randn(n, k, generator=g).abs()[:, None].bmm(atoms[torch.randint(m, (n, k), generator=g)])[:, 0] for _ in range(4)]
     x, norm = itertools.cycle(data), float(data[0].norm(dim=1).mean())
@@ -219,7 +228,12 @@ def sae(o: argparse.Namespace) -> list[Row]:
     if sparsify := peer("sparsify"):
         coder = sparsify_step(sparsify, d, m, k)
         calls["sparsify, topk, float32"] = lambda: coder(next(x))
+    wide = [torch.randn(s).to(getattr(torch, dtypes[0])) for s in ((n, d + 1), (d + 1, m))]  # the bias is one more input
+    calls[f"bound: the encoder's matrix product only, {dtypes[0]}"] = lambda: torch.mm(*wide)
     out = rates("sae", "training step", shape, race(calls, o.seconds), n, "tokens/s")
+    first = next(iter(mine))
+    for kind, share in breakdown(calls[first], SAE_PARTS).items():
+        out.append(row("sae", f"profile: {kind}", shape, first, [share], "share"))
 
     for dtype in dtypes:  # gradients by hand against autograd on the dense loss, 512 tokens
         t = ours("topk", dtype)
@@ -232,7 +246,7 @@ def sae(o: argparse.Namespace) -> list[Row]:
         t.gradients(raw)
         errors = [((p.grad - q.grad).norm() / q.grad.norm()).item() for p, q in zip(t.params, params, strict=True)]
         what = "worst gradient against dense float32 autograd"
-        out.append(row("sae", what, shape.rpartition(",")[0], f"ours, topk, {dtype}", [max(errors)], "relative error", "lower"))
+        out.append(row("sae", what, size, f"ours, topk, {dtype}", [max(errors)], "relative error", "lower"))
     return out + (sae_quality(o, ts) if lens else [])
 
 

@@ -4,6 +4,8 @@ import base64
 import json
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -139,6 +141,12 @@ def test_planted_induction_head_is_found_and_a_random_head_is_not():
     assert value.loc["previous", "previous token"] > 0.9 and value.loc["previous", "entropy"] < 0.2
     assert null.loc["previous", "previous token"] > 0.9  # a positional head does not care about the tokens
     assert (table["n"] == 12).all() and (table["ci_low"] <= table["value"]).all() and (table["value"] <= table["ci_high"]).all()
+
+
+def test_scores_with_fewer_kinds_of_token_than_half_a_window():
+    model = make_model(vocab_size=6)  # a stretch of 9 tokens without repeats does not exist
+    table = pd.DataFrame(hero.score_table([some_head(model, 1, 0)], windows(model, 4))).set_index("score")
+    assert np.isfinite(table.loc["induction, random tokens", ["value", "null"]].astype(float)).all()
 
 
 def test_scores_of_known_patterns():
@@ -572,3 +580,21 @@ def test_missing_csv_is_one_line(tmp_path: Path, capsys):
     assert "ablation_test.py" in capsys.readouterr().err
     assert hero.main(["--redraw", "--save_dir", str(tmp_path)]) == 1
     assert "hero_attention.csv" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
+def test_memory_does_not_grow_with_the_windows_that_are_scored():
+    """Small results that stay between large temporaries once pinned 20 GB of freed memory at full size."""
+    code = """if True:
+        import sys, torch, hero_head_analysis as hero
+        hero.set_up(hero.parse_args(["--ablation_csv", "none.csv", "--device", "cpu"]))
+        sizes = dict(vocab_size=100, n_layers=4, d_model=64, n_heads=8, n_kv_heads=8, d_head=8, d_ff=64, seq_len=512)
+        model = hero.NewGPT(hero.GPTConfig(**sizes)).eval().requires_grad_(False)
+        peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e3
+        before = peak()
+        hero.score_table([hero.Head("hero", "adaptive", 1, 0, model)], torch.randint(100, (int(sys.argv[1]), 512)))
+        print(peak() - before)
+    """
+    root = Path(hero.__file__).parent
+    few, many = (float(subprocess.check_output([sys.executable, "-c", code, n], cwd=root, text=True)) for n in ("8", "32"))
+    assert few > 100 and many < 1.5 * few, (few, many)  # MB; 2.5 times as much when freed memory was kept
