@@ -1446,7 +1446,8 @@ def write_report(title: str, blocks: list[ReportPart], path: Path) -> None:
             page.append(f"<p>{html.escape(value)}</p>")
         elif kind == "t":
             md.append(markdown_table(value))
-            page.append('<div style="overflow-x:auto">' + value.map(cell).to_html(index=False, border=0) + "</div>")
+            words = "words" if value.select_dtypes("number").empty else None
+            page.append('<div style="overflow-x:auto">' + value.map(cell).to_html(index=False, border=0, classes=words) + "</div>")
         else:
             image, caption = value
             md.append(f"![{caption}]({Path(image).name})\n\n*{caption}*")
@@ -1457,7 +1458,8 @@ def write_report(title: str, blocks: list[ReportPart], path: Path) -> None:
             )
     style = (
         "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 "
-        "1em}table{border-collapse:collapse;font-size:13px}td,th{padding:.2em .6em;border-bottom:1px solid #ccc;text-align:right}"
+        "1em}table{border-collapse:collapse;font-size:13px;margin:.5em 0}"
+        "td,th{padding:.2em .6em;border-bottom:1px solid #ccc;text-align:right}.words td,.words th{text-align:left;vertical-align:top}"
     )
     start = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     start += f"<title>{html.escape(title)}</title>"
@@ -1515,7 +1517,7 @@ def draw_distribution(t: pd.DataFrame, path: Path, unit: str) -> None:
             ax.set(title=f"{unit} {layer}", xlabel="EFAS (correlation)", yscale="symlog", ylim=(0, None))
         axes[0].set_ylabel("density (grey: |EFAS| < 0.1)")
         key = axes[0].get_legend_handles_labels()
-        axes[0].figure.legend(*key, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+        axes[0].figure.legend(*key, loc="outside lower center", ncols=3 if len(names) > 1 else 1, fontsize=7, frameon=False)
 
 
 def draw_predicted(points: pd.DataFrame, scores: pd.DataFrame, path: Path, ylabel: str = "energy change per active token") -> None:

@@ -930,7 +930,7 @@ SECTIONS = {  # table: (heading, what it shows)
     "ov": ("What it writes, by its weights", "For the tokens it attends to most: the next tokens that its OV circuit raises and lowers."),
     "qk_pairs": ("What it looks for, by its weights", "Largest query-key scores among the 256 commonest tokens, by offset in tokens."),
     "qk_bands": ("At which distances", "Share of each rotary band in the variance of those scores (long: content, short: position)."),
-    "dla": ("Direct logit attribution", "What each component adds to the logit of the right next token; the parts sum to the logit."),
+    "dla": ("Direct logit attribution", "Parts of the logit of the right next token, largest first; all of them sum to it."),
     "tokens": ("Where in the text it matters", "Next tokens whose loss rises most when the head is ablated, and what it attends to there."),
     "features": ("Sparse features", "By share of norm(W_dec W_O), each above one as frequent; value: loss increase without it, nats."),
     "contexts": ("Their top contexts", "Where in the harvested tokens each feature is most active, one place a window."),
@@ -1049,15 +1049,19 @@ def render(title: str, lead: str, tables: dict[str, pd.DataFrame], missing: str,
     """The report as Markdown and as one HTML page (the first 40 rows of each table). All text is escaped: a token is never markup."""
     md, body = [f"# {html.escape(title)}", html.escape(lead)], []
     for name, (heading, about) in SECTIONS.items():
-        about, table = (about, tables[name].head(40)) if name in tables else (missing, pd.DataFrame())
+        about, table = (about, tables[name]) if name in tables else (missing, pd.DataFrame())
         if name == "scores":  # heads side by side
             whole, roles = tables[name], list(dict.fromkeys(tables[name]["role"]))
             hero = whole[whole["role"] == roles[0]].set_index("score")[["ci_low", "ci_high", "null"]]
             table = hero.join(whole.pivot(index="score", columns="role", values="value")[roles]).reset_index()
-        table = table.map(lambda v: "" if v != v else f"{v:.4g}" if isinstance(v, float) else str(v))
+        if name == "dla":
+            table = table.sort_values("value", key=abs, ascending=False)
+        about += f" The first 40 of {len(table):,} rows." if len(table) > 40 else ""
+        about += f" All rows: hero_{name}.csv." if name in tables else ""
+        table = table.head(40).map(lambda v: "" if v != v else f"{v:.4g}" if isinstance(v, float) else str(v))
         lines = [[*table], ["---"] * table.shape[1], *table.to_numpy().tolist()] if len(table) else []
         rows = ("| " + " | ".join(html.escape(c).replace("|", "&#124;").replace("`", "&#96;") for c in line) + " |" for line in lines)
-        md += [f"## {heading}", html.escape(about, quote=False), "\n".join(rows), f"All rows: hero_{name}.csv" if name in tables else ""]
+        md += [f"## {heading}", html.escape(about, quote=False), "\n".join(rows)]
         inner = f'<div class="s">{table.to_html(index=False, border=0)}</div>' if len(table) else ""
         body.append(f"<details open><summary>{heading}</summary><p>{html.escape(about)}</p>{inner}</details>")
     blob = json.dumps(data).replace("<", "\\u003c")

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from scipy import stats
 
 import energy_lens_minimal as lens
@@ -436,6 +437,15 @@ def test_the_command_writes_everything_it_names(tmp_path):
     raw = json.loads((out / "raw_results.json").read_text())
     assert len(raw["tables"]["features"]) == 128 and json.loads((out / "run.json").read_text())["exit_status"] == 0
     assert lens.main(argv) == 1  # refuses to overwrite
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_the_legend_of_the_distribution_is_not_clipped(layers, tmp_path):
+    rows = [(layer, s, x, 1.0) for layer in range(layers) for s in ("features", "sequences permuted", "random directions") for x in (-1, 1)]
+    path = tmp_path / "d.png"
+    lens.draw_distribution(pd.DataFrame(rows, columns=["layer", "source", "efas", "density"]), path, "block")
+    picture = plt.imread(path)[..., :3]
+    assert (picture[:, [0, -1]] == 1).all() and (picture[[0, -1]] == 1).all() and picture.min() < 0.2
 
 
 @pytest.mark.parametrize(

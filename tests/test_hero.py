@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -380,6 +381,17 @@ def test_page_keeps_hostile_tokens_as_text_and_needs_no_network():
     for text in (md, page):
         assert "<img" not in text and "alert(1)</script><" not in text
     assert "<script" not in md
+
+
+def test_both_reports_say_when_a_table_is_cut_and_attribution_has_its_largest_parts():
+    parts = pd.DataFrame(dict(component=[f"L{i}" for i in range(50)], value=np.linspace(-1, 3, 50)))
+    scores = pd.DataFrame(dict(score=["a"], role=["hero"], value=1.0, ci_low=0.0, ci_high=1.0, null=0.5))
+    for text in hero.render("hero", "", dict(dla=parts, ov=parts[:40], scores=scores), "none", dict(tokens=[], panels=[], grid=[])):
+        assert text.count("The first 40 of 50 rows. All rows: hero_dla.csv.") == 1 and text.count("The first") == 1
+        assert "All rows: hero_ov.csv." in text
+        rows = text.partition("Direct logit attribution")[2].partition("Where in the text")[0]
+        shown = [int(i) for i in re.findall(r"L(\d+)\b", rows)]
+        assert shown == sorted(range(50), key=lambda i: -abs(parts["value"][i]))[:40]
 
 
 # ------------------------------------------------------------------------------------------------------ the command

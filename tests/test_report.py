@@ -102,6 +102,10 @@ def test_verdicts_follow_the_tables(edited, tmp_path):
         pd.read_csv(summary).assign(unique_hero=unique).to_csv(summary, index=False)
         said = {claim: v for claim, v, _ in report.verdict(report.Run(run))}
         assert said["The adaptive model has a Hero Head"] == word
+    path = run / "hero_analysis" / "hero_preserving.csv"
+    for low, said in ((-0.1, "shares of it mean nothing"), (0.1, "Keeping only")):
+        pd.read_csv(path).assign(impact=0.2, impact_low=low, impact_high=0.3).to_csv(path, index=False)
+        assert said in report.hero(report.Run(run))[-1].reading
     path = run / "adaptive" / "telemetry.csv"
     telemetry = pd.read_csv(path)
     telemetry["sigma_filtered"], telemetry["phase"] = 0.009 * 1.2, "auto"

@@ -170,6 +170,8 @@ def hero(r: Run) -> list[Exhibit]:
         f"Keeping only “{best.mechanism}” keeps {best.value:.0%} [{best.ci_low:.0%}, {best.ci_high:.0%}] of the loss impact of {name}; "
         f"as many at random {random:.0%}."
     )
+    if best.impact_low <= 0 <= best.impact_high:
+        kept = f"The loss impact of {name} is not told from 0 on these sequences, so shares of it mean nothing."
     impact = r.table(f"{folder}/hero_impact.csv").iloc[0]
     scores = r.table(f"{folder}/hero_scores.csv").query("role == 'hero'")
     outside = scores[(scores.null < scores.ci_low) | (scores.null > scores.ci_high)]
