@@ -321,6 +321,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--activations", type=Path, metavar="FILE.npy", help="real activations [N, D] for SAE quality; none: those of --run")
     p.add_argument("--out", type=Path, help="folder of the results; none: benchmarks, with --quick runs/bench")
     o = p.parse_args(argv)
+    if not 0 < o.seconds < 3600:
+        p.error(f"--seconds is {o.seconds}, expected a positive number below 3600")
     start, o.seconds, o.scratch = time.perf_counter(), 0.0 if o.quick else o.seconds, ROOT / "runs"
     o.out = (o.out or ROOT / ("runs/bench" if o.quick else "benchmarks")).resolve()
     for folder in (o.out, o.scratch):

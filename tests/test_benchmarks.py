@@ -46,6 +46,13 @@ def test_rates_and_ratios():
     assert ours["ratio_to_best_peer"] == 2 and theirs["ratio_to_best_peer"] == 1 and slow["ratio_to_best_peer"] == 0.5
 
 
+@pytest.mark.parametrize("seconds", ["nan", "0", "-1", "inf"])
+def test_seconds_must_be_positive(seconds, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["--seconds", seconds])
+    assert "--seconds is" in capsys.readouterr().err
+
+
 def test_compare_finds_what_became_worse(tmp_path, capsys):
     def row(variant, values, better, ratio=math.nan):
         return harness.row("s", "w", "", variant, values, "u", better, ratio)
