@@ -899,10 +899,14 @@ class HFWikiTextLoader:
 # ------------------------------------------------------------------------------------------------ method: EDIT HERE
 @torch.inference_mode()
 def layer_activations(model: NewGPT, idx: Tensor, layers: list[int], site: str, autocast: Any) -> dict[str, Tensor]:
-    """Token ids [B, T] -> {"<site>.<layer>": float32 [B*T, D]}, of `site` and of z; blocks above the deepest layer never run."""
-    tap: dict[str, Any] = {f"{name}.{l}": None for l in layers for name in (site, "z")}
+    """Token ids [B, T] -> {"<site>.<layer>": float32 [B*T, D]}, of `site` and of z; what comes after the deepest of them never runs."""
+    deepest, (cos, sin) = max(layers), (table[: idx.shape[1]] for table in (model.rope_cos, model.rope_sin))
+    tap: dict[str, Any] = {f"{name}.{l}": None for l in layers for name in (site, "z") if l < deepest or site != "z"}
     with autocast:
-        model.run_blocks(model.embed(idx), stop=max(layers) + 1, tap=tap)
+        x = model.run_blocks(model.embed(idx), stop=deepest + (site != "z"), tap=tap)
+        if site == "z":  # of the deepest block only the heads are needed
+            block: Any = model.blocks[deepest]
+            tap[f"z.{deepest}"], _ = block.attn(block.norm_attn(x), cos, sin)
     return {name: a.flatten(0, 1).flatten(1).float() for name, a in tap.items()}
 
 
@@ -913,14 +917,15 @@ def to_dump(x: Tensor, dtype: str, what: str) -> np.ndarray:
         raise HandoffError(f"{what} holds {peak}: the checkpoint's weights are not finite, or the model overflows (--dtype float32)")
     if peak > limit:
         raise HandoffError(f"{what} reaches {peak:.6g}, the largest {dtype} is {limit:.0f}; pass --dump_dtype float32")
-    return x.cpu().numpy().astype(dtype)
+    return x.to(getattr(torch, dtype)).cpu().numpy()
 
 
 def sufficient_statistics(rows: np.ndarray, z: Tensor) -> dict[str, np.ndarray]:
     """Sums over tokens, float64, from which mean and variance of the dumped rows [n, D] and the topology of z [n, H*K] follow."""
-    x, z_total, zz = rows.astype(np.float64), z.cpu().double().sum(0), (z.T @ z).cpu().double()
-    square = np.square(x)
-    return dict(x=x.sum(0), x2=square.sum(0), norm=np.sqrt(square.sum(1)).sum(), z=z_total.numpy(), zz=zz.numpy())
+    x, z_total, zz = torch.from_numpy(rows).double(), z.cpu().double().sum(0), (z.T @ z).cpu().double()
+    square = x.square()
+    sums = dict(x=x.sum(0), x2=square.sum(0), norm=square.sum(1).sqrt().sum(), z=z_total, zz=zz)
+    return {name: v.numpy() for name, v in sums.items()}
 
 
 # Copied from: janus_adaptive.py::head_cosines
@@ -1200,7 +1205,8 @@ def draw_cosines(csvs: list[Path], out: Path) -> None:
         ax.axis("off")
     for ax, (layer, run) in zip(axes.flat, panels, strict=False):
         rows = frame[(frame["run"] == run) & (frame["layer"] == layer)]
-        ax.set_title(f"{run}, layer {layer}\n" + (f"max {rows['cosine'].max():.4f}" if len(rows) else "not harvested"), fontsize=9)
+        ends = (rows["cosine"].min(), rows["cosine"].max())
+        ax.set_title(f"{run}, layer {layer}\n" + ("{:+.3f} to {:+.3f}".format(*ends) if len(rows) else "not harvested"), fontsize=9)
         n_heads, i, j = len(set(rows["head_i"])) + 1, rows["head_i"], rows["head_j"]
         matrix = np.full((n_heads, n_heads), np.nan)
         matrix[i, j] = matrix[j, i] = rows["cosine"]

@@ -693,8 +693,7 @@ def load_language_model(name: str) -> LanguageModel:
         raise
     except Exception as e:  # transformers, gguf and safetensors raise many types
         raise HandoffError(
-            f"--model_name {name} cannot be loaded as a causal language model: "
-            f"{(str(e).strip().splitlines() or [type(e).__name__])[0][:120]}"
+            f"--model_name {name} cannot be loaded as a causal language model: {' '.join(str(e).split())[:400] or type(e).__name__}"
         ) from None
     body = model.base_model
     blocks = max((m for m in body.modules() if isinstance(m, nn.ModuleList)), key=len)

@@ -79,7 +79,7 @@ PHASE_PRESETS: dict[str, dict[str, Any]] = {
                  eval_tokens=200_000),
     "published": dict(expansion=8, k=32, l1=3e-4, steps=5000, batch_size=4096, learning_rate=3e-4, dead_tokens=1_000_000,
                       eval_tokens=200_000),
-    "demo": dict(expansion=8, k=16, l1=1e-2, steps=500, batch_size=2048, learning_rate=1e-3, dead_tokens=100_000, eval_tokens=20_000),
+    "demo": dict(expansion=8, k=16, l1=1e-2, steps=500, batch_size=2048, learning_rate=2e-3, dead_tokens=100_000, eval_tokens=20_000),
     "smoke": dict(expansion=8, k=8, l1=2e-2, steps=150, batch_size=512, learning_rate=2e-3, dead_tokens=20_000, eval_tokens=8_000),
 }  # fmt: skip
 
@@ -950,7 +950,10 @@ class Trainer:
         return error.square().mean(), fired
 
     def step(self, raw: Tensor) -> None:
-        """One optimiser step on raw rows [N, D]: Adam, with the decoder's gradient kept along the sphere and its norm at 1."""
+        """One optimiser step on raw rows [N, D]: Adam, with the decoder's gradient kept along the sphere and its norm at 1.
+
+        A latent without a gradient loses its momentum and stands still. Adam would drag it on for some ten steps after it last
+        fired: at a high learning rate far enough for a rare latent to die of it."""
         a, self.step_count = self.args, self.step_count + 1
         x = (raw.to(self.mean.device).float() - self.mean) * self.scale
         if a.arch == "jumprelu" and self.step_count == 1:  # at the L0 asked for, which is then only held: the rate moves them little
@@ -964,6 +967,10 @@ class Trainer:
         grad = self.W_dec.grad
         assert grad is not None
         grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
+        still = (self.b_enc.grad == 0).nonzero()[:, 0]
+        for p in self.params[:3]:
+            if state := self.optimizer.state.get(p):
+                state["exp_avg"].index_fill_(0, still, 0)
         self.optimizer.step()
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
         if a.arch == "jumprelu":

@@ -157,17 +157,15 @@ def test_float16_is_the_rounded_float32(run, tmp_path, finished):
     np.testing.assert_array_equal(half, np.load(finished / "L2.z.npy").astype(np.float16))
 
 
-def test_blocks_above_the_deepest_layer_never_run(run, monkeypatch):
-    depths, forward = set(), h.Block.forward
-
-    def spy(self, *a, **kw):
-        depths.add(id(self))
-        return forward(self, *a, **kw)
-
+@pytest.mark.parametrize(("site", "mlps"), [("z", 1), ("resid_post", 2)])
+def test_what_comes_after_the_deepest_activation_never_runs(run, monkeypatch, site, mlps):
+    heads, after = set(), set()
+    forward, mlp = h.Attention.forward, h.Block.mlp
     monkeypatch.setattr(h, "golden_probe", lambda _: {"loss": 0.0})  # it runs a whole model of its own
-    monkeypatch.setattr(h.Block, "forward", spy)
-    assert run("--layers", "1", "--skip_probe")[0] == 0
-    assert len(depths) == 2
+    monkeypatch.setattr(h.Attention, "forward", lambda self, *a: heads.add(id(self)) or forward(self, *a))
+    monkeypatch.setattr(h.Block, "mlp", lambda self, x: after.add(id(self)) or mlp(self, x))
+    assert run("--layers", "1", "--site", site, "--skip_probe")[0] == 0
+    assert (len(heads), len(after)) == (2, mlps)
 
 
 def test_sidecar_statistics_equal_numpy(finished):

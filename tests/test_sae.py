@@ -192,6 +192,24 @@ def test_relu_equals_a_plain_autograd_loop():
         torch.testing.assert_close(ours, reference.detach(), rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.parametrize("arch", ["topk", "batchtopk", "relu"])
+def test_a_latent_that_does_not_fire_stands_still(arch):
+    t, g = trainer(arch=arch), torch.Generator().manual_seed(5)
+    if arch == "relu":
+        t.b_enc -= 1.6  # else all latents fire in every batch
+    for _ in range(6):
+        t.step(torch.randn(24, 16, generator=g))
+    x = torch.randn(24, 16, generator=g)
+    w_enc, b_enc, w_dec, _ = params = [p.clone().requires_grad_() for p in t.params]
+    fires = (dense_loss(t, x, params)[1] > 0).any(0)
+    momentum = t.optimizer.state[t.W_enc]["exp_avg"].abs().sum(1) > 0
+    assert fires.sum() > 5 and (momentum & ~fires).sum() > 5  # those would be dragged along
+    t.step(x)
+    assert torch.equal(t.W_enc[~fires], w_enc[~fires]) and torch.equal(t.b_enc[~fires], b_enc[~fires])
+    torch.testing.assert_close(t.W_dec[~fires], w_dec[~fires], rtol=1e-6, atol=1e-7)  # its norm is set to 1 again
+    assert (t.W_enc != w_enc)[fires].any(1).all() and (t.W_dec != w_dec)[fires].any(1).all()
+
+
 @pytest.mark.parametrize("arch", ["topk", "batchtopk", "jumprelu", "matryoshka", "gated"])
 def test_a_planted_dictionary_is_recovered(arch):
     d, n_features, active = 32, 64, 3
