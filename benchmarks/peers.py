@@ -199,6 +199,9 @@ def sparsify_step(module: Any, d: int, m: int, k: int) -> Callable[[Tensor], Non
     return step
 
 
+LOW = ["int8", "bfloat16"]  # --int8, and the default where bfloat16 is fast
+
+
 def sae(o: argparse.Namespace) -> list[Row]:
     """An SAE training step beside three libraries; then what comes out, on the same real activations, at equal L0."""
     import train_sae as ts
@@ -214,8 +217,8 @@ def sae(o: argparse.Namespace) -> list[Row]:
     def ours(arch: str, dtype: str) -> Any:
         return ts.Trainer(sae_args(arch, k, expansion, n, 10**9, 3e-4, dtype, 10_000_000), data[0].mean(0), norm, cpu)
 
-    dtypes = ["bfloat16", "float32"] if half() else ["float32"]
-    kinds = [("topk", dtypes[0]), ("batchtopk", dtypes[0]), *([("topk", "float32")] if half() else [])]
+    dtypes = [*LOW, "float32"] if half() else ["float32"]
+    kinds = [("topk", t) for t in dtypes] + [("batchtopk", t) for t in dtypes[:2]]
     mine = {f"ours, {arch}, {dtype}": ours(arch, dtype) for arch, dtype in kinds}
     calls: dict[str, Callable[[], Any]] = {name: lambda t=t: t.step(next(x)) for name, t in mine.items()}
     lens = peer("sae_lens")
@@ -228,8 +231,8 @@ def sae(o: argparse.Namespace) -> list[Row]:
     if sparsify := peer("sparsify"):
         coder = sparsify_step(sparsify, d, m, k)
         calls["sparsify, topk, float32"] = lambda: coder(next(x))
-    wide = [torch.randn(s).to(getattr(torch, dtypes[0])) for s in ((n, d + 1), (d + 1, m))]  # the bias is one more input
-    calls[f"bound: the encoder's matrix product only, {dtypes[0]}"] = lambda: torch.mm(*wide)
+    wide = [torch.randn(s).to(getattr(torch, dtypes[half()])) for s in ((n, d + 1), (d + 1, m))]  # the bias is one more input
+    calls[f"bound: the encoder's matrix product only, {dtypes[half()]}"] = lambda: torch.mm(*wide)
     out = rates("sae", "training step", shape, race(calls, o.seconds), n, "tokens/s")
     first = next(iter(mine))
     for kind, share in breakdown(calls[first], SAE_PARTS).items():
@@ -283,31 +286,29 @@ def sae_quality(o: argparse.Namespace, ts: Any) -> list[Row]:
         return fvu.item(), (f == 0).all(0).float().mean().item()
 
     out, lr, seeds = list[Row](), 1e-2, range(2 if o.quick else 4)  # of 3e-3, 1e-2 and 2e-2 about the best for both
-    low = "bfloat16" if half() else "float32"
+    dtypes = LOW if half() else ["float32"]
     for arch in ("topk", "batchtopk"):
-        ours, theirs = [], []
-        for seed in seeds:
-            settings = sae_args(arch, k, expansion, n, steps, lr, low, 10**5, seed)
+        scores: dict[str, list[tuple[float, float]]] = {}
+        for dtype, seed in itertools.product(dtypes, seeds):
+            settings = sae_args(arch, k, expansion, n, steps, lr, dtype, 10**5, seed)
             t = ts.Trainer(settings, centre, norm, torch.device("cpu"))
             for batch in itertools.islice(stream(seed), steps):
                 t.step(batch)
-            ours.append(score(t.weights(t.scale, t.mean), arch))
+            scores.setdefault(f"ours, {arch}, {dtype}", []).append(score(t.weights(t.scale, t.mean), arch))
+        for seed in seeds:
             torch.manual_seed(seed)
             with contextlib.redirect_stderr(io.StringIO()):
                 them = lens_trainer(arch, k, d, m, n, steps, lr, False, stream(seed)).fit()
             them.fold_W_dec_norm()
-            theirs.append(score(dict(them.state_dict()), arch))
-        pairs = {f"ours, {arch}, {low}": np.array(ours), f"SAELens, {arch}, float32": np.array(theirs)}
-        gap = 100 * (np.array(ours)[:, 0] / np.array(theirs)[:, 0] - 1)
-        for who, scores in pairs.items():
-            fvu, silent = scores.T
-            out.append(
-                row(
-                    "sae", f"held-out FVU, seeds, learning rate {lr:g}", shape, who, fvu, "FVU", "lower", np.mean(theirs, 0)[0] / fvu.mean()
-                )
-            )
+            scores.setdefault(f"SAELens, {arch}, float32", []).append(score(dict(them.state_dict()), arch))
+        theirs = np.array(scores[f"SAELens, {arch}, float32"])[:, 0]
+        for who, pairs in scores.items():
+            fvu, silent = np.array(pairs).T
+            better, what = theirs.mean() / fvu.mean(), f"held-out FVU, seeds, learning rate {lr:g}"
+            out.append(row("sae", what, shape, who, fvu, "FVU", "lower", better))
             out.append(row("sae", "latents that never fire on 20,000 held-out tokens", shape, who, silent, "share"))
-        out.append(row("sae", "FVU against SAELens, same seed", shape, f"ours, {arch}, {low}", gap, "% more", "lower"))
+            if who.startswith("ours"):
+                out.append(row("sae", "FVU against SAELens, same seed", shape, who, 100 * (fvu / theirs - 1), "% more", "lower"))
     return out
 
 

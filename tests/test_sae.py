@@ -143,17 +143,69 @@ def test_gradients_equal_dense_autograd(arch, aux_k):
     assert mse.item() == pytest.approx(error.square().mean().item(), rel=1e-5)
 
 
+def test_int8_products_are_those_of_the_rounded_rows():
+    g = torch.Generator().manual_seed(0)
+    x, w, b = torch.randn(40, 96, generator=g), 1e-3 * torch.randn(64, 96, generator=g), torch.randn(64, generator=g)
+    x[0], x[1], w[0], w[1] = 0, 3, 7, -7  # nothing; and the largest sums, which must not saturate
+    x[2] = x[2] * torch.logspace(-3, 0, 96)
+
+    def rounded(rows: torch.Tensor) -> torch.Tensor:
+        scale = rows.double().abs().amax(1, keepdim=True) / 127
+        return (rows / scale.clamp(min=1e-30)).round() * scale
+
+    found = ts.int8_products(x, w, b)
+    products = rounded(x) @ rounded(w).T
+    assert found.dtype == torch.bfloat16
+    # bfloat16 rounds five times by at most 1 in 256 / 2: the sum, both scales, the bias and the result
+    torch.testing.assert_close(found.double(), products + b, rtol=0, atol=float(5 / 512 * (products.abs() + b.abs()).max()))
+    big = products.abs() > 20 * b.abs()
+    assert big.sum() > 50 and ((found - products - b)[big].abs() <= 5 / 256 * products[big].abs()).all()
+    error, size = (products - x @ w.T)[3:, 2:], x[3:].norm(dim=1)[:, None] * w[2:].norm(dim=1) / math.sqrt(96)
+    assert 0.005 < (error / size).square().mean().sqrt() < 0.015  # 1 %, as the docstring says
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("arch", ["topk", "batchtopk"])
-def test_bfloat16_training_gradients_are_within_one_percent_of_dense_float32(arch):
-    """Though bfloat16 alone would choose other latents: it proposes, float32 decides."""
+def test_all_latents_may_fire(arch, dtype):
+    """k = F: nothing is left that could be confused with the k-th largest."""
+    t = trainer(d=16, arch=arch, expansion=2, k=32, aux_k=0, dtype=dtype)
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
+    params = [p.clone().requires_grad_() for p in t.params]
+    loss, _, _ = dense_loss(t, x, params)
+    loss.backward()
+    t.gradients(x)
+    for ours, reference in zip(t.params, params, strict=True):
+        assert (ours.grad - reference.grad).norm() < 0.01 * reference.grad.norm()
+
+
+def test_int8_also_fits_the_residual_with_dead_latents():
+    """The auxiliary loss takes its values from bfloat16, not from int8."""
+    t = trainer(d=64, expansion=8, k=8, aux_k=5, dead_tokens=50, dtype="int8")
+    x = 2 * torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
+    t.idle[::3], t.b_enc[::3] = 51, -4
+    params = [p.clone().requires_grad_() for p in t.params]
+    _, fired = t.gradients(x)
+    dense_loss(t, x, params)[0].backward()
+    assert (silent := (fired == 0) & (t.idle > 50)).sum() > 100  # their gradient comes from the auxiliary loss alone
+    for ours, reference in list(zip(t.params, params, strict=True))[:3]:
+        error = (ours.grad - reference.grad)[silent].norm() / reference.grad[silent].norm()
+        assert error < 0.01, error
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("arch", ["topk", "batchtopk"])
+def test_training_gradients_in_low_precision_are_within_one_percent_of_dense_float32(arch, dtype):
+    """Though bfloat16 or int8 alone would choose other latents: it proposes, float32 decides."""
     t, x = (
-        trainer(d=128, arch=arch, expansion=8, k=16, aux_k=0, dtype="bfloat16"),
+        trainer(d=128, arch=arch, expansion=8, k=16, aux_k=0, dtype=dtype),
         torch.randn(256, 128, generator=torch.Generator().manual_seed(1)),
     )
     params = [p.clone().requires_grad_() for p in t.params]
     loss, f, _ = dense_loss(t, x, params)
     loss.backward()
-    pre = ((x - t.b_dec).bfloat16() @ t.W_enc.bfloat16().T + t.b_enc).float()
+    low = x - t.b_dec
+    pre = ts.int8_products(low, t.W_enc, t.b_enc) if t.int8 else low.bfloat16() @ t.W_enc.bfloat16().T + t.b_enc
+    pre = pre.float()
     assert not torch.equal((f > 0).sum(0), torch.bincount(ts.select(pre, 16, arch)[0].latent, minlength=1024)), "a test of nothing"
     _, fired = t.gradients(x)
     assert torch.equal(fired, (f > 0).sum(0))
@@ -695,7 +747,8 @@ def test_a_bad_request_is_one_line(made, tmp_path, capsys, flags, message):
 
 @pytest.mark.parametrize(
     "flags", [["--unit", "head", "--site", "mlp_out"], ["--steps", "5", "--tokens", "9"], ["--k", "0"], ["--resume", "--overwrite"],
-              ["--runs", "a", "--model_path", "x", "y"], ["--lr_decay", "1.5"], ["--layer", "0"]]
+              ["--runs", "a", "--model_path", "x", "y"], ["--lr_decay", "1.5"], ["--layer", "0"],
+              ["--int8", "--arch", "relu"], ["--int8", "--dtype", "float32"], ["--int8", "--device", "cuda"]]
 )  # fmt: skip
 def test_a_bad_command_line_exits_two(flags, capsys):
     with pytest.raises(SystemExit) as e:
