@@ -218,7 +218,7 @@ def sae(o: argparse.Namespace) -> list[Row]:
         return ts.Trainer(sae_args(arch, k, expansion, n, 10**9, 3e-4, dtype, 10_000_000), data[0].mean(0), norm, cpu)
 
     dtypes = [*LOW, "float32"] if half() else ["float32"]
-    kinds = [("topk", t) for t in dtypes] + [("batchtopk", t) for t in dtypes[:2]]
+    kinds = [("topk", t) for t in dtypes] + [("batchtopk", dtypes[half()])]
     mine = {f"ours, {arch}, {dtype}": ours(arch, dtype) for arch, dtype in kinds}
     calls: dict[str, Callable[[], Any]] = {name: lambda t=t: t.step(next(x)) for name, t in mine.items()}
     lens = peer("sae_lens")
@@ -286,8 +286,8 @@ def sae_quality(o: argparse.Namespace, ts: Any) -> list[Row]:
         return fvu.item(), (f == 0).all(0).float().mean().item()
 
     out, lr, seeds = list[Row](), 1e-2, range(2 if o.quick else 4)  # of 3e-3, 1e-2 and 2e-2 about the best for both
-    dtypes = LOW if half() else ["float32"]
-    for arch in ("topk", "batchtopk"):
+    low = "bfloat16" if half() else "float32"
+    for arch, dtypes in (("topk", LOW if half() else [low]), ("batchtopk", [low])):
         scores: dict[str, list[tuple[float, float]]] = {}
         for dtype, seed in itertools.product(dtypes, seeds):
             settings = sae_args(arch, k, expansion, n, steps, lr, dtype, 10**5, seed)
