@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("--quick", action="store_true", help="tiny shapes: only shows that every section runs")
     p.add_argument("--whole", action="store_true", help="memory: every layer, and all sequences of hero analysis; over an hour")
-    p.add_argument("--seconds", type=float, default=3.0, help="time each variant of a race gets, seconds; at least three rounds")
+    p.add_argument("--seconds", type=float, default=2.0, help="time each variant of a race gets, seconds; at least three rounds")
     p.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of `make demo`: its model and activations")
     p.add_argument("--activations", type=Path, metavar="FILE.npy", help="real activations [N, D] for SAE quality; none: those of --run")
     p.add_argument("--out", type=Path, help="folder of the results; none: benchmarks, with --quick runs/bench")
