@@ -783,6 +783,12 @@ def nth_largest(value: Tensor, n: int) -> Tensor:
     return value.kthvalue(len(value) - n + 1).values if len(value) >= n else value.new_zeros(())
 
 
+def products(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """x [N, D] w [F, D]^T + b [F] -> [N, F] in the dtype of x. The bias is one more input that is 1: addmm would first write it."""
+    ones = x.new_ones(len(x), 1)
+    return torch.cat([x, ones], 1) @ torch.cat([w.to(x.dtype), b[:, None].to(x.dtype)], 1).T
+
+
 def int8_products(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """x [N, D] w [F, D]^T + b [F] -> [N, F] in bfloat16, from rows of x and w rounded to 255 levels each. On CPUs with VNNI twice as
     fast as bfloat16; the error is 1 % of |x| |w| / sqrt(D) where entries of a row are alike, more where few of them are large."""
@@ -920,11 +926,7 @@ class Trainer:
         (n, d), a = x.shape, self.args
         w_dec, full = self.W_dec.to(self.dtype), x - self.b_dec
         low = full.to(self.dtype)
-
-        def encode(x: Tensor, w: Tensor, b: Tensor) -> Tensor:  # the bias as one more input that is 1: addmm would first write it
-            return torch.cat([x, x.new_ones(len(x), 1)], 1) @ torch.cat([w.to(self.dtype), b[:, None].to(self.dtype)], 1).T
-
-        pre = int8_products(full, self.W_enc, self.b_enc) if self.int8 else encode(low, self.W_enc, self.b_enc)
+        pre = int8_products(full, self.W_enc, self.b_enc) if self.int8 else products(low, self.W_enc, self.b_enc)
         more: tuple[Tensor, ...] = ()
         if a.arch == "gated":
             (r_mag, b_mag), gate = self.more, pre.relu()
@@ -973,7 +975,8 @@ class Trainer:
                 more = (torch.zeros_like(self.b_enc).index_add_(0, code.latent, slope),)
             if len(dead := (self.idle > a.dead_tokens).nonzero().flatten()) and a.aux_k:
                 m = math.ceil(n * self.AUX_TOKENS)  # the batch is shuffled: its first rows are a random sample
-                silent = encode(low[:m], self.W_enc[dead], self.b_enc[dead]) if self.int8 else pre[:m, dead]
+                # of int8 products only the order counts, here the values do
+                silent = products(low[:m], self.W_enc[dead], self.b_enc[dead]) if self.int8 else pre[:m, dead]
                 top = silent.topk(min(len(dead), d // 2 if a.aux_k < 0 else a.aux_k))
                 acts = torch.zeros_like(silent).scatter_(1, top.indices, top.values.relu())
                 d_aux = ((acts @ w_dec[dead]).float() + error[:m]) * (2 * self.AUX / error[:m].square().sum().clamp(min=1e-9))

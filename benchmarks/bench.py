@@ -115,19 +115,23 @@ def memory(o: argparse.Namespace) -> list[Row]:
         preset, tokens, words = ("smoke", 20_000, 60_000) if o.quick else ("full", 20_000, 330_000)
         if o.whole and not o.quick:  # a full pool of train_sae.py; hero analysis takes 64 + 64 windows of 512 tokens
             tokens = 275_000
+        layer = 3 if o.whole else 9  # what follows a late layer is soon run through
         two = ["--steps", 2, "--grad_accum", 2, "--compile", "off"]  # so that gradients and Adam's moments are there already
         big, saes = model(preset, 500 if o.quick else 50257, words, *two)
         dump = ["harvest_activations.py", "--model_path", big, "--save_dir", folder / "dumps", "--layers", 3, 6, 9]
         measure("2 harvest", f"{preset} preset, layers 3 6 9", *dump, "--tokens", tokens, "--run_name", "adaptive")
         few = ["--steps", 8, "--eval_tokens", 5_000, *(["--batch_size", 512] if o.quick else [])]
-        measure("3 SAE training", f"{preset} preset, one layer", "train_sae.py", "--runs", "adaptive", "--layers", 3, *saes, *few)
+        train = ["train_sae.py", "--runs", "adaptive", "--layers", layer, *saes, *few]
+        measure("3 SAE training", f"{preset} preset, one layer", *train)
+        if o.whole and half():
+            measure("3 SAE training", f"{preset} preset, one layer, --int8", *train, "--int8", "--overwrite")
         csv = folder / "ablation.csv"
         some = ["--n_seqs", 8, "--block", 1, "--n_mean", 4, "--resample_draws", 1, "--mode", "mean", "--bootstrap", 200]
         some += ["--dtype", "float32"]  # needs more memory than bfloat16, and auto would try both
-        args = ["ablation_test.py", "--adaptive_model", big, "--save_file", csv, *some, *([] if o.whole else ["--layers", 3])]
-        measure("4 ablation", f"{preset} preset, {'every layer' if o.whole else 'layer 3'}, 8 sequences", *args)
+        args = ["ablation_test.py", "--adaptive_model", big, "--save_file", csv, *some, *([] if o.whole else ["--layers", layer])]
+        measure("4 ablation", f"{preset} preset, {'every layer' if o.whole else f'layer {layer}'}, 8 sequences", *args)
         args = ["--ablation_csv", csv, *saes[:2], "--saes_dir", folder / "saes", "--save_dir", folder / "hero", "--n_features", 2]
-        args += ["--features", 2, "--force_layer", 3, "--force_head", 0, *([] if o.whole else ["--n_seqs", 2])]
+        args += ["--features", 2, "--force_layer", layer, "--force_head", 0, *([] if o.whole else ["--n_seqs", 2])]
         measure("5 hero analysis", f"{preset} preset, {'its own' if o.whole else '2 + 2'} sequences", "hero_head_analysis.py", *args)
         if o.whole:
             return out
