@@ -3,4 +3,12 @@
 from energy_lens_minimal import SAE, EnergyTransformer, LensResults, efas
 from real_model_extension import EnergyLensAnalyzer, EnergyLensConfig, LossEnergy
 
-__all__ = ["SAE", "EnergyLensAnalyzer", "EnergyLensConfig", "EnergyTransformer", "LensResults", "LossEnergy", "efas"]
+__all__ = [
+    "SAE",
+    "EnergyLensAnalyzer",
+    "EnergyLensConfig",
+    "EnergyTransformer",
+    "LensResults",
+    "LossEnergy",
+    "efas",
+]

@@ -25,13 +25,13 @@ import ctypes
 import functools
 import gc
 import hashlib
-import html
 import json
 import math
 import os
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -55,13 +55,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 TOKEN = re.compile(r"[a-z]+|\d+|[^\sa-z\d]")  # of lower-cased text
-CLASSES = {"word": r"[a-z]+", "number": r"\d+", "regex": r"[\\^$|?*+()\[\]{}]"}  # concept classes, by the token's form
+CLASSES = {
+    "word": r"[a-z]+",
+    "number": r"\d+",
+    "regex": r"[\\^$|?*+()\[\]{}]",
+}  # concept classes, by the token's form
 UNK, MASK = 0, 1
-MIN_ACTIVE, MIN_SEQUENCES = 30, 10  # a feature is tested if it is active on 30 tokens in 10 sequences
+MIN_ACTIVE, MIN_SEQUENCES = (
+    30,
+    10,
+)  # a feature is tested if it is active on 30 tokens in 10 sequences
 RULE = 0.1  # the original study called a feature aligned when |EFAS| exceeded this
 ALPHA = 0.05  # false discovery rate
 # Sizes only: both take the same code path; a flag given explicitly beats the preset.
-# Local: sizes of this method
 PRESETS: dict[str, dict[str, Any]] = {
     "full": dict(
         corpus="builtin",
@@ -92,355 +98,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# -------------------------------------------------------------------------------------------------- command line
-
-
-# Copied from: janus_adaptive.py::positive
-def positive(kind: type) -> Callable[[str], Any]:
-    """argparse type: a finite int or float above zero."""
-
-    def parse(text: str) -> Any:
-        if not (kind(text) > 0 and math.isfinite(kind(text))):
-            raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-        return kind(text)
-
-    parse.__name__ = f"positive {kind.__name__}"
-    return parse
-
-
-# Copied from: janus_adaptive.py::version_and_completion
-def version_and_completion(p: argparse.ArgumentParser) -> None:
-    """Adds --version (release, git commit), and answers a shell that asks through argcomplete for completions."""
-    try:
-        release = version("janus-arc")
-    except PackageNotFoundError:
-        release = "not installed"
-    commit = git("describe", "--always", "--dirty", "--abbrev=12") or release.partition("+g")[2] or "unknown"
-    p.add_argument("--version", action="version", version=f"janus-arc {release}, commit {commit}")
-    if "_ARGCOMPLETE" in os.environ:
-        import argcomplete  # only then: the scripts run without it
-
-        argcomplete.autocomplete(p)
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )  # type: ignore[union-attr]
-    count, real = positive(int), positive(float)
-    g = p.add_argument_group("inputs")
-    g.add_argument(
-        "--corpus",
-        help="builtin (documentation of the installed packages), topics (Python's language reference), or a text file (blank lines "
-        "end a document)",
-    )
-    g = p.add_argument_group("outputs")
-    g.add_argument("--save_dir", type=Path, default=Path("energy_lens_results"), help="output folder")
-    g = p.add_argument_group("model")
-    g.add_argument(
-        "--preset", choices=list(PRESETS), default="full", help="sizes; an explicit flag beats it, the defaults shown are the preset's"
-    )
-    g.add_argument("--train_steps", type=count, help="optimiser steps of the Energy Transformer, 32 sequences each")
-    g.add_argument("--step_size", type=real, default=0.5, help="alpha of the descent, state units per unit of dE/dg")
-    g = p.add_argument_group("method")
-    g.add_argument("--energy_layers", type=int, nargs="+", help="descent steps whose states are analysed")
-    g.add_argument("--sequences", type=count, help="held-out sequences of 32 tokens, one a document: n of every statistic")
-    g.add_argument("--sae_dict_size", type=count, help="SAE latents")
-    g.add_argument("--sae_tokens", type=count, help="tokens of the fixed batch that L-BFGS sees")
-    g.add_argument("--sae_iterations", type=count, help="L-BFGS iterations (Adam: times 20 steps)")
-    g.add_argument("--sae_l1", type=real, default=0.6, help="weight of the L1 penalty, per unit of whitened activation")
-    g.add_argument("--optimiser", choices=["lbfgs", "adam"], default="lbfgs", help="of the SAE")
-    g.add_argument(
-        "--gradient",
-        choices=["autograd", "finite_difference"],
-        default="autograd",
-        help="of the energy; the latter along the 16 most active features only, in minutes",
-    )
-    g.add_argument("--permutations", type=count, help="Monte Carlo permutations of sequences")
-    g.add_argument("--directions", type=count, help="covariance-matched random directions")
-    g.add_argument("--intervened", type=count, help="features that are ablated, half of them aligned")
-    g.add_argument("--relaxed", type=count, help="sequences that are relaxed to their fixed points")
-    g = p.add_argument_group("runtime")
-    g.add_argument("--seed", type=int, default=42, help="seed of NumPy and torch")
-    g.add_argument("--overwrite", action="store_true", help="replace existing output")
-    g.add_argument("--cache_dir", default=os.environ.get("JANUS_CACHE", "~/.cache/janus_arc"), help="folder of the text cache")
-    version_and_completion(p)
-    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    preset.add_argument("--preset", choices=list(PRESETS), default="full")
-    p.set_defaults(**PRESETS[preset.parse_known_args(argv)[0].preset])
-    args = p.parse_args(argv)
-    check_args(p, args)
-    return args
-
-
-def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Cross-flag checks; exits 2 with one line."""
-    args.energy_layers = sorted(set(args.energy_layers))
-    if not 0 <= args.energy_layers[0] <= args.energy_layers[-1] <= 30:
-        p.error(f"--energy_layers {args.energy_layers} are descent steps: expected 0 to 30 (a fixed point has no gradient to align with)")
-    if args.sae_dict_size < 128:
-        p.error(f"--sae_dict_size {args.sae_dict_size} is smaller than the state: expected at least 128 latents")
-    if args.sequences < 4 * MIN_SEQUENCES:
-        p.error(f"not enough data: --sequences {args.sequences}, needed at least {4 * MIN_SEQUENCES}")
-
-
-# ------------------------------------------------------------------------------------------ files and provenance
-
-
-# Copied from: janus_adaptive.py::HandoffError
-class HandoffError(Exception):
-    """A broken input or hand-off. The text is the one line that the user reads: fact, found, expected, command."""
-
-
-# Copied from: janus_adaptive.py::keep_memory
-def keep_memory() -> None:
-    """Linux with glibc: freed memory stays with the process. Else every large tensor is mapped anew, page by page: a tenth of
-    a step. Only for loops that allocate the same again and again: what is kept between large temporaries would pin them."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
-# Copied from: janus_adaptive.py::one_line_errors
-def one_line_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """Decorates `main`: an expected failure is one line on stderr and exit status 1, never a traceback."""
-
-    @functools.wraps(main)
-    def run(argv: list[str] | None = None) -> int:
-        try:
-            return main(argv)
-        except HandoffError as e:
-            text = str(e)
-        except OSError as e:
-            text = (
-                f"{e.strerror or e}: {e.filename or 'while writing'}; nothing that existed was changed: use a folder with room, and yours"
-            )
-        except (MemoryError, torch.OutOfMemoryError) as e:
-            text = f"out of memory ({e}); use a smaller --batch_size"
-        except KeyboardInterrupt:
-            text = "interrupted"
-        print(f"{Path(main.__code__.co_filename).name}: error: {' '.join(text.split())}", file=sys.stderr)
-        return 1
-
-    return run
-
-
-# Copied from: janus_adaptive.py::atomic
-@contextlib.contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path` (same suffix); renames it to `path` if the block ends well, else removes it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{os.getpid()}.tmp.{path.name}")
-    try:
-        yield tmp
-        with open(tmp, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-# Copied from: janus_adaptive.py::write_json
-def write_json(path: str | Path, record: dict[str, Any]) -> None:
-    """Writes `record` atomically as strict JSON: NaN and infinity become null, other types their text."""
-
-    def plain(v: Any) -> Any:
-        if isinstance(v, dict):
-            return {str(k): plain(x) for k, x in v.items()}
-        if isinstance(v, list | tuple):
-            return [plain(x) for x in v]
-        v = v.item() if isinstance(v, np.generic) else v
-        if isinstance(v, float) and not math.isfinite(v):
-            return None
-        return v if isinstance(v, str | int | float | None) else str(v)
-
-    with atomic(path) as tmp:
-        tmp.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
-
-
-# Copied from: janus_adaptive.py::git
-def git(*words: str) -> str:
-    """What git says of the repository whose root holds this file; empty where there is none (an installed copy)."""
-    here = Path(__file__).resolve().parent
-    if not (here / ".git").exists():  # a virtual environment may lie in the repository of something else
-        return ""
-    try:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
-# Copied from: janus_adaptive.py::provenance
-def provenance() -> dict[str, Any]:
-    """Script, argv, git commit (and whether the tree was dirty), versions and hardware of this process."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "script": Path(__file__).name,
-        "argv": sys.argv,
-        "git": {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu},
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-# Copied from: janus_adaptive.py::run_record
-@contextlib.contextmanager
-def run_record(out_dir: str | Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Keeps <out_dir>/run.json: argv, resolved arguments, machine, start, end, exit status. Yields it for more facts."""
-    record = {"arguments": vars(args), **provenance(), "end": None, "exit_status": None}
-    write_json(Path(out_dir) / "run.json", record)
-    try:
-        yield record
-        record["exit_status"] = record["exit_status"] or 0
-    except BaseException:
-        record["exit_status"] = 1
-        raise
-    finally:
-        record["end"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        with contextlib.suppress(OSError):  # a full disk must not hide the error that is on its way
-            write_json(Path(out_dir) / "run.json", record)
-
-
-# Copied from: janus_adaptive.py::refuse_overwrite
-def refuse_overwrite(paths: list[Path], overwrite: bool) -> None:
-    """Raises HandoffError if one of `paths` exists, unless --overwrite was given."""
-    if not overwrite and (there := [p for p in paths if p.exists()]):
-        raise HandoffError(f"{there[0]} exists; pass --overwrite to replace it, or name another place")
-
-
-# ---------------------------------------------------------------------------------------------------------- data
-# Copied from: janus_adaptive.py::BUILTIN_PACKAGES
-BUILTIN_PACKAGES = {p: p for p in ("numpy", "pandas", "scipy", "matplotlib", "seaborn", "torch", "transformers", "datasets")} | {
-    "sklearn": "scikit-learn"
-}
-# Copied from: janus_adaptive.py::BUILTIN_VERSION
-BUILTIN_VERSION = 1
-
-
-# Copied from: janus_adaptive.py::builtin_documents
-@functools.cache  # reading ten thousand source files takes half a minute, and each split asks for it
-def builtin_documents() -> dict[str, str]:
-    """English prose that is already on the machine: {name: text}, in a fixed order.
-
-    The language reference (pydoc_data.topics) and the documentation strings of the standard library and of
-    BUILTIN_PACKAGES, one document a source file; paragraphs that are mostly letters, each kept once.
-    """
-    sources = {f"topics/{k}": [v] for k, v in sorted(import_module("pydoc_data.topics").topics.items())}
-    roots = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}
-    roots |= {p: Path(find_spec(p).origin).parent for p in BUILTIN_PACKAGES}  # type: ignore[union-attr, arg-type]
-    skip = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3"}
-    files = [(package, f.relative_to(root), f) for package, root in roots.items() for f in sorted(root.rglob("*.py"))]
-    gc.disable()  # else a third of the time goes into looking for garbage among the syntax trees
-    for package, inner, f in tqdm(files, desc="documentation strings", unit="file", disable=None):
-        if skip & set(inner.parts) or (package, inner.parts[0]) == ("transformers", "models"):  # the same text, 400 times
-            continue
-        with contextlib.suppress(SyntaxError, ValueError, OSError), warnings.catch_warnings(action="ignore"):
-            nodes = ast.walk(ast.parse(f.read_text(encoding="utf-8")))
-            docs = [ast.get_docstring(n) for n in nodes if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
-            sources[f"{package}/{inner.as_posix()}"] = [d for d in docs if d]
-    gc.enable()
-    seen: set[str] = set()
-    documents: dict[str, list[str]] = {}
-    for name, texts in sources.items():
-        for p in (" ".join(p.split()) for text in texts for p in text.split("\n\n")):
-            if len(p) >= 60 and sum(c.isalpha() or c == " " for c in p) > 0.8 * len(p) and ">>>" not in p and p not in seen:
-                seen.add(p)
-                documents.setdefault(name, []).append(p)
-    return {name: "\n\n".join(paragraphs) for name, paragraphs in documents.items()}
-
-
-def documents(corpus: str, cache_dir: str | Path) -> dict[str, str]:
-    """{name: text}: `builtin` (cached: parsing costs 40 s), `topics` (the language reference in sections), or a file's paragraphs."""
-    if corpus == "topics":
-        topics = import_module("pydoc_data.topics").topics
-        return {f"{k}/{i}": " ".join(v.split()[i : i + 150]) for k, v in sorted(topics.items()) for i in range(0, len(v.split()), 150)}
-    if corpus != "builtin":
-        try:
-            return dict(enumerate(Path(corpus).read_text(encoding="utf-8").split("\n\n")))  # type: ignore[arg-type]
-        except (OSError, UnicodeDecodeError) as e:
-            raise HandoffError(f"--corpus {corpus} cannot be read ({e}); expected builtin, topics or a UTF-8 text file") from None
-    key = repr([BUILTIN_VERSION, platform.python_version(), [version(p) for p in BUILTIN_PACKAGES.values()]])
-    cache = Path(cache_dir).expanduser() / f"builtin-{hashlib.sha256(key.encode()).hexdigest()[:12]}-documents.json"
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(cache.read_text(encoding="utf-8"))
-    texts = builtin_documents()
-    write_json(cache, texts)
-    return texts
-
-
-def templated_documents(n: int, rng: np.random.Generator) -> dict[str, str]:
-    """n documents of dates, e-mail addresses, regular expressions and sums: so that numbers and metacharacters are not rare."""
-    names, hosts = ["alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi"], ["example", "mail", "lab", "home"]
-    patterns = [r"\d+", r"[a-z]*", r"\w+@\w+", r"^a.b$", r"(x|y)?", r"[0-9]{2}"]
-
-    def line() -> str:
-        name, other, host, pattern = (str(rng.choice(words)) for words in (names, names, hosts, patterns))
-        a, b, year, month, day = (int(rng.integers(lo, hi)) for lo, hi in ((1, 20), (1, 20), (2000, 2030), (1, 13), (1, 29)))
-        kinds = (
-            f"the date is {year}-{month:02d}-{day:02d} .",
-            f"send a message to {name}.{other}@{host}.org .",
-            f"the pattern {pattern} matches the string {name} .",
-            f"the sum {a} + {b} = {a + b} .",
-        )
-        return kinds[rng.integers(len(kinds))]
-
-    return {f"templated/{i}": " ".join(line() for _ in range(8)) for i in range(n)}
-
-
-@dataclass
-class Corpus:
-    """Token windows, split by document. `test` has one window a document, so that sequences are independent units."""
-
-    vocab: list[str]
-    train: Tensor  # [n, L] int64
-    test: Tensor  # [S, L] int64
-    strata: Tensor  # [S] 0 prose, 1 templated: permutations stay within one
-
-    def classes(self, ids: Tensor) -> np.ndarray:
-        """Token ids -> the name of each token's class, same shape; `other` if none."""
-        of = np.array([next((c for c, r in CLASSES.items() if i > MASK and re.fullmatch(r, w)), "other") for i, w in enumerate(self.vocab)])
-        return of[ids.numpy()]
-
-    def encode(self, text: str) -> Tensor:
-        """Any text -> token ids [l]."""
-        index = {w: i for i, w in enumerate(self.vocab)}
-        return torch.tensor([index.get(w, UNK) for w in TOKEN.findall(text.lower())], dtype=torch.int64)
-
-
-def build_corpus(texts: dict[str, str], sequences: int, seed: int, vocab_size: int = 1000, length: int = 32) -> Corpus:
-    """Windows of `length` word, number or symbol tokens; a fifth of the documents, by the hash of their names, is held out.
-
-    Raises HandoffError if fewer than `sequences` held-out documents are long enough.
-    """
-    texts = {str(k): v for k, v in texts.items()} | templated_documents(max(200, len(texts) // 3), np.random.default_rng(seed))
-    words = {name: TOKEN.findall(text.lower()) for name, text in texts.items()}
-    held = {name for name in words if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 < 2}
-    counts = Counter(w for name, ws in words.items() if name not in held for w in ws)
-    vocab = ["<unk>", "<mask>"] + [w for w, _ in counts.most_common(vocab_size - 2)]
-    index = {w: i for i, w in enumerate(vocab)}
-    train, test = [], {0: [], 1: []}  # type: ignore[var-annotated]
-    for name, ws in words.items():
-        windows = [[index.get(w, UNK) for w in ws[i : i + length]] for i in range(0, len(ws) - length + 1, length)]
-        if name in held:
-            test[name.startswith("templated/")] += windows[:1]
-        else:
-            train += windows
-    share = {1: min(len(test[1]), sequences // 4)}
-    share[0] = sequences - share[1]
-    if len(test[0]) < share[0] or not train:
-        raise HandoffError(
-            f"not enough data: {len(test[0])} held-out documents of {length} tokens, needed {share[0]}; use a larger --corpus or "
-            f"fewer --sequences"
-        )
-    rng = np.random.default_rng(seed)
-    rows = [test[g][i] for g in (0, 1) for i in rng.permutation(len(test[g]))[: share[g]]]
-    return Corpus(vocab, torch.tensor(train), torch.tensor(rows), torch.tensor([0] * share[0] + [1] * share[1]))
-
-
-# ------------------------------------------------------------------- method: EDIT HERE: the energy and its model
+# -------------------------------------------------------------------------------- method: edit here
 class EnergyTransformer(nn.Module):
     """An Energy Transformer (Hoover et al. 2023, arXiv 2302.07253) as a full hierarchical associative memory (HAM).
 
@@ -452,14 +110,25 @@ class EnergyTransformer(nn.Module):
     and the descent is x <- x - alpha v with v = dE/dg = x - b + d(E_att + E_hn)/dg, so that dE/dt = -v^T J v <= 0, J = dg/dx >= 0.
     """
 
-    def __init__(self, vocab: int, seq_len: int, d: int = 128, heads: int = 4, d_head: int = 32, memories: int = 256) -> None:
+    def __init__(
+        self,
+        vocab: int,
+        seq_len: int,
+        d: int = 128,
+        heads: int = 4,
+        d_head: int = 32,
+        memories: int = 256,
+    ) -> None:
         super().__init__()
         self.emb = nn.Parameter(torch.randn(vocab, d) * 0.5)
         self.pos = nn.Parameter(torch.randn(seq_len, d) * 0.1)
         self.wq, self.wk = (nn.Parameter(torch.randn(heads, d_head, d) * 0.04) for _ in range(2))
         self.xi = nn.Parameter(torch.randn(d, memories) * 0.04)
         self.gamma, self.delta = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(d))
-        self.bias, self.readout = nn.Parameter(torch.zeros(vocab)), nn.Parameter(torch.tensor(d**-0.5))
+        self.bias, self.readout = (
+            nn.Parameter(torch.zeros(vocab)),
+            nn.Parameter(torch.tensor(d**-0.5)),
+        )
         self.beta, self.eps, self.field_scale = d_head**-0.5, 1e-5, 8.0
 
     def field(self, ids: Tensor) -> Tensor:
@@ -501,7 +170,9 @@ class EnergyTransformer(nn.Module):
         g = self.activation(x)
         q, k, score = self.keys(g)
         p = score.softmax(-1)
-        attention = torch.einsum("shlz,hzd->sld", p @ k, self.wq) + torch.einsum("shlz,hzd->sld", p.mT @ q, self.wk)
+        attention = torch.einsum("shlz,hzd->sld", p @ k, self.wq) + torch.einsum(
+            "shlz,hzd->sld", p.mT @ q, self.wk
+        )
         return x - b - attention - (g @ self.xi).relu() @ self.xi.T
 
     def grad_x(self, x: Tensor, b: Tensor) -> Tensor:
@@ -509,7 +180,9 @@ class EnergyTransformer(nn.Module):
         c = x - x.mean(-1, keepdim=True)
         sigma = (c.square().mean(-1, keepdim=True) + self.eps).sqrt()
         c, v = c / sigma, self.grad_g(x, b)
-        return self.gamma / sigma * (v - v.mean(-1, keepdim=True) - c * (c * v).mean(-1, keepdim=True))
+        return (
+            self.gamma / sigma * (v - v.mean(-1, keepdim=True) - c * (c * v).mean(-1, keepdim=True))
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """State [..., D] -> scores of the tokens [..., V]."""
@@ -522,7 +195,9 @@ def mask_tokens(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor
     return ids.masked_fill(hidden, MASK), hidden & (ids != UNK)
 
 
-def descend(et: EnergyTransformer, ids: Tensor, steps: int, alpha: float) -> tuple[Tensor, list[Tensor]]:
+def descend(
+    et: EnergyTransformer, ids: Tensor, steps: int, alpha: float
+) -> tuple[Tensor, list[Tensor]]:
     """The field of the tokens [S, L] and the states x_0 = b, x_1 .. x_steps of the descent, each [S, L, D]."""
     b = et.field(ids)
     xs = [b]
@@ -531,10 +206,20 @@ def descend(et: EnergyTransformer, ids: Tensor, steps: int, alpha: float) -> tup
     return b, xs
 
 
-def train_denoiser(predict: Callable[[Tensor], Tensor], groups: list[dict], train: Tensor, steps: int, seed: int, name: str) -> None:
+def train_denoiser(
+    predict: Callable[[Tensor], Tensor],
+    groups: list[dict],
+    train: Tensor,
+    steps: int,
+    seed: int,
+    name: str,
+) -> None:
     """AdamW on the masked-token cross-entropy; predict(ids [S, L]) -> logits [S, L, V]. Warm-up 30 steps, then linear to 5 %."""
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    peaks, generator = [g["lr"] for g in optimizer.param_groups], torch.Generator().manual_seed(seed)
+    peaks, generator = (
+        [g["lr"] for g in optimizer.param_groups],
+        torch.Generator().manual_seed(seed),
+    )
     for step in tqdm(range(steps), desc=name, unit="step", disable=None):
         for g, peak in zip(optimizer.param_groups, peaks, strict=True):
             g["lr"] = peak * min(1, (step + 1) / 30) * max(0.05, 1 - step / steps)
@@ -546,7 +231,9 @@ def train_denoiser(predict: Callable[[Tensor], Tensor], groups: list[dict], trai
         nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
         optimizer.step()
     if not math.isfinite(loss.item()):
-        raise HandoffError(f"{name}: the loss is {loss.item()} after {steps} steps; use a smaller --step_size")
+        raise HandoffError(
+            f"{name}: the loss is {loss.item()} after {steps} steps; use a smaller --step_size"
+        )
 
 
 def untrained(corpus: Corpus, seed: int) -> EnergyTransformer:
@@ -557,7 +244,9 @@ def untrained(corpus: Corpus, seed: int) -> EnergyTransformer:
     return et
 
 
-def train_energy_transformer(corpus: Corpus, steps: int, alpha: float, seed: int) -> EnergyTransformer:
+def train_energy_transformer(
+    corpus: Corpus, steps: int, alpha: float, seed: int
+) -> EnergyTransformer:
     """Plain first-order training through 3 to 6 descent steps: the energy's gradient is closed form, so no double backward.
 
     The synaptic energies are of second degree in the weights: at the others' learning rate Adam inflates them until every
@@ -571,10 +260,15 @@ def train_energy_transformer(corpus: Corpus, steps: int, alpha: float, seed: int
     def predict(ids: Tensor) -> Tensor:
         return et.logits(descend(et, ids, int(rng.integers(3, 7)), alpha)[1][-1])
 
-    groups = [dict(params=rest, lr=5e-3, weight_decay=0.1), dict(params=synapses, lr=1e-3, weight_decay=1.0)]
+    groups = [
+        dict(params=rest, lr=5e-3, weight_decay=0.1),
+        dict(params=synapses, lr=1e-3, weight_decay=1.0),
+    ]
     train_denoiser(predict, groups, corpus.train, steps, seed, "Energy Transformer")
     if et.gamma <= 0:
-        raise HandoffError(f"training made gamma {et.gamma.item():.3f}: the activation is no longer monotone; use a smaller --step_size")
+        raise HandoffError(
+            f"training made gamma {et.gamma.item():.3f}: the activation is no longer monotone; use a smaller --step_size"
+        )
     return et.requires_grad_(False)
 
 
@@ -584,28 +278,50 @@ def train_transformer(corpus: Corpus, steps: int, seed: int) -> Callable[[Tensor
     d, vocab, length = 128, len(corpus.vocab), corpus.train.shape[1]
     layer = nn.TransformerEncoderLayer(d, 4, 2 * d, dropout=0.0, batch_first=True, norm_first=True)
     net = nn.ModuleDict(
-        dict(emb=nn.Embedding(vocab, d), pos=nn.Embedding(length, d), enc=nn.TransformerEncoder(layer, 2, nn.LayerNorm(d), False))
+        dict(
+            emb=nn.Embedding(vocab, d),
+            pos=nn.Embedding(length, d),
+            enc=nn.TransformerEncoder(layer, 2, nn.LayerNorm(d), False),
+        )
     )
 
     def predict(ids: Tensor) -> Tensor:
         return net["enc"](net["emb"](ids) + net["pos"].weight) @ net["emb"].weight.T / d**0.5  # type: ignore[operator]
 
-    train_denoiser(predict, [dict(params=list(net.parameters()), lr=2e-3, weight_decay=0.02)], corpus.train, steps, seed, "transformer")
+    train_denoiser(
+        predict,
+        [dict(params=list(net.parameters()), lr=2e-3, weight_decay=0.02)],
+        corpus.train,
+        steps,
+        seed,
+        "transformer",
+    )
     return predict
 
 
 @torch.no_grad()
-def compare_models(et: EnergyTransformer, transformer: Callable[[Tensor], Tensor], corpus: Corpus, alpha: float, seed: int) -> pd.DataFrame:
+def compare_models(
+    et: EnergyTransformer,
+    transformer: Callable[[Tensor], Tensor],
+    corpus: Corpus,
+    alpha: float,
+    seed: int,
+) -> pd.DataFrame:
     """Held-out masked cross-entropy (nats) and accuracy; for the ET also signs of collapse: decoded tokens, unmasked ones kept."""
     ids = corpus.test[::3]
     seen, asked = mask_tokens(ids, torch.Generator().manual_seed(seed))
     counts = torch.bincount(corpus.train.flatten(), minlength=len(corpus.vocab)) + 1.0
-    counts[[UNK, MASK]] = 1e-3  # never asked for; without their mass the baseline is as strong as it can be
+    counts[[UNK, MASK]] = (
+        1e-3  # never asked for; without their mass the baseline is as strong as it can be
+    )
     rows = []
 
     def row(name: str, logits: Tensor) -> None:
         best, kept = logits.argmax(-1), ~asked & (seen != MASK)
-        scores = dict(masked_nats=F.cross_entropy(logits[asked], ids[asked]).item(), accuracy=(best == ids)[asked].float().mean().item())
+        scores = dict(
+            masked_nats=F.cross_entropy(logits[asked], ids[asked]).item(),
+            accuracy=(best == ids)[asked].float().mean().item(),
+        )
         rows.append(
             dict(
                 model=name,
@@ -631,7 +347,11 @@ def largest_step(et: EnergyTransformer, ids: Tensor) -> tuple[float, pd.DataFram
     for alpha in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0):
         b, xs = descend(et, ids, 60, alpha)
         e = torch.stack([et.energy(x, b) for x in xs])
-        rows.append(dict(alpha=alpha, rising=(~(e.diff(dim=0) <= 1e-9 * e[:-1].abs())).double().mean().item()))
+        rows.append(
+            dict(
+                alpha=alpha, rising=(~(e.diff(dim=0) <= 1e-9 * e[:-1].abs())).double().mean().item()
+            )
+        )
     table = pd.DataFrame(rows)
     good = table.alpha[(table.rising > 0).cumsum() == 0]
     return float(good.max()) if len(good) else math.nan, table
@@ -664,7 +384,6 @@ def relax(
     return x, residual
 
 
-# ------------------------------------------------------------------------------ method: the sparse autoencoder
 @dataclass
 class SAE:
     """f = relu((x - mean) @ w_enc + b_enc) [.., K], reconstruction b_dec + f @ w_dec. In raw state units, unit-norm w_dec rows."""
@@ -689,12 +408,21 @@ class SAE:
         inside = self.covers(x)
         x, outside = x[inside], 1 - inside.float().mean().item()
         f = self.encode(x)
-        error, spread = (x - self.b_dec - f @ self.w_dec).square().sum(), (x - x.mean(0)).square().sum()
-        alive = dict(l0=(f > 0).sum(-1).float().mean().item(), dead=(f <= 0).all(0).float().mean().item(), outside=outside)
+        error, spread = (
+            (x - self.b_dec - f @ self.w_dec).square().sum(),
+            (x - x.mean(0)).square().sum(),
+        )
+        alive = dict(
+            l0=(f > 0).sum(-1).float().mean().item(),
+            dead=(f <= 0).all(0).float().mean().item(),
+            outside=outside,
+        )
         return dict(fvu=(error / spread).item()) | alive
 
 
-def train_sae(x: Tensor, n_latents: int, l1: float, iterations: int, optimiser: str, seed: int) -> SAE:
+def train_sae(
+    x: Tensor, n_latents: int, l1: float, iterations: int, optimiser: str, seed: int
+) -> SAE:
     """ReLU + L1 autoencoder of x [N, D] on one fixed batch: sum-of-squares error + l1 * sum_k f_k |d_k|, per token, whitened scale.
 
     L-BFGS with strong Wolfe needs a deterministic, smooth objective: hence a fixed batch, a penalty that carries |d_k| instead
@@ -708,11 +436,15 @@ def train_sae(x: Tensor, n_latents: int, l1: float, iterations: int, optimiser: 
         )
     generator = torch.Generator().manual_seed(seed)
     distance = (x - x.median(0).values).norm(dim=-1)
-    x = x[distance <= 5 * distance.median()]  # a few massive tokens would otherwise set the scale and be all of the loss
+    x = x[
+        distance <= 5 * distance.median()
+    ]  # a few massive tokens would otherwise set the scale and be all of the loss
     mean = x.mean(0)
     scale = (x - mean).square().mean().sqrt().clamp_min(1e-12)
     z = (x - mean) / scale
-    atoms = z[torch.randint(len(z), (n_latents,), generator=generator)] + 0.1 * torch.randn(n_latents, x.shape[1], generator=generator)
+    atoms = z[torch.randint(len(z), (n_latents,), generator=generator)] + 0.1 * torch.randn(
+        n_latents, x.shape[1], generator=generator
+    )
     w_dec = F.normalize(atoms, dim=-1).requires_grad_()
     w_enc, b_enc, b_dec = (
         w_dec.detach().T.contiguous().clone().requires_grad_(),
@@ -723,11 +455,17 @@ def train_sae(x: Tensor, n_latents: int, l1: float, iterations: int, optimiser: 
 
     def loss(batch: Tensor) -> Tensor:
         f = ((batch - b_dec) @ w_enc + b_enc).relu()
-        return ((batch - b_dec - f @ w_dec).square().sum() + l1 * (f * w_dec.norm(dim=-1)).sum()) / len(batch)
+        return (
+            (batch - b_dec - f @ w_dec).square().sum() + l1 * (f * w_dec.norm(dim=-1)).sum()
+        ) / len(batch)
 
     if optimiser == "lbfgs":
         opt: torch.optim.Optimizer = torch.optim.LBFGS(
-            params, max_iter=iterations, max_eval=2 * iterations, history_size=10, line_search_fn="strong_wolfe"
+            params,
+            max_iter=iterations,
+            max_eval=2 * iterations,
+            history_size=10,
+            line_search_fn="strong_wolfe",
         )
 
         def closure() -> Tensor:
@@ -743,19 +481,28 @@ def train_sae(x: Tensor, n_latents: int, l1: float, iterations: int, optimiser: 
             opt.zero_grad()
             loss(z[torch.randint(len(z), (min(512, len(z)),), generator=generator)]).backward()
             opt.step()
-    norm = w_dec.detach().norm(dim=-1).clamp_min(1e-12)  # fold the scale and the norms in, once, at the end
+    norm = (
+        w_dec.detach().norm(dim=-1).clamp_min(1e-12)
+    )  # fold the scale and the norms in, once, at the end
     centre = mean + scale * b_dec.detach()
     limit = 5 * (x - centre).norm(dim=-1).median().item()
-    return SAE(w_enc.detach() * norm, b_enc.detach() * norm * scale, w_dec.detach() / norm[:, None], centre, limit)
+    return SAE(
+        w_enc.detach() * norm,
+        b_enc.detach() * norm * scale,
+        w_dec.detach() / norm[:, None],
+        centre,
+        limit,
+    )
 
 
-# --------------------------------------------------------------------------------- method: EFAS and its two nulls
 def feature_gradient(gx: Tensor, directions: Tensor) -> Tensor:
     """A = -<dE/dx, d_k>: gx [S, L, D], directions [K, D] in state units -> [S, L, K], energy units per state unit."""
     return -(gx @ directions.T)
 
 
-def finite_difference(energy: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor, h: float = 1e-5) -> Tensor:
+def finite_difference(
+    energy: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor, h: float = 1e-5
+) -> Tensor:
     """The same A by central differences along each direction, one token at a time: energy(x [n, L, D]) -> [n]. Use float64."""
     out = torch.empty(*x.shape[:2], len(directions), dtype=x.dtype)
     step = h * x.norm(dim=-1).mean()
@@ -790,13 +537,19 @@ def efas(f: Tensor, a: Tensor) -> dict[str, Tensor]:
     """
     on = f > 0
     n_active, n_seq = on.sum((0, 1)), on.any(1).sum(0)
-    eligible = (n_active >= MIN_ACTIVE) & (n_seq >= MIN_SEQUENCES) & (n_active < f.shape[0] * f.shape[1])
+    eligible = (
+        (n_active >= MIN_ACTIVE) & (n_seq >= MIN_SEQUENCES) & (n_active < f.shape[0] * f.shape[1])
+    )
     sums = sequence_sums(f, a)
     on_sums = sequence_sums(f, a * on)
     on_sums[0] = on.sum(1)
-    values = dict(efas=pearson(sums)[0], efas_on=pearson(on_sums)[0], attribution=sums[5].sum(0) / n_active)
+    values = dict(
+        efas=pearson(sums)[0], efas_on=pearson(on_sums)[0], attribution=sums[5].sum(0) / n_active
+    )
     eligible &= values["efas"].isfinite()
-    return dict(n_active=n_active, n_seq=n_seq, eligible=eligible) | {k: v.masked_fill(~eligible, torch.nan) for k, v in values.items()}
+    return dict(n_active=n_active, n_seq=n_seq, eligible=eligible) | {
+        k: v.masked_fill(~eligible, torch.nan) for k, v in values.items()
+    }
 
 
 def rank_normal(a: Tensor) -> Tensor:
@@ -811,12 +564,19 @@ def seqperm_moments(f: Tensor, y: Tensor, strata: Tensor) -> tuple[Tensor, Tenso
 
     mean = sum_l S fbar_l ybar_l;  var = <Fc^T Fc, Yc^T Yc>_F / (S - 1), Fc and Yc centred per position (Hoeffding 1951).
     """
-    observed, mean, var = (f.double() * y.double()).sum((0, 1)), torch.zeros(f.shape[-1]).double(), torch.zeros(f.shape[-1]).double()
+    observed, mean, var = (
+        (f.double() * y.double()).sum((0, 1)),
+        torch.zeros(f.shape[-1]).double(),
+        torch.zeros(f.shape[-1]).double(),
+    )
     for g in strata.unique():
         fg, yg = f[strata == g], y[strata == g]
         mean += len(fg) * (fg.mean(0).double() * yg.mean(0).double()).sum(0)
         if len(fg) > 1:
-            fc, yc = (fg - fg.mean(0)).permute(2, 1, 0), (yg - yg.mean(0)).permute(2, 1, 0)  # [K, L, S]
+            fc, yc = (
+                (fg - fg.mean(0)).permute(2, 1, 0),
+                (yg - yg.mean(0)).permute(2, 1, 0),
+            )  # [K, L, S]
             var += ((fc @ fc.mT) * (yc @ yc.mT)).sum((1, 2), dtype=torch.float64) / (len(fg) - 1)
     return observed, mean, var
 
@@ -841,10 +601,15 @@ def seqperm_mc(f: Tensor, y: Tensor, perms: Tensor, chunk: int = 32, block: int 
     offset = torch.arange(n, dtype=torch.int32) % block * n
     index = (perms + offset).contiguous()
     for c in range(0, features, chunk):
-        fc, yc = f[..., c : c + chunk].permute(2, 0, 1).contiguous(), y[..., c : c + chunk].permute(2, 1, 0).contiguous()
+        fc, yc = (
+            f[..., c : c + chunk].permute(2, 0, 1).contiguous(),
+            y[..., c : c + chunk].permute(2, 1, 0).contiguous(),
+        )
         table = (fc.float() @ yc.float()).permute(1, 2, 0).contiguous()  # [S, S, chunk]
         for s in range(0, n, block):
-            out[:, c : c + chunk] += F.embedding_bag(index[:, s : s + block].contiguous(), table[s : s + block].flatten(0, 1), mode="sum")
+            out[:, c : c + chunk] += F.embedding_bag(
+                index[:, s : s + block].contiguous(), table[s : s + block].flatten(0, 1), mode="sum"
+            )
     return out
 
 
@@ -855,9 +620,18 @@ def mi_binned(f: Tensor, score: Tensor, bins: int = 8) -> tuple[Tensor, Tensor]:
     """
     n = len(f)
     split = torch.where(f > 0, f, torch.nan).nanmedian(0).values
-    fb, ab = (f > 0).long() + (f > split), (torch.special.ndtr(score.double()) * bins).clamp(0, bins - 1).long()
+    fb, ab = (
+        (f > 0).long() + (f > split),
+        (torch.special.ndtr(score.double()) * bins).clamp(0, bins - 1).long(),
+    )
     cell = fb * bins + ab + 3 * bins * torch.arange(f.shape[1])
-    joint = torch.bincount(cell.flatten(), minlength=3 * bins * f.shape[1]).reshape(-1, 3, bins).permute(1, 2, 0).double() / n
+    joint = (
+        torch.bincount(cell.flatten(), minlength=3 * bins * f.shape[1])
+        .reshape(-1, 3, bins)
+        .permute(1, 2, 0)
+        .double()
+        / n
+    )
 
     def entropy(p: Tensor) -> Tensor:
         return -torch.special.xlogy(p, p).sum(0) + ((p > 0).sum(0) - 1) / (2 * n)
@@ -866,14 +640,21 @@ def mi_binned(f: Tensor, score: Tensor, bins: int = 8) -> tuple[Tensor, Tensor]:
     return h_f + entropy(joint.sum(0)) - entropy(joint.flatten(0, 1)), h_f
 
 
-def direction_null(x: Tensor, gx: Tensor, rates: Tensor, n: int, rng: np.random.Generator, n_bins: int = 8) -> tuple[Tensor, Tensor]:
+def direction_null(
+    x: Tensor, gx: Tensor, rates: Tensor, n: int, rng: np.random.Generator, n_bins: int = 8
+) -> tuple[Tensor, Tensor]:
     """EFAS of n random directions u ~ N(0, cov x), f = relu(<u, x> - threshold), decoder u: [bins, n]; and each feature's bin [K].
 
     x, gx [N, D]. The thresholds give the firing rates of the bins, which are quantiles of the features' `rates` [K].
     """
     edges = torch.quantile(rates.double(), torch.linspace(0, 1, n_bins + 1, dtype=torch.float64))
     bins = torch.searchsorted(edges[1:-1].contiguous(), rates.double())
-    centre = torch.stack([rates[bins == b].double().log().mean().exp() if (bins == b).any() else edges[b] for b in range(n_bins)])
+    centre = torch.stack(
+        [
+            rates[bins == b].double().log().mean().exp() if (bins == b).any() else edges[b]
+            for b in range(n_bins)
+        ]
+    )
     xc = x - x.mean(0)
     u = F.normalize(
         torch.from_numpy(rng.standard_normal((n, len(x)), dtype=np.float32)) @ xc, dim=-1
@@ -926,15 +707,26 @@ def analyse_layer(
     """
     rng, n_seq = np.random.default_rng(args.seed), len(x)
     perms = permutations(strata, args.permutations, rng)
-    halves = torch.zeros(2, n_seq, dtype=torch.float64)  # discovery: even rows; replication, and every intervention: odd rows
+    halves = torch.zeros(
+        2, n_seq, dtype=torch.float64
+    )  # discovery: even rows; replication, and every intervention: odd rows
     halves[0, ::2] = halves[1, 1::2] = 1  # the rows are in random order
-    weights = torch.cat([halves, torch.from_numpy(rng.multinomial(n_seq, np.full(n_seq, 1 / n_seq), 200)).double()])
+    weights = torch.cat(
+        [halves, torch.from_numpy(rng.multinomial(n_seq, np.full(n_seq, 1 / n_seq), 200)).double()]
+    )
     legacy = -torch.gradient(e_token, dim=1)[0][..., None]
-    rows, boots, max_z, todo = [], [], torch.zeros(len(perms)), torch.arange(len(sae.b_enc)) if features is None else features
+    rows, boots, max_z, todo = (
+        [],
+        [],
+        torch.zeros(len(perms)),
+        torch.arange(len(sae.b_enc)) if features is None else features,
+    )
     for index in tqdm(todo.split(256), desc=f"EFAS, layer {layer}", unit="chunk", disable=None):
         f = sae.encode(x, index)
         a = slope(sae.w_dec[index]).to(f.dtype) if slope else feature_gradient(gx, sae.w_dec[index])
-        row = dict(feature=index) | efas(f, a) | dict(mean_active=f.sum((0, 1)) / (f > 0).sum((0, 1)))
+        row = (
+            dict(feature=index) | efas(f, a) | dict(mean_active=f.sum((0, 1)) / (f > 0).sum((0, 1)))
+        )
         keep = row["eligible"].nonzero()[:, 0]
         table = pd.DataFrame({k: v.numpy() for k, v in row.items()})
         rows.append(table)
@@ -947,7 +739,11 @@ def analyse_layer(
         z_mc = ((seqperm_mc(f, score, perms) - mean) / var.sqrt()).abs().float()
         max_z = torch.maximum(max_z, z_mc.amax(1))
         _, raw_mean, raw_var = seqperm_moments(f, a, strata)
-        spread = f.std((0, 1), correction=0).double() * a.std((0, 1), correction=0).double() * e_token.numel()
+        spread = (
+            f.std((0, 1), correction=0).double()
+            * a.std((0, 1), correction=0).double()
+            * e_token.numel()
+        )
         r = pearson(sequence_sums(f, a), weights)
         boots.append(r[2:].numpy())
         flat, shuffled = f.flatten(0, 1), rank_normal(a[perms[0].long()]).flatten(0, 1)
@@ -961,7 +757,9 @@ def analyse_layer(
             mc_sd_ratio=z_mc.square().mean(0).sqrt(),
             efas_a=r[0],
             efas_b=r[1],
-            efas_shuffled=pearson(sequence_sums(f, a.roll(1, -1)))[0],  # with another feature's direction
+            efas_shuffled=pearson(sequence_sums(f, a.roll(1, -1)))[
+                0
+            ],  # with another feature's direction
             legacy=pearson(sequence_sums(f, legacy.expand_as(f)))[0],
             mi=mi,
             mi_share=mi / entropy,
@@ -972,10 +770,14 @@ def analyse_layer(
     t = pd.concat(rows, ignore_index=True).assign(layer=layer)
     ok = t.eligible.to_numpy()
     null = torch.zeros(1, 0)
-    facts: dict[str, Any] = dict(layer=layer, n_tokens=e_token.numel(), n_seq=n_seq, latents=len(t), eligible=int(ok.sum()))
+    facts: dict[str, Any] = dict(
+        layer=layer, n_tokens=e_token.numel(), n_seq=n_seq, latents=len(t), eligible=int(ok.sum())
+    )
     if not ok.any():
         return Layer(t, null, facts, np.zeros((200, 0)))
-    t.loc[ok, "p_maxt"] = [(1 + (max_z >= abs(z)).sum().item()) / (1 + len(perms)) for z in t.z_token[ok]]
+    t.loc[ok, "p_maxt"] = [
+        (1 + (max_z >= abs(z)).sum().item()) / (1 + len(perms)) for z in t.z_token[ok]
+    ]
     inside, rates = sae.covers(x), torch.tensor(t.n_active[ok].to_numpy() / e_token.numel())
     null, bins = direction_null(x[inside], gx[inside], rates, args.directions, rng)
     own, r = null[bins], torch.tensor(t.efas[ok].to_numpy())[:, None]
@@ -985,10 +787,14 @@ def analyse_layer(
     sd, mean = t.null_sd[ok].to_numpy(), t.null_mean[ok].to_numpy()
     facts |= dict(
         rule_passes=int((t.efas[ok].abs() > RULE).sum()),
-        rule_false_permuted=float((stats.norm.sf((RULE - mean) / sd) + stats.norm.cdf((-RULE - mean) / sd)).sum()),
+        rule_false_permuted=float(
+            (stats.norm.sf((RULE - mean) / sd) + stats.norm.cdf((-RULE - mean) / sd)).sum()
+        ),
         rule_false_directions=float((own.abs() > RULE).double().mean(1).sum()),
         random_directions_positive=float((null > 0).double().mean()),
-        random_directions_q95=float(null.abs().quantile(0.95)) if null.numel() < 2**24 else math.nan,
+        random_directions_q95=float(null.abs().quantile(0.95))
+        if null.numel() < 2**24
+        else math.nan,
         shuffled_pairing_q95=float(t.efas_shuffled[ok].abs().quantile(0.95)),
         split_half_r=float(np.corrcoef(t.efas_a[ok], t.efas_b[ok])[0, 1]),
         legacy_max=float(t.legacy[ok].abs().max()),
@@ -1000,7 +806,18 @@ def analyse_layer(
 def call_aligned(layers: list[Layer]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """One family over all layers -> every feature, with q-values and `aligned`; and a summary row a layer."""
     t = pd.concat([layer.features for layer in layers], ignore_index=True)
-    for name in ("z_token", "p_token", "p_mc", "p_maxt", "p_direction", "z_direction", "efas_a", "efas_b", "mi", "legacy"):
+    for name in (
+        "z_token",
+        "p_token",
+        "p_mc",
+        "p_maxt",
+        "p_direction",
+        "z_direction",
+        "efas_a",
+        "efas_b",
+        "mi",
+        "legacy",
+    ):
         t[name] = t.get(name, pd.Series(np.nan, t.index)).astype(float)
     t["q_token"], t["q_token_by"], t["q_direction"] = (
         fdr(t.p_token.to_numpy()),
@@ -1012,8 +829,14 @@ def call_aligned(layers: list[Layer]) -> tuple[pd.DataFrame, pd.DataFrame]:
     rows = []
     for layer in layers:
         own = t[(t.layer == layer.facts["layer"]) & t.eligible]
-        medians = np.nanmedian(np.abs(layer.boot), axis=1) if layer.boot.shape[1] else np.full(200, np.nan)
-        medians += own.efas.abs().median() - medians.mean()  # resampling adds noise, which raises |EFAS|: the interval is shifted back
+        medians = (
+            np.nanmedian(np.abs(layer.boot), axis=1)
+            if layer.boot.shape[1]
+            else np.full(200, np.nan)
+        )
+        medians += (
+            own.efas.abs().median() - medians.mean()
+        )  # resampling adds noise, which raises |EFAS|: the interval is shifted back
         rows.append(
             layer.facts
             | dict(
@@ -1033,14 +856,18 @@ def call_aligned(layers: list[Layer]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return t, pd.DataFrame(rows)
 
 
-# ----------------------------------------------------------------------------- method: attractors, basins, concepts
 @torch.no_grad()
-def attractors(et: EnergyTransformer, b: Tensor, alpha: float, rng: np.random.Generator) -> tuple[pd.DataFrame, Tensor]:
+def attractors(
+    et: EnergyTransformer, b: Tensor, alpha: float, rng: np.random.Generator
+) -> tuple[pd.DataFrame, Tensor]:
     """Fixed points from five starts under the same field b [S, L, D] -> a row a start, and x* from the own field.
 
     Relaxed in float32; the residual |v| is then measured in float64. converged: share of sequences with |v| <= 1e-3 at every token.
     """
-    exact, noise = copy.deepcopy(et).double(), torch.from_numpy(rng.standard_normal(b.shape)).to(b.dtype) * b.std()
+    exact, noise = (
+        copy.deepcopy(et).double(),
+        torch.from_numpy(rng.standard_normal(b.shape)).to(b.dtype) * b.std(),
+    )
     starts = {
         "own field": b,
         "another sequence's field": b.roll(1, 0),
@@ -1048,7 +875,9 @@ def attractors(et: EnergyTransformer, b: Tensor, alpha: float, rng: np.random.Ge
         "zero": torch.zeros_like(b),
         "twice the field": 2 * b,
     }
-    found = relax(et, torch.cat(list(starts.values())), b.repeat(len(starts), 1, 1), alpha, tol=5e-4)[0].split(len(b))
+    found = relax(
+        et, torch.cat(list(starts.values())), b.repeat(len(starts), 1, 1), alpha, tol=5e-4
+    )[0].split(len(b))
     rows, g0, first = [], et.activation(found[0]), et.logits(found[0]).argmax(-1)
     for name, x in zip(starts, found, strict=True):
         residual = exact.grad_g(x.double(), b.double()).norm(dim=-1).amax(1)
@@ -1069,23 +898,45 @@ def attractors(et: EnergyTransformer, b: Tensor, alpha: float, rng: np.random.Ge
 
 
 @torch.no_grad()
-def basins(et: EnergyTransformer, star: Tensor, b: Tensor, alpha: float, rng: np.random.Generator, draws: int = 2) -> pd.DataFrame:
+def basins(
+    et: EnergyTransformer,
+    star: Tensor,
+    b: Tensor,
+    alpha: float,
+    rng: np.random.Generator,
+    draws: int = 2,
+) -> pd.DataFrame:
     """How often x* + sigma |x*| noise relaxes back to within 1 % of g*: a row a sigma (sigma 1: the noise is as long as the state)."""
     rows, g0 = [], et.activation(star)
     for sigma in tqdm((0.1, 0.25, 0.5, 1.0, 2.0), desc="basins", unit="sigma", disable=None):
         back = []
         for _ in range(draws):
-            noise = F.normalize(torch.from_numpy(rng.standard_normal(star.shape)).to(star.dtype), dim=-1) * star.norm(dim=-1, keepdim=True)
+            noise = F.normalize(
+                torch.from_numpy(rng.standard_normal(star.shape)).to(star.dtype), dim=-1
+            ) * star.norm(dim=-1, keepdim=True)
             x, _ = relax(et, star + sigma * noise, b, alpha, tol=1e-2, max_steps=600)
             back += ((et.activation(x) - g0).norm(dim=(1, 2)) / g0.norm(dim=(1, 2)) < 0.01).tolist()
         ci = stats.binomtest(sum(back), len(back)).proportion_ci(method="wilson")
-        rows.append(dict(sigma=sigma, returned=sum(back) / len(back), ci_lo=ci.low, ci_hi=ci.high, n=len(back)))
+        rows.append(
+            dict(
+                sigma=sigma,
+                returned=sum(back) / len(back),
+                ci_lo=ci.low,
+                ci_hi=ci.high,
+                n=len(back),
+            )
+        )
     return pd.DataFrame(rows)
 
 
 @torch.no_grad()
 def merge_tree(
-    et: EnergyTransformer, b: Tensor, alpha: float, rng: np.random.Generator, starts: int = 12, neighbours: int = 6
+    et: EnergyTransformer,
+    b: Tensor,
+    alpha: float,
+    rng: np.random.Generator,
+    starts: int = 12,
+    neighbours: int = 6,
 ) -> pd.DataFrame:
     """H0 persistence of the sublevel sets of one sequence's energy: b [L, D] -> birth and death (energy a token) of every component.
 
@@ -1095,7 +946,11 @@ def merge_tree(
     l, d = b.shape
     field, x = (
         b.expand(starts, l, d),
-        b + torch.from_numpy(rng.uniform(0, 2, (starts, 1, 1)) * rng.standard_normal((starts, l, d))).to(b.dtype) * b.std(),
+        b
+        + torch.from_numpy(
+            rng.uniform(0, 2, (starts, 1, 1)) * rng.standard_normal((starts, l, d))
+        ).to(b.dtype)
+        * b.std(),
     )
     points = []
     for t in range(201):
@@ -1105,7 +960,12 @@ def merge_tree(
     cloud = torch.cat(points)
     chain = [(i, i + starts) for i in range(len(cloud) - starts)]
     gap = torch.cdist(*[et.activation(cloud).flatten(1)] * 2)
-    near = [(i, int(j)) for i, row in enumerate(gap.topk(neighbours + 1, largest=False).indices) for j in row if j > i]
+    near = [
+        (i, int(j))
+        for i, row in enumerate(gap.topk(neighbours + 1, largest=False).indices)
+        for j in row
+        if j > i
+    ]
     edges = torch.tensor(sorted(set(chain + near)))
     e = et.energy(cloud, b.expand_as(cloud)) / l
     middle = cloud[edges].mean(1)
@@ -1123,10 +983,17 @@ def merge_tree(
             parent[hi] = lo
             rows.append(dict(birth=e[hi].item(), death=height[n].item()))
     rows.append(dict(birth=e.min().item(), death=math.inf))
-    return pd.DataFrame(rows).assign(depth=lambda t: t.death - t.birth).query("depth > 1e-6").sort_values("depth", ascending=False)
+    return (
+        pd.DataFrame(rows)
+        .assign(depth=lambda t: t.death - t.birth)
+        .query("depth > 1e-6")
+        .sort_values("depth", ascending=False)
+    )
 
 
-def concept_features(f: Tensor, classes: np.ndarray, strata: Tensor, features: np.ndarray) -> pd.DataFrame:
+def concept_features(
+    f: Tensor, classes: np.ndarray, strata: Tensor, features: np.ndarray
+) -> pd.DataFrame:
     """f [S, L, K'] of eligible features and token classes [S, L] -> a row a (feature, class): AUROC, precision, lift over the
     base rate, p, q."""
     ranks = stats.rankdata(f.flatten(0, 1).numpy(), axis=0)
@@ -1153,22 +1020,37 @@ def concept_features(f: Tensor, classes: np.ndarray, strata: Tensor, features: n
             )
         )
     if not rows:
-        return pd.DataFrame(columns=["feature", "token_class", "base_rate", "precision", "lift", "auroc", "p", "q"])
+        return pd.DataFrame(
+            columns=["feature", "token_class", "base_rate", "precision", "lift", "auroc", "p", "q"]
+        )
     return pd.concat(rows, ignore_index=True).assign(q=lambda t: fdr(t.p.to_numpy()))
 
 
-def attractor_clusters(et: EnergyTransformer, star: Tensor, b: Tensor, classes: np.ndarray, seed: int) -> pd.DataFrame:
+def attractor_clusters(
+    et: EnergyTransformer, star: Tensor, b: Tensor, classes: np.ndarray, seed: int
+) -> pd.DataFrame:
     """Adjusted mutual information of token clusters with token classes: attractors, against permuted labels and the input itself."""
-    cluster, score = import_module("sklearn.cluster").KMeans, import_module("sklearn.metrics").adjusted_mutual_info_score
+    cluster, score = (
+        import_module("sklearn.cluster").KMeans,
+        import_module("sklearn.metrics").adjusted_mutual_info_score,
+    )
     labels, rng, rows = classes.ravel(), np.random.default_rng(seed), []
     for name, points in (("attractor g*", et.activation(star)), ("input field", et.activation(b))):
-        found = cluster(16, n_init=3, random_state=seed).fit_predict(points.flatten(0, 1).float().numpy())
+        found = cluster(16, n_init=3, random_state=seed).fit_predict(
+            points.flatten(0, 1).float().numpy()
+        )
         permuted = [score(rng.permutation(labels), found) for _ in range(50)]
-        rows.append(dict(clusters_of=name, ami=score(labels, found), permuted_q95=np.quantile(permuted, 0.95), n_tokens=labels.size))
+        rows.append(
+            dict(
+                clusters_of=name,
+                ami=score(labels, found),
+                permuted_q95=np.quantile(permuted, 0.95),
+                n_tokens=labels.size,
+            )
+        )
     return pd.DataFrame(rows)
 
 
-# --------------------------------------------------------------------------------------------- method: interventions
 def matched_features(t: pd.DataFrame, n: int, rng: np.random.Generator) -> pd.DataFrame:
     """Up to n eligible features of one layer: half aligned, each with the unaligned one nearest in firing rate and mean activation."""
     space = np.log(t[["n_active", "mean_active"]].to_numpy() + 1e-9)
@@ -1200,14 +1082,20 @@ def ablate(
     """
     rows = []
     for k in tqdm(features.feature.tolist(), desc="ablations", unit="feature", disable=None):
-        d, f = sae.w_dec[k].to(x.dtype), sae.encode(x.float(), torch.tensor([k]))[..., 0].to(x.dtype)
+        d, f = (
+            sae.w_dec[k].to(x.dtype),
+            sae.encode(x.float(), torch.tensor([k]))[..., 0].to(x.dtype),
+        )
         i = (f > 0).any(1).nonzero()[:n_seq, 0]
         if not len(i):
             continue
         base, f, pull = energy(x[i], i), f[i], -(gx[i] @ d)
         move = f[..., None] * d
         for eps in doses:
-            path = sum((slope(x[i] - (j + 0.5) / steps * eps * move, i) * -eps * move).sum((1, 2)) for j in range(steps)) / max(1, steps)
+            path = sum(
+                (slope(x[i] - (j + 0.5) / steps * eps * move, i) * -eps * move).sum((1, 2))
+                for j in range(steps)
+            ) / max(1, steps)
             change = energy(x[i] - eps * move, i) - base
             rows.append(
                 pd.DataFrame(
@@ -1224,7 +1112,11 @@ def ablate(
                     )
                 )
             )
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["feature", "eps", "sequence"])
+    return (
+        pd.concat(rows, ignore_index=True)
+        if rows
+        else pd.DataFrame(columns=["feature", "eps", "sequence"])
+    )
 
 
 def predicted_versus_actual(
@@ -1236,7 +1128,9 @@ def predicted_versus_actual(
     attribution, integrated gradients and magnitude use the intervened tokens; EFAS is the discovery half's. Returns scores and points.
     """
     rng, scores, points = np.random.default_rng(seed), [], []
-    fixed = features.set_index("feature")[["efas_a", "efas_on", "n_active", "aligned"]].rename(columns={"n_active": "frequency"})
+    fixed = features.set_index("feature")[["efas_a", "efas_on", "n_active", "aligned"]].rename(
+        columns={"n_active": "frequency"}
+    )
     fixed["random"] = 0.0
     names = {
         "attribution": "signed",
@@ -1251,8 +1145,15 @@ def predicted_versus_actual(
         sums = ["energy_change", "attribution", "integrated_gradients", "f2", "n_active"]
         keys, seqs = group.feature.unique(), group.sequence.unique()
         cube = np.zeros((len(sums), len(keys), len(seqs)))
-        cube[:, pd.Index(keys).get_indexer(group.feature), pd.Index(seqs).get_indexer(group.sequence)] = group[sums].to_numpy().T
-        draws = np.vstack([np.ones(len(seqs)), rng.multinomial(len(seqs), np.full(len(seqs), 1 / len(seqs)), n_boot)])
+        cube[
+            :, pd.Index(keys).get_indexer(group.feature), pd.Index(seqs).get_indexer(group.sequence)
+        ] = group[sums].to_numpy().T
+        draws = np.vstack(
+            [
+                np.ones(len(seqs)),
+                rng.multinomial(len(seqs), np.full(len(seqs), 1 / len(seqs)), n_boot),
+            ]
+        )
         change, att, ig, mag, n = np.einsum("bs,vks->vbk", draws, cube)
         change, att, ig, mag = (
             np.where(n > 0, v / np.maximum(n, 1), v[:1] / n[:1]) for v in (change, att, ig, mag)
@@ -1260,27 +1161,45 @@ def predicted_versus_actual(
         index = np.vstack([np.arange(len(keys)), rng.integers(len(keys), size=(n_boot, len(keys)))])
         live = {"attribution": att, "integrated_gradients": ig, "magnitude": mag}
         points.append(
-            pd.DataFrame(dict(feature=keys, eps=eps, energy_change=change[0], **{k: v[0] for k, v in live.items()})).merge(
-                fixed, left_on="feature", right_index=True
-            )
+            pd.DataFrame(
+                dict(
+                    feature=keys,
+                    eps=eps,
+                    energy_change=change[0],
+                    **{k: v[0] for k, v in live.items()},
+                )
+            ).merge(fixed, left_on="feature", right_index=True)
         )
         for name, kind in names.items():
-            values = live[name] if name in live else np.tile(fixed.loc[keys, name].astype(float), (len(draws), 1))
+            values = (
+                live[name]
+                if name in live
+                else np.tile(fixed.loc[keys, name].astype(float), (len(draws), 1))
+            )
             if name == "random":  # its interval is the null's
                 values = rng.standard_normal(values.shape)
             for how in ("signed", "absolute") if kind == "signed" else ("absolute",):
-                pair = [np.take_along_axis(v if how == "signed" else np.abs(v), index, axis=1) for v in (values, change)]
+                pair = [
+                    np.take_along_axis(v if how == "signed" else np.abs(v), index, axis=1)
+                    for v in (values, change)
+                ]
                 pair = [stats.rankdata(v, axis=1) for v in pair]
                 pair = [v - v.mean(1, keepdims=True) for v in pair]
-                rho = (pair[0] * pair[1]).sum(1) / np.sqrt((pair[0] ** 2).sum(1) * (pair[1] ** 2).sum(1) + 1e-300)
+                rho = (pair[0] * pair[1]).sum(1) / np.sqrt(
+                    (pair[0] ** 2).sum(1) * (pair[1] ** 2).sum(1) + 1e-300
+                )
                 rho[0] = rho[1:].mean() if name == "random" else rho[0]
                 lo, hi = np.quantile(rho[1:], [0.025, 0.975])
                 slope = (
                     np.polyfit(values[0], change[0], 1)[0]
-                    if how == "signed" and name in ("attribution", "integrated_gradients") and len(keys) > 3
+                    if how == "signed"
+                    and name in ("attribution", "integrated_gradients")
+                    and len(keys) > 3
                     else np.nan
                 )
-                agree = np.mean(np.sign(values[0]) == np.sign(change[0])) if how == "signed" else np.nan
+                agree = (
+                    np.mean(np.sign(values[0]) == np.sign(change[0])) if how == "signed" else np.nan
+                )
                 scores.append(
                     dict(
                         eps=eps,
@@ -1338,14 +1257,24 @@ def dose_response(
     rows = []
     for _, row in tqdm(list(features.iterrows()), desc="clamps", unit="feature", disable=None):
         k = int(row.feature)
-        d, w, f = sae.w_dec[k].to(x.dtype), sae.w_enc[:, k].to(x.dtype), sae.encode(x.float(), torch.tensor([k]))[..., 0].to(x.dtype)
+        d, w, f = (
+            sae.w_dec[k].to(x.dtype),
+            sae.w_enc[:, k].to(x.dtype),
+            sae.encode(x.float(), torch.tensor([k]))[..., 0].to(x.dtype),
+        )
         i = (f > 0).any(1).nonzero()[:n_seq, 0]
         if not len(i):
             continue
         start, field, on, n = x[i], b[i], f[i] > 0, len(i)
         free, _ = relax(et, start, field, alpha, max_steps=steps)
-        u = F.normalize(torch.from_numpy(rng.standard_normal((len(doses), x.shape[-1]))).to(x.dtype), dim=-1)
-        targets = torch.tensor(doses, dtype=x.dtype)[:, None, None] * row.mean_active * torch.ones_like(f[i])  # [doses, n, L]
+        u = F.normalize(
+            torch.from_numpy(rng.standard_normal((len(doses), x.shape[-1]))).to(x.dtype), dim=-1
+        )
+        targets = (
+            torch.tensor(doses, dtype=x.dtype)[:, None, None]
+            * row.mean_active
+            * torch.ones_like(f[i])
+        )  # [doses, n, L]
         along = torch.einsum("nld,ed->enl", start, u) + targets - f[i]
         offset = sae.b_enc[k].to(x.dtype) - sae.b_dec.to(x.dtype) @ w
         many = len(doses) * n
@@ -1359,10 +1288,21 @@ def dose_response(
         )
         every = torch.arange(2 * many)
         again = field.repeat(2 * len(doses), 1, 1)
-        held, residual = relax(et, clamp(start.repeat(2 * len(doses), 1, 1), every), again, alpha, max_steps=steps, hold=clamp)
-        shift = (et.energy(held, again) - et.energy(free, field).repeat(2 * len(doses))) / on.sum(1).repeat(2 * len(doses))
+        held, residual = relax(
+            et,
+            clamp(start.repeat(2 * len(doses), 1, 1), every),
+            again,
+            alpha,
+            max_steps=steps,
+            hold=clamp,
+        )
+        shift = (et.energy(held, again) - et.energy(free, field).repeat(2 * len(doses))) / on.sum(
+            1
+        ).repeat(2 * len(doses))
         flips = et.logits(held).argmax(-1) != et.logits(free).argmax(-1).repeat(2 * len(doses), 1)
-        moved = (et.activation(held) - et.activation(free).repeat(2 * len(doses), 1, 1)).norm(dim=-1)
+        moved = (et.activation(held) - et.activation(free).repeat(2 * len(doses), 1, 1)).norm(
+            dim=-1
+        )
         mask = clamp.mask
         rows.append(
             pd.DataFrame(
@@ -1384,7 +1324,9 @@ def dose_response(
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
 
-def bootstrap_mean(values: pd.Series, groups: pd.Series, seed: int, n: int = 500) -> tuple[float, float, float]:
+def bootstrap_mean(
+    values: pd.Series, groups: pd.Series, seed: int, n: int = 500
+) -> tuple[float, float, float]:
     """Mean and 95 % interval by resampling whole groups (sequences or features), which is what is independent."""
     g = values.groupby(groups.to_numpy()).agg(["sum", "count"]).to_numpy()
     draws = np.random.default_rng(seed).multinomial(len(g), np.full(len(g), 1 / len(g)), n) @ g
@@ -1392,9 +1334,182 @@ def bootstrap_mean(values: pd.Series, groups: pd.Series, seed: int, n: int = 500
     return float(values.mean()), float(lo), float(hi)
 
 
-# ------------------------------------------------------------------------------------------------ report and figures
-ReportPart = tuple[str, Any]  # ("h", heading), ("p", paragraph), ("t", table), ("img", (path, caption))
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"]  # Okabe & Ito: safe for colour-blind readers
+# ---------------------------------------------------------------------------------------------- run
+def documents(corpus: str, cache_dir: str | Path) -> dict[str, str]:
+    """{name: text}: `builtin` (cached: parsing costs 40 s), `topics` (the language reference in sections), or a file's paragraphs."""
+    if corpus == "topics":
+        topics = import_module("pydoc_data.topics").topics
+        return {
+            f"{k}/{i}": " ".join(v.split()[i : i + 150])
+            for k, v in sorted(topics.items())
+            for i in range(0, len(v.split()), 150)
+        }
+    if corpus != "builtin":
+        try:
+            return dict(enumerate(Path(corpus).read_text(encoding="utf-8").split("\n\n")))  # type: ignore[arg-type]
+        except (OSError, UnicodeDecodeError) as e:
+            raise HandoffError(
+                f"--corpus {corpus} cannot be read ({e}); expected builtin, topics or a UTF-8 text file"
+            ) from None
+    key = repr(
+        [
+            BUILTIN_VERSION,
+            platform.python_version(),
+            [version(p) for p in BUILTIN_PACKAGES.values()],
+        ]
+    )
+    cache = (
+        Path(cache_dir).expanduser()
+        / f"builtin-{hashlib.sha256(key.encode()).hexdigest()[:12]}-documents.json"
+    )
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(cache.read_text(encoding="utf-8"))
+    texts = builtin_documents()
+    write_json(cache, texts)
+    return texts
+
+
+def templated_documents(n: int, rng: np.random.Generator) -> dict[str, str]:
+    """n documents of dates, e-mail addresses, regular expressions and sums: so that numbers and metacharacters are not rare."""
+    names, hosts = (
+        ["alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi"],
+        ["example", "mail", "lab", "home"],
+    )
+    patterns = [r"\d+", r"[a-z]*", r"\w+@\w+", r"^a.b$", r"(x|y)?", r"[0-9]{2}"]
+
+    def line() -> str:
+        name, other, host, pattern = (
+            str(rng.choice(words)) for words in (names, names, hosts, patterns)
+        )
+        a, b, year, month, day = (
+            int(rng.integers(lo, hi))
+            for lo, hi in ((1, 20), (1, 20), (2000, 2030), (1, 13), (1, 29))
+        )
+        kinds = (
+            f"the date is {year}-{month:02d}-{day:02d} .",
+            f"send a message to {name}.{other}@{host}.org .",
+            f"the pattern {pattern} matches the string {name} .",
+            f"the sum {a} + {b} = {a + b} .",
+        )
+        return kinds[rng.integers(len(kinds))]
+
+    return {f"templated/{i}": " ".join(line() for _ in range(8)) for i in range(n)}
+
+
+@dataclass
+class Corpus:
+    """Token windows, split by document. `test` has one window a document, so that sequences are independent units."""
+
+    vocab: list[str]
+    train: Tensor  # [n, L] int64
+    test: Tensor  # [S, L] int64
+    strata: Tensor  # [S] 0 prose, 1 templated: permutations stay within one
+
+    def classes(self, ids: Tensor) -> np.ndarray:
+        """Token ids -> the name of each token's class, same shape; `other` if none."""
+        of = np.array(
+            [
+                next((c for c, r in CLASSES.items() if i > MASK and re.fullmatch(r, w)), "other")
+                for i, w in enumerate(self.vocab)
+            ]
+        )
+        return of[ids.numpy()]
+
+    def encode(self, text: str) -> Tensor:
+        """Any text -> token ids [l]."""
+        index = {w: i for i, w in enumerate(self.vocab)}
+        return torch.tensor(
+            [index.get(w, UNK) for w in TOKEN.findall(text.lower())], dtype=torch.int64
+        )
+
+
+def build_corpus(
+    texts: dict[str, str], sequences: int, seed: int, vocab_size: int = 1000, length: int = 32
+) -> Corpus:
+    """Windows of `length` word, number or symbol tokens; a fifth of the documents, by the hash of their names, is held out.
+
+    Raises HandoffError if fewer than `sequences` held-out documents are long enough.
+    """
+    texts = {str(k): v for k, v in texts.items()} | templated_documents(
+        max(200, len(texts) // 3), np.random.default_rng(seed)
+    )
+    words = {name: TOKEN.findall(text.lower()) for name, text in texts.items()}
+    held = {name for name in words if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 < 2}
+    counts = Counter(w for name, ws in words.items() if name not in held for w in ws)
+    vocab = ["<unk>", "<mask>"] + [w for w, _ in counts.most_common(vocab_size - 2)]
+    index = {w: i for i, w in enumerate(vocab)}
+    train, test = [], {0: [], 1: []}  # type: ignore[var-annotated]
+    for name, ws in words.items():
+        windows = [
+            [index.get(w, UNK) for w in ws[i : i + length]]
+            for i in range(0, len(ws) - length + 1, length)
+        ]
+        if name in held:
+            test[name.startswith("templated/")] += windows[:1]
+        else:
+            train += windows
+    share = {1: min(len(test[1]), sequences // 4)}
+    share[0] = sequences - share[1]
+    if len(test[0]) < share[0] or not train:
+        raise HandoffError(
+            f"not enough data: {len(test[0])} held-out documents of {length} tokens, needed {share[0]}; use a larger --corpus or "
+            f"fewer --sequences"
+        )
+    rng = np.random.default_rng(seed)
+    rows = [test[g][i] for g in (0, 1) for i in rng.permutation(len(test[g]))[: share[g]]]
+    return Corpus(
+        vocab,
+        torch.tensor(train),
+        torch.tensor(rows),
+        torch.tensor([0] * share[0] + [1] * share[1]),
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    clock = time.perf_counter()
+    report, raw = args.save_dir / "research_report.md", args.save_dir / "raw_results.json"
+    refuse_overwrite([report, raw], args.overwrite)
+    keep_memory()
+    with run_record(args.save_dir, args) as record:
+        res, _ = run_all(
+            args, build_corpus(documents(args.corpus, args.cache_dir), args.sequences, args.seed)
+        )
+        cost = (
+            f"{(time.perf_counter() - clock) / 60:.1f} minutes, {time.process_time() / 60:.1f} CPU minutes on "
+            f"{torch.get_num_threads()} threads, peak {peak_gb():.2f} GB"
+        )
+        save_tables(res.tables, args.save_dir)
+        write_report(
+            "Energy-Lens on an Energy Transformer", compose(res, args, cost, args.save_dir), report
+        )
+        res.to_json(raw)
+        record |= dict(cost=cost, facts=res.facts)
+    shown = [
+        "layer",
+        "eligible",
+        "rule_passes",
+        "token_null",
+        "direction_null",
+        "aligned",
+        "median_abs_efas",
+        "split_half_r",
+    ]
+    print(res.tables["layers"][shown].to_string(index=False, float_format="%.3f"))
+    print(f"{cost}; report: {report}")
+    return 0
+
+
+# ------------------------------------------------------------------------------- tables and figures
+# ("h", heading), ("p", paragraph), ("t", table) or ("img", (path, caption)) of a report
+ReportPart = tuple[str, Any]
+COLOURS = [
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+]  # Okabe & Ito: safe for colour-blind readers
 
 
 @dataclass
@@ -1404,7 +1519,9 @@ class LensResults:
     model: str
     facts: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    state: dict[str, Any] = field(default_factory=dict, repr=False)  # models and arguments; not saved
+    state: dict[str, Any] = field(
+        default_factory=dict, repr=False
+    )  # models and arguments; not saved
 
     def to_dataframe(self, name: str = "features") -> pd.DataFrame:
         """One of the tables; `features` has a row a (layer, feature)."""
@@ -1413,60 +1530,72 @@ class LensResults:
     def to_json(self, path: str | Path | None = None) -> str:
         """Facts and tables as JSON; written to `path` if given."""
         record = dict(
-            model=self.model, facts=self.facts, tables={k: json.loads(v.to_json(orient="records")) for k, v in self.tables.items()}
+            model=self.model,
+            facts=self.facts,
+            tables={k: json.loads(v.to_json(orient="records")) for k, v in self.tables.items()},
         )
         if path:
             write_json(path, record)
         return json.dumps(record, default=str)
 
 
-def cell(v: Any) -> str:
-    """A value of a table for the reader: four significant digits, whole numbers whole, a dash where there is none."""
-    if not isinstance(v, (float, np.floating)):
-        return str(v)
-    return "–" if math.isnan(v) else f"{v:,.0f}" if float(v).is_integer() and abs(float(v)) >= 1000 else f"{v:.4g}"
+def cell(value: Any) -> str:
+    """A value of a table for the reader: four significant digits, whole numbers whole, a dash where
+    there is none."""
+    if not isinstance(value, (float, np.floating)):
+        return str(value)
+    if math.isnan(value):
+        return "–"
+    if float(value).is_integer() and abs(float(value)) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
 
 
-def markdown_table(t: pd.DataFrame) -> str:
+def markdown_table(table: pd.DataFrame) -> str:
     """A table as Markdown."""
-    cells = [[cell(v).replace("|", "\\|") for v in row] for row in t.itertuples(index=False)]
-    lines = [list(map(str, t.columns)), ["---"] * t.shape[1], *cells]
+    lines = [list(map(str, table.columns)), ["---"] * table.shape[1]]
+    for row in table.itertuples(index=False):
+        lines.append([cell(value).replace("|", "\\|") for value in row])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def markdown_block(kind: str, value: Any) -> str:
+    """A block of the report as Markdown."""
+    if kind == "h":
+        return f"## {value}"
+    if kind == "p":
+        return value
+    if kind == "t":
+        return markdown_table(value)
+    image, caption = value
+    return f"![{caption}]({Path(image).name})\n\n*{caption}*"
+
+
+def png_address(image: Path) -> str:
+    """A PNG as an address that carries the picture itself."""
+    return "data:image/png;base64," + base64.b64encode(Path(image).read_bytes()).decode()
+
+
 def write_report(title: str, blocks: list[ReportPart], path: Path) -> None:
-    """The same blocks as Markdown (`path`) and as one self-contained HTML file beside it."""
-    md, page = [f"# {title}"], [f"<h1>{html.escape(title)}</h1>"]
+    """The same blocks as Markdown (`path`) and as one self-contained HTML page beside it. Where the
+    folder pages/ is missing, a line says so and there is no page."""
+    paragraphs = [f"# {title}"]
     for kind, value in blocks:
-        if kind == "h":
-            md.append(f"## {value}")
-            page.append(f"<h2>{html.escape(value)}</h2>")
-        elif kind == "p":
-            md.append(value)
-            page.append(f"<p>{html.escape(value)}</p>")
-        elif kind == "t":
-            md.append(markdown_table(value))
-            words = "words" if value.select_dtypes("number").empty else None
-            page.append('<div style="overflow-x:auto">' + value.map(cell).to_html(index=False, border=0, classes=words) + "</div>")
-        else:
-            image, caption = value
-            md.append(f"![{caption}]({Path(image).name})\n\n*{caption}*")
-            data = base64.b64encode(Path(image).read_bytes()).decode()
-            page.append(
-                f'<figure><img style="max-width:100%" alt="{html.escape(caption)}" '
-                f'src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
-            )
-    style = (
-        "body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 "
-        "1em}table{border-collapse:collapse;font-size:13px;margin:.5em 0}"
-        "td,th{padding:.2em .6em;border-bottom:1px solid #ccc;text-align:right}.words td,.words th{text-align:left;vertical-align:top}"
-    )
-    start = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    start += f"<title>{html.escape(title)}</title>"
-    document = f"{start}<style>{style}</style><body>{''.join(page)}</body></html>"
-    for target, text in ((path, "\n\n".join(md) + "\n"), (path.with_suffix(".html"), document)):
-        with atomic(target) as tmp:
-            tmp.write_text(text, encoding="utf-8")
+        paragraphs.append(markdown_block(kind, value))
+    with atomic(path) as temporary:
+        temporary.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+
+    page_path = path.with_suffix(".html")
+    page_path.unlink(missing_ok=True)  # an earlier page is not of this report
+    try:
+        page = render_page(
+            "energy_lens.html", title=title, blocks=blocks, show=cell, png_address=png_address
+        )
+    except HandoffError as error:  # the script was copied alone
+        print(error)
+        return
+    with atomic(page_path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def save_tables(tables: dict[str, pd.DataFrame], out: Path) -> None:
@@ -1477,11 +1606,15 @@ def save_tables(tables: dict[str, pd.DataFrame], out: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_figure(path: Path, columns: int = 1, width: float = 4.2, height: float = 3.4, rows: int = 1) -> Iterator[Any]:
+def new_figure(
+    path: Path, columns: int = 1, width: float = 4.2, height: float = 3.4, rows: int = 1
+) -> Iterator[Any]:
     """Axes [rows, columns] of a new figure, flattened; saved as PNG when the block ends."""
     plt = import_module("matplotlib.pyplot")
     plt.switch_backend("agg")
-    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
+    )
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
     yield axes.flat
@@ -1497,12 +1630,31 @@ def histogram_table(features: pd.DataFrame, layers: list[Layer], seed: int) -> p
         own = features[(features.layer == layer.facts["layer"]) & features.eligible]
         if not len(own):
             continue
-        draws = own.null_mean.to_numpy() + own.null_sd.to_numpy() * rng.standard_normal((20, len(own)))  # the normal null that p_token uses
-        sources = {"features": own.efas, "sequences permuted": draws.ravel(), "random directions": layer.null.flatten().numpy()}
+        draws = own.null_mean.to_numpy() + own.null_sd.to_numpy() * rng.standard_normal(
+            (20, len(own))
+        )  # the normal null that p_token uses
+        sources = {
+            "features": own.efas,
+            "sequences permuted": draws.ravel(),
+            "random directions": layer.null.flatten().numpy(),
+        }
         for name, values in sources.items():
             density = np.histogram(values, edges, density=True)[0]
-            rows.append(pd.DataFrame(dict(layer=layer.facts["layer"], source=name, efas=(edges[1:] + edges[:-1]) / 2, density=density)))
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["layer", "source", "efas", "density"])
+            rows.append(
+                pd.DataFrame(
+                    dict(
+                        layer=layer.facts["layer"],
+                        source=name,
+                        efas=(edges[1:] + edges[:-1]) / 2,
+                        density=density,
+                    )
+                )
+            )
+    return (
+        pd.concat(rows, ignore_index=True)
+        if rows
+        else pd.DataFrame(columns=["layer", "source", "efas", "density"])
+    )
 
 
 def draw_distribution(t: pd.DataFrame, path: Path, unit: str) -> None:
@@ -1510,30 +1662,73 @@ def draw_distribution(t: pd.DataFrame, path: Path, unit: str) -> None:
     with new_figure(path, max(1, len(names)), 3.1, 3.2) as axes:
         for ax, layer in zip(axes, names, strict=False):
             for colour, style, (source, group) in zip(
-                COLOURS, ("-", ":", "--"), t[t.layer == layer].groupby("source", sort=False), strict=False
+                COLOURS,
+                ("-", ":", "--"),
+                t[t.layer == layer].groupby("source", sort=False),
+                strict=False,
             ):
-                ax.step(group.efas, group.density, where="mid", color=colour, linestyle=style, label=source)
+                ax.step(
+                    group.efas,
+                    group.density,
+                    where="mid",
+                    color=colour,
+                    linestyle=style,
+                    label=source,
+                )
             ax.axvspan(-RULE, RULE, color="0.92", zorder=0)
-            ax.set(title=f"{unit} {layer}", xlabel="EFAS (correlation)", yscale="symlog", ylim=(0, None))
+            ax.set(
+                title=f"{unit} {layer}",
+                xlabel="EFAS (correlation)",
+                yscale="symlog",
+                ylim=(0, None),
+            )
         axes[0].set_ylabel("density (grey: |EFAS| < 0.1)")
         key = axes[0].get_legend_handles_labels()
-        axes[0].figure.legend(*key, loc="outside lower center", ncols=3 if len(names) > 1 else 1, fontsize=7, frameon=False)
+        axes[0].figure.legend(
+            *key,
+            loc="outside lower center",
+            ncols=3 if len(names) > 1 else 1,
+            fontsize=7,
+            frameon=False,
+        )
 
 
-def draw_predicted(points: pd.DataFrame, scores: pd.DataFrame, path: Path, ylabel: str = "energy change per active token") -> None:
-    names = {"attribution": "attribution eps f A", "integrated_gradients": "integrated gradients", "efas_a": "EFAS (other half)"}
+def draw_predicted(
+    points: pd.DataFrame,
+    scores: pd.DataFrame,
+    path: Path,
+    ylabel: str = "energy change per active token",
+) -> None:
+    names = {
+        "attribution": "attribution eps f A",
+        "integrated_gradients": "integrated gradients",
+        "efas_a": "EFAS (other half)",
+    }
     with new_figure(path, len(names), 3.6, 3.4) as axes:
         for ax, (name, label) in zip(axes, names.items(), strict=True):
-            for colour, marker, (eps, group) in zip(COLOURS, "os^", points.groupby("eps"), strict=False):
-                rho = scores[(scores.eps == eps) & (scores.predictor == name) & (scores.scale == "signed")].spearman.iloc[0]
+            for colour, marker, (eps, group) in zip(
+                COLOURS, "os^", points.groupby("eps"), strict=False
+            ):
+                rho = scores[
+                    (scores.eps == eps) & (scores.predictor == name) & (scores.scale == "signed")
+                ].spearman.iloc[0]
                 ax.scatter(
-                    group[name], group.energy_change, s=10, alpha=0.7, color=colour, marker=marker, label=f"eps {eps:g}: Spearman {rho:.2f}"
+                    group[name],
+                    group.energy_change,
+                    s=10,
+                    alpha=0.7,
+                    color=colour,
+                    marker=marker,
+                    label=f"eps {eps:g}: Spearman {rho:.2f}",
                 )
             wide = name != "efas_a"
             ax.set_yscale("symlog", linthresh=1e-2)
             if wide:
                 ax.set_xscale("symlog", linthresh=1e-2)
-                lim = [min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])]
+                lim = [
+                    min(ax.get_xlim()[0], ax.get_ylim()[0]),
+                    max(ax.get_xlim()[1], ax.get_ylim()[1]),
+                ]
                 ax.plot(lim, lim, color="0.6", linewidth=0.8, zorder=0)
             ax.tick_params(labelsize=7)
             ax.set(xlabel=label)
@@ -1549,9 +1744,21 @@ def draw_dose(t: pd.DataFrame, path: Path) -> None:
     }
     with new_figure(path, len(outcomes), 3.8, 3.3) as axes:
         for ax, (name, label) in zip(axes, outcomes.items(), strict=True):
-            for colour, style, (arm, group) in zip(COLOURS, ("-o", "--s"), t.groupby("arm"), strict=False):
-                ci = pd.DataFrame([bootstrap_mean(g[name], g.feature, 0) for _, g in group.groupby("dose")], columns=["mean", "lo", "hi"])
-                ax.plot(sorted(t.dose.unique()), ci["mean"], style, color=colour, label=arm, markersize=4)
+            for colour, style, (arm, group) in zip(
+                COLOURS, ("-o", "--s"), t.groupby("arm"), strict=False
+            ):
+                ci = pd.DataFrame(
+                    [bootstrap_mean(g[name], g.feature, 0) for _, g in group.groupby("dose")],
+                    columns=["mean", "lo", "hi"],
+                )
+                ax.plot(
+                    sorted(t.dose.unique()),
+                    ci["mean"],
+                    style,
+                    color=colour,
+                    label=arm,
+                    markersize=4,
+                )
                 ax.fill_between(sorted(t.dose.unique()), ci.lo, ci.hi, color=colour, alpha=0.2)
             ax.set(xlabel="clamp (multiple of mean activation)", ylabel=label)
             if name != "attractor_shift":
@@ -1565,15 +1772,27 @@ def draw_descent(t: pd.DataFrame, path: Path) -> None:
             ax = axes[0] if term == "total" else axes[1]
             ax.plot(group.step, group["mean"], color=colour, label=term)
             ax.fill_between(group.step, group.q05, group.q95, color=colour, alpha=0.2)
-        axes[0].set(xlabel="descent step", ylabel="energy per token", xscale="symlog", title="total (band: 5-95 % of sequences)")
-        axes[1].set(xlabel="descent step", ylabel="energy per token", xscale="symlog", title="terms")
+        axes[0].set(
+            xlabel="descent step",
+            ylabel="energy per token",
+            xscale="symlog",
+            title="total (band: 5-95 % of sequences)",
+        )
+        axes[1].set(
+            xlabel="descent step", ylabel="energy per token", xscale="symlog", title="terms"
+        )
         axes[1].legend(fontsize=8, frameon=False)
 
 
 def draw_basins(basin: pd.DataFrame, tree: pd.DataFrame, path: Path) -> None:
     with new_figure(path, 2, 4.4, 3.4) as axes:
         axes[0].errorbar(
-            basin.sigma, basin.returned, [basin.returned - basin.ci_lo, basin.ci_hi - basin.returned], fmt="-o", color=COLOURS[0], capsize=3
+            basin.sigma,
+            basin.returned,
+            [basin.returned - basin.ci_lo, basin.ci_hi - basin.returned],
+            fmt="-o",
+            color=COLOURS[0],
+            capsize=3,
         )
         axes[0].set(
             xlabel="noise / length of the state",
@@ -1584,15 +1803,30 @@ def draw_basins(basin: pd.DataFrame, tree: pd.DataFrame, path: Path) -> None:
         )
         for colour, (name, group) in zip(COLOURS, tree.groupby("sequence"), strict=False):
             finite = group[np.isfinite(group.depth)]
-            axes[1].plot(np.arange(1, len(finite) + 1), finite.depth, "o-", color=colour, markersize=3, label=f"sequence {name}")
+            axes[1].plot(
+                np.arange(1, len(finite) + 1),
+                finite.depth,
+                "o-",
+                color=colour,
+                markersize=3,
+                label=f"sequence {name}",
+            )
         axes[1].set(
             xlabel="rank of the minimum",
             ylabel="depth to the merge (energy per token)",
             yscale="log",
             title="merge tree of the sublevel sets",
         )
-        if not np.isfinite(tree.depth).any():  # nothing merges: one minimum each, as far as the starts can tell
-            axes[1].text(0.5, 0.5, "every start reached the same minimum", ha="center", transform=axes[1].transAxes)
+        if not np.isfinite(
+            tree.depth
+        ).any():  # nothing merges: one minimum each, as far as the starts can tell
+            axes[1].text(
+                0.5,
+                0.5,
+                "every start reached the same minimum",
+                ha="center",
+                transform=axes[1].transAxes,
+            )
             axes[1].set_yscale("linear")
             axes[1].set(xticks=[], yticks=[])
         else:
@@ -1601,7 +1835,9 @@ def draw_basins(basin: pd.DataFrame, tree: pd.DataFrame, path: Path) -> None:
 
 def noise_line() -> str:
     """What pure noise gives under the original's rule at eight tokens, computed here from the exact null of r."""
-    r = 2 * stats.beta(3, 3).rvs(200_000, random_state=0) - 1  # Pearson r of independent Gaussians at n = 8
+    r = (
+        2 * stats.beta(3, 3).rvs(200_000, random_state=0) - 1
+    )  # Pearson r of independent Gaussians at n = 8
     kept = np.abs(r[np.abs(r) > RULE])
     return (
         f"independent Gaussian noise at n = 8 tokens, kept when |r| > {RULE}: mean {kept.mean():.4f}, 95th percentile "
@@ -1609,7 +1845,9 @@ def noise_line() -> str:
     )
 
 
-def against_original(layers: pd.DataFrame, features: pd.DataFrame, concept: str, shift: str, cost: str) -> pd.DataFrame:
+def against_original(
+    layers: pd.DataFrame, features: pd.DataFrame, concept: str, shift: str, cost: str
+) -> pd.DataFrame:
     """The headlines of the original (drawn from a random generator there) beside what was measured here, and why they differ."""
     ok = features[features.eligible]
     total, n = int(layers.eligible.sum()), int(layers.aligned.sum())
@@ -1629,10 +1867,22 @@ def against_original(layers: pd.DataFrame, features: pd.DataFrame, concept: str,
             f"{layers.random_directions_q95.median():.3f}",
             "a maximum grows with the number of features",
         ),
-        ("mean 0.3775", f"median |EFAS| of eligible features {ok.efas.abs().median():.3f}", noise_line()),
+        (
+            "mean 0.3775",
+            f"median |EFAS| of eligible features {ok.efas.abs().median():.3f}",
+            noise_line(),
+        ),
         ("95th percentile 0.7388", f"{ok.efas.abs().quantile(0.95):.3f}", "as above"),
-        ("7 regex / 272 word / 12 number features", concept, "a count means nothing without the share of such tokens; we print lift"),
-        ("shifts up to 0.67 units", shift, "within a basin any clamp raises the energy: only the excess over random directions counts"),
+        (
+            "7 regex / 272 word / 12 number features",
+            concept,
+            "a count means nothing without the share of such tokens; we print lift",
+        ),
+        (
+            "shifts up to 0.67 units",
+            shift,
+            "within a basin any clamp raises the energy: only the excess over random directions counts",
+        ),
         ("< 30 minutes, < 6 GB on an M2", cost, "measured on this machine; an M2 was not tested"),
     ]
     return pd.DataFrame(rows, columns=["original", "measured here", "why they differ"])
@@ -1640,7 +1890,9 @@ def against_original(layers: pd.DataFrame, features: pd.DataFrame, concept: str,
 
 def peak_gb() -> float:
     """Peak resident memory of this process, GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1e6 if sys.platform != "darwin" else 1e9
+    )
 
 
 def check_invariants(et: EnergyTransformer, ids: Tensor, alpha: float) -> dict[str, float]:
@@ -1676,7 +1928,13 @@ def dictionary_learning(train: Tensor, test: Tensor, l0: float, seed: int) -> di
     """MiniBatchDictionaryLearning (256 atoms, OMP with the SAE's L0 rounded) on x [N, D]: its FVU on `test`."""
     n, mean, scale = max(1, round(l0)), train.mean(0), train.std()
     model = import_module("sklearn.decomposition").MiniBatchDictionaryLearning(
-        256, alpha=2, batch_size=256, max_iter=2, transform_algorithm="omp", transform_n_nonzero_coefs=n, random_state=seed
+        256,
+        alpha=2,
+        batch_size=256,
+        max_iter=2,
+        transform_algorithm="omp",
+        transform_n_nonzero_coefs=n,
+        random_state=seed,
     )
     with warnings.catch_warnings(action="ignore"):
         model.fit(((train - mean) / scale).numpy())
@@ -1685,7 +1943,9 @@ def dictionary_learning(train: Tensor, test: Tensor, l0: float, seed: int) -> di
     return dict(fvu=(error.square().sum() / (test - mean).square().sum()).item(), l0=n)
 
 
-def descent_table(et: EnergyTransformer, ids: Tensor, alpha: float, steps: int = 60) -> pd.DataFrame:
+def descent_table(
+    et: EnergyTransformer, ids: Tensor, alpha: float, steps: int = 60
+) -> pd.DataFrame:
     """Energy per token and its terms along the descent: a row a (step, term), mean and 5-95 % range over sequences."""
     b, xs = descend(et, ids, steps, alpha)
     rows = []
@@ -1693,12 +1953,21 @@ def descent_table(et: EnergyTransformer, ids: Tensor, alpha: float, steps: int =
         terms = {k: v.mean(1) for k, v in et.energy_terms(x, b).items()}
         for name, e in {"total": torch.stack(list(terms.values())).sum(0), **terms}.items():
             rows.append(
-                dict(step=t, term=name, mean=e.mean().item(), q05=e.quantile(0.05).item(), q95=e.quantile(0.95).item(), n_seq=len(e))
+                dict(
+                    step=t,
+                    term=name,
+                    mean=e.mean().item(),
+                    q05=e.quantile(0.05).item(),
+                    q95=e.quantile(0.95).item(),
+                    n_seq=len(e),
+                )
             )
     return pd.DataFrame(rows)
 
 
-def efas_at(t: int, et: EnergyTransformer, x: Tensor, b: Tensor, sae: SAE, strata: Tensor, args: Any) -> Layer:
+def efas_at(
+    t: int, et: EnergyTransformer, x: Tensor, b: Tensor, sae: SAE, strata: Tensor, args: Any
+) -> Layer:
     """EFAS of the SAE's features at descent step t, by the gradient that --gradient names; x, b [S, L, D]."""
     et64 = copy.deepcopy(et).double()
     state = x.clone().requires_grad_()
@@ -1712,7 +1981,9 @@ def efas_at(t: int, et: EnergyTransformer, x: Tensor, b: Tensor, sae: SAE, strat
             return finite_difference(lambda y: et64.energy(y, b.double()), x.double(), d)
 
     layer = analyse_layer(t, x, gx, e_token, sae, strata, args, slope, few)
-    some = sae.w_dec[torch.from_numpy(np.random.default_rng(args.seed).integers(0, len(sae.w_dec), 4))]
+    some = sae.w_dec[
+        torch.from_numpy(np.random.default_rng(args.seed).integers(0, len(sae.w_dec), 4))
+    ]
     fd = finite_difference(lambda y: et64.energy(y, b[:2].double()), x[:2].double(), some)
     exact = feature_gradient(et64.grad_x(x[:2].double(), b[:2].double()), some.double())
     layer.facts["finite_difference_error"] = ((fd - exact).abs().max() / exact.abs().max()).item()
@@ -1723,41 +1994,66 @@ def untrained_control(t: int, picked: Tensor, corpus: Corpus, args: Any) -> pd.D
     """The same analysis, SAE included, of an Energy Transformer that was never trained: the summary row of descent step t."""
     et = untrained(corpus, args.seed).requires_grad_(False)
     b, xs = descend(et, corpus.test, t, args.step_size)
-    fit = descend(et, picked[: math.ceil(args.sae_tokens / picked.shape[1])], t, args.step_size)[1][t].flatten(0, 1)[: args.sae_tokens]
-    sae = train_sae(fit, args.sae_dict_size, args.sae_l1, args.sae_iterations, args.optimiser, args.seed)
-    return call_aligned([efas_at(t, et, xs[t], b, sae, corpus.strata, args)])[1].assign(fvu=sae.score(xs[t].flatten(0, 1))["fvu"])
+    fit = descend(et, picked[: math.ceil(args.sae_tokens / picked.shape[1])], t, args.step_size)[1][
+        t
+    ].flatten(0, 1)[: args.sae_tokens]
+    sae = train_sae(
+        fit, args.sae_dict_size, args.sae_l1, args.sae_iterations, args.optimiser, args.seed
+    )
+    return call_aligned([efas_at(t, et, xs[t], b, sae, corpus.strata, args)])[1].assign(
+        fvu=sae.score(xs[t].flatten(0, 1))["fvu"]
+    )
 
 
 def analyse_energy_transformer(args: Any, et: EnergyTransformer, corpus: Corpus) -> LensResults:
     """SAE, EFAS, topology and interventions of a trained Energy Transformer."""
-    rng, res, timer = np.random.default_rng(args.seed), LensResults("energy-transformer"), time.perf_counter()
+    rng, res, timer = (
+        np.random.default_rng(args.seed),
+        LensResults("energy-transformer"),
+        time.perf_counter(),
+    )
     et64, alpha, tables = copy.deepcopy(et).double(), args.step_size, res.tables
     res.facts["invariants"] = check_invariants(et64, corpus.test[:4], alpha)
     stable, tables["step_size"] = largest_step(et64, corpus.test[::40])
     res.facts["largest_step"] = stable
     last, middle = args.energy_layers[-1], args.energy_layers[len(args.energy_layers) // 2]
-    picked = corpus.train[torch.from_numpy(rng.permutation(len(corpus.train))[: max(1000, args.sae_tokens // 32)])]
+    picked = corpus.train[
+        torch.from_numpy(rng.permutation(len(corpus.train))[: max(1000, args.sae_tokens // 32)])
+    ]
     with torch.no_grad():
         b, xs = descend(et, corpus.test, last, alpha)
-        parts = [descend(et, some, last, alpha)[1] for some in picked.split(125)]  # all at once would need a gigabyte
+        parts = [
+            descend(et, some, last, alpha)[1] for some in picked.split(125)
+        ]  # all at once would need a gigabyte
         train_xs = {t: torch.cat([states[t] for states in parts]) for t in args.energy_layers}
         del parts
 
     layers, saes, quality = [], {}, []
     for t in tqdm(args.energy_layers, desc="layers", disable=None):
         x, fit = xs[t], train_xs[t].flatten(0, 1)[: args.sae_tokens]
-        sae = saes[t] = train_sae(fit, args.sae_dict_size, args.sae_l1, args.sae_iterations, args.optimiser, args.seed)
+        sae = saes[t] = train_sae(
+            fit, args.sae_dict_size, args.sae_l1, args.sae_iterations, args.optimiser, args.seed
+        )
         score = sae.score(x.flatten(0, 1))
         words = token_dictionary(train_xs[t], picked, x, corpus.test)
         quality.append(dict(layer=t, dictionary=f"SAE, {args.optimiser}", **score))
-        quality.append(dict(layer=t, dictionary="one atom a token id + position", fvu=words, l0=2.0))
+        quality.append(
+            dict(layer=t, dictionary="one atom a token id + position", fvu=words, l0=2.0)
+        )
         if t == middle:
-            other = dictionary_learning(fit[:2048], x[::10].flatten(0, 1)[:320], score["l0"], args.seed)
-            quality.append(dict(layer=t, dictionary="MiniBatchDictionaryLearning, 256 atoms", **other))
+            other = dictionary_learning(
+                fit[:2048], x[::10].flatten(0, 1)[:320], score["l0"], args.seed
+            )
+            quality.append(
+                dict(layer=t, dictionary="MiniBatchDictionaryLearning, 256 atoms", **other)
+            )
         layers.append(efas_at(t, et, x, b, sae, corpus.strata, args))
     tables["untrained"] = untrained_control(middle, picked, corpus, args)
     tables["features"], tables["layers"] = call_aligned(layers)
-    tables["sae"], tables["efas_distribution"] = pd.DataFrame(quality), histogram_table(tables["features"], layers, args.seed)
+    tables["sae"], tables["efas_distribution"] = (
+        pd.DataFrame(quality),
+        histogram_table(tables["features"], layers, args.seed),
+    )
     res.facts["seconds_efas"] = time.perf_counter() - timer
 
     t, x, sae = tables["features"], xs[middle], saes[middle]
@@ -1765,30 +2061,55 @@ def analyse_energy_transformer(args: Any, et: EnergyTransformer, corpus: Corpus)
     if len(own):
         classes = corpus.classes(corpus.test)
         tables["concepts"] = concept_features(
-            sae.encode(x, torch.tensor(own.feature.to_numpy())), classes, corpus.strata, own.feature.to_numpy()
+            sae.encode(x, torch.tensor(own.feature.to_numpy())),
+            classes,
+            corpus.strata,
+            own.feature.to_numpy(),
         )
         chosen = matched_features(own, args.intervened, rng)
         held = torch.arange(len(x))[1::2]  # the half that efas_a has not seen
         xd, bd = x[held].double(), b[held].double()
         effects = ablate(
-            lambda y, i: et64.energy(y, bd[i]), lambda y, i: et64.grad_x(y, bd[i]), xd, et64.grad_x(xd, bd), sae, chosen, n_seq=12
+            lambda y, i: et64.energy(y, bd[i]),
+            lambda y, i: et64.grad_x(y, bd[i]),
+            xd,
+            et64.grad_x(xd, bd),
+            sae,
+            chosen,
+            n_seq=12,
         )
         tables["interventions"] = effects
-        tables["predictors"], tables["predicted_actual"] = predicted_versus_actual(effects, chosen, args.seed)
+        tables["predictors"], tables["predicted_actual"] = predicted_versus_actual(
+            effects, chosen, args.seed
+        )
         relaxing = min(alpha, stable) if math.isfinite(stable) else alpha
         tables["clamps"] = dose_response(
-            et, xs[middle][held], b[held], sae, chosen.groupby("aligned").head(max(2, args.intervened // 12)), relaxing, rng
+            et,
+            xs[middle][held],
+            b[held],
+            sae,
+            chosen.groupby("aligned").head(max(2, args.intervened // 12)),
+            relaxing,
+            rng,
         )
 
     few_ids = corpus.test[torch.from_numpy(rng.permutation(len(corpus.test))[: args.relaxed])]
-    masked = mask_tokens(few_ids, torch.Generator().manual_seed(args.seed))[0]  # as in training: a hidden token has no field of its own
+    masked = mask_tokens(few_ids, torch.Generator().manual_seed(args.seed))[
+        0
+    ]  # as in training: a hidden token has no field of its own
     few, fast = et.field(masked), min(stable, 1.0) if math.isfinite(stable) else alpha
     tables["attractors"], star = attractors(et, few, fast, rng)
     tables["basins"] = basins(et, star[:16], few[:16], fast, rng)
     tables["merge_tree"] = pd.concat(
-        [merge_tree(et64, row, fast, rng).assign(sequence=i) for i, row in enumerate(few[:3].double())], ignore_index=True
+        [
+            merge_tree(et64, row, fast, rng).assign(sequence=i)
+            for i, row in enumerate(few[:3].double())
+        ],
+        ignore_index=True,
     )
-    tables["attractor_clusters"] = attractor_clusters(et, star, few, corpus.classes(few_ids), args.seed)
+    tables["attractor_clusters"] = attractor_clusters(
+        et, star, few, corpus.classes(few_ids), args.seed
+    )
     tables["descent"] = descent_table(et, corpus.test[::5], alpha)
     res.state |= dict(args=args, saes=saes, et=et, corpus=corpus)
     res.facts["seconds"] = time.perf_counter() - timer
@@ -1800,13 +2121,17 @@ def concept_line(t: pd.DataFrame) -> str:
     parts = []
     for name, g in t.groupby("token_class"):
         hit = g[(g.q < ALPHA) & (g.lift > 1.5) & (g.auroc > 0.5)]
-        parts.append(f"{len(hit)} {name} (base rate {g.base_rate.iloc[0]:.1%}; lift > 1.5, q < {ALPHA})")
+        parts.append(
+            f"{len(hit)} {name} (base rate {g.base_rate.iloc[0]:.1%}; lift > 1.5, q < {ALPHA})"
+        )
     return "; ".join(parts) or "no eligible feature"
 
 
 def sae_line(sae: pd.DataFrame) -> str:
     """At how many steps or blocks token ids explain the states better than the SAE, or nothing is explained; what that means."""
-    fvu = sae.assign(trivial=sae.dictionary.str.startswith("one atom")).query("trivial or dictionary.str.startswith('SAE')")
+    fvu = sae.assign(trivial=sae.dictionary.str.startswith("one atom")).query(
+        "trivial or dictionary.str.startswith('SAE')"
+    )
     fvu = fvu.pivot(index="layer", columns="trivial", values="fvu")
     useless = fvu.index[fvu[False] >= 1]
     warning = (
@@ -1821,7 +2146,13 @@ def sae_line(sae: pd.DataFrame) -> str:
 
 def upright(layers: pd.DataFrame) -> pd.DataFrame:
     """The table of layers with a column a layer: there are more quantities than layers."""
-    return layers.drop(columns=["latents"]).set_index("layer").T.rename_axis(index="layer", columns=None).reset_index().rename(columns=str)
+    return (
+        layers.drop(columns=["latents"])
+        .set_index("layer")
+        .T.rename_axis(index="layer", columns=None)
+        .reset_index()
+        .rename(columns=str)
+    )
 
 
 def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[ReportPart]:
@@ -1880,19 +2211,34 @@ def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[Report
             f"{int(t['untrained'].aligned.iloc[0])} of {int(t['untrained'].eligible.iloc[0])} eligible features pass, median |EFAS| "
             f"{t['untrained'].median_abs_efas.iloc[0]:.3f}. What also appears there owes nothing to training.",
         ),
-        ("img", (folder / "efas_distribution.png", "EFAS of the features, of permuted sequences and of random directions")),
+        (
+            "img",
+            (
+                folder / "efas_distribution.png",
+                "EFAS of the features, of permuted sequences and of random directions",
+            ),
+        ),
     ]
     concept, shift = "no eligible feature", "not enough data"
     if "predictors" in t:
         draw_predicted(t["predicted_actual"], t["predictors"], folder / "predicted_actual.png")
         draw_dose(t["clamps"], folder / "dose_response.png")
         concept = concept_line(t["concepts"])
-        clearest = t["concepts"].sort_values("auroc", ascending=False).groupby("token_class").head(3)
-        small = clearest[["p", "q"]].map(lambda p: p if p >= 1e-10 else "< 1e-10")  # so far out the normal tail gives no digits
+        clearest = (
+            t["concepts"].sort_values("auroc", ascending=False).groupby("token_class").head(3)
+        )
+        small = clearest[["p", "q"]].map(
+            lambda p: p if p >= 1e-10 else "< 1e-10"
+        )  # so far out the normal tail gives no digits
         clearest = clearest.assign(**small)
         dose = t["clamps"]
-        own, random = (dose[(dose.arm == arm) & (dose.dose == dose.dose.max())] for arm in ("feature", "random direction"))
-        gap = own.attractor_shift.reset_index(drop=True) - random.attractor_shift.reset_index(drop=True)
+        own, random = (
+            dose[(dose.arm == arm) & (dose.dose == dose.dose.max())]
+            for arm in ("feature", "random direction")
+        )
+        gap = own.attractor_shift.reset_index(drop=True) - random.attractor_shift.reset_index(
+            drop=True
+        )
         mean, lo, hi = bootstrap_mean(gap, own.feature.reset_index(drop=True), args.seed)
         shift = (
             f"clamped at {dose.dose.max():g} x the mean activation: {own.attractor_shift.mean():.3f}, minus equal random "
@@ -1915,18 +2261,36 @@ def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[Report
                 "magnitude are evaluated on the very tokens that are then intervened on; EFAS comes from the other half of the documents. "
                 "random: a new predictor in every draw, so its interval is what chance gives.",
             ),
-            ("img", (folder / "predicted_actual.png", "Predicted and actual energy change of partial and full ablation")),
+            (
+                "img",
+                (
+                    folder / "predicted_actual.png",
+                    "Predicted and actual energy change of partial and full ablation",
+                ),
+            ),
             ("h", "Interventions: persistent clamps"),
             ("t", summary),
-            ("img", (folder / "dose_response.png", "Dose-response of clamps and of equal random displacements; band: 95 % over features")),
+            (
+                "img",
+                (
+                    folder / "dose_response.png",
+                    "Dose-response of clamps and of equal random displacements; band: 95 % over features",
+                ),
+            ),
         ]
     out += [
         ("h", "Attractors and basins"),
-        ("p", "Held-out sequences with a fifth of the tokens masked, as in training; five starts under the same field."),
+        (
+            "p",
+            "Held-out sequences with a fifth of the tokens masked, as in training; five starts under the same field.",
+        ),
         ("t", t["attractors"]),
         ("t", t["basins"]),
         ("t", t["attractor_clusters"]),
-        ("p", "Depths in the merge tree are upper bounds: the graph joins states by straight segments."),
+        (
+            "p",
+            "Depths in the merge tree are upper bounds: the graph joins states by straight segments.",
+        ),
         ("img", (folder / "basins.png", "Basin sizes and the merge tree of three sequences")),
         ("h", "Against the original's headlines"),
         ("t", against_original(rows, t["features"], concept, shift, cost)),
@@ -1936,35 +2300,433 @@ def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[Report
 
 def run_all(args: Any, corpus: Corpus) -> tuple[LensResults, EnergyTransformer]:
     """Trains both models, compares them and analyses the Energy Transformer; prints progress."""
-    print(f"corpus: {args.corpus}, {corpus.train.numel():,} training tokens, {len(corpus.test)} held-out documents", flush=True)
+    print(
+        f"corpus: {args.corpus}, {corpus.train.numel():,} training tokens, {len(corpus.test)} held-out documents",
+        flush=True,
+    )
     et = train_energy_transformer(corpus, args.train_steps, args.step_size, args.seed)
-    models = compare_models(et, train_transformer(corpus, args.train_steps, args.seed), corpus, args.step_size, args.seed)
+    models = compare_models(
+        et,
+        train_transformer(corpus, args.train_steps, args.seed),
+        corpus,
+        args.step_size,
+        args.seed,
+    )
     print(models.to_string(index=False, float_format="%.3f"), flush=True)
     res = analyse_energy_transformer(args, et, corpus)
     res.tables["models"] = models
     return res, et
 
 
-@one_line_errors
-def main(argv: list[str] | None = None) -> int:
-    args, clock = parse_args(argv), time.perf_counter()
-    report, raw = args.save_dir / "research_report.md", args.save_dir / "raw_results.json"
-    refuse_overwrite([report, raw], args.overwrite)
-    keep_memory()
-    with run_record(args.save_dir, args) as record:
-        res, _ = run_all(args, build_corpus(documents(args.corpus, args.cache_dir), args.sequences, args.seed))
-        cost = (
-            f"{(time.perf_counter() - clock) / 60:.1f} minutes, {time.process_time() / 60:.1f} CPU minutes on "
-            f"{torch.get_num_threads()} threads, peak {peak_gb():.2f} GB"
+# ------------------------------------------------------------------------------------- command line
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # type: ignore[union-attr]
+    count, real = positive(int), positive(float)
+    g = p.add_argument_group("inputs")
+    g.add_argument(
+        "--corpus",
+        help="builtin (documentation of the installed packages), topics (Python's language reference), or a text file (blank lines "
+        "end a document)",
+    )
+    g = p.add_argument_group("outputs")
+    g.add_argument(
+        "--save_dir", type=Path, default=Path("energy_lens_results"), help="output folder"
+    )
+    g = p.add_argument_group("model")
+    g.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default="full",
+        help="sizes; an explicit flag beats it, the defaults shown are the preset's",
+    )
+    g.add_argument(
+        "--train_steps",
+        type=count,
+        help="optimiser steps of the Energy Transformer, 32 sequences each",
+    )
+    g.add_argument(
+        "--step_size",
+        type=real,
+        default=0.5,
+        help="alpha of the descent, state units per unit of dE/dg",
+    )
+    g = p.add_argument_group("method")
+    g.add_argument(
+        "--energy_layers", type=int, nargs="+", help="descent steps whose states are analysed"
+    )
+    g.add_argument(
+        "--sequences",
+        type=count,
+        help="held-out sequences of 32 tokens, one a document: n of every statistic",
+    )
+    g.add_argument("--sae_dict_size", type=count, help="SAE latents")
+    g.add_argument("--sae_tokens", type=count, help="tokens of the fixed batch that L-BFGS sees")
+    g.add_argument("--sae_iterations", type=count, help="L-BFGS iterations (Adam: times 20 steps)")
+    g.add_argument(
+        "--sae_l1",
+        type=real,
+        default=0.6,
+        help="weight of the L1 penalty, per unit of whitened activation",
+    )
+    g.add_argument("--optimiser", choices=["lbfgs", "adam"], default="lbfgs", help="of the SAE")
+    g.add_argument(
+        "--gradient",
+        choices=["autograd", "finite_difference"],
+        default="autograd",
+        help="of the energy; the latter along the 16 most active features only, in minutes",
+    )
+    g.add_argument("--permutations", type=count, help="Monte Carlo permutations of sequences")
+    g.add_argument("--directions", type=count, help="covariance-matched random directions")
+    g.add_argument(
+        "--intervened", type=count, help="features that are ablated, half of them aligned"
+    )
+    g.add_argument("--relaxed", type=count, help="sequences that are relaxed to their fixed points")
+    g = p.add_argument_group("runtime")
+    g.add_argument("--seed", type=int, default=42, help="seed of NumPy and torch")
+    g.add_argument("--overwrite", action="store_true", help="replace existing output")
+    g.add_argument(
+        "--cache_dir",
+        default=os.environ.get("JANUS_CACHE", "~/.cache/janus_arc"),
+        help="folder of the text cache",
+    )
+    add_version_flag(p)
+    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset.add_argument("--preset", choices=list(PRESETS), default="full")
+    p.set_defaults(**PRESETS[preset.parse_known_args(argv)[0].preset])
+    args = p.parse_args(argv)
+    check_args(p, args)
+    return args
+
+
+def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Cross-flag checks; exits 2 with one line."""
+    args.energy_layers = sorted(set(args.energy_layers))
+    if not 0 <= args.energy_layers[0] <= args.energy_layers[-1] <= 30:
+        p.error(
+            f"--energy_layers {args.energy_layers} are descent steps: expected 0 to 30 (a fixed point has no gradient to align with)"
         )
-        save_tables(res.tables, args.save_dir)
-        write_report("Energy-Lens on an Energy Transformer", compose(res, args, cost, args.save_dir), report)
-        res.to_json(raw)
-        record |= dict(cost=cost, facts=res.facts)
-    shown = ["layer", "eligible", "rule_passes", "token_null", "direction_null", "aligned", "median_abs_efas", "split_half_r"]
-    print(res.tables["layers"][shown].to_string(index=False, float_format="%.3f"))
-    print(f"{cost}; report: {report}")
-    return 0
+    if args.sae_dict_size < 128:
+        p.error(
+            f"--sae_dict_size {args.sae_dict_size} is smaller than the state: expected at least 128 latents"
+        )
+    if args.sequences < 4 * MIN_SEQUENCES:
+        p.error(
+            f"not enough data: --sequences {args.sequences}, needed at least {4 * MIN_SEQUENCES}"
+        )
+
+
+# ----------------------------------------------------------------------------------- shared regions
+# >>> shared: flags ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+def positive(kind: type) -> Callable[[str], Any]:
+    """argparse type: a finite int or float above zero."""
+
+    def parse(text: str) -> Any:
+        number = kind(text)
+        if not (number > 0 and math.isfinite(number)):
+            raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+        return number
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse names the type in its errors
+    return parse
+
+
+def add_version_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds --version: the installed release and the git commit."""
+    try:
+        release = version("janus-arc")
+    except PackageNotFoundError:
+        release = "not installed"
+    # An installed copy has no repository, but its version ends in the commit: 0.1.dev7+g1a2b3c4
+    commit = git("describe", "--always", "--dirty", "--abbrev=12") or release.partition("+g")[2]
+    text = f"janus-arc {release}, commit {commit or 'unknown'}"
+    parser.add_argument("--version", action="version", version=text)
+
+
+# <<< shared: flags
+
+
+# >>> shared: memory ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+def keep_memory() -> None:
+    """Linux with glibc: freed memory stays with the process.
+
+    Else every large tensor is mapped anew, page by page, which takes a tenth of a step. Only for
+    loops that allocate the same again and again: what is kept between large temporaries would pin
+    them.
+    """
+    m_mmap_max = -4
+    m_trim_threshold = -1
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
+
+
+# <<< shared: memory
+
+
+# >>> shared: files ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+class HandoffError(Exception):
+    """A broken input or hand-off. The text is the one line that the user reads: fact, found,
+    expected, command."""
+
+
+def one_line_errors(work: Callable[[], int]) -> int:
+    """Exit status of `work`; an expected failure is one line on stderr and status 1, no
+    traceback."""
+    try:
+        return work()
+    except HandoffError as e:
+        text = str(e)
+    except OSError as e:
+        where = e.filename or "while writing"
+        advice = "nothing that existed was changed: use a folder with room, and yours"
+        text = f"{e.strerror or e}: {where}; {advice}"
+    except (MemoryError, torch.OutOfMemoryError) as e:
+        text = f"out of memory ({e}); use a smaller --batch_size"
+    except KeyboardInterrupt:
+        text = "interrupted"
+    script = Path(work.__code__.co_filename).name
+    print(f"{script}: error: {' '.join(text.split())}", file=sys.stderr)
+    return 1
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` (same suffix); renames it to `path` if the block ends
+    well, else removes it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())  # the bytes are on the disk before the name is
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, record: dict[str, Any]) -> None:
+    """Writes `record` atomically as strict JSON: NaN and infinity become null, other types
+    their text."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        return value if isinstance(value, str | int | float | None) else str(value)
+
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of the file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def first_line(error: Exception, length: int) -> str:
+    """The first line of an error's text, cut to `length` characters; its type where it has
+    none."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:length]
+
+
+def git(*words: str) -> str:
+    """What git says of the repository whose root holds this file; empty where there is none."""
+    here = Path(__file__).resolve().parent
+    if not (here / ".git").exists():  # a virtual environment may lie in another repository
+        return ""
+    command = ["git", "-C", str(here), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def provenance() -> dict[str, Any]:
+    """Script, argv, git commit (and whether the tree was dirty), versions and hardware."""
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    hardware = {
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+    return {
+        "script": Path(__file__).name,
+        "argv": sys.argv,
+        "git": {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)},
+        "versions": versions,
+        "hardware": hardware,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+@contextlib.contextmanager
+def run_record(out_dir: str | Path, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Keeps <out_dir>/run.json: argv, resolved arguments, machine, start, end, exit status.
+
+    Yields the record, for more facts.
+    """
+    path = Path(out_dir) / "run.json"
+    record = {"arguments": vars(args), **provenance(), "end": None, "exit_status": None}
+    write_json(path, record)
+    try:
+        yield record
+        record["exit_status"] = record["exit_status"] or 0
+    except BaseException:
+        record["exit_status"] = 1
+        raise
+    finally:
+        record["end"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        with contextlib.suppress(OSError):  # a full disk must not hide the error on its way
+            write_json(path, record)
+
+
+def refuse_overwrite(paths: list[Path], overwrite: bool) -> None:
+    """Raises HandoffError if one of `paths` exists, unless --overwrite was given."""
+    existing = [path for path in paths if path.exists()]
+    if existing and not overwrite:
+        advice = "pass --overwrite to replace it, or name another place"
+        raise HandoffError(f"{existing[0]} exists; {advice}")
+
+
+def need_disk(folder: str | Path, n_bytes: float) -> None:
+    """Creates `folder`; raises HandoffError if its disk has less than `n_bytes` free."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        needed = f"{folder} needs {n_bytes / 1e9:.3f} GB and its disk has {free / 1e9:.3f} GB free"
+        raise HandoffError(f"{needed}; nothing was written")
+
+
+# <<< shared: files
+
+
+# >>> shared: builtin ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+# Import name -> distribution, of the packages whose documentation `builtin` reads.
+BUILTIN_PACKAGES = {
+    "numpy": "numpy",
+    "pandas": "pandas",
+    "scipy": "scipy",
+    "matplotlib": "matplotlib",
+    "seaborn": "seaborn",
+    "torch": "torch",
+    "transformers": "transformers",
+    "datasets": "datasets",
+    "sklearn": "scikit-learn",
+}
+BUILTIN_VERSION = 1  # raise it when the cleaning changes: it is part of the token cache's name
+
+
+@functools.cache  # reading ten thousand files takes half a minute, and each split asks for it
+def builtin_documents() -> dict[str, str]:
+    """English prose that is already on the machine: {name: text}, in a fixed order.
+
+    The language reference (pydoc_data.topics) and the documentation strings of the standard
+    library and of BUILTIN_PACKAGES, one document a source file; paragraphs that are mostly
+    letters, each kept once.
+    """
+    documents: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for name, texts in documentation_strings().items():
+        for paragraph in "\n\n".join(texts).split("\n\n"):
+            paragraph = " ".join(paragraph.split())
+            if is_prose(paragraph) and paragraph not in seen:
+                seen.add(paragraph)
+                documents.setdefault(name, []).append(paragraph)
+    return {name: "\n\n".join(paragraphs) for name, paragraphs in documents.items()}
+
+
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph is long enough, no session of an interpreter, and mostly letters."""
+    if len(paragraph) < 60 or ">>>" in paragraph:
+        return False
+    n_letters = sum(character.isalpha() or character == " " for character in paragraph)
+    return n_letters > 0.8 * len(paragraph)
+
+
+def documentation_strings() -> dict[str, list[str]]:
+    """{name: texts} of the language reference, and of every source file that can be parsed."""
+    topics = import_module("pydoc_data.topics").topics
+    sources = {f"topics/{name}": [text] for name, text in sorted(topics.items())}
+    roots = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}
+    for package in BUILTIN_PACKAGES:
+        spec = find_spec(package)
+        roots[package] = Path(spec.origin).parent  # type: ignore[union-attr, arg-type]
+    files = []
+    for package, root in roots.items():
+        files += [(package, file) for file in sorted(root.rglob("*.py"))]
+
+    left_out = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3"}
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    gc.disable()  # else a third of the time goes into looking for garbage among the syntax trees
+    for package, file in tqdm(files, desc="documentation strings", unit="file", disable=None):
+        inner = file.relative_to(roots[package])
+        if left_out & set(inner.parts):
+            continue
+        if package == "transformers" and inner.parts[0] == "models":  # the same text, 400 times
+            continue
+        with (
+            contextlib.suppress(SyntaxError, ValueError, OSError),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+            docstrings = [ast.get_docstring(node) for node in nodes]
+            sources[f"{package}/{inner.as_posix()}"] = [text for text in docstrings if text]
+    gc.enable()
+    return sources
+
+
+# <<< shared: builtin
+
+
+# >>> shared: pages ---- edit in hero_head_analysis.py, then: python tools/check_copies.py --fix
+def render_page(template: str, **values: Any) -> str:
+    """A self-contained HTML page: the template of the folder pages/ beside this script, filled with
+    `values`, all of which are escaped. Raises HandoffError where that folder is missing."""
+    import jinja2
+
+    folder = Path(__file__).resolve().parent / "pages"
+    if not (folder / template).is_file():
+        script = Path(__file__).name
+        raise HandoffError(f"no {template}: the page needs the folder pages/ beside {script}")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,  # a misspelt name is an error, not a gap in the page
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(values)
+
+
+# <<< shared: pages
+
+
+# --------------------------------------------------------------------------------------------- main
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, 1 after an error of one line, 2 for a wrong command line."""
+    return one_line_errors(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

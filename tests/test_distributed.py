@@ -26,11 +26,12 @@ import json, sys
 sys.path.insert(0, {str(Path(janus.__file__).parent)!r})
 import torch
 import torch.distributed as dist
-from janus_adaptive import HandoffError, all_sum, one_line_errors, rank_and_world, torchrun
+from janus_adaptive import HandoffError, all_sum, one_line_errors, rank_and_world, under_torchrun
 
-@one_line_errors
-@torchrun
 def lone(argv):
+    return one_line_errors(lambda: under_torchrun(fail_alone))
+
+def fail_alone():
     rank, world = rank_and_world()
     all_sum(x := torch.full((2, 3), rank + 1.0), y := torch.tensor(float(world)))
     assert x.tolist() == [[3.0] * 3] * 2 and y == 4
