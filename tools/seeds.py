@@ -1,10 +1,11 @@
-"""What holds over training runs: the two arms, paired by seed, with the seed as the unit of replication.
+"""What holds over training runs: the two arms, paired by seed.
 
     python tools/seeds.py runs/seeds/1 runs/seeds/2 runs/seeds/3 --save_dir results
 
-Each folder holds both arms of one seed and their ablation (`make seeds`). Writes seeds.csv (one measurement a row), seeds_summary.csv
-(one paired difference a row) and seeds.png, and prints what they say. The demo's control loop was tuned on seed 42: leave that
-seed out, it is no evidence about the loop.
+The seed is the unit of replication: each folder holds both arms of one seed and their ablation
+(`make seeds`). Writes seeds.csv (one measurement a row), seeds_summary.csv (one paired difference
+a row), seeds_loops.csv (one control loop a row) and seeds.png, and prints what they say. The demo's
+control loop was tuned on seed 42: leave that seed out, it is no evidence about the loop.
 """
 
 import argparse
@@ -19,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
-from headlines import tracking  # noqa: E402
+from headlines import after_settling, last_value, tracking  # noqa: E402
 from scipy import stats  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,90 +35,184 @@ METRICS = {  # name: label; all are tested, so p-values and intervals are correc
     "gini": "Gini index of the impacts",
     "crossfit": "top head's impact (nats, cross-fitted)",
 }
+BONFERRONI = len(METRICS)
+
+
+# ------------------------------------------------------------------------------------------- method
+def read_arguments(folder: Path) -> dict[str, Any]:
+    """The arguments of the adaptive arm. Raises ValueError if the control has another seed."""
+    arms = {}
+    for arm in COLOURS:
+        record = (folder / arm / "run.json").read_text(encoding="utf-8")
+        arms[arm] = json.loads(record)["arguments"]
+    seed, other = arms["adaptive"]["seed"], arms["control"]["seed"]
+    if other != seed:
+        raise ValueError(f"the arms have the seeds {seed} and {other}, expected one")
+    return arms["adaptive"]
+
+
+def name_hero(head: pd.Series) -> str:
+    """L3H1, and whether another head could as well be the first (`head`: a row of the summary)."""
+    name = f"L{head['hero_layer']:.0f}H{head['hero_head']:.0f}"
+    return name if head["unique_hero"] else f"{name} (not unique)"
 
 
 def measure(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One seed -> its rows (seed, arm, metric, value), and how its loop tracked the setpoint. HandoffError if it is unfinished."""
+    """One seed: its rows (seed, arm, metric, value), and how its loop tracked the setpoint.
+
+    Raises HandoffError if the folder does not hold both arms of one seed and their ablation.
+    """
     telemetry = {arm: read_telemetry(folder / arm / "telemetry.csv") for arm in COLOURS}
-    rows, heroes = [], {}
+    rows = []
+    heroes = {}
     try:
         summary = pd.read_csv(folder / "results_ablation_summary.csv")
+        # Every mode of ablation has rows; heads are ranked by one of them
         summary = summary[summary["mode"] == summary["ranked_by"]].set_index("run")
-        settings = {arm: json.loads((folder / arm / "run.json").read_text(encoding="utf-8"))["arguments"] for arm in COLOURS}
-        seed, target = (settings["adaptive"][name] for name in ("seed", "target_sigma"))
-        if settings["control"]["seed"] != seed:
-            raise ValueError(f"the arms have the seeds {seed} and {settings['control']['seed']}, expected one")
+        arguments = read_arguments(folder)
+        seed, target = arguments["seed"], arguments["target_sigma"]
         for arm, frame in telemetry.items():
-            found = {m: frame[m].dropna().iloc[-1] if m in frame else summary.loc[arm, m] for m in METRICS}
-            rows += [dict(seed=seed, arm=arm, metric=m, value=float(v)) for m, v in found.items()]
-            hero = summary.loc[arm]
-            heroes[arm] = f"L{hero['hero_layer']:.0f}H{hero['hero_head']:.0f}" + ("" if hero["unique_hero"] else " (not unique)")
+            for metric in METRICS:
+                # What training measured is in the telemetry, what ablation measured in its summary
+                measured = metric in frame
+                value = last_value(frame, metric) if measured else summary.loc[arm, metric]
+                rows.append({"seed": seed, "arm": arm, "metric": metric, "value": float(value)})
+            heroes[f"hero_{arm}"] = name_hero(summary.loc[arm])
     except (OSError, ValueError, KeyError, IndexError) as e:
-        raise HandoffError(f"{folder} is not a pair of finished runs ({e!r}); make it with: make seeds") from None
+        found = f"{folder} is not a pair of finished runs ({e!r})"
+        raise HandoffError(f"{found}; make it with: make seeds") from None
+
     held = tracking(telemetry["adaptive"], target)
-    free = telemetry["control"]
-    free = free["sigma_z"][free["step"] >= held["settled_step"]].mean() / target  # the same metric, over the same steps
-    return rows, dict(seed=seed, control_over_setpoint=free, **held, **{f"hero_{arm}": name for arm, name in heroes.items()})
+    free = after_settling(telemetry["control"], held)  # the same metric, over the same steps
+    loop = {"seed": seed, "control_over_setpoint": free / target} | held | heroes
+    return rows, loop
 
 
 def paired(rows: pd.DataFrame) -> pd.DataFrame:
-    """adaptive - control of each metric over seeds: mean, t interval and p, p of the sign-flip permutation (the null: arms are
-    exchangeable within a seed), all corrected for the number of metrics (Bonferroni)."""
-    wide, out, m = rows.pivot(index="seed", columns=["metric", "arm"], values="value"), [], len(METRICS)
+    """adaptive - control of each metric over seeds: a row a metric, its p-values and interval.
+
+    p_t and the 95 % interval are those of the paired t-test; p_sign_flip that of the permutation
+    test whose null is that the arms are exchangeable within a seed. All are corrected for the
+    number of metrics (Bonferroni).
+    """
+    # A row a seed, so that subtracting two columns pairs what shares initial weights and data
+    wide = rows.pivot(index="seed", columns=["metric", "arm"], values="value")
+    summary = []
     for metric in METRICS:
-        a, c = (wide[metric][arm].to_numpy() for arm in COLOURS)
-        t = stats.ttest_rel(a, c)
-        low, high = t.confidence_interval(1 - 0.05 / m)
-        flips = stats.permutation_test((a - c,), np.mean, permutation_type="samples", n_resamples=9999)
-        out.append(
-            dict(metric=metric, n_seeds=len(a), adaptive=a.mean(), control=c.mean(), difference=(a - c).mean(), ci_lo=low, ci_hi=high)
-            | dict(relative_percent=100 * (a / c - 1).mean(), p_t=min(1, m * t.pvalue), p_sign_flip=min(1, m * flips.pvalue))
+        adaptive = wide[metric]["adaptive"].to_numpy()  # [seeds]
+        control = wide[metric]["control"].to_numpy()  # [seeds]
+        difference = adaptive - control  # [seeds]
+        t_test = stats.ttest_rel(adaptive, control)
+        low, high = t_test.confidence_interval(1 - 0.05 / BONFERRONI)
+        # If the arms were exchangeable, each seed's difference could as well have the other sign
+        sign_flips = stats.permutation_test(
+            (difference,), np.mean, permutation_type="samples", n_resamples=9999
         )
-    return pd.DataFrame(out)
+        summary.append(
+            {
+                "metric": metric,
+                "n_seeds": len(adaptive),
+                "adaptive": adaptive.mean(),
+                "control": control.mean(),
+                "difference": difference.mean(),
+                "ci_lo": low,
+                "ci_hi": high,
+                "relative_percent": 100 * (adaptive / control - 1).mean(),
+                "p_t": min(1, BONFERRONI * t_test.pvalue),
+                "p_sign_flip": min(1, BONFERRONI * sign_flips.pvalue),
+            }
+        )
+    return pd.DataFrame(summary)
 
 
+def measure_all(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows and loops of all seeds. Raises HandoffError unless there are two different ones."""
+    rows = []
+    loops = []
+    for folder in folders:
+        of_seed, loop = measure(folder)
+        rows += of_seed
+        loops.append(loop)
+    # Two runs of one seed are one observation, not two
+    seeds = [loop["seed"] for loop in loops]
+    if len(seeds) < 2 or len(set(seeds)) < len(seeds):
+        expected = "expected at least two different ones; make more with: make seeds"
+        raise HandoffError(f"found the seeds {seeds}, {expected}")
+    return pd.DataFrame(rows), pd.DataFrame(loops)
+
+
+# ------------------------------------------------------------------------------ tables and figures
 def draw(rows: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
     """A panel a metric, a line a seed."""
     fig, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
-    for ax, (metric, label), s in zip(axes.flat, METRICS.items(), summary.itertuples(), strict=True):
-        wide = rows[rows["metric"] == metric].pivot(index="seed", columns="arm", values="value")
+    differences = summary.set_index("metric")
+    for ax, (metric, label) in zip(axes.flat, METRICS.items(), strict=True):
+        of_metric = rows[rows["metric"] == metric]
+        wide = of_metric.pivot(index="seed", columns="arm", values="value")
         for seed, values in wide.iterrows():
             ax.plot([0, 1], values[list(COLOURS)], color="0.6", lw=1, zorder=1)
-            ax.annotate(f"{seed}", (1, values["control"]), (6, 0), textcoords="offset points", va="center", fontsize=7, color="0.35")
-        for at, (arm, colour) in enumerate(COLOURS.items()):
-            ax.scatter([at] * len(wide), wide[arm], color=colour, zorder=2)
+            beside = dict(xytext=(6, 0), textcoords="offset points", va="center")
+            ax.annotate(f"{seed}", (1, values["control"]), fontsize=7, color="0.35", **beside)
+        # The adaptive arm stands at 0, the control at 1: what the lines connect
+        for place, (arm, colour) in enumerate(COLOURS.items()):
+            ax.scatter([place] * len(wide), wide[arm], color=colour, zorder=2)
         ax.set(title=label, xticks=[0, 1], xticklabels=list(COLOURS), xlim=(-0.3, 1.3))
-        ax.set_xlabel(f"difference {s.difference:+.3g} [{s.ci_lo:+.3g}, {s.ci_hi:+.3g}]", fontsize=9)
+        found = differences.loc[metric]
+        interval = f"[{found['ci_lo']:+.3g}, {found['ci_hi']:+.3g}]"
+        ax.set_xlabel(f"difference {found['difference']:+.3g} {interval}", fontsize=9)
         ax.margins(y=0.15)
-    n = summary["n_seeds"].iloc[0]
-    fig.suptitle(f"{n} training seeds (numbers at the right), both arms each; intervals: paired t, 95 % over all {len(METRICS)} panels")
+    n_seeds = summary["n_seeds"].iloc[0]
+    fig.suptitle(
+        f"{n_seeds} training seeds (numbers at the right), both arms each; "
+        f"intervals: paired t, 95 % over all {len(METRICS)} panels"
+    )
     return fig
 
 
-@one_line_errors
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
-    p.add_argument("runs", type=Path, nargs="+", help="folders of `make seeds`, one a seed")
-    p.add_argument("--save_dir", type=Path, default=Path("results"), help="output folder")
-    args = p.parse_args(argv)
-    found = [measure(folder) for folder in args.runs]
-    rows, loops = pd.DataFrame([row for some, _ in found for row in some]), pd.DataFrame([loop for _, loop in found])
-    if len(loops) < 2 or loops["seed"].duplicated().any():
-        raise HandoffError(f"found the seeds {loops['seed'].tolist()}, expected at least two different ones; make more with: make seeds")
+def tell(summary: pd.DataFrame, loops: pd.DataFrame) -> None:
+    """Prints what the tables say."""
+    n_seeds = len(loops)
+    corrected = f"intervals and p corrected for {len(METRICS)} metrics"
+    print(f"{n_seeds} seeds; adaptive - control, paired; {corrected}")
+    # Two of the 2^n sign patterns are as extreme as all signs equal
+    smallest = min(1, BONFERRONI * 2 / 2**n_seeds)
+    print(f"the smallest p that flipping signs can give with {n_seeds} seeds: {smallest:.3g}\n")
+    print(summary.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    table = loops.to_string(index=False, float_format=lambda v: f"{v:.3g}")
+    print(f"\nthe loop, seed by seed\n{table}")
+    # What the Homeostat claims: it holds its setpoint, and without it sigma would be elsewhere
+    held = loops["share"] >= 0.9
+    apart = loops["control_over_setpoint"] >= 2
+    claim = "90 % of samples within 10 % of the setpoint, control at least 2 times above it"
+    print(f"\n{(held & apart).sum()} of {n_seeds} seeds: {claim}")
+
+
+def run(args: argparse.Namespace) -> int:
+    rows, loops = measure_all(args.runs)
     summary = paired(rows)
-    for name, table in dict(seeds=rows, seeds_summary=summary, seeds_loops=loops).items():
+    tables = {"seeds": rows, "seeds_summary": summary, "seeds_loops": loops}
+    for name, table in tables.items():
         with atomic(args.save_dir / f"{name}.csv") as tmp:
             table.to_csv(tmp, index=False)
     with atomic(args.save_dir / "seeds.png") as tmp:
         draw(rows, summary).savefig(tmp, dpi=130)
-    print(f"{len(loops)} seeds; adaptive - control, paired; intervals and p corrected for {len(METRICS)} metrics")
-    print(f"the smallest p that flipping signs can give with {len(loops)} seeds: {min(1, len(METRICS) * 2 / 2 ** len(loops)):.3g}\n")
-    print(summary.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
-    print(f"\nthe loop, seed by seed\n{loops.to_string(index=False, float_format=lambda v: f'{v:.3g}')}")
-    good = loops[(loops["share"] >= 0.9) & (loops["control_over_setpoint"] >= 2)]
-    print(f"\n{len(good)} of {len(loops)} seeds: 90 % of samples within 10 % of the setpoint, control at least 2 times above it")
-    print(f"Read {args.save_dir / 'seeds.png'}, seeds.csv, seeds_summary.csv, seeds_loops.csv")
+    tell(summary, loops)
+    picture = args.save_dir / "seeds.png"
+    print(f"Read {picture}, seeds.csv, seeds_summary.csv, seeds_loops.csv")
     return 0
+
+
+# ------------------------------------------------------------------------------------- command line
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    about = (__doc__ or "").partition("\n")[0]
+    p = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    p.add_argument("runs", type=Path, nargs="+", help="folders of `make seeds`, one a seed")
+    p.add_argument("--save_dir", type=Path, default=Path("results"), help="output folder")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return one_line_errors(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":
