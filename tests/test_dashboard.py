@@ -45,10 +45,10 @@ def test_activations_histogram_and_contexts_are_saelens(made, src):
     assert torch.allclose(src.activations(chosen), theirs[..., chosen], atol=1e-5)
     for f, row in zip(chosen, fd.describe(src, chosen), strict=True):
         a = theirs[..., f]
-        assert row["n_active"] == (a > 0).sum() == sum(row["counts"]) and row["largest"] == pytest.approx(a.max().item(), abs=1e-5)
-        peaks = [next(v for _, v, peak in c if peak) for c in row["contexts"]]
+        assert row.n_active == (a > 0).sum() == sum(row.counts) and row.largest == pytest.approx(a.max().item(), abs=1e-5)
+        peaks = [next(v for _, v, peak in c if peak) for c in row.contexts]
         assert np.allclose(peaks, a.max(1).values.sort(descending=True).values[: len(peaks)], atol=1e-5)
-        best = row["contexts"][0]
+        best = row.contexts[0]
         window = int(a.max(1).values.argmax())
         assert "".join(t for t, *_ in best) in "".join(src.say(int(i)) for i in src.idx[window])
 
@@ -77,15 +77,15 @@ def test_logit_effects_and_head_shares_are_plain_products(src):
         logits = (model.unembedding.weight * model.norm.weight) @ (w_o @ w[f])
         logits = logits - logits.mean()
         norms = torch.stack([(w_o[:, 16 * h : 16 * h + 16] @ w[f, 16 * h : 16 * h + 16]).norm() for h in range(3)])
-    assert np.allclose([v for _, v in row["raises"]], logits.sort(descending=True).values[:10], atol=1e-5)
-    assert np.allclose([v for _, v in row["lowers"]], logits.sort().values[:10], atol=1e-5)
-    assert np.allclose(row["heads"], norms / norms.sum(), atol=1e-5)
+    assert np.allclose([v for _, v, _ in row.raises], logits.sort(descending=True).values[:10], atol=1e-5)
+    assert np.allclose([v for _, v, _ in row.lowers], logits.sort().values[:10], atol=1e-5)
+    assert np.allclose(row.heads, norms / norms.sum(), atol=1e-5)
 
 
 def test_an_sae_of_one_head_writes_and_reads_there_alone(made):
     src = fd.open_source(made / "heads/adaptive/L2/H1", None, None, 3200)
     row = fd.describe(src, fd.strongest(src, 1))[0]
-    assert row["heads"] == pytest.approx([0, 1, 0]) and row["by_head"][0] == row["by_head"][2] == 0 and row["by_head"][1] != 0
+    assert row.heads == pytest.approx([0, 1, 0]) and row.origin.by_head[0] == row.origin.by_head[2] == 0 and row.origin.by_head[1] != 0
 
 
 class Tags(HTMLParser):

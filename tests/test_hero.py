@@ -371,7 +371,8 @@ def test_page_keeps_hostile_tokens_as_text_and_needs_no_network():
     bad = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "@DATA@", "@BODY@", "&lt;", "a|b`c", '"', "<!--"]
     tables = {name: pd.DataFrame(dict(token=bad, value=1.5)) for name in hero.SECTIONS if name not in ("scores", "contexts")}
     tables["scores"] = pd.DataFrame(dict(score=bad * 2, role=["hero"] * 8 + ["<b>"] * 8, value=1.0, ci_low=0.0, ci_high=1.0, null=0.5))
-    md, page = hero.render("<title> & more", bad[0], tables, "none: " + bad[1], dict(tokens=bad, panels=[], grid=[]))
+    data = dict(tokens=bad, panels=[], grid=[])
+    md, page = hero.render("<title> & more", bad[0], tables, "none: " + bad[1], data).values()
     parser = Page()
     parser.feed(page)
     assert parser.tags.count("script") == 2 and "img" not in parser.tags and "b" not in parser.tags
@@ -386,7 +387,8 @@ def test_page_keeps_hostile_tokens_as_text_and_needs_no_network():
 def test_both_reports_say_when_a_table_is_cut_and_attribution_has_its_largest_parts():
     parts = pd.DataFrame(dict(component=[f"L{i}" for i in range(50)], value=np.linspace(-1, 3, 50)))
     scores = pd.DataFrame(dict(score=["a"], role=["hero"], value=1.0, ci_low=0.0, ci_high=1.0, null=0.5))
-    for text in hero.render("hero", "", dict(dla=parts, ov=parts[:40], scores=scores), "none", dict(tokens=[], panels=[], grid=[])):
+    tables = dict(dla=parts, ov=parts[:40], scores=scores)
+    for text in hero.render("hero", "", tables, "none", dict(tokens=[], panels=[], grid=[])).values():
         assert text.count("The first 40 of 50 rows. All rows: hero_dla.csv.") == 1 and text.count("The first") == 1
         assert "All rows: hero_ov.csv." in text
         rows = text.partition("Direct logit attribution")[2].partition("Where in the text")[0]

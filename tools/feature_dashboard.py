@@ -1,25 +1,30 @@
 #!/usr/bin/env python3
-"""A page about features of a sparse autoencoder of phase 3: when each is active, what it reads, and what it writes.
+"""A page about features of a sparse autoencoder of phase 3: when each is active, what it reads, and
+what it writes.
 
-    python tools/feature_dashboard.py saes/adaptive/L3                              # the 50 features that write most
+    python tools/feature_dashboard.py saes/adaptive/L3    # the 50 features that write most
     python tools/feature_dashboard.py saes/adaptive/L3 --features 12 40 77 --out features.html
 
-Reads   <sae folder> of site z; the dump and tokens.npy in --activations_dir; the checkpoint that they were made from
+Reads   <sae folder> of site z; the dump and tokens.npy in --activations_dir; the checkpoint that
+        they were made from; the template pages/features.html
 Writes  --out, one HTML file that needs no network
 
-For every feature: histogram of its activations, its top contexts (one a window, tokens shaded by activation), the next tokens that
-its decoder direction raises and lowers, the share of each head in what it writes, and, for its top context, from which source
-positions and heads the activation came: its pre-activation is sum over heads h and positions s of a[h,t,s] <v[h,s], w_enc[h]>,
-plus a constant. A description of the harvested tokens: no null, no interval, and n is printed.
+For every feature: histogram of its activations, its top contexts (one a window, tokens shaded by
+activation), the next tokens that its decoder direction raises and lowers, the share of each head in
+what it writes, and, for its top context, from which source positions and heads the activation came:
+its pre-activation is sum over heads h and positions s of a[h,t,s] <v[h,s], w_enc[h]>, plus a
+constant. A description of the harvested tokens: no null, no interval, and n is printed.
+
+Shapes: N windows, T tokens a window, H heads, K d_head, D d_model, F latents, V vocabulary.
 """
 
 import argparse
-import html
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,15 +44,24 @@ from hero_head_analysis import (  # noqa: E402
     open_dump,
     positive,
     read_sidecar,
+    render_page,
     sha256,
     token_text,
     unembedding,
     write_basis,
 )
 
-BINS, CONTEXTS, BEFORE, AFTER, WORDS = 30, 8, 24, 6, 10
+HISTOGRAM_BINS = 30
+N_CONTEXTS = 8  # windows shown a feature
+TOKENS_BEFORE = 24  # of a context, before its peak
+TOKENS_AFTER = 6
+N_NEXT_TOKENS = 10  # that a feature raises, and that it lowers
+N_SOURCES = 5  # source positions named below a context
+WINDOWS_AT_ONCE = 32  # bounds the memory of encoding
+OPEN_AT_START = 3  # features whose details are open when the page is
 
 
+# ------------------------------------------------------------------------------- what is looked at
 @dataclass
 class Source:
     """An SAE with the model and the harvested tokens behind it."""
@@ -55,203 +69,315 @@ class Source:
     model: NewGPT
     sae: dict[str, Any]  # as hero_head_analysis.encode takes it
     layer: int
-    z: np.ndarray  # [windows, T, H, K]
-    idx: Tensor  # [windows, T]
-    say: Any  # token id -> text
+    z: np.ndarray  # [N, T, H, K]
+    idx: Tensor  # [N, T]
+    say: Callable[[int], str]  # token id -> text
+
+    def by_head(self, weights: Tensor) -> Tensor:
+        """Weights [..., H K] of the SAE by head, [..., H, K]. An SAE of one head has [..., K]
+        and neither reads nor writes elsewhere."""
+        n_heads = self.model.cfg.n_heads
+        head = self.sae["head"]
+        if head is None:
+            return weights.unflatten(-1, (n_heads, -1))
+        heads_after = n_heads - 1 - head
+        return F.pad(weights.unsqueeze(-2), (0, 0, head, heads_after))
 
     def decoder(self) -> Tensor:
-        """W_dec by head, [F, H, K]; an SAE of one head writes nothing elsewhere."""
-        w, h, n = self.sae["W_dec"], self.sae["head"], self.model.cfg.n_heads
-        return w.unflatten(1, (n, -1)) if h is None else F.pad(w[:, None], (0, 0, h, n - 1 - h))
+        """What each feature writes, [F, H, K]."""
+        return self.by_head(self.sae["W_dec"])
 
-    def encoder(self, f: int) -> Tensor:
-        """Encoder of one feature by head, [H, K]."""
-        w, h, n = self.sae["W_enc"][:, f], self.sae["head"], self.model.cfg.n_heads
-        return w.unflatten(0, (n, -1)) if h is None else F.pad(w[None], (0, 0, h, n - 1 - h))
+    def encoder(self, feature: int) -> Tensor:
+        """What one feature reads, [H, K]."""
+        return self.by_head(self.sae["W_enc"][:, feature])
 
-    def activations(self, features: Any) -> Tensor:
-        """[windows, T, features]."""
-        parts = (torch.from_numpy(self.z[i : i + 32].astype(np.float32)) for i in range(0, len(self.z), 32))
-        return torch.cat([encode(self.sae, part, features) for part in parts])
+    def activations(self, features: list[int]) -> Tensor:
+        """Activations of some features on every token, [N, T, features]."""
+        parts = []
+        for start in range(0, len(self.z), WINDOWS_AT_ONCE):
+            z = self.z[start : start + WINDOWS_AT_ONCE].astype(np.float32)
+            parts.append(encode(self.sae, torch.from_numpy(z), features))
+        return torch.cat(parts)
 
 
-def open_source(folder: Path, activations: Path | None, model_path: Path | None, n_tokens: int) -> Source:
+def open_source(
+    folder: Path, activations: Path | None, model_path: Path | None, n_tokens: int
+) -> Source:
     """Opens and checks everything; raises HandoffError."""
+    weights = folder / "sae_weights.safetensors"
     train = "python train_sae.py --runs RUN --layers LAYER"
-    side = read_sidecar(folder / "sae_weights.safetensors", "janus.sae/1", train)
+    side = read_sidecar(weights, "janus.sae/1", train)
+    run_name = side["run"]
+    layer = side["layer"]
     if side["site"] != "z":
-        raise HandoffError(f"{folder} is an SAE of site {side['site']}, expected z: only there is a feature made of heads")
+        fact = f"{folder} is an SAE of site {side['site']}, expected z"
+        raise HandoffError(f"{fact}: only there is a feature made of heads")
     dump = Path(side["inputs"][0]["path"])
-    dump = dump if activations is None else activations / side["run"] / dump.name
+    if activations is not None:
+        dump = activations / run_name / dump.name
+
     path = Path(model_path or side["checkpoint"])
     model, ckpt = load_checkpoint(path, torch.device("cpu"), False)
-    ckpt |= dict(path=path, sha256=sha256(path))
-    harvest = f"python harvest_activations.py --model_path {path} --run_name {side['run']} --layers {side['layer']}"
-    sae = open_dump(folder / "sae_weights.safetensors", "janus.sae/1", ckpt, train) | dict(head=side["head"])
-    z, tokens = (
-        open_dump(dump, "janus.activations/1", ckpt, harvest),
-        open_dump(dump.with_name("tokens.npy"), "janus.tokens/1", ckpt, harvest),
-    )
-    c, t = model.cfg, model.cfg.seq_len
-    n = min(len(z), n_tokens) // t
-    if n < 1 or z.shape != (len(tokens), c.n_heads * c.d_head):
-        raise HandoffError(
-            f"{dump} has shape {z.shape} beside {len(tokens)} tokens; expected at least {t} rows; remake both with: {harvest}"
-        )
+    ckpt["path"] = path
+    ckpt["sha256"] = sha256(path)
+
+    harvest = f"python harvest_activations.py --model_path {path} --run_name {run_name}"
+    harvest += f" --layers {layer}"
+    sae = open_dump(weights, "janus.sae/1", ckpt, train)
+    sae["head"] = side["head"]
+    z = open_dump(dump, "janus.activations/1", ckpt, harvest)  # [tokens, H K]
+    tokens = open_dump(dump.with_name("tokens.npy"), "janus.tokens/1", ckpt, harvest)  # [tokens]
+    n_heads = model.cfg.n_heads
+    d_head = model.cfg.d_head
+    seq_len = model.cfg.seq_len
+    n_windows = min(len(z), n_tokens) // seq_len
+    if n_windows < 1 or z.shape != (len(tokens), n_heads * d_head):
+        fact = f"{dump} has shape {z.shape} beside {len(tokens)} tokens"
+        expected = f"expected at least {seq_len} rows"
+        raise HandoffError(f"{fact}; {expected}; remake both with: {harvest}")
+
+    n_kept = n_windows * seq_len
+    z = z[:n_kept].reshape(n_windows, seq_len, n_heads, d_head)  # [N, T, H, K]
+    idx = torch.from_numpy(np.asarray(tokens[:n_kept]).astype(np.int64))
+    idx = idx.view(n_windows, seq_len)  # [N, T]
     tokenizer = Tokenizer.from_file(str(path.with_name("tokenizer.json")))
-    idx = torch.from_numpy(np.asarray(tokens[: n * t]).astype(np.int64)).view(n, t)
-    return Source(model, sae, side["layer"], z[: n * t].reshape(n, t, c.n_heads, c.d_head), idx, cache(partial(token_text, tokenizer)))
+    say = cache(lambda token: token_text(tokenizer, token))
+    return Source(model, sae, layer, z, idx, say)
 
 
+# ---------------------------------------------------------------------------- method: edit here
 @torch.no_grad()
-def strongest(src: Source, n: int) -> list[int]:
+def strongest(source: Source, n: int) -> list[int]:
     """The n features that write most to the residual stream: mean activation x norm(W_dec W_O)."""
-    total = sum(
-        encode(src.sae, torch.from_numpy(part.astype(np.float32))).sum((0, 1)) for part in np.array_split(src.z, max(1, len(src.z) // 8))
-    )
-    size = torch.einsum("fhk,hjk->fhj", src.decoder(), write_basis(src.model, src.layer)).sum(1).norm(dim=-1)
-    weight = total * size
-    return weight.argsort(descending=True)[: min(n, int((weight > 0).sum()))].tolist()
+    total = torch.zeros(len(source.sae["W_dec"]))  # [F], sum of the activations
+    for part in np.array_split(source.z, max(1, len(source.z) // 8)):
+        total += encode(source.sae, torch.from_numpy(part.astype(np.float32))).sum((0, 1))
+    basis = write_basis(source.model, source.layer)  # [H, K, K]
+    written = torch.einsum("fhk,hjk->fhj", source.decoder(), basis).sum(1)  # [F, K]
+    weight = total * written.norm(dim=-1)  # [F]
+    n_active = int((weight > 0).sum())
+    return weight.argsort(descending=True)[: min(n, n_active)].tolist()
 
 
 @torch.no_grad()
-def sources(src: Source, f: int, window: int, position: int) -> Tensor:
-    """Contribution of each head and source position to the pre-activation of feature f at `position` of `window`: [H, position + 1].
+def sources(source: Source, feature: int, window: int, position: int) -> Tensor:
+    """Contribution of each head and source position to the pre-activation of a feature at
+    `position` of `window`: [H, position + 1].
 
     Their sum is <w_enc, z>, which differs from the pre-activation by the SAE's constants only.
     """
-    block: Any = src.model.blocks[src.layer]
-    tap: dict[str, Any] = {f"{site}.{src.layer}": None for site in ("resid_pre", "pattern")}
-    x = src.idx[window : window + 1, : position + 1]
-    src.model.run_blocks(src.model.embed(x), stop=src.layer + 1, tap=tap)
-    resid, a = tap[f"resid_pre.{src.layer}"], tap[f"pattern.{src.layer}"]
-    t = position + 1
-    v = block.attn.qkv(block.norm_attn(resid), src.model.rope_cos[:t], src.model.rope_sin[:t])[2]  # [1, H, t, K]
-    return a[0, :, position] * torch.einsum("hsk,hk->hs", v[0], src.encoder(f))
+    model: Any = source.model
+    layer = source.layer
+    block = model.blocks[layer]
+    n_keys = position + 1
+    idx = source.idx[window : window + 1, :n_keys]  # [1, keys]
+    tap: dict[str, Any] = {f"resid_pre.{layer}": None, f"pattern.{layer}": None}
+    model.run_blocks(model.embed(idx), stop=layer + 1, tap=tap)
+    residual = block.norm_attn(tap[f"resid_pre.{layer}"])  # [1, keys, D]
+    attention = tap[f"pattern.{layer}"][0, :, position]  # [H, keys]
+    value = block.attn.qkv(residual, model.rope_cos[:n_keys], model.rope_sin[:n_keys])[2]
+    read = torch.einsum("hsk,hk->hs", value[0], source.encoder(feature))  # [H, keys]
+    return attention * read
+
+
+class Token(NamedTuple):
+    """A token of the page with a number: its activation, contribution or logit."""
+
+    text: str
+    value: float
+    is_peak: bool = False  # the token for which a context is shown
+
+
+class Place(NamedTuple):
+    """A source position of an activation."""
+
+    text: str
+    back: int  # tokens before the activation
+    value: float  # contribution to the pre-activation
+
+
+@dataclass
+class Origin:
+    """Where the largest activation of a feature came from."""
+
+    tokens: list[Token]  # the context up to the activation; values: contribution, all heads
+    places: list[Place]  # the largest contributions in size
+    by_head: list[float]  # contribution of each head, all positions
+
+
+@dataclass
+class Feature:
+    """What the page shows of one feature."""
+
+    number: int
+    n_active: int  # tokens
+    frequency: float  # share of all tokens
+    largest: float  # activation
+    counts: list[int]  # tokens a bin of the histogram of positive activations
+    edges: list[float]  # of the bins, one more than counts
+    contexts: list[list[Token]]  # the strongest first; values: activation
+    origin: Origin
+    heads: list[float]  # share of each head in what the feature writes
+    raises: list[Token]  # next tokens whose logit the decoder raises most; values: logit
+    lowers: list[Token]
+
+
+def top_contexts(source: Source, activation: Tensor) -> list[list[Token]]:
+    """The windows with the largest activations, each around its peak. `activation` [N, T]."""
+    peak, where = activation.max(1)  # [N], [N]
+    contexts = []
+    for window in peak.topk(min(N_CONTEXTS, len(peak))).indices.tolist():
+        if peak[window] <= 0:
+            break
+        place = int(where[window])
+        first = max(0, place - TOKENS_BEFORE)
+        end = min(activation.shape[1], place + TOKENS_AFTER + 1)
+        context = []
+        for position in range(first, end):
+            text = source.say(int(source.idx[window, position]))
+            value = float(activation[window, position])
+            context.append(Token(text, value, is_peak=position == place))
+        contexts.append(context)
+    return contexts
+
+
+def trace_peak(source: Source, feature: int, activation: Tensor) -> Origin:
+    """Where the largest of a feature's activations [N, T] came from; zeros if there is none."""
+    peak, where = activation.max(1)  # [N], [N]
+    window = int(peak.argmax())
+    place = int(where[window])
+    if peak[window] > 0:
+        part = sources(source, feature, window, place)  # [H, place + 1]
+    else:
+        part = torch.zeros(source.model.cfg.n_heads, 1)
+    by_position = part.sum(0)  # [place + 1]
+    words = [source.say(int(token)) for token in source.idx[window]]
+
+    first = max(0, place - TOKENS_BEFORE)
+    shown = range(first, len(by_position))
+    tokens = [Token(words[position], float(by_position[position])) for position in shown]
+    places = []
+    for position in by_position.abs().topk(min(N_SOURCES, len(by_position))).indices.tolist():
+        contribution = float(by_position[position])
+        places.append(Place(words[position], place - position, contribution))
+    return Origin(tokens, places, part.sum(1).tolist())
+
+
+def next_tokens(source: Source, logits: Tensor, sign: int) -> list[Token]:
+    """The tokens whose logits [V] are largest (sign 1) or smallest (sign -1)."""
+    ranked = (sign * logits).topk(N_NEXT_TOKENS).indices.tolist()
+    return [Token(source.say(token), float(logits[token])) for token in ranked]
 
 
 @torch.no_grad()
-def describe(src: Source, features: list[int]) -> list[dict[str, Any]]:
+def describe(source: Source, features: list[int]) -> list[Feature]:
     """Everything that the page shows of each feature, as plain numbers and strings."""
-    out, act, w = [], src.activations(features), src.decoder()
-    basis, u = write_basis(src.model, src.layer), unembedding(src.model)
-    share = head_share(w[features], basis)
-    w_o = src.model.blocks[src.layer].attn.w_o.weight.unflatten(1, w.shape[1:])  # type: ignore[union-attr]
-    for j, f in enumerate(features):
-        a = act[..., j]
-        counts, edges = np.histogram(a[a > 0].numpy(), BINS)
-        logits = u @ torch.einsum("dhk,hk->d", w_o, w[f])
-        peak, where = a.max(1)
-        contexts = []
-        for i in peak.topk(min(CONTEXTS, len(peak))).indices.tolist():
-            if peak[i] <= 0:
-                break
-            s = int(where[i])
-            span = range(max(0, s - BEFORE), min(a.shape[1], s + AFTER + 1))
-            contexts.append([(src.say(int(src.idx[i, p])), float(a[i, p]), p == s) for p in span])
-        best = int(peak.argmax())
-        s = int(where[best])
-        part = sources(src, f, best, s) if peak[best] > 0 else torch.zeros(w.shape[1], 1)
-        by_place, first = part.sum(0), max(0, s - BEFORE)
-        top = by_place.abs().topk(min(5, len(by_place))).indices.tolist()
-        places = [(src.say(int(src.idx[best, p])), s - p, float(by_place[p])) for p in top]
-        origin = [(src.say(int(src.idx[best, p])), float(by_place[p])) for p in range(first, part.shape[1])]
-        words = {
-            k: [(src.say(int(i)), float(logits[i])) for i in x.topk(WORDS).indices] for k, x in (("raises", logits), ("lowers", -logits))
-        }
-        numbers = dict(feature=f, n_active=int((a > 0).sum()), frequency=float((a > 0).float().mean()), largest=float(a.max()))
-        numbers |= dict(counts=counts.tolist(), edges=edges.tolist(), heads=share[j].tolist(), by_head=part.sum(1).tolist())
-        out.append(numbers | dict(contexts=contexts, origin=origin, places=places) | words)
-    return out
-
-
-# --------------------------------------------------------------------------------------------------------- the page
-def shaded(text: str, value: float, largest: float, mark: bool = False) -> str:
-    """A token on a ground as deep as its value; blue: positive, orange: negative."""
-    colour = "0,114,178" if value >= 0 else "213,94,0"
-    depth = min(1.0, abs(value) / largest) if largest else 0.0
-    style = f"background:rgba({colour},{0.75 * depth:.2f})" if depth > 0.01 else ""
-    return f'<span title="{value:.4g}" style="{style}"{" class=peak" if mark else ""}>{html.escape(text)}</span>'
-
-
-def histogram(counts: list[int], edges: list[float]) -> str:
-    """Counts on a logarithmic axis, as SVG."""
-    top = np.log1p(max(counts)) if counts else 1.0
-    bars = "".join(
-        f'<rect x="{10 * i}" y="{60 - 60 * np.log1p(n) / max(top, 1e-9):.1f}" width="9" height="{60 * np.log1p(n) / max(top, 1e-9):.1f}">'
-        f"<title>{edges[i]:.3g} to {edges[i + 1]:.3g}: {n} tokens</title></rect>"
-        for i, n in enumerate(counts)
-    )
-    label = f"activations from {edges[0]:.3g} to {edges[-1]:.3g}; tallest bar {max(counts)} tokens, logarithmic"
-    return f'<svg viewBox="0 0 {10 * len(counts)} 60" role="img" aria-label="{label}">{bars}</svg><small>{label}</small>'
-
-
-def render(title: str, about: str, rows: list[dict[str, Any]]) -> str:
-    """The page; all token text is escaped."""
-    body = []
-    for r in rows:
-        contexts = "".join(f"<p class=ctx>{''.join(shaded(t, v, r['largest'], m) for t, v, m in c)}</p>" for c in r["contexts"])
-        most = max((abs(v) for _, v in r["origin"]), default=0.0)
-        origin = "".join(shaded(t, v, most) for t, v in r["origin"])
-        places = "; ".join(f"“{html.escape(t)}”, {back} back, {v:+.3g}" for t, back, v in r["places"])
-        words = ""
-        for k in ("raises", "lowers"):
-            tokens = " ".join(f'<code title="{v:.3g}">{html.escape(t)}</code>' for t, v in r[k])
-            words += f"<p><b>{k}</b> {tokens}</p>"
-        heads = "".join(
-            f'<tr><td>H{h}</td><td><i style="width:{8 * s:.2f}rem"></i> {s:.0%}</td><td>{v:+.3g}</td></tr>'
-            for h, (s, v) in enumerate(zip(r["heads"], r["by_head"], strict=True))
+    activations = source.activations(features)  # [N, T, features]
+    decoder = source.decoder()  # [F, H, K]
+    share = head_share(decoder[features], write_basis(source.model, source.layer))  # [features, H]
+    block: Any = source.model.blocks[source.layer]
+    w_o = block.attn.w_o.weight.unflatten(1, decoder.shape[1:])  # [D, H, K]
+    w_u = unembedding(source.model)  # [V, D]
+    described = []
+    for column, feature in enumerate(features):
+        activation = activations[..., column]  # [N, T]
+        counts, edges = np.histogram(activation[activation > 0].numpy(), HISTOGRAM_BINS)
+        logits = w_u @ torch.einsum("dhk,hk->d", w_o, decoder[feature])  # [V]
+        described.append(
+            Feature(
+                number=feature,
+                n_active=int((activation > 0).sum()),
+                frequency=float((activation > 0).float().mean()),
+                largest=float(activation.max()),
+                counts=counts.tolist(),
+                edges=edges.tolist(),
+                contexts=top_contexts(source, activation),
+                origin=trace_peak(source, feature, activation),
+                heads=share[column].tolist(),
+                raises=next_tokens(source, logits, 1),
+                lowers=next_tokens(source, logits, -1),
+            )
         )
-        active = f"active on {r['n_active']} tokens ({100 * r['frequency']:.3g}% of all), up to {r['largest']:.3g}"
-        body.append(
-            f'<details id="f{r["feature"]}" {"open" if len(body) < 3 else ""}><summary>Feature {r["feature"]}: {active}</summary>'
-            f"<div class=two><div>{histogram(r['counts'], r['edges'])}{words}<table><tr><th>head<th>share of what it writes"
-            f"<th>of the activation below</tr>{heads}</table></div>"
-            f"<div><h4>Top contexts</h4>{contexts or '<p>never active here</p>'}<h4>Where the activation of the first one came from</h4>"
-            f"<p class=ctx>{origin}</p><small>blue adds, orange takes away; largest: {places}</small></div></div>"
-            "</details>"
-        )
-    head = f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>"
-    start = f'<!doctype html><html lang="en"><head><meta charset="utf-8">{STYLE}<title>{html.escape(title)}</title></head>'
-    return f"{start}<body>{head}{''.join(body)}</body></html>"
+    return described
 
 
-STYLE = """<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root{color-scheme:light dark}body{max-width:72rem;margin:0 auto;padding:1rem;font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-details{border-bottom:1px solid #8886;padding:.4rem 0}summary{cursor:pointer;font-weight:600}h4{margin:.6rem 0 .2rem}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1rem}.two>div{min-width:0}
-.ctx{margin:.2rem 0;line-height:1.7}.peak{outline:2px solid currentColor}svg{width:100%;height:5rem;display:block}rect{fill:#0072b2}
-table{border-collapse:collapse;font-size:.85rem}td,th{padding:.05rem .5rem;text-align:left;font-weight:400}
-i{display:inline-block;height:.7rem;background:#0072b2}small{opacity:.75}</style>"""
+# ---------------------------------------------------------------------------------------- the page
+def shade(value: float, largest: float) -> float:
+    """How deep the ground of a token is, 0 to 1: the size of its value beside the largest."""
+    return min(1.0, abs(value) / largest) if largest else 0.0
 
 
-@one_line_errors
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+def bar_heights(counts: list[int]) -> list[float]:
+    """Heights of the bars, 0 to 1, on a logarithmic axis: log(1 + tokens)."""
+    tallest = max(np.log1p(max(counts)), 1e-9)
+    return [float(np.log1p(count) / tallest) for count in counts]
+
+
+def largest_size(tokens: list[Token]) -> float:
+    return max((abs(token.value) for token in tokens), default=0.0)
+
+
+def render(title: str, about: str, features: list[Feature]) -> str:
+    """The page; the template escapes all token text."""
+    return render_page(
+        "features.html",
+        title=title,
+        about=about,
+        features=features,
+        open_at_start=OPEN_AT_START,
+        shade=shade,
+        bar_heights=bar_heights,
+        largest_size=largest_size,
     )
-    p.add_argument("sae", type=Path, help="folder of an SAE: saes/<run>/L<layer>, or .../H<head>")
-    which = p.add_mutually_exclusive_group()
-    which.add_argument("--features", type=int, nargs="+", help="numbers of the features; none: those that write most")
+
+
+# ------------------------------------------------------------------------------------ command line
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=" ".join((__doc__ or "").partition("\n\n")[0].split()),
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("sae", type=Path, help="folder of an SAE: saes/<run>/L<layer>, or .../H<head>")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--features", type=int, nargs="+", help="numbers of the features; none: the strongest"
+    )
     which.add_argument("--top", type=positive(int), default=50, help="how many of those")
-    p.add_argument("--tokens", type=positive(int), default=65_536, help="harvested tokens to look at, cut to whole windows")
-    p.add_argument("--activations_dir", type=Path, help="where harvest_activations.py wrote; none: where the SAE says")
-    p.add_argument("--model_path", type=Path, help="checkpoint; none: where the SAE says")
-    p.add_argument("--out", type=Path, default=Path("features.html"), help="the page; replaced if it is there")
-    args = p.parse_args(argv)
-    src = open_source(args.sae, args.activations_dir, args.model_path, args.tokens)
-    latents = len(src.sae["W_dec"])
-    for f in (f for f in args.features or [] if not 0 <= f < latents):
-        raise HandoffError(f"--features {f}: {args.sae} has features 0 to {latents - 1}")
-    rows = describe(src, args.features or strongest(src, args.top))
+    tokens = "harvested tokens to look at, cut to whole windows"
+    add("--tokens", type=positive(int), default=65_536, help=tokens)
+    place = "where harvest_activations.py wrote; none: where the SAE says"
+    add("--activations_dir", type=Path, help=place)
+    add("--model_path", type=Path, help="checkpoint; none: where the SAE says")
+    out = "the page; replaced if it is there"
+    add("--out", type=Path, default=Path("features.html"), help=out)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    source = open_source(args.sae, args.activations_dir, args.model_path, args.tokens)
+    n_latents = len(source.sae["W_dec"])
+    for feature in args.features or []:
+        if not 0 <= feature < n_latents:
+            fact = f"{args.sae} has features 0 to {n_latents - 1}"
+            raise HandoffError(f"--features {feature}: {fact}")
+    features = describe(source, args.features or strongest(source, args.top))
     about = (
-        f"Layer {src.layer}, {latents:,} features; {src.idx.numel():,} harvested tokens in {len(src.idx):,} windows. "
-        "A description: no null, no interval. Tokens are shaded by activation; point at one for its value."
+        f"Layer {source.layer}, {n_latents:,} features; "
+        f"{source.idx.numel():,} harvested tokens in {len(source.idx):,} windows. "
+        "A description: no null, no interval. "
+        "Tokens are shaded by activation; point at one for its value."
     )
-    with atomic(args.out) as tmp:
-        tmp.write_text(render(f"Features of {args.sae}", about, rows), encoding="utf-8")
-    print(f"{args.out}: {len(rows)} features, {args.out.stat().st_size / 1e6:.1f} MB")
+    page = render(f"Features of {args.sae}", about, features)
+    with atomic(args.out) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    print(f"{args.out}: {len(features)} features, {args.out.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return one_line_errors(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -1,43 +1,63 @@
 #!/usr/bin/env python3
-"""One page about one or more finished pipelines: what was run, what came out, and what that supports.
+"""One page about one or more finished pipelines: what was run, what came out, and what that
+supports.
 
-    python tools/report.py --runs runs/demo                  # results/report.html; `make report`, and the end of `make demo`
-    python tools/report.py --runs runs/demo runs/mine        # two runs side by side
+    python tools/report.py --runs runs/demo             # `make report`; the end of `make demo`
+    python tools/report.py --runs runs/demo runs/mine   # two runs side by side
 
-Reads   each folder as `make demo` leaves it: run.json, CSVs and figures. What is missing is named, with the command that makes it
-Writes  --out, one HTML file that needs no network; every figure with its reading, n, interval, null, command and CSV
+Reads   each folder as `make demo` leaves it: run.json, CSVs and figures. What is missing is named,
+        with the command that makes it; the template pages/report.html
+Writes  --out (results/report.html), one HTML file that needs no network; every figure with its
+        reading, n, interval, null, command and CSV
 
-Nothing is computed again: the figures are those of the phases, and each sentence states numbers of their CSVs.
+Nothing is computed again: the figures are those of the phases, and each sentence states numbers of
+their CSVs.
 """
 
 import argparse
 import base64
 import gzip
-import html
 import io
 import json
 import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from PIL import Image
 from scipy import stats
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+TOOLS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TOOLS.parent), str(TOOLS)]
 from headlines import tracking  # noqa: E402
 
-from janus_adaptive import HandoffError, atomic, one_line_errors, read_telemetry  # noqa: E402
+from hero_head_analysis import render_page  # noqa: E402
+from janus_adaptive import (  # noqa: E402
+    HandoffError,
+    atomic,
+    one_line_errors,
+    read_telemetry,
+)
 
 MAX_BYTES = 5_000_000  # of the page
-BIG_CSV, MAX_CSV = 300_000, 400_000  # bytes: from here on a CSV is embedded compressed; is only named if it still has more
-ARMS = ("adaptive", "control")
-MODES = ("mean", "zero", "resample")
+COMPRESS_BYTES = 300_000  # a CSV of more is embedded compressed
+EMBED_BYTES = 400_000  # a CSV that still has more is only named
+ARMS = ["adaptive", "control"]
+MODES = ["mean", "zero", "resample"]  # of ablation, in the order of the buttons
+PARTS = [  # folders with a run.json, in the order in which they are made
+    "adaptive",
+    "control",
+    "activations/adaptive",
+    "saes/adaptive",
+    "energy_lens",
+    "hero_analysis",
+]
+BOOTSTRAP = "95 % bootstrap over sequences, Bonferroni within the table"
 
 
 @dataclass
@@ -51,452 +71,720 @@ class Exhibit:
     n: str
     interval: str
     null: str
-    command: str
+    command: str  # that draws it again
 
 
 class Run:
     """The folder of one pipeline, and what lies in it. A missing table raises FileNotFoundError."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.name
+        self.path = path
+        self.name = path.name
         if not (path / "adaptive" / "telemetry.csv").is_file():
-            raise HandoffError(f"{path} has no adaptive/telemetry.csv; expected the folder of a pipeline: make demo RUN={path}")
+            fact = f"{path} has no adaptive/telemetry.csv; expected the folder of a pipeline"
+            raise HandoffError(f"{fact}: make demo RUN={path}")
 
     def table(self, name: str) -> pd.DataFrame:
         return pd.read_csv(self.path / name)
 
     def record(self, name: str) -> dict[str, Any]:
+        """The run.json of a part."""
         path = self.path / name / "run.json"
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise HandoffError(f"{path} is not JSON: damaged; the phase that wrote it writes it anew") from None
+            remedy = "the phase that wrote it writes it anew"
+            raise HandoffError(f"{path} is not JSON: damaged; {remedy}") from None
 
     @cached_property
     def telemetry(self) -> dict[str, pd.DataFrame]:
-        arms = [arm for arm in ARMS if (self.path / arm / "telemetry.csv").is_file()]
-        return {arm: read_telemetry(self.path / arm / "telemetry.csv") for arm in arms}
+        """Of each arm that was trained."""
+        paths = {arm: self.path / arm / "telemetry.csv" for arm in ARMS}
+        return {arm: read_telemetry(path) for arm, path in paths.items() if path.is_file()}
 
     @cached_property
     def target(self) -> float:
+        """The setpoint of sigma."""
         return float(self.record("adaptive")["arguments"]["target_sigma"])
 
     def last(self, arm: str, column: str) -> float:
+        """The last value of a column of the telemetry that is only filled now and then."""
         return float(self.telemetry[arm][column].dropna().iloc[-1])
 
 
-# ------------------------------------------------------------------------------------- the sections, from the CSVs
-def training(r: Run) -> list[Exhibit]:
-    held, seed = tracking(r.telemetry["adaptive"], r.target), r.record("adaptive")["arguments"]["seed"]
-    loop = (
-        f"From step {held['settled_step']:.0f} on the filtered sigma is {held['mean']:.3f} ± {held['sd']:.3f} of its setpoint "
-        f"{r.target:g}, within 10 % at {held['share']:.0%} of {held['n']} samples"
-        if held["n"]
-        else f"The filtered sigma never came within 10 % of its setpoint {r.target:g} while the loop was closed"
+# ------------------------------------------------------------------ the sections, from the CSVs
+def training(run: Run) -> list[Exhibit]:
+    held = tracking(run.telemetry["adaptive"], run.target)
+    if held["n"]:
+        loop = (
+            f"From step {held['settled_step']:.0f} on the filtered sigma is {held['mean']:.3f} "
+            f"± {held['sd']:.3f} of its setpoint {run.target:g}, "
+            f"within 10 % at {held['share']:.0%} of {held['n']} samples"
+        )
+    else:
+        loop = (
+            f"The filtered sigma never came within 10 % of its setpoint {run.target:g} "
+            "while the loop was closed"
+        )
+    ends = []
+    for arm in run.telemetry:
+        sigma = run.last(arm, "val_sigma_z")
+        loss = run.last(arm, "val_loss")
+        ends.append(f"{arm} sigma {sigma:.4f}, loss {loss:.4f}")
+    telemetry = " ".join(f"{run.path}/{arm}/telemetry.csv" for arm in run.telemetry)
+    redraw = f"python janus_adaptive.py --redraw {telemetry}"
+    seed = run.record("adaptive")["arguments"]["seed"]
+    exhibit = Exhibit(
+        title="The control loop",
+        image="training.png",
+        csv="adaptive/telemetry.csv",
+        reading=f"{loop}; whole validation split at the end: {', '.join(ends)}.",
+        n=f"one training run an arm, seed {seed}",
+        interval="none: one run; ± is over samples in time",
+        null="the control arm, without pressure",
+        command=f"{redraw} --save_dir {run.path} --target_sigma {run.target:g}",
     )
-    ends = (f"{arm} sigma {r.last(arm, 'val_sigma_z'):.4f}, loss {r.last(arm, 'val_loss'):.4f}" for arm in r.telemetry)
-    reading = f"{loop}; whole validation split at the end: {', '.join(ends)}."
-    arms = " ".join(f"{r.path}/{arm}/telemetry.csv" for arm in r.telemetry)
-    command = f"python janus_adaptive.py --redraw {arms} --save_dir {r.path} --target_sigma {r.target:g}"
-    n = f"one training run an arm, seed {seed}"
-    return [
-        Exhibit("The control loop", "training.png", "adaptive/telemetry.csv", reading, n, "none: one run; ± is over samples in time",
-                "the control arm, without pressure", command)
-    ]  # fmt: skip
+    return [exhibit]
 
 
-def topology(r: Run) -> list[Exhibit]:
-    arms = [arm for arm in r.telemetry if (r.path / "activations" / arm).is_dir()]
-    t = pd.concat([r.table(f"activations/{arm}/topology_stats.csv") for arm in arms]).query("metric == 'sigma_resid'")
-    parts = [
-        f"{run}: {g.value.mean():.4f} (layers {g.value.min():.4f} to {g.value.max():.4f}; bases turned at random: {g.null_mean.mean():.4f})"
-        for run, g in t.groupby("run")
-    ]
-    n = f"{int(t.n_windows.min()):,} windows, {int(t.n_tokens.min()):,} tokens a layer"
-    command = f"python harvest_activations.py --redraw --run_name adaptive --save_dir {r.path}/activations --compare control adaptive"
-    reading = "Mean absolute cosine between what the heads write (sigma_resid), mean over layers. " + "; ".join(parts) + "."
-    null = "the basis of every head turned at random, independently (null_* of the CSV)"
-    interval = "95 % jackknife over blocks of windows (topology_stats.csv)"
-    return [
-        Exhibit("Figure 1: head-by-head cosines", "activations/adaptive/figure1_head_cosines.png",
-                "activations/adaptive/topology_stats.csv", reading, n, interval, null, command)
-    ]  # fmt: skip
-
-
-def saes(r: Run) -> list[Exhibit]:
-    t = r.table("saes/sae_metrics.csv")
-    parts = [
-        f"{run} {g.fvu.mean():.3f} (layers {g.fvu.min():.3f} to {g.fvu.max():.3f}), L0 {g.l0.mean():.1f}" for run, g in t.groupby("run")
-    ]
-    dead = ", ".join(f"{run} {g.dead_share_eval.mean():.1%}" for run, g in t.groupby("run"))
-    n = f"{len(t)} SAEs on {int(t.n_windows.min()):,} held-out windows"
-    interval, command = "95 % bootstrap over windows", f"python train_sae.py --redraw --save_dir {r.path}/saes"
-    null = "zero and mean ablation of the same activations (ce_recovered_* in the CSV)"
-    return [
-        Exhibit("Figure 2: L0 and FVU by depth", "saes/figure2_l0_by_depth.png", "saes/sae_metrics.csv",
-                f"Unexplained variance: {'; '.join(parts)}.", n, interval, null, command),
-        Exhibit("Figure 3: how often latents fire", "saes/figure3_activation_frequency.png", "saes/sae_metrics.csv",
-                f"Latents that never fire on the held-out tokens: {dead}.", n, "none", "none: a description", command),
-    ]  # fmt: skip
-
-
-def ablation(r: Run) -> list[Exhibit]:
-    s = r.table("results_ablation_summary.csv")
-    s = s[s["mode"] == s["ranked_by"]]
-    parts = [
-        f"{x.run}: {'the unique hero is' if x.unique_hero else 'no unique hero, first is'} L{x.hero_layer:.0f}H{x.hero_head:.0f}, "
-        f"{x.crossfit:+.4f} nats [{x.crossfit_lo:+.4f}, {x.crossfit_hi:+.4f}], first in {x.p_top1:.0%} of bootstrap draws"
-        for x in s.itertuples()
-    ]
-    n, command = f"{s.n_seq.iloc[0]:.0f} sequences, every head", f"python ablation_test.py --redraw {r.path}/results_ablation.csv"
-    null = "no effect of any head (max-T over all heads); hero chosen on one half of the sequences, measured on the other"
-    interval = "95 % paired bootstrap over sequences"
-    return [
-        Exhibit("Figure 4: what removing each head costs", "results_ablation_figure4.png", "results_ablation.csv",
-                "; ".join(parts) + ".", n, interval, null, command)
-    ]  # fmt: skip
-
-
-def hero(r: Run) -> list[Exhibit]:
-    folder, who = "hero_analysis", r.record("hero_analysis").get("hero") or {}
-    name = f"L{who.get('layer')}H{who.get('head')} of {who.get('run')}"
-    command = f"python hero_head_analysis.py --redraw --save_dir {r.path}/{folder}"
-    parts = r.table(f"{folder}/hero_preserving.csv").query("role == 'hero'")
-    claimed = parts[parts.kind == "claimed"].sort_values("value")
-    chance = parts[parts.kind == "matched-random"].set_index("mechanism").value
-    best = claimed.iloc[-1]
-    random = chance.get(best.mechanism, float("nan"))
-    kept = (
-        f"Keeping only “{best.mechanism}” keeps {best.value:.0%} [{best.ci_low:.0%}, {best.ci_high:.0%}] of the loss impact of {name}; "
-        f"as many at random {random:.0%}."
+def topology(run: Run) -> list[Exhibit]:
+    arms = [arm for arm in run.telemetry if (run.path / "activations" / arm).is_dir()]
+    tables = [run.table(f"activations/{arm}/topology_stats.csv") for arm in arms]
+    sigma = pd.concat(tables).query("metric == 'sigma_resid'")
+    parts = []
+    for arm, layers in sigma.groupby("run"):
+        span = f"layers {layers.value.min():.4f} to {layers.value.max():.4f}"
+        null = f"bases turned at random: {layers.null_mean.mean():.4f}"
+        parts.append(f"{arm}: {layers.value.mean():.4f} ({span}; {null})")
+    what = "Mean absolute cosine between what the heads write (sigma_resid), mean over layers. "
+    n_windows = int(sigma.n_windows.min())
+    n_tokens = int(sigma.n_tokens.min())
+    redraw = "python harvest_activations.py --redraw --run_name adaptive"
+    exhibit = Exhibit(
+        title="Figure 1: head-by-head cosines",
+        image="activations/adaptive/figure1_head_cosines.png",
+        csv="activations/adaptive/topology_stats.csv",
+        reading=what + "; ".join(parts) + ".",
+        n=f"{n_windows:,} windows, {n_tokens:,} tokens a layer",
+        interval="95 % jackknife over blocks of windows (topology_stats.csv)",
+        null="the basis of every head turned at random, independently (null_* of the CSV)",
+        command=f"{redraw} --save_dir {run.path}/activations --compare control adaptive",
     )
-    if best.impact_low <= 0 <= best.impact_high:
-        kept = f"The loss impact of {name} is not told from 0 on these sequences, so shares of it mean nothing."
-    impact = r.table(f"{folder}/hero_impact.csv").iloc[0]
-    scores = r.table(f"{folder}/hero_scores.csv").query("role == 'hero'")
+    return [exhibit]
+
+
+def saes(run: Run) -> list[Exhibit]:
+    table = run.table("saes/sae_metrics.csv")
+    unexplained = []
+    dead = []
+    for arm, layers in table.groupby("run"):
+        span = f"layers {layers.fvu.min():.3f} to {layers.fvu.max():.3f}"
+        unexplained.append(f"{arm} {layers.fvu.mean():.3f} ({span}), L0 {layers.l0.mean():.1f}")
+        dead.append(f"{arm} {layers.dead_share_eval.mean():.1%}")
+    n = f"{len(table)} SAEs on {int(table.n_windows.min()):,} held-out windows"
+    command = f"python train_sae.py --redraw --save_dir {run.path}/saes"
+    by_depth = Exhibit(
+        title="Figure 2: L0 and FVU by depth",
+        image="saes/figure2_l0_by_depth.png",
+        csv="saes/sae_metrics.csv",
+        reading=f"Unexplained variance: {'; '.join(unexplained)}.",
+        n=n,
+        interval="95 % bootstrap over windows",
+        null="zero and mean ablation of the same activations (ce_recovered_* in the CSV)",
+        command=command,
+    )
+    how_often = Exhibit(
+        title="Figure 3: how often latents fire",
+        image="saes/figure3_activation_frequency.png",
+        csv="saes/sae_metrics.csv",
+        reading=f"Latents that never fire on the held-out tokens: {', '.join(dead)}.",
+        n=n,
+        interval="none",
+        null="none: a description",
+        command=command,
+    )
+    return [by_depth, how_often]
+
+
+def ablation(run: Run) -> list[Exhibit]:
+    summary = run.table("results_ablation_summary.csv")
+    summary = summary[summary["mode"] == summary["ranked_by"]]
+    parts = []
+    for arm in summary.itertuples():
+        who = "the unique hero is" if arm.unique_hero else "no unique hero, first is"
+        head = f"L{arm.hero_layer:.0f}H{arm.hero_head:.0f}"
+        impact = f"{arm.crossfit:+.4f} nats [{arm.crossfit_lo:+.4f}, {arm.crossfit_hi:+.4f}]"
+        draws = f"first in {arm.p_top1:.0%} of bootstrap draws"
+        parts.append(f"{arm.run}: {who} {head}, {impact}, {draws}")
+    no_effect = "no effect of any head (max-T over all heads)"
+    exhibit = Exhibit(
+        title="Figure 4: what removing each head costs",
+        image="results_ablation_figure4.png",
+        csv="results_ablation.csv",
+        reading="; ".join(parts) + ".",
+        n=f"{summary.n_seq.iloc[0]:.0f} sequences, every head",
+        interval="95 % paired bootstrap over sequences",
+        null=f"{no_effect}; hero chosen on one half of the sequences, measured on the other",
+        command=f"python ablation_test.py --redraw {run.path}/results_ablation.csv",
+    )
+    return [exhibit]
+
+
+def scores_outside_null(run: Run) -> str:
+    """The hero's three scores that are furthest from their null, of those told from it."""
+    scores = run.table("hero_analysis/hero_scores.csv").query("role == 'hero'")
     outside = scores[(scores.null < scores.ci_low) | (scores.null > scores.ci_high)]
-    top = outside.assign(gap=(outside.value - outside.null).abs()).sort_values("gap").tail(3)
-    told = ", ".join(f"{x.score} {x.value:.3g} (null {x.null:.3g})" for x in top[::-1].itertuples()) or "none is told from it"
+    gap = (outside.value - outside.null).abs()
+    furthest = outside.assign(gap=gap).sort_values("gap").tail(3)[::-1]
+    told = [f"{row.score} {row.value:.3g} (null {row.null:.3g})" for row in furthest.itertuples()]
+    return ", ".join(told) or "none is told from it"
+
+
+def share_explained(best: pd.Series, preserving: pd.DataFrame, name: str) -> str:
+    """What keeping the best described part of the head keeps of its impact, beside chance."""
+    if best.impact_low <= 0 <= best.impact_high:
+        vague = f"The loss impact of {name} is not told from 0 on these sequences"
+        return f"{vague}, so shares of it mean nothing."
+    matched = preserving[preserving.kind == "matched-random"].set_index("mechanism").value
+    at_random = matched.get(best.mechanism, float("nan"))
+    share = f"{best.value:.0%} [{best.ci_low:.0%}, {best.ci_high:.0%}]"
+    kept = f"Keeping only “{best.mechanism}” keeps {share} of the loss impact of {name}"
+    return f"{kept}; as many at random {at_random:.0%}."
+
+
+def hero(run: Run) -> list[Exhibit]:
+    folder = "hero_analysis"
+    head = run.record(folder).get("hero") or {}
+    name = f"L{head.get('layer')}H{head.get('head')} of {head.get('run')}"
+    preserving = run.table(f"{folder}/hero_preserving.csv").query("role == 'hero'")
+    best = preserving[preserving.kind == "claimed"].sort_values("value").iloc[-1]
+    impact = run.table(f"{folder}/hero_impact.csv").iloc[0]
+    cost = f"{impact.value:.4f} nats a token [{impact.ci_low:.4f}, {impact.ci_high:.4f}]"
+    attention = f"Attention of {name} on the text of the command"
     n = f"{best.n:.0f} sequences"
-    boot = "95 % bootstrap over sequences, Bonferroni within the table"
-    return [
-        Exhibit("Where the hero sits", f"{folder}/hero_importance.png", f"{folder}/hero_importance.csv",
-                f"{name}: its mean ablation costs {impact.value:.4f} nats a token [{impact.ci_low:.4f}, {impact.ci_high:.4f}].", n, boot,
-                "matched and random heads of the same model, in hero_impact.csv", command),
-        Exhibit("What it looks at, in one text", f"{folder}/hero_attention.png", f"{folder}/hero_attention.csv",
-                f"Attention of {name} on the text of the command, beside its functional match in the other arm.", "one text", "none",
-                "none: an illustration", command),
-        Exhibit("What kind of head it is", f"{folder}/hero_scores.png", f"{folder}/hero_scores.csv",
-                f"Scores furthest from their null: {told}.", n, boot, "the same score with tokens shuffled", command),
-        Exhibit("How much of it is explained", f"{folder}/hero_preserving.png", f"{folder}/hero_preserving.csv", kept, n, boot,
-                "as many keys or features, drawn at random (grey)", command),
-    ]  # fmt: skip
-
-
-def efas(r: Run) -> list[Exhibit]:
-    folder, f = "energy_lens", r.table("energy_lens/layers.csv")
-    record = r.record(folder)["arguments"]
-    untrained, p = r.table(f"{folder}/untrained.csv").iloc[0], r.table(f"{folder}/predictors.csv")
-    command = f"python energy_lens_minimal.py --preset {record['preset']} --save_dir {r.path}/{folder} --overwrite"
-    n = f"{int(f.n_seq.iloc[0])} held-out sequences, one a document; preset {record['preset']}, one seed"
-    reading = (
-        f"{int(f.aligned.sum())} of {int(f.eligible.sum())} eligible features are aligned; |EFAS| > 0.1 alone passes "
-        f"{int(f.rule_passes.sum())}, {f.rule_false_directions.sum():.0f} expected of random directions; "
-        f"untrained model: {int(untrained.aligned)} of {int(untrained.eligible)}."
+    command = f"python hero_head_analysis.py --redraw --save_dir {run.path}/{folder}"
+    where = Exhibit(
+        title="Where the hero sits",
+        image=f"{folder}/hero_importance.png",
+        csv=f"{folder}/hero_importance.csv",
+        reading=f"{name}: its mean ablation costs {cost}.",
+        n=n,
+        interval=BOOTSTRAP,
+        null="matched and random heads of the same model, in hero_impact.csv",
+        command=command,
     )
-    null = "whole sequences permuted, and random directions with the states' covariance; false discovery rate 5 % over all layers"
-    small = p[(p.scale == "signed") & p.predictor.isin(["attribution", "efas_a"])]
-    small = small[small.eps == small.eps.min()].set_index("predictor")
-    told = "; ".join(f"{k} {x.spearman:.2f} [{x.ci_lo:.2f}, {x.ci_hi:.2f}]" for k, x in small.iterrows())
-    out = [
-        Exhibit("EFAS against its nulls", f"{folder}/efas_distribution.png", f"{folder}/features.csv", reading, n,
-                "95 % bootstrap over sequences (layers.csv)", null, command)
-    ]  # fmt: skip
-    if len(small):
-        out.append(
-            Exhibit("Does it predict an intervention?", f"{folder}/predicted_actual.png", f"{folder}/predictors.csv",
-                    f"Spearman with the energy change of a small ablation: {told}.", f"{int(small.n_features.iloc[0])} features, {n}",
-                    "95 % bootstrap over sequences and features", "a random predictor (same CSV)", command)
-        )  # fmt: skip
-    return out
-
-
-SECTIONS: dict[str, tuple[Callable[[Run], list[Exhibit]], str]] = {
-    "Training and control loop": (training, "make train figures"),
-    "Topology of the heads": (topology, "make harvest figures"),
-    "Sparse autoencoders": (saes, "make sae figures"),
-    "Ablation": (ablation, "make ablate"),
-    "The hero": (hero, "make hero"),
-    "EFAS": (efas, "make energy"),
-}
-
-
-# ------------------------------------------------------------------------------------------------------ the verdict
-def verdict(r: Run) -> list[tuple[str, str, str]]:
-    """(claim, supported | not supported | not told, evidence) for what the original studies claim, as far as this run can say."""
-    held, out = tracking(r.telemetry["adaptive"], r.target), []
-
-    def judge(claim: str, yes: bool | None, evidence: str) -> None:
-        out.append((claim, {True: "supported", False: "not supported", None: "not told"}[yes], evidence))
-
-    judge(
-        "The Homeostat holds sigma within 10 % of its setpoint for 90 % of the time after settling",
-        held["share"] >= 0.9,
-        f"{held['share']:.0%} of {held['n']} samples, one run",
+    looks_at = Exhibit(
+        title="What it looks at, in one text",
+        image=f"{folder}/hero_attention.png",
+        csv=f"{folder}/hero_attention.csv",
+        reading=f"{attention}, beside its functional match in the other arm.",
+        n="one text",
+        interval="none",
+        null="none: an illustration",
+        command=command,
     )
-    if "control" in r.telemetry:
-        change = r.last("adaptive", "val_loss") / r.last("control", "val_loss") - 1
-        judge("The pressure costs at most 2 % of the loss", change <= 0.02, f"{change:+.2%} on the validation split, one seed an arm")
-        free, own = r.last("control", "val_sigma_resid"), r.last("adaptive", "val_sigma_resid")
-        judge(
-            "What the heads write is less alike too (sigma_resid, which no change of basis moves)",
-            own < free,
-            f"adaptive {own:.4f}, control {free:.4f}; one seed an arm, so a description of these two models",
-        )
-    try:
-        t = r.table("saes/sae_metrics.csv").pivot_table(index="layer", columns="run", values="fvu")
-        gap = t["adaptive"] - t["control"]
-        half = stats.t.ppf(0.975, len(gap) - 1) * gap.sem()  # the layers are the units
-        told = abs(gap.mean()) > half
-        judge(
-            "Decorrelated heads are easier for sparse autoencoders",
-            None if not told else bool(gap.mean() < 0),
-            f"FVU adaptive - control {gap.mean():+.4f} [{gap.mean() - half:+.4f}, {gap.mean() + half:+.4f}] over {len(gap)} layers of "
-            "one model an arm",
-        )
-    except (OSError, KeyError):
-        pass
-    try:
-        s = r.table("results_ablation_summary.csv")
-        for x in s[s["mode"] == s["ranked_by"]].itertuples():
-            who = f"L{x.hero_layer:.0f}H{x.hero_head:.0f}"
-            judge(
-                f"The {x.run} model has a Hero Head",
-                bool(x.unique_hero),
-                f"{who} {x.crossfit:+.4f} nats [{x.crossfit_lo:+.4f}, {x.crossfit_hi:+.4f}], first in {x.p_top1:.0%} of draws, "
-                f"{x.gap:.4f} [{x.gap_lo:+.4f}, {x.gap_hi:+.4f}] ahead of the second",
-            )
-    except OSError:
-        pass
-    try:
-        f, preset = r.table("energy_lens/layers.csv"), r.record("energy_lens")["arguments"]["preset"]
-        judge(
-            "Features of the Energy Transformer are aligned with its energy",
-            None if preset == "smoke" else bool(f.aligned.sum()),
-            f"{int(f.aligned.sum())} of {int(f.eligible.sum())} eligible pass both nulls, preset {preset}"
-            + (", which is too small to tell: python energy_lens_minimal.py" if preset == "smoke" else ""),
-        )
-    except OSError:
-        pass
-    judge("Differences between the arms hold for other seeds", None, "one training seed an arm; RESULTS.md says what was tried")
-    return out
-
-
-# --------------------------------------------------------------------------------------------------------- the page
-def esc(x: Any) -> str:
-    return html.escape(str(x))
-
-
-def picture(path: Path) -> str:
-    """A PNG as a lossless WebP data address: a third of the bytes."""
-    out = io.BytesIO()
-    with Image.open(path) as im:
-        size = im.size
-        im.convert("RGB").save(out, "WEBP", lossless=True, quality=60)
-    return f'width="{size[0]}" height="{size[1]}" src="data:image/webp;base64,{base64.b64encode(out.getvalue()).decode()}"'
-
-
-def download(path: Path) -> str:
-    """A link that saves the CSV without a network; its name alone if it is too large even when compressed."""
-    raw, name, kind = path.read_bytes(), path.name, "text/csv"
-    if len(raw) > BIG_CSV:
-        raw, name, kind = gzip.compress(raw, mtime=0), f"{path.name}.gz", "application/gzip"
-    if len(raw) > MAX_CSV:
-        return f"<code>{esc(path)}</code> ({path.stat().st_size / 1e6:.1f} MB, not in this page)"
-    return f'<a download="{esc(name)}" href="data:{kind};base64,{base64.b64encode(raw).decode()}">{esc(name)}</a> ({len(raw) / 1e3:.0f} kB)'
-
-
-def card(r: Run, e: Exhibit, side_by_side: bool) -> str:
-    label = f"{r.name}: {e.title}" if side_by_side else e.title
-    facts = {"n": e.n, "interval": e.interval, "null": e.null}
-    rows = "".join(f"<dt>{k}</dt><dd>{esc(v)}</dd>" for k, v in facts.items())
-    return (
-        f'<figure><h3>{esc(label)}</h3><img loading="lazy" alt="{esc(label)}. {esc(e.reading)}" {picture(r.path / e.image)}>'
-        f"<figcaption><p>{esc(e.reading)}</p><dl>{rows}<dt>data</dt><dd>{download(r.path / e.csv)}</dd></dl>"
-        f"<details><summary>Command that redraws it</summary><pre>{esc(e.command)}</pre></details></figcaption></figure>"
+    kind = Exhibit(
+        title="What kind of head it is",
+        image=f"{folder}/hero_scores.png",
+        csv=f"{folder}/hero_scores.csv",
+        reading=f"Scores furthest from their null: {scores_outside_null(run)}.",
+        n=n,
+        interval=BOOTSTRAP,
+        null="the same score with tokens shuffled",
+        command=command,
     )
-
-
-def as_table(t: pd.DataFrame, caption: str) -> str:
-    cells = t.map(lambda v: "" if v != v else f"{v:.4g}" if isinstance(v, float) else str(v))
-    inner = re.sub("^<table[^>]*>", "", cells.to_html(index=False, border=0))
-    return f'<div class="scroll"><table><caption>{esc(caption)}</caption>{inner}</div>'
-
-
-def grid(r: Run, number: int) -> str:
-    """Impact of every head, layer by head, one table a run and mode; a cell tells its interval when pointed at or focused."""
-    t, out = r.table("results_ablation.csv"), []
-    for mode in [m for m in MODES if (t["mode"] == m).any()]:
-        top = max(t.delta[t["mode"] == mode].max(), 1e-12)  # one colour scale for all arms
-        for arm, g in t[t["mode"] == mode].groupby("run"):
-            cells = g.set_index(["layer", "head"])
-            rows = ""
-            for layer in sorted(g.layer.unique()):
-                rows += f'<tr><th scope="row">L{layer}</th>'
-                for head in sorted(g["head"].unique()):
-                    x = cells.loc[(layer, head)]
-                    impact = f"{x.delta:+.4f} nats [{x.ci_lo:+.4f}, {x.ci_hi:+.4f}], rank {x['rank']:.0f}"
-                    tell = f"{r.name}, {arm}, {mode}: L{layer}H{head} {impact}"
-                    share = max(0.0, x.delta) / top
-                    rows += (
-                        f'<td tabindex="0" title="{esc(tell)}" data-tell="{esc(tell)}" style="--s:{share:.3f}">{1000 * x.delta:.1f}</td>'
-                    )
-                rows += "</tr>"
-            heads = "".join(f'<th scope="col">H{h}</th>' for h in sorted(g["head"].unique()))
-            hidden = "" if mode == MODES[0] else " hidden"
-            out.append(
-                f'<div class="scroll heat" data-mode="{mode}"{hidden}><table><caption>{esc(arm)}, {mode} ablation: '
-                f"rise of the loss, millinats a token</caption><tr><th></th>{heads}</tr>{rows}</table></div>"
-            )
-    modes = [m for m in MODES if (t["mode"] == m).any()]
-    buttons = "".join(f'<button type="button" data-show="{m}" aria-pressed="{str(m == modes[0]).lower()}">{m}</button>' for m in modes)
-    return (
-        f'<div class="grid" id="grid{number}"><p role="group" aria-label="how a head is removed">{buttons}</p>'
-        f'<div class="pair">{"".join(out)}</div>'
-        f'<p class="tell" aria-live="polite">Point at a head, or move to it with Tab.</p></div>'
+    explained = Exhibit(
+        title="How much of it is explained",
+        image=f"{folder}/hero_preserving.png",
+        csv=f"{folder}/hero_preserving.csv",
+        reading=share_explained(best, preserving, name),
+        n=n,
+        interval=BOOTSTRAP,
+        null="as many keys or features, drawn at random (grey)",
+        command=command,
     )
+    return [where, looks_at, kind, explained]
 
 
-def what_was_run(r: Run) -> str:
-    rows = []
-    for name in ("adaptive", "control", "activations/adaptive", "saes/adaptive", "energy_lens", "hero_analysis"):
+def efas(run: Run) -> list[Exhibit]:
+    folder = "energy_lens"
+    layers = run.table(f"{folder}/layers.csv")
+    preset = run.record(folder)["arguments"]["preset"]
+    untrained = run.table(f"{folder}/untrained.csv").iloc[0]
+    sequences = f"{int(layers.n_seq.iloc[0])} held-out sequences, one a document"
+    n = f"{sequences}; preset {preset}, one seed"
+    save = f"--save_dir {run.path}/{folder} --overwrite"
+    command = f"python energy_lens_minimal.py --preset {preset} {save}"
+    against_nulls = Exhibit(
+        title="EFAS against its nulls",
+        image=f"{folder}/efas_distribution.png",
+        csv=f"{folder}/features.csv",
+        reading=(
+            f"{int(layers.aligned.sum())} of {int(layers.eligible.sum())} eligible features are "
+            f"aligned; |EFAS| > 0.1 alone passes {int(layers.rule_passes.sum())}, "
+            f"{layers.rule_false_directions.sum():.0f} expected of random directions; "
+            f"untrained model: {int(untrained.aligned)} of {int(untrained.eligible)}."
+        ),
+        n=n,
+        interval="95 % bootstrap over sequences (layers.csv)",
+        null=(
+            "whole sequences permuted, and random directions with the states' covariance; "
+            "false discovery rate 5 % over all layers"
+        ),
+        command=command,
+    )
+    predictors = run.table(f"{folder}/predictors.csv")
+    small = predictors[
+        (predictors.scale == "signed") & predictors.predictor.isin(["attribution", "efas_a"])
+    ]
+    small = small[small.eps == small.eps.min()]
+    if small.empty:  # too few features for an intervention
+        return [against_nulls]
+    told = []
+    for row in small.itertuples():
+        told.append(f"{row.predictor} {row.spearman:.2f} [{row.ci_lo:.2f}, {row.ci_hi:.2f}]")
+    predicts = Exhibit(
+        title="Does it predict an intervention?",
+        image=f"{folder}/predicted_actual.png",
+        csv=f"{folder}/predictors.csv",
+        reading=f"Spearman with the energy change of a small ablation: {'; '.join(told)}.",
+        n=f"{int(small.n_features.iloc[0])} features, {n}",
+        interval="95 % bootstrap over sequences and features",
+        null="a random predictor (same CSV)",
+        command=command,
+    )
+    return [against_nulls, predicts]
+
+
+class Section(NamedTuple):
+    """A section of the page."""
+
+    heading: str
+    exhibits: Callable[[Run], list[Exhibit]]
+    remedy: str  # the command that makes what is missing
+
+    @property
+    def id(self) -> str:
+        """Its name in an address."""
+        return re.sub(r"\W+", "-", self.heading.lower())
+
+
+SECTIONS = [
+    Section("Training and control loop", training, "make train figures"),
+    Section("Topology of the heads", topology, "make harvest figures"),
+    Section("Sparse autoencoders", saes, "make sae figures"),
+    Section("Ablation", ablation, "make ablate"),
+    Section("The hero", hero, "make hero"),
+    Section("EFAS", efas, "make energy"),
+]
+
+
+# -------------------------------------------------------------------------------- the verdict
+class Verdict(NamedTuple):
+    """A claim of the original studies, and what one run says about it."""
+
+    claim: str
+    word: str  # supported | not supported | not told
+    evidence: str
+
+
+def judge(claim: str, holds: bool, evidence: str) -> Verdict:
+    return Verdict(claim, "supported" if holds else "not supported", evidence)
+
+
+def judge_control(run: Run) -> list[Verdict]:
+    held = tracking(run.telemetry["adaptive"], run.target)
+    claim = "The Homeostat holds sigma within 10 % of its setpoint for 90 % of the time"
+    evidence = f"{held['share']:.0%} of {held['n']} samples, one run"
+    return [judge(f"{claim} after settling", held["share"] >= 0.9, evidence)]
+
+
+def judge_loss(run: Run) -> list[Verdict]:
+    change = run.last("adaptive", "val_loss") / run.last("control", "val_loss") - 1
+    evidence = f"{change:+.2%} on the validation split, one seed an arm"
+    return [judge("The pressure costs at most 2 % of the loss", change <= 0.02, evidence)]
+
+
+def judge_writes(run: Run) -> list[Verdict]:
+    control = run.last("control", "val_sigma_resid")
+    adaptive = run.last("adaptive", "val_sigma_resid")
+    claim = "What the heads write is less alike too (sigma_resid, which no change of basis moves)"
+    numbers = f"adaptive {adaptive:.4f}, control {control:.4f}"
+    evidence = f"{numbers}; one seed an arm, so a description of these two models"
+    return [judge(claim, adaptive < control, evidence)]
+
+
+def judge_saes(run: Run) -> list[Verdict]:
+    """By a t interval of the difference between the arms; the layers are the units."""
+    table = run.table("saes/sae_metrics.csv")
+    fvu = table.pivot_table(index="layer", columns="run", values="fvu")
+    difference = fvu["adaptive"] - fvu["control"]
+    mean = difference.mean()
+    half = stats.t.ppf(0.975, len(difference) - 1) * difference.sem()
+    claim = "Decorrelated heads are easier for sparse autoencoders"
+    interval = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
+    layers = f"over {len(difference)} layers of one model an arm"
+    evidence = f"FVU adaptive - control {interval} {layers}"
+    if not abs(mean) > half:  # also where one layer has no interval
+        return [Verdict(claim, "not told", evidence)]
+    return [judge(claim, mean < 0, evidence)]
+
+
+def judge_heroes(run: Run) -> list[Verdict]:
+    """One an arm."""
+    summary = run.table("results_ablation_summary.csv")
+    verdicts = []
+    for arm in summary[summary["mode"] == summary["ranked_by"]].itertuples():
+        head = f"L{arm.hero_layer:.0f}H{arm.hero_head:.0f}"
+        impact = f"{arm.crossfit:+.4f} nats [{arm.crossfit_lo:+.4f}, {arm.crossfit_hi:+.4f}]"
+        gap = f"{arm.gap:.4f} [{arm.gap_lo:+.4f}, {arm.gap_hi:+.4f}] ahead of the second"
+        evidence = f"{head} {impact}, first in {arm.p_top1:.0%} of draws, {gap}"
+        verdicts.append(judge(f"The {arm.run} model has a Hero Head", arm.unique_hero, evidence))
+    return verdicts
+
+
+def judge_alignment(run: Run) -> list[Verdict]:
+    layers = run.table("energy_lens/layers.csv")
+    preset = run.record("energy_lens")["arguments"]["preset"]
+    n_aligned = int(layers.aligned.sum())
+    n_eligible = int(layers.eligible.sum())
+    claim = "Features of the Energy Transformer are aligned with its energy"
+    evidence = f"{n_aligned} of {n_eligible} eligible pass both nulls, preset {preset}"
+    if preset == "smoke":
+        remedy = "python energy_lens_minimal.py"
+        return [Verdict(claim, "not told", f"{evidence}, which is too small to tell: {remedy}")]
+    return [judge(claim, n_aligned > 0, evidence)]
+
+
+def judge_seeds(run: Run) -> list[Verdict]:  # noqa: ARG001 -- no run can say it
+    claim = "Differences between the arms hold for other seeds"
+    evidence = "one training seed an arm; RESULTS.md says what was tried"
+    return [Verdict(claim, "not told", evidence)]
+
+
+CLAIMS = [
+    judge_control,
+    judge_loss,
+    judge_writes,
+    judge_saes,
+    judge_heroes,
+    judge_alignment,
+    judge_seeds,
+]
+
+
+def verdict(run: Run) -> list[Verdict]:
+    """What the original studies claim, as far as this run can say."""
+    verdicts = []
+    for claim in CLAIMS:
         try:
-            x = r.record(name)
+            verdicts += claim(run)
+        except (OSError, KeyError):  # the tables that it needs, or an arm, were not made
+            continue
+    return verdicts
+
+
+# ------------------------------------------------------------------------ what the page is made of
+@dataclass
+class Picture:
+    """A picture that an address carries."""
+
+    address: str
+    width: int  # pixels
+    height: int
+
+
+@dataclass
+class Download:
+    """A CSV that a click saves without a network; without an address it is too large for that."""
+
+    name: str
+    size: str
+    address: str = ""
+
+
+@dataclass
+class Card:
+    """An exhibit with its picture and data."""
+
+    label: str
+    exhibit: Exhibit
+    picture: Picture
+    data: Download
+
+
+@dataclass
+class GridCell:
+    """The loss impact of one head."""
+
+    millinats: str
+    share: str  # of the largest impact of the mode, 0 to 1: how deep the cell is coloured
+    tell: str  # what it says when it is pointed at
+
+
+@dataclass
+class GridLayer:
+    number: int
+    cells: list[GridCell]
+
+
+@dataclass
+class GridTable:
+    """The heads of one arm under one mode of ablation."""
+
+    mode: str
+    caption: str
+    heads: list[int]
+    layers: list[GridLayer]
+
+
+@dataclass
+class Grid:
+    """Impact of every head: a table an arm and mode, of which the page shows one mode."""
+
+    id: str
+    modes: list[str]
+    tables: list[GridTable]
+
+
+@dataclass
+class SectionOfRun:
+    """What a section shows of one run. `missing` says what is not there; then nothing else is."""
+
+    run: str
+    cards: list[Card] = field(default_factory=list)
+    grid: Grid | None = None
+    tokens: pd.DataFrame | None = None
+    missing: str = ""
+    remedy: str = ""
+
+
+@dataclass
+class PageSection:
+    heading: str
+    id: str
+    parts: list[SectionOfRun]  # one a run
+
+
+@dataclass
+class PageRun:
+    """What the page says of a run as a whole."""
+
+    path: Path
+    verdicts: list[Verdict]
+    setting: str
+    commands: pd.DataFrame
+
+
+def data_address(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def read_picture(path: Path) -> Picture:
+    """A PNG as a lossless WebP: a third of the bytes."""
+    webp = io.BytesIO()
+    with Image.open(path) as image:
+        width, height = image.size
+        image.convert("RGB").save(webp, "WEBP", lossless=True, quality=60)
+    return Picture(data_address("image/webp", webp.getvalue()), width, height)
+
+
+def read_download(path: Path) -> Download:
+    content = path.read_bytes()
+    name = path.name
+    kind = "text/csv"
+    if len(content) > COMPRESS_BYTES:
+        content = gzip.compress(content, mtime=0)
+        name = f"{path.name}.gz"
+        kind = "application/gzip"
+    if len(content) > EMBED_BYTES:
+        return Download(str(path), f"{path.stat().st_size / 1e6:.1f} MB")
+    return Download(name, f"{len(content) / 1e3:.0f} kB", data_address(kind, content))
+
+
+def grid_table(run: Run, mode: str, arm: str, heads: pd.DataFrame, largest: float) -> GridTable:
+    """`heads`: the rows of results_ablation.csv for one arm and mode; `largest`: impact, nats."""
+    layers = []
+    for layer, of_layer in heads.groupby("layer"):
+        cells = []
+        for row in of_layer.sort_values("head").to_dict("records"):
+            impact = f"{row['delta']:+.4f} nats [{row['ci_lo']:+.4f}, {row['ci_hi']:+.4f}]"
+            head = f"{run.name}, {arm}, {mode}: L{layer}H{row['head']}"
+            cell = GridCell(
+                millinats=f"{1000 * row['delta']:.1f}",
+                share=f"{max(0.0, row['delta']) / largest:.3f}",
+                tell=f"{head} {impact}, rank {row['rank']:.0f}",
+            )
+            cells.append(cell)
+        layers.append(GridLayer(layer, cells))
+    return GridTable(
+        mode=mode,
+        caption=f"{arm}, {mode} ablation: rise of the loss, millinats a token",
+        heads=sorted(heads["head"].unique()),
+        layers=layers,
+    )
+
+
+def impact_grid(run: Run, number: int) -> Grid:
+    """`number` of the run in the page."""
+    impacts = run.table("results_ablation.csv")
+    modes = [mode for mode in MODES if (impacts["mode"] == mode).any()]
+    tables = []
+    for mode in modes:
+        of_mode = impacts[impacts["mode"] == mode]
+        largest = max(of_mode.delta.max(), 1e-12)  # one colour scale for all arms
+        for arm, heads in of_mode.groupby("run"):
+            tables.append(grid_table(run, mode, arm, heads, largest))
+    return Grid(f"grid{number}", modes, tables)
+
+
+def hero_tokens(run: Run) -> pd.DataFrame:
+    """The ten tokens whose loss needs the hero most."""
+    table = run.table("hero_analysis/hero_tokens.csv").head(10)
+    return table[["delta_nats", "context", "next", "attends_to"]]
+
+
+def section_of_run(run: Run, number: int, section: Section, several: bool) -> SectionOfRun:
+    """What a section shows of a run, the `number`-th of the page; `several`: it has others too."""
+    shown = SectionOfRun(run.name)
+    try:
+        for exhibit in section.exhibits(run):
+            label = f"{run.name}: {exhibit.title}" if several else exhibit.title
+            picture = read_picture(run.path / exhibit.image)
+            data = read_download(run.path / exhibit.csv)
+            shown.cards.append(Card(label, exhibit, picture, data))
+        if section.exhibits is ablation:
+            shown.grid = impact_grid(run, number)
+        if section.exhibits is hero:
+            shown.tokens = hero_tokens(run)
+    except (OSError, KeyError, IndexError, ValueError) as error:
+        what = getattr(error, "filename", None) or error
+        remedy = f"{section.remedy} RUN={run.path}"
+        return SectionOfRun(run.name, missing=f"{what} is missing", remedy=remedy)
+    return shown
+
+
+def commands_table(run: Run) -> pd.DataFrame:
+    """Command, time and commit of each part that was run."""
+    rows = []
+    for part in PARTS:
+        try:
+            record = run.record(part)
         except (OSError, ValueError):
             continue
-        took = (pd.Timestamp(x["end"]) - pd.Timestamp(x["time"])).total_seconds() if x.get("end") else float("nan")
-        commit = (x["git"]["commit"][:10] or "no repository") + (" + edits" if x["git"]["dirty"] else "")
-        rows.append(dict(part=name, command=shlex.join(x["argv"]), seconds=f"{took:.0f}", commit=commit, exit=x["exit_status"]))
-    a, m = r.record("adaptive"), r.telemetry["adaptive"]
-    text = (
-        f"{r.path}: {m.tokens.iloc[-1]:,.0f} training tokens of {a['arguments']['dataset']} an arm, seed {a['arguments']['seed']}, on "
-        f"{a['hardware']['machine']}, {a['hardware']['cpus']} CPUs, {a['hardware']['gpu'] or 'no GPU'}; Python {a['versions']['python']}, "
-        f"torch {a['versions']['torch']}."
+        seconds = float("nan")
+        if record.get("end"):
+            took = pd.Timestamp(record["end"]) - pd.Timestamp(record["time"])
+            seconds = took.total_seconds()
+        commit = record["git"]["commit"][:10] or "no repository"
+        if record["git"]["dirty"]:
+            commit += " + edits"
+        rows.append(
+            {
+                "part": part,
+                "command": shlex.join(record["argv"]),
+                "seconds": f"{seconds:.0f}",
+                "commit": commit,
+                "exit": record["exit_status"],
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def describe_setting(run: Run) -> str:
+    """Data, seed, machine and versions of the training."""
+    record = run.record("adaptive")
+    arguments = record["arguments"]
+    hardware = record["hardware"]
+    versions = record["versions"]
+    tokens = run.telemetry["adaptive"].tokens.iloc[-1]
+    return (
+        f"{run.path}: {tokens:,.0f} training tokens of {arguments['dataset']} an arm, "
+        f"seed {arguments['seed']}, on {hardware['machine']}, {hardware['cpus']} CPUs, "
+        f"{hardware['gpu'] or 'no GPU'}; "
+        f"Python {versions['python']}, torch {versions['torch']}."
     )
-    return f"<p>{esc(text)}</p>" + as_table(pd.DataFrame(rows), "Commands, time and commit of each part (two may have run at once)")
 
 
-def headline_table(runs: list[Run]) -> str:
+def headline_table(runs: list[Run]) -> pd.DataFrame:
+    """The numbers of tools/headlines.py, a column a run."""
     columns = {}
-    for r in runs:
+    for run in runs:
         try:
-            columns[r.name] = r.table("headlines.csv").set_index("what")["number"]
+            columns[run.name] = run.table("headlines.csv").set_index("what")["number"]
         except OSError:
-            columns[r.name] = pd.Series({"headlines": f"not computed; python tools/headlines.py {r.path}"})
-    return as_table(pd.DataFrame(columns).fillna("").rename_axis("what").reset_index(), "Headline numbers, with their uncertainty")
+            command = f"python tools/headlines.py {run.path}"
+            columns[run.name] = pd.Series({"headlines": f"not computed; {command}"})
+    return pd.DataFrame(columns).fillna("").rename_axis("what").reset_index()
+
+
+def show(value: Any) -> str:
+    """A value of a table: four significant digits, nothing where there is none."""
+    if isinstance(value, float):
+        return "" if pd.isna(value) else f"{value:.4g}"
+    return str(value)
 
 
 def render(runs: list[Run]) -> str:
-    """The page. Everything that comes from a file is escaped: a token is never markup."""
-    both, body = len(runs) > 1, []
-    title = "Janus Arc and Energy-Lens: " + " beside ".join(r.name for r in runs)
-    box = ""
-    for r in runs:
-        rows = "".join(
-            f'<tr><th scope="row">{esc(c)}</th><td class="{v.replace(" ", "-")}">{v}</td><td>{esc(e)}</td></tr>' for c, v, e in verdict(r)
+    """The page. The template escapes whatever comes from a file: a token is never markup."""
+    page_runs = []
+    for run in runs:
+        page_runs.append(
+            PageRun(run.path, verdict(run), describe_setting(run), commands_table(run))
         )
-        head = f"<caption>{esc(r.path)}</caption><tr><th>claim</th><th>verdict</th><th>evidence</th></tr>"
-        box += f'<div class="scroll"><table>{head}{rows}</table></div>'
-    body.append(f'<section id="verdict" class="box"><h2>What the data support, and what they do not</h2>{box}</section>')
-    body.append(f'<section id="run"><h2>What was run</h2>{"".join(map(what_was_run, runs))}{headline_table(runs)}</section>')
-    for heading, (section, remedy) in SECTIONS.items():
-        columns = []
-        for i, r in enumerate(runs):
-            try:
-                cards = [card(r, e, both) for e in section(r)]
-                cards += [grid(r, i)] if section is ablation else []
-                if section is hero:
-                    tokens = r.table("hero_analysis/hero_tokens.csv").head(10)[["delta_nats", "context", "next", "attends_to"]]
-                    cards.append(as_table(tokens, "Where the loss needs the hero most: context, next token, what the head attends to"))
-            except (OSError, KeyError, IndexError, ValueError) as e:
-                reason = f"{getattr(e, 'filename', None) or e} is missing"
-                cards = [
-                    f'<p class="missing">{esc(r.name)}: not there ({esc(reason)}). Make it with: '
-                    f"<code>{esc(remedy)} RUN={esc(r.path)}</code></p>"
-                ]
-            columns.append(f"<div>{''.join(cards)}</div>")
-        where = re.sub(r"\W+", "-", heading.lower())
-        body.append(
-            f'<section id="{where}"><h2>{esc(heading)}</h2><div class="{"pair" if both else "one"}">{"".join(columns)}</div></section>'
-        )
-    links = "".join(f'<a href="#{re.sub(chr(92) + "W+", "-", h.lower())}">{esc(h)}</a>' for h in SECTIONS)
-    fill = dict(TITLE=esc(title), NAV=f'<a href="#verdict">Verdict</a><a href="#run">What was run</a>{links}', BODY="".join(body))
-    return re.sub("@(TITLE|NAV|BODY)@", lambda m: fill[m[1]], PAGE)
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>@TITLE@</title><style>
-:root{color-scheme:light dark;--bg:#fff;--fg:#1b1b1b;--soft:#595959;--line:#ccc;
---box:#f4f6f8;--link:#0b5cad;--good:#00664d;--bad:#8f3b00;--heat:0,114,178}
-@media(prefers-color-scheme:dark){:root:not([data-theme=light]){--bg:#16181b;--fg:#e9e9e9;--soft:#b0b0b0;--line:#444;
---box:#212529;--link:#7ab8f5;--good:#4fd1ab;--bad:#f4a261;--heat:86,180,233}}
-:root[data-theme=dark]{color-scheme:dark;--bg:#16181b;--fg:#e9e9e9;--soft:#b0b0b0;--line:#444;
---box:#212529;--link:#7ab8f5;--good:#4fd1ab;--bad:#f4a261;--heat:86,180,233}
-:root[data-theme=light]{color-scheme:light}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:76rem;padding:1rem;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif;
-overflow-wrap:break-word}
-a{color:var(--link)}nav{display:flex;flex-wrap:wrap;gap:.3rem 1rem;margin:.5rem 0 1rem}h1{font-size:1.5rem;line-height:1.2}
-h2{border-bottom:1px solid var(--line);margin-top:2.2rem}h3{margin:.2rem 0 .5rem;font-size:1.05rem}
-.box{background:var(--box);border:1px solid var(--line);border-radius:.5rem;padding:.2rem 1rem 1rem}.box h2{border:0;margin:.6rem 0}
-.scroll{overflow-x:auto;max-width:100%}
-table{border-collapse:collapse;font-size:.85rem;margin:.6rem 0}caption{text-align:left;color:var(--soft);padding:.2rem 0}
-th,td{border-bottom:1px solid var(--line);padding:.25rem .5rem;text-align:left;vertical-align:top;font-weight:400}
-thead th,tr:first-child>th{font-weight:600}.supported{color:var(--good);font-weight:600}
-.not-supported{color:var(--bad);font-weight:600}.not-told{color:var(--soft);font-weight:600}
-figure{margin:1rem 0 2rem}img{max-width:100%;height:auto;background:#fff;border-radius:.3rem}figcaption p{margin:.5rem 0}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem .8rem;font-size:.88rem;margin:.4rem 0}dt{color:var(--soft)}
-dd{margin:0;min-width:0}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.5rem}.pair>div,.one>div{min-width:0}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;background:var(--box);padding:.5rem}code{overflow-wrap:anywhere}
-button{font:inherit;padding:.25rem .8rem;border:1px solid var(--line);border-radius:.3rem;background:var(--box);color:var(--fg);
-cursor:pointer}button[aria-pressed=true]{border-color:var(--link);box-shadow:inset 0 0 0 1px var(--link)}
-.heat td{background:rgba(var(--heat),calc(var(--s)*.55));text-align:right;cursor:default}
-:focus-visible{outline:3px solid var(--link);outline-offset:1px}.tell{min-height:1.5em;color:var(--soft)}.missing{color:var(--bad)}
-@media(max-width:40rem){dl{grid-template-columns:1fr}dt{margin-top:.3rem}body{padding:.7rem}
-.box tr,.box th,.box td{display:block;border:0;padding:.1rem 0}.box tr{border-bottom:1px solid var(--line);padding:.4rem 0}
-.box tr:first-child{display:none}}
-@media print{nav,button,.tell{display:none}details{display:none}figure,tr{break-inside:avoid}body{max-width:none;font-size:11px}}
-</style></head><body><h1>@TITLE@</h1><button type="button" id="theme">Light or dark</button>
-<nav aria-label="sections">@NAV@</nav><main>@BODY@</main><script>
-"use strict";
-document.getElementById("theme").onclick=()=>{const e=document.documentElement,d=matchMedia("(prefers-color-scheme: dark)").matches;
-e.dataset.theme=(e.dataset.theme||(d?"dark":"light"))==="dark"?"light":"dark"};
-for(const g of document.querySelectorAll(".grid")){const tell=g.querySelector(".tell");
-g.addEventListener("click",e=>{const m=e.target.dataset.show;if(!m)return;
-for(const b of g.querySelectorAll("button"))b.setAttribute("aria-pressed",String(b===e.target));
-for(const t of g.querySelectorAll(".heat"))t.hidden=t.dataset.mode!==m});
-for(const kind of["mouseover","focusin"])g.addEventListener(kind,e=>{if(e.target.dataset.tell)tell.textContent=e.target.dataset.tell})}
-</script></body></html>
-"""
-
-
-@one_line_errors
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(
-        description=(__doc__ or "").partition("\n")[0], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    page_sections = []
+    for section in SECTIONS:
+        parts = []
+        for number, run in enumerate(runs):
+            parts.append(section_of_run(run, number, section, several=len(runs) > 1))
+        page_sections.append(PageSection(section.heading, section.id, parts))
+    return render_page(
+        "report.html",
+        title="Janus Arc and Energy-Lens: " + " beside ".join(run.name for run in runs),
+        runs=page_runs,
+        headlines=headline_table(runs),
+        sections=page_sections,
+        show=show,
     )
-    p.add_argument("--runs", nargs="+", type=Path, default=[Path("runs/demo")], help="folders of finished pipelines, side by side")
-    p.add_argument("--out", type=Path, default=Path("results/report.html"), help="the page; replaced if it is there")
-    args = p.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------- command line
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=" ".join((__doc__ or "").partition("\n\n")[0].split()),
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        type=Path,
+        default=[Path("runs/demo")],
+        help="folders of finished pipelines, side by side",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results/report.html"),
+        help="the page; replaced if it is there",
+    )
+    return parser.parse_args(argv)
+
+
+def write_page(args: argparse.Namespace) -> int:
     page = render([Run(path) for path in args.runs])
+    megabytes = len(page) / 1e6
     if len(page) > MAX_BYTES:
-        print(f"the page has {len(page) / 1e6:.1f} MB; with fewer --runs it stays below {MAX_BYTES / 1e6:.0f}", file=sys.stderr)
-    with atomic(args.out) as tmp:
-        tmp.write_text(page, encoding="utf-8")
+        advice = f"with fewer --runs it stays below {MAX_BYTES / 1e6:.0f}"
+        print(f"the page has {megabytes:.1f} MB; {advice}", file=sys.stderr)
+    with atomic(args.out) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return one_line_errors(lambda: write_page(parse_args(argv)))
 
 
 if __name__ == "__main__":

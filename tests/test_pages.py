@@ -1,0 +1,189 @@
+"""The templates of pages/: what no page may do, and what a script does without them."""
+
+import importlib.util
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import feature_dashboard  # noqa: E402
+import report  # noqa: E402
+
+import energy_lens_minimal as lens  # noqa: E402
+import hero_head_analysis as hero  # noqa: E402
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(1)>",
+    '" onload="alert(1)',
+    "</style><b>",
+    "{{ title }}{% block main %}",
+    "&lt;",
+    "<!--",
+]
+
+
+class Page(HTMLParser):
+    """What a page is made of: tags, attributes, and the text that a reader sees."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.raw = False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.raw = tag in ("script", "style")
+
+    def handle_endtag(self, tag):
+        self.raw = False
+
+    def handle_data(self, data):
+        self.text += "" if self.raw else data
+
+
+def hero_page() -> str:
+    tables = {}
+    for name in hero.SECTIONS:
+        tables[name] = pd.DataFrame({"token": HOSTILE, "value": 1.5})
+    tables["scores"] = pd.DataFrame(
+        {"score": HOSTILE, "role": "<b>", "value": 1.0, "ci_low": 0.0, "ci_high": 2.0, "null": 0.5}
+    )
+    data = {"tokens": HOSTILE, "panels": [], "grid": []}
+    return hero.render(HOSTILE[0], HOSTILE[1], tables, "", data)["hero_report.html"]
+
+
+def energy_page(folder: Path) -> str:
+    image = folder / "figure.png"
+    Image.new("RGB", (30, 20)).save(image)
+    table = pd.DataFrame({HOSTILE[0]: HOSTILE, "value": np.nan})
+    blocks = [("h", HOSTILE[0]), ("p", HOSTILE[2]), ("t", table), ("img", (image, HOSTILE[2]))]
+    lens.write_report(HOSTILE[0], blocks, folder / "report.md")
+    return (folder / "report.html").read_text()
+
+
+def feature_page() -> str:
+    tokens = [feature_dashboard.Token(text, value - 3.0) for value, text in enumerate(HOSTILE)]
+    places = [feature_dashboard.Place(HOSTILE[0], 3, -0.5)]
+    feature = feature_dashboard.Feature(
+        number=7,
+        n_active=3,
+        frequency=0.01,
+        largest=2.0,
+        counts=[2, 1],
+        edges=[0.1, 1.0, 2.0],
+        contexts=[tokens],
+        origin=feature_dashboard.Origin(tokens, places, [0.5, -1.0]),
+        heads=[0.25, 0.75],
+        raises=tokens,
+        lowers=tokens,
+    )
+    return feature_dashboard.render(HOSTILE[0], HOSTILE[1], [feature])
+
+
+def report_page() -> str:
+    table = pd.DataFrame({"what": HOSTILE, HOSTILE[0]: HOSTILE})
+    picture = report.Picture("data:image/webp;base64,", 30, 20)
+    download = report.Download("a.csv", "3 kB", "data:text/csv;base64,")
+    exhibit = report.Exhibit(*[HOSTILE[0]] * 8)
+    cards = [report.Card(HOSTILE[2], exhibit, picture, download)]
+    cards.append(report.Card(HOSTILE[0], exhibit, picture, report.Download(HOSTILE[0], "9 MB")))
+    layer = report.GridLayer(0, [report.GridCell("1.0", "0.500", HOSTILE[2])])
+    grid = report.Grid("grid0", ["mean"], [report.GridTable("mean", HOSTILE[0], [0], [layer])])
+    parts = [report.SectionOfRun(HOSTILE[0], cards, grid, table)]
+    parts.append(report.SectionOfRun(HOSTILE[0], missing=HOSTILE[0], remedy=HOSTILE[1]))
+    verdicts = [report.Verdict(HOSTILE[0], "not told", HOSTILE[1])]
+    return hero.render_page(
+        "report.html",
+        title=HOSTILE[0],
+        runs=[report.PageRun(Path(HOSTILE[0]), verdicts, HOSTILE[1], table)],
+        headlines=table,
+        sections=[report.PageSection(HOSTILE[0], "hostile", parts)],
+        show=report.show,
+    )
+
+
+@pytest.fixture(params=["hero", "energy_lens", "features", "report"])
+def page(request, tmp_path) -> str:
+    """Each page, filled with markup where a file's text would stand."""
+    make = {
+        "hero": hero_page,
+        "energy_lens": lambda: energy_page(tmp_path),
+        "features": feature_page,
+        "report": report_page,
+    }
+    return make[request.param]()
+
+
+def test_a_page_needs_nothing_from_elsewhere(page):
+    parsed = Page(page)
+    for name, value in parsed.attributes:
+        if name in ("src", "href", "srcset", "action", "data", "poster"):
+            assert value.startswith(("data:", "#")), f"{name}={value}"
+    assert "link" not in parsed.tags and "iframe" not in parsed.tags
+    assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttpRequest|WebSocket", page)
+
+
+def test_text_of_a_file_is_never_markup(page):
+    parsed = Page(page)
+    assert all(text in parsed.text for text in HOSTILE)
+    assert not [name for name, _ in parsed.attributes if name.startswith("on")]
+    assert not [value for name, value in parsed.attributes if name == "src" and value == "x"]
+
+
+def test_every_template_is_one_of_these_pages():
+    """A new page must join the list above."""
+    pages = {path.stem for path in (ROOT / "pages").glob("*.html")} - {"page", "table"}
+    assert pages == {"hero", "energy_lens", "features", "report"}
+
+
+# ------------------------------------------------------------------- scripts without the folder
+def copied_alone(name: str, folder: Path) -> ModuleType:
+    """A script in a folder of its own, loaded from there."""
+    path = shutil.copy(ROOT / f"{name}.py", folder)
+    spec = importlib.util.spec_from_file_location(f"{name}_alone", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_hero_script_alone_writes_markdown_and_says_what_the_page_needs(tmp_path, capsys):
+    alone = copied_alone("hero_head_analysis", tmp_path)
+    tables = {"dla": pd.DataFrame({"component": ["L0"], "value": [1.0]})}
+    data = {"tokens": [], "panels": [], "grid": []}
+    with_page = hero.render("hero", "lead", tables, "none", data)
+    assert capsys.readouterr().out == ""
+    without = alone.render("hero", "lead", tables, "none", data)
+    assert without == {"hero_report.md": with_page["hero_report.md"]} and len(with_page) == 2
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "the page needs the folder pages/ beside hero_head_analysis.py" in said
+
+
+def test_energy_lens_alone_writes_markdown_and_leaves_no_page_of_an_earlier_run(tmp_path, capsys):
+    (tmp_path / "script").mkdir()
+    alone = copied_alone("energy_lens_minimal", tmp_path / "script")
+    blocks = [("h", "heading"), ("t", pd.DataFrame({"x": [1.5]}))]
+    path = tmp_path / "report.md"
+    lens.write_report("title", blocks, path)
+    markdown = path.read_bytes()
+    assert path.with_suffix(".html").is_file() and capsys.readouterr().out == ""
+    alone.write_report("title", blocks, path)
+    assert path.read_bytes() == markdown and not path.with_suffix(".html").exists()
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert "the page needs the folder pages/ beside energy_lens_minimal.py" in said
