@@ -1,7 +1,9 @@
-// The interactive part of the hero page: attention maps of one text, and the loss impact of every head.
+// The interactive part of the hero page: attention maps of one text, and the loss impact of every
+// head.
 //
-// A map has a row a query (a position that looks) and a column a key (a position that is looked at). The page carries for
-// each map the attention of the lower triangle, row by row, and for each key the length of what its value writes.
+// A map has a row a query (a position that looks) and a column a key (a position that is looked
+// at). The page carries for each map the attention of the lower triangle, row by row, and for each
+// key the length of what its value writes.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const tokens = data.tokens;
@@ -32,7 +34,7 @@ let choice = null; // {query, key}: what is spoken of
 let held = false; // a click holds the choice until the next click
 let largest; // of all cells of all maps: one colour scale, so that the maps can be compared
 
-// ---------------------------------------------------------------------------- small things
+// ------------------------------------------------------------------ small things
 
 /** Adds an element to a parent. Text is set as text: a token is never markup. */
 function addElement(tag, parent, text = "") {
@@ -62,7 +64,7 @@ function viridis(share) {
   });
 }
 
-/** The number of 16 bits as a half-precision float: sign, which is never set here, 5 bits exponent, 10 bits mantissa. */
+/** 16 bits as a half-precision float: 5 bits exponent, 10 bits mantissa. No number has a sign. */
 function halfToNumber(bits) {
   const exponent = (bits >> 10) & 31;
   const mantissa = bits & 1023;
@@ -78,9 +80,9 @@ function decodeHalves(base64) {
   return Float32Array.from(new Uint16Array(bytes.buffer), halfToNumber);
 }
 
-// ---------------------------------------------------------------------------- the maps
+// ------------------------------------------------------------------ the maps
 
-/** A panel of the data as a map: its numbers, the canvas that is seen, and a hidden one with a pixel a cell. */
+/** A panel of the data as a map: numbers, the canvas that is seen, a hidden one, a pixel a cell. */
 function makeMap(panel) {
   const box = addElement("div", document.getElementById("maps"));
   addElement("strong", box, panel.name);
@@ -97,7 +99,7 @@ function makeMap(panel) {
     name: panel.name,
     attention: decodeHalves(panel.a), // lower triangle, row by row
     valueNorm: decodeHalves(panel.w), // one number a key
-    shown: new Float32Array(nTokens * nTokens), // what the controls make of them, 0 above the diagonal
+    shown: new Float32Array(nTokens * nTokens), // what the controls ask for; 0 after the query
     canvas,
     cells,
   };
@@ -117,7 +119,8 @@ function computeShown(map) {
     }
     for (let key = firstKey; key <= query; key++) {
       const weight = map.attention[rowStart + key] / rowSum;
-      map.shown[query * nTokens + key] = weightByValue.checked ? weight * map.valueNorm[key] : weight;
+      const factor = weightByValue.checked ? map.valueNorm[key] : 1;
+      map.shown[query * nTokens + key] = weight * factor;
     }
     rowStart += query + 1;
   }
@@ -191,7 +194,7 @@ function showAll() {
   showChoice();
 }
 
-// ---------------------------------------------------------------------------- pointer and keyboard
+// ------------------------------------------------------------------ pointer and keyboard
 
 /** Speaks of a query and a key; a query looks at nothing that comes after it. */
 function choose(query, key) {
@@ -255,7 +258,7 @@ function listen() {
   }
 }
 
-// ---------------------------------------------------------------------------- the loss impact of every head
+// ------------------------------------------------------------------ the loss impact of every head
 
 /** A cell of the table of heads, which says its numbers when it is pointed at. */
 function addHead(row, head, largestImpact) {

@@ -1,4 +1,5 @@
-// The tables of every head's loss impact: which mode is shown, and what a head says when it is pointed at.
+// The tables of every head's loss impact: which mode is shown, and what a head says when it is
+// pointed at.
 
 /** Shows the tables of one mode of ablation. */
 function showMode(grid, mode) {

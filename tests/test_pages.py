@@ -101,8 +101,9 @@ def report_page() -> str:
     exhibit = report.Exhibit(*[HOSTILE[0]] * 8)
     cards = [report.Card(HOSTILE[2], exhibit, picture, download)]
     cards.append(report.Card(HOSTILE[0], exhibit, picture, report.Download(HOSTILE[0], "9 MB")))
-    layer = report.GridLayer(0, [report.GridCell("1.0", "0.500", HOSTILE[2])])
-    grid = report.Grid("grid0", ["mean"], [report.GridTable("mean", HOSTILE[0], [0], [layer])])
+    cell = report.GridCell("1.0", "0.500", HOSTILE[2])
+    heads = report.GridTable("mean", HOSTILE[0], [0], {0: [cell]})
+    grid = report.Grid("grid0", ["mean"], [heads])
     parts = [report.SectionOfRun(HOSTILE[0], cards, grid, table)]
     parts.append(report.SectionOfRun(HOSTILE[0], missing=HOSTILE[0], remedy=HOSTILE[1]))
     verdicts = [report.Verdict(HOSTILE[0], "not told", HOSTILE[1])]
@@ -111,7 +112,7 @@ def report_page() -> str:
         title=HOSTILE[0],
         runs=[report.PageRun(Path(HOSTILE[0]), verdicts, HOSTILE[1], table)],
         headlines=table,
-        sections=[report.PageSection(HOSTILE[0], "hostile", parts)],
+        sections=[(report.Section(HOSTILE[0], report.hero, "make hero"), parts)],
         show=report.show,
     )
 

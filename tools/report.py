@@ -67,10 +67,10 @@ class Exhibit:
     title: str
     image: str  # paths are relative to the run's folder
     csv: str
-    reading: str
-    n: str
+    reading: str  # what it shows in this run, in numbers of the CSV
+    n: str  # of what is the unit of the interval
     interval: str
-    null: str
+    null: str  # what it would look like if there were nothing to see
     command: str  # that draws it again
 
 
@@ -115,6 +115,7 @@ class Run:
 # ------------------------------------------------------------------ the sections, from the CSVs
 def training(run: Run) -> list[Exhibit]:
     held = tracking(run.telemetry["adaptive"], run.target)
+    # Only what the closed loop answers for: from the first sample near the setpoint on.
     if held["n"]:
         loop = (
             f"From step {held['settled_step']:.0f} on the filtered sigma is {held['mean']:.3f} "
@@ -150,6 +151,7 @@ def training(run: Run) -> list[Exhibit]:
 def topology(run: Run) -> list[Exhibit]:
     arms = [arm for arm in run.telemetry if (run.path / "activations" / arm).is_dir()]
     tables = [run.table(f"activations/{arm}/topology_stats.csv") for arm in arms]
+    # Of the residual writes: unlike z, they do not depend on the basis of a head's values.
     sigma = pd.concat(tables).query("metric == 'sigma_resid'")
     parts = []
     for arm, layers in sigma.groupby("run"):
@@ -208,6 +210,7 @@ def saes(run: Run) -> list[Exhibit]:
 
 def ablation(run: Run) -> list[Exhibit]:
     summary = run.table("results_ablation_summary.csv")
+    # A row an arm and mode; the hero is the first under the mode that the heads are ranked by.
     summary = summary[summary["mode"] == summary["ranked_by"]]
     parts = []
     for arm in summary.itertuples():
@@ -242,7 +245,7 @@ def scores_outside_null(run: Run) -> str:
 
 def share_explained(best: pd.Series, preserving: pd.DataFrame, name: str) -> str:
     """What keeping the best described part of the head keeps of its impact, beside chance."""
-    if best.impact_low <= 0 <= best.impact_high:
+    if best.impact_low <= 0 <= best.impact_high:  # a share of what may be nothing
         vague = f"The loss impact of {name} is not told from 0 on these sequences"
         return f"{vague}, so shares of it mean nothing."
     matched = preserving[preserving.kind == "matched-random"].set_index("mechanism").value
@@ -337,6 +340,7 @@ def efas(run: Run) -> list[Exhibit]:
     small = predictors[
         (predictors.scale == "signed") & predictors.predictor.isin(["attribution", "efas_a"])
     ]
+    # The smallest intervention: only there is a first-order prediction meant to hold.
     small = small[small.eps == small.eps.min()]
     if small.empty:  # too few features for an intervention
         return [against_nulls]
@@ -450,7 +454,7 @@ def judge_alignment(run: Run) -> list[Verdict]:
     n_eligible = int(layers.eligible.sum())
     claim = "Features of the Energy Transformer are aligned with its energy"
     evidence = f"{n_aligned} of {n_eligible} eligible pass both nulls, preset {preset}"
-    if preset == "smoke":
+    if preset == "smoke":  # a check that it runs, on a model that has learned nothing
         remedy = "python energy_lens_minimal.py"
         return [Verdict(claim, "not told", f"{evidence}, which is too small to tell: {remedy}")]
     return [judge(claim, n_aligned > 0, evidence)]
@@ -523,19 +527,13 @@ class GridCell:
 
 
 @dataclass
-class GridLayer:
-    number: int
-    cells: list[GridCell]
-
-
-@dataclass
 class GridTable:
     """The heads of one arm under one mode of ablation."""
 
     mode: str
     caption: str
     heads: list[int]
-    layers: list[GridLayer]
+    layers: dict[int, list[GridCell]]  # a cell a head
 
 
 @dataclass
@@ -557,13 +555,6 @@ class SectionOfRun:
     tokens: pd.DataFrame | None = None
     missing: str = ""
     remedy: str = ""
-
-
-@dataclass
-class PageSection:
-    heading: str
-    id: str
-    parts: list[SectionOfRun]  # one a run
 
 
 @dataclass
@@ -604,7 +595,7 @@ def read_download(path: Path) -> Download:
 
 def grid_table(run: Run, mode: str, arm: str, heads: pd.DataFrame, largest: float) -> GridTable:
     """`heads`: the rows of results_ablation.csv for one arm and mode; `largest`: impact, nats."""
-    layers = []
+    layers = {}
     for layer, of_layer in heads.groupby("layer"):
         cells = []
         for row in of_layer.sort_values("head").to_dict("records"):
@@ -616,7 +607,7 @@ def grid_table(run: Run, mode: str, arm: str, heads: pd.DataFrame, largest: floa
                 tell=f"{head} {impact}, rank {row['rank']:.0f}",
             )
             cells.append(cell)
-        layers.append(GridLayer(layer, cells))
+        layers[layer] = cells
     return GridTable(
         mode=mode,
         caption=f"{arm}, {mode} ablation: rise of the loss, millinats a token",
@@ -657,6 +648,7 @@ def section_of_run(run: Run, number: int, section: Section, several: bool) -> Se
             shown.grid = impact_grid(run, number)
         if section.exhibits is hero:
             shown.tokens = hero_tokens(run)
+    # A file that is missing, a table without the column, without rows, or that is no CSV.
     except (OSError, KeyError, IndexError, ValueError) as error:
         what = getattr(error, "filename", None) or error
         remedy = f"{section.remedy} RUN={run.path}"
@@ -670,10 +662,10 @@ def commands_table(run: Run) -> pd.DataFrame:
     for part in PARTS:
         try:
             record = run.record(part)
-        except (OSError, ValueError):
+        except (OSError, ValueError):  # this part was not run
             continue
         seconds = float("nan")
-        if record.get("end"):
+        if record.get("end"):  # else it was interrupted
             took = pd.Timestamp(record["end"]) - pd.Timestamp(record["time"])
             seconds = took.total_seconds()
         commit = record["git"]["commit"][:10] or "no repository"
@@ -727,23 +719,25 @@ def show(value: Any) -> str:
 
 def render(runs: list[Run]) -> str:
     """The page. The template escapes whatever comes from a file: a token is never markup."""
+    # What is said once a run, above the figures
     page_runs = []
     for run in runs:
         page_runs.append(
             PageRun(run.path, verdict(run), describe_setting(run), commands_table(run))
         )
-    page_sections = []
+    # The figures: a section holds those of all runs, side by side
+    sections = []  # (section, what it shows of each run)
     for section in SECTIONS:
         parts = []
         for number, run in enumerate(runs):
             parts.append(section_of_run(run, number, section, several=len(runs) > 1))
-        page_sections.append(PageSection(section.heading, section.id, parts))
+        sections.append((section, parts))
     return render_page(
         "report.html",
         title="Janus Arc and Energy-Lens: " + " beside ".join(run.name for run in runs),
         runs=page_runs,
         headlines=headline_table(runs),
-        sections=page_sections,
+        sections=sections,
         show=show,
     )
 
