@@ -1,22 +1,28 @@
-"""Train NewGPT while a Homeostat holds the similarity of its attention heads at a setpoint (phase 1 of Janus Arc).
+"""Train NewGPT while a Homeostat holds the similarity of its attention heads (phase 1 of Janus
+Arc).
 
-Question: what does it cost, and what does it change, to keep the heads of a transformer decorrelated while it learns?
-sigma is the mean absolute cosine between the outputs z of a layer's heads. A PID controller raises or relaxes a
-decorrelation penalty so that sigma stays at --target_sigma. --pressure selects the arm: adaptive, control (none),
-constant:LAMBDA, or replay:TELEMETRY.csv (the yoked arm: the lambda of another run, without the feedback).
+Question: what does it cost, and what does it change, to keep the heads of a transformer
+decorrelated while it learns? sigma is the mean absolute cosine between the outputs z of a layer's
+heads. A PID controller raises or relaxes a decorrelation penalty so that sigma stays at
+--target_sigma. --pressure selects the arm: adaptive, control (none), constant:LAMBDA, or
+replay:TELEMETRY.csv (the yoked arm: the lambda of another run, without the feedback).
 
 Reads   text: --dataset (WikiText from the Hugging Face hub, a local file or folder, or `builtin`)
-Writes  <save_dir>/janus_<arm>_final.pt   weights, optimiser, controller, random states, golden probe; sidecar .pt.json
+Writes  <save_dir>/janus_<arm>_final.pt   weights, optimiser, controller, random states, golden
+                                          probe; sidecar .pt.json
         <save_dir>/ckpt_<step>.pt         the last three, for --resume
         <save_dir>/tokenizer.json         read by every later phase
-        <save_dir>/telemetry.csv          a row every --control_interval steps; METRICS.md explains each column
+        <save_dir>/telemetry.csv          a row every --control_interval steps; columns: METRICS.md
         <save_dir>/layers.csv             per layer at every validation;  training.png, run.json
 
-Quick   python janus_adaptive.py --preset smoke --dataset builtin --save_dir checkpoints/smoke     (a minute on two CPU cores)
-Full    python janus_adaptive.py --save_dir ./checkpoints/v1 --target_sigma 0.0035   (84.9M parameters without embeddings,
-        131M tokens of WikiText-103; meant for a GPU. Each run prints its time, memory and disk for this machine first.)
+Quick   python janus_adaptive.py --preset smoke --dataset builtin --save_dir checkpoints/smoke
+        (a minute on two CPU cores)
+Full    python janus_adaptive.py --save_dir ./checkpoints/v1 --target_sigma 0.0035
+        (84.9M parameters without embeddings, 131M tokens of WikiText-103; meant for a GPU. Each run
+        prints its time, memory and disk for this machine first.)
 
-Shapes  B batch, T tokens, D d_model, H heads, K d_head, L layers, V vocabulary.
+Shapes  B batch, T tokens, D d_model, H heads, P pairs of heads H(H-1)/2, K d_head, L layers,
+        V vocabulary.
 """
 
 from __future__ import annotations
@@ -45,7 +51,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -62,442 +68,589 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# Sizes; every preset takes the same code path, and a flag given explicitly beats the preset. `published` is the
-# configuration of the original study (Belanger 2026), its control law included.
+# Sizes; every preset takes the same code path, and a flag given explicitly beats the preset.
+# `published` is the configuration of the original study (Belanger 2026), its control law included.
+# fmt: off
 PRESETS: dict[str, dict[str, Any]] = {
-    "full": dict(n_layers=12, d_model=768, n_heads=12, d_ff=2048, seq_len=512, batch_size=4, grad_accum=16, steps=4000,
-                 learning_rate=6e-4, pressure_warmup=400, val_interval=500, save_interval=500),
-    "published": dict(n_layers=12, d_model=512, n_heads=8, d_ff=1365, seq_len=512, batch_size=16, grad_accum=4, steps=4005,
-                      learning_rate=6.29e-4, schedule="constant", lr_warmup=0, weight_decay=1.34e-4, dropout=0.05, penalty="fro",
-                      layer_weights="cubic", law="linear", k_p=0.0, k_i=0.01, control_interval=50, filter_beta=0.0,
-                      pressure_warmup=1500, lambda_start=0.05, lambda_max=0.25, val_interval=500, save_interval=500),
-    "demo": dict(n_layers=6, d_model=192, n_heads=6, d_ff=512, seq_len=128, batch_size=16, grad_accum=1, steps=600,
-                 learning_rate=3e-3, pressure_warmup=60, val_interval=200, save_interval=200),
-    "smoke": dict(n_layers=12, d_model=48, n_heads=3, d_ff=128, seq_len=64, batch_size=8, grad_accum=1, steps=60,
-                  learning_rate=3e-3, pressure_warmup=10, val_interval=60, save_interval=20),
-}  # fmt: skip
+    "full": dict(
+        n_layers=12, d_model=768, n_heads=12, d_ff=2048, seq_len=512,
+        batch_size=4, grad_accum=16, steps=4000, learning_rate=6e-4,
+        pressure_warmup=400, val_interval=500, save_interval=500),
+    "published": dict(
+        n_layers=12, d_model=512, n_heads=8, d_ff=1365, seq_len=512,
+        batch_size=16, grad_accum=4, steps=4005, learning_rate=6.29e-4, schedule="constant",
+        lr_warmup=0, weight_decay=1.34e-4, dropout=0.05,
+        penalty="fro", layer_weights="cubic", law="linear", k_p=0.0, k_i=0.01,
+        control_interval=50, filter_beta=0.0, pressure_warmup=1500,
+        lambda_start=0.05, lambda_max=0.25, val_interval=500, save_interval=500),
+    "demo": dict(
+        n_layers=6, d_model=192, n_heads=6, d_ff=512, seq_len=128,
+        batch_size=16, grad_accum=1, steps=600, learning_rate=3e-3,
+        pressure_warmup=60, val_interval=200, save_interval=200),
+    "smoke": dict(
+        n_layers=12, d_model=48, n_heads=3, d_ff=128, seq_len=64,
+        batch_size=8, grad_accum=1, steps=60, learning_rate=3e-3,
+        pressure_warmup=10, val_interval=60, save_interval=20),
+}
+# fmt: on
 
 
 # -------------------------------------------------------------------------------- method: edit here
+# ---- sigma: how alike the heads of a layer are
 def head_gram(z: Tensor, w_o: Tensor | None = None) -> Tensor:
-    """Inner products [H, H] of the heads' outputs z [B, T, H, K], flattened over batch, tokens and d_head; float32.
+    """Inner products [H, H] of the heads' outputs z [B, T, H, K], flattened over batch, tokens
+    and d_head; float32.
 
-    With the output projection w_o [D, H*K]: of what the heads write to the residual stream, o_h = z_h W_O,h, without
-    forming it: <o_i, o_j> = sum((z_i^T z_j) * (W_O,i W_O,j^T)). Unlike z, o does not depend on the basis that a head
-    happens to use for its values. Gram matrices add up over batches, so sigma of a step does not depend on their size.
+    With the output projection w_o [D, H*K]: of what the heads write to the residual stream, o_h =
+    z_h W_O,h, without forming it: <o_i, o_j> = sum((z_i^T z_j) * (W_O,i W_O,j^T)). Unlike z, o
+    does not depend on the basis that a head happens to use for its values. Gram matrices add up
+    over batches, so sigma of a step does not depend on their size.
     """
-    with torch.autocast(
-        z.device.type, enabled=False
-    ):  # bfloat16 could not tell cosines of 0.0035 apart near a diagonal of 1
+    # bfloat16 could not tell cosines of 0.0035 apart near a diagonal of 1
+    with torch.autocast(z.device.type, enabled=False):
         if w_o is None:
-            flat = z.float().permute(2, 0, 1, 3).flatten(1)
-            return flat @ flat.T
-        flat = z.float().flatten(0, 1).flatten(1)
-        products = (flat.T @ flat) * (w_o.float().T @ w_o.float())
-        return products.unflatten(0, z.shape[2:]).unflatten(2, z.shape[2:]).sum((1, 3))
+            by_head = z.float().permute(2, 0, 1, 3).flatten(1)  # [H, B*T*K]
+            return by_head @ by_head.T  # [H, H]
+        by_token = z.float().flatten(0, 1).flatten(1)  # [B*T, H*K]
+        projection = w_o.float()  # [D, H*K]
+        products = (by_token.T @ by_token) * (projection.T @ projection)  # [H*K, H*K]
+        heads_and_dims = z.shape[2:]
+        blocks = products.unflatten(0, heads_and_dims).unflatten(2, heads_and_dims)  # [H, K, H, K]
+        return blocks.sum((1, 3))  # [H, H]
 
 
 def sigma_of(grams: Tensor) -> Tensor:
-    """sigma of each layer [L]: mean absolute cosine over the pairs of heads, from Gram matrices [L, H, H]."""
+    """sigma of each layer [L]: mean absolute cosine over the pairs of heads, from Gram matrices
+    [L, H, H]."""
     return head_cosines(grams).abs().mean(-1)
 
 
+# ---- the penalty: a function of the cosines and an entry in the table; --penalty takes its name
+def mean_square(cosines: Tensor) -> Tensor:
+    """Mean cos^2: cosines [L, P] -> [L]. The derivative vanishes where heads are orthogonal."""
+    return cosines.square().mean(-1)
+
+
+def mean_absolute(cosines: Tensor) -> Tensor:
+    """Mean |cos|, which is sigma itself: cosines [L, P] -> [L]."""
+    return cosines.abs().mean(-1)
+
+
+def frobenius_norm(cosines: Tensor) -> Tensor:
+    """||cosines - I||_F, the published penalty: cosines [L, P] -> [L]."""
+    sum_of_squares = 2 * cosines.square().sum(-1)  # every pair stands twice in the matrix
+    return sum_of_squares.clamp_min(1e-20).sqrt()  # the root has no derivative at 0
+
+
+PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "cos2": mean_square,
+    "abs": mean_absolute,
+    "fro": frobenius_norm,
+}
+
+
 def decorrelation_penalty(grams: Tensor, kind: str) -> Tensor:
-    """Penalty of each layer [L]: mean cos^2 (cos2), mean |cos| (abs), or ||cosines - I||_F (fro, the published one)."""
-    cos = head_cosines(grams)
-    if kind == "fro":
-        return (2 * cos.square().sum(-1)).clamp_min(1e-20).sqrt()
-    return cos.square().mean(-1) if kind == "cos2" else cos.abs().mean(-1)
+    """Penalty of each layer [L], of a kind of PENALTIES, from Gram matrices [L, H, H]."""
+    return PENALTIES[kind](head_cosines(grams))
 
 
+def layer_weights(kind: str, n_layers: int, device: torch.device) -> Tensor:
+    """How much the penalty of each layer counts [L]: 1 (uniform), or ((l+1)/L)^3 (cubic)."""
+    depth = torch.arange(1, n_layers + 1, device=device) / n_layers
+    return depth**3 if kind == "cubic" else torch.ones_like(depth)
+
+
+# ---- the controller
 class Homeostat:
     """PID controller: measured head similarity sigma in, penalty weight lambda out.
 
-    law "log" works on e = ln(sigma/target) and u = ln(lambda), where the gain of the loop is the same at every level;
-    law "linear" on e = sigma - target and u = lambda, and is then simple_pid.PID with its gains negated.
+    law "log" works on e = ln(sigma/target) and u = ln(lambda), where the gain of the loop is the
+    same at every level; law "linear" on e = sigma - target and u = lambda, and is then
+    simple_pid.PID with its gains negated.
+
         u = k_p e + I + k_d de/dt,   I += k_i e dt,   u clipped to the limits
-    The derivative acts on the measurement (no kick on a setpoint step); a first-order filter smooths the measurement;
-    back-calculation ("tracking") or clamping of I prevents wind-up; a sample that is not finite is held, not integrated.
-    Gains are per optimiser step, dt is in steps. All state is Python floats: in bfloat16 a slow integral rounds to nothing.
-    (Astrom & Hagglund 2006; as a Lagrange multiplier: Stooke et al. 2020.)
+
+    The derivative acts on the measurement (no kick on a setpoint step); a first-order filter
+    smooths the measurement; back-calculation ("tracking") or clamping of I prevents wind-up; a
+    sample that is not finite is held, not integrated. Gains are per optimiser step, dt is in
+    steps. All state is Python floats: in bfloat16 a slow integral rounds to nothing. (Astrom &
+    Hagglund 2006; as a Lagrange multiplier: Stooke et al. 2020.)
     """
 
-    def __init__(self, target: float, k_p: float, k_i: float, k_d: float, law: str = "log", dt: float = 10.0, filter_beta: float = 0.0,
-                 limits: tuple[float, float] = (1e-5, 1e4), anti_windup: str = "tracking") -> None:  # fmt: skip
-        self.k_p, self.k_i, self.k_d, self.dt, self.beta, self.anti_windup = (
-            k_p,
-            k_i,
-            k_d,
-            dt,
-            filter_beta,
-            anti_windup,
-        )
+    def __init__(
+        self,
+        target: float,
+        k_p: float,
+        k_i: float,
+        k_d: float,
+        law: str = "log",
+        dt: float = 10.0,
+        filter_beta: float = 0.0,
+        limits: tuple[float, float] = (1e-5, 1e4),
+        anti_windup: str = "tracking",
+    ) -> None:
+        self.k_p = k_p
+        self.k_i = k_i  # per step
+        self.k_d = k_d  # times steps
+        self.dt = dt  # steps between two samples
+        self.beta = filter_beta  # 0: no filter
+        self.anti_windup = anti_windup
         self.log = law == "log"
-        self.setpoint, self.low, self.high = (
-            math.log(v) if self.log else v for v in (target, *limits)
+        self.low = self.scaled(limits[0])  # of u
+        self.high = self.scaled(limits[1])
+        self.set_target(target)
+        self.filtered: float | None = (
+            None  # sigma or ln(sigma) after the filter; None: no sample yet
         )
-        self.filtered: float | None = None
-        self.p = self.i = self.d = self.value = 0.0
-        self.saturated, self.held = False, 0
+        self.p = 0.0  # the three terms of u
+        self.i = 0.0
+        self.d = 0.0
+        self.value = 0.0  # lambda
+        self.saturated = False  # whether the last u was beyond a limit
+        self.held = 0  # number of unusable samples
+
+    def scaled(self, value: float) -> float:
+        """A sigma or lambda on the scale of the control law."""
+        return math.log(value) if self.log else value
+
+    def set_target(self, target: float) -> None:
+        """The sigma to hold from now on."""
+        self.setpoint = self.scaled(target)
 
     def measure(self, sigma: float) -> float | None:
-        """Takes one sample of sigma into the filter -> its slope per step, or None if the sample is unusable."""
+        """Takes one sample of sigma into the filter -> its slope per step, or None if unusable."""
         if not math.isfinite(sigma) or (self.log and sigma <= 0):
             self.held += 1
             return None
-        sample = math.log(sigma) if self.log else sigma
+        sample = self.scaled(sigma)
         before = sample if self.filtered is None else self.filtered
         self.filtered = self.beta * before + (1 - self.beta) * sample
         return (self.filtered - before) / self.dt
 
     def hand_over(self, value: float) -> None:
-        """Bumpless start of closed-loop control at lambda = `value`: the integral takes up what P does not give."""
+        """Bumpless start of closed-loop control at lambda = `value`: the integral takes up what
+        P does not give."""
         error = 0.0 if self.filtered is None else self.filtered - self.setpoint
-        u = math.log(max(value, 1e-300)) if self.log else value
-        self.i, self.value = min(max(u, self.low), self.high) - self.k_p * error, value
+        u = self.scaled(max(value, 1e-300) if self.log else value)
+        self.i = min(max(u, self.low), self.high) - self.k_p * error
+        self.value = value
 
     def update(self, sigma: float, integrate: bool = True) -> float:
-        """One sample of sigma -> lambda for the next dt steps. `integrate` False freezes the integral."""
-        if (slope := self.measure(sigma)) is None or self.filtered is None:
-            return self.value
-        error = self.filtered - self.setpoint
-        self.p, self.d = self.k_p * error, self.k_d * slope
-        self.i += self.k_i * error * self.dt if integrate else 0.0
+        """One sample of sigma -> lambda for the next dt steps. `integrate` False freezes the
+        integral."""
+        slope = self.measure(sigma)
+        if slope is None or self.filtered is None:
+            return self.value  # hold
+        error = self.filtered - self.setpoint  # above 0: heads too alike, press harder
+        self.p = self.k_p * error
+        self.d = self.k_d * slope
+        if integrate:
+            self.i += self.k_i * error * self.dt
         if self.anti_windup == "clamp":
             self.i = min(max(self.i, self.low), self.high)
         u = self.p + self.i + self.d
         limited = min(max(u, self.low), self.high)
         self.saturated = limited != u
-        if self.anti_windup == "tracking":
+        if self.anti_windup == "tracking":  # I gives back what the limit cut off
             self.i += limited - u
         self.value = math.exp(limited) if self.log else limited
         return self.value
 
 
+def target_sigma(step: int, args: argparse.Namespace) -> float:  # noqa: ARG001 -- for a schedule
+    """The setpoint at `step` (counted from 1)."""
+    return args.target_sigma
+
+
 class Pressure:
     """lambda at every step, by arm: adaptive, control, constant:LAMBDA, replay:TELEMETRY.csv.
 
-    The adaptive arm ramps lambda from 0 to --lambda_start over --pressure_warmup steps, then hands over to one Homeostat
-    (--per_layer: one a layer). All gains zero means no pressure at all: the control arm, bit for bit.
+    The adaptive arm ramps lambda from 0 to --lambda_start over --pressure_warmup steps, then
+    hands over to one Homeostat (--per_layer: one a layer). All gains zero means no pressure at
+    all: the control arm, bit for bit.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.arm, _, value = args.pressure.partition(":")
-        self.warmup, self.start = args.pressure_warmup, args.lambda_start
-        self.closed_loop = self.arm == "adaptive" and any((args.k_p, args.k_i, args.k_d))
-        self.phase = "warmup" if self.closed_loop else "off" if self.arm == "adaptive" else self.arm
-        self.replayed = read_telemetry(value) if self.arm == "replay" else None
-        self.fixed = float(value) if self.arm == "constant" else 0.0
-        limits = (1e-5 if args.law == "log" else 0.0, args.lambda_max)
-        self.loops = [
-            Homeostat(
-                args.target_sigma,
-                args.k_p,
-                args.k_i,
-                args.k_d,
-                args.law,
-                args.control_interval,
-                args.filter_beta,
-                limits,
+        self.args = args
+        arm, _, value = args.pressure.partition(":")
+        has_gains = any((args.k_p, args.k_i, args.k_d))
+        self.closed_loop = arm == "adaptive" and has_gains
+        self.replayed = read_telemetry(value) if arm == "replay" else None
+        self.fixed = float(value) if arm == "constant" else 0.0
+        # warmup, auto or hold in the closed loop; else the arm's name, or off
+        self.phase = arm
+        if arm == "adaptive":
+            self.phase = "warmup" if has_gains else "off"
+
+        gains = (args.k_p, args.k_i, args.k_d)
+        lowest = 1e-5 if args.law == "log" else 0.0  # ln(lambda) has no 0
+        self.loops = []
+        for _ in range(args.n_layers if args.per_layer else 1):
+            loop = Homeostat(
+                target_sigma(1, args),
+                *gains,
+                law=args.law,
+                dt=args.control_interval,
+                filter_beta=args.filter_beta,
+                limits=(lowest, args.lambda_max),
             )
-            for _ in range(args.n_layers if args.per_layer else 1)
-        ]
+            self.loops.append(loop)
 
     def weights(self, step: int) -> list[float]:
-        """lambda in use at `step` (counted from 1): one value, or one a layer."""
+        """lambda in use at `step` (counted from 1): one value, or one a layer (--per_layer)."""
         if self.replayed is not None:
-            row = np.searchsorted(self.replayed["step"], step).clip(max=len(self.replayed) - 1)
+            # The lambda of the first row at or after this step
+            last = len(self.replayed) - 1
+            row = np.searchsorted(self.replayed["step"], step).clip(max=last)
             return [float(self.replayed["lambda"].iloc[row])]
         if self.phase == "warmup":
-            return [self.start * min(1.0, step / max(1, self.warmup))] * len(self.loops)
-        return [loop.value for loop in self.loops] if self.closed_loop else [self.fixed]
+            share = min(1.0, step / max(1, self.args.pressure_warmup))
+            return [self.args.lambda_start * share] * len(self.loops)
+        if self.closed_loop:
+            return [loop.value for loop in self.loops]
+        return [self.fixed]
 
     def observe(self, step: int, sigmas: list[float], lr_share: float) -> None:
-        """Shows the controller sigma of every layer [L], measured at `step`; `lr_share`: learning rate over its peak."""
+        """Shows the controller sigma of every layer [L], measured at `step`; `lr_share`:
+        learning rate over its peak."""
         if not self.closed_loop:
             return
-        samples = sigmas if len(self.loops) > 1 else [sum(sigmas) / len(sigmas)]
-        in_use, ramping = self.weights(step), self.phase == "warmup"
-        if (
-            step >= self.warmup
-        ):  # once the learning rate has decayed the heads hardly respond, and the integral would wind up
+        # One loop sees the mean over the layers
+        samples = sigmas if self.args.per_layer else [sum(sigmas) / len(sigmas)]
+        lambdas = self.weights(step)
+        is_ramping = self.phase == "warmup"
+        if step >= self.args.pressure_warmup:
+            # With a small learning rate the heads hardly respond, and the integral would wind up.
             self.phase = "auto" if lr_share >= 0.2 else "hold"
-        for loop, sample, value in zip(self.loops, samples, in_use, strict=True):
-            if not ramping:
-                loop.update(sample, integrate=self.phase == "auto")
-            else:
+        for loop, sample, value in zip(self.loops, samples, lambdas, strict=True):
+            loop.set_target(target_sigma(step, self.args))
+            if is_ramping:  # open loop, ready to take over at the lambda in use
                 loop.measure(sample)
                 loop.hand_over(value)
+            else:
+                loop.update(sample, integrate=self.phase == "auto")
 
     def state_dict(self) -> dict[str, Any]:
+        """Phase, and the state of every loop, for a checkpoint."""
         keys = ("filtered", "p", "i", "d", "saturated", "held", "value")
-        return {
-            "phase": self.phase,
-            "loops": [{k: vars(loop)[k] for k in keys} for loop in self.loops],
-        }
+        loops = []
+        for loop in self.loops:
+            loops.append({key: vars(loop)[key] for key in keys})
+        return {"phase": self.phase, "loops": loops}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
         self.phase = state["phase"]
         for loop, saved in zip(self.loops, state["loops"], strict=True):
             vars(loop).update(saved)
 
 
-def training_step(model: NewGPT, batches: list[tuple[Tensor, Tensor]], weights: Tensor, args: argparse.Namespace, autocast: Any,
-                  measure: bool) -> tuple[float, Tensor | None]:  # fmt: skip
-    """Accumulates the gradient of loss + sum_l weights[l] * penalty_l over micro-batches of inputs and targets [B, T].
+# ---- the step
+def training_step(
+    model: NewGPT,
+    batches: list[tuple[Tensor, Tensor]],
+    weights: Tensor,
+    args: argparse.Namespace,
+    autocast: Any,
+    measure: bool,
+) -> tuple[float, Tensor | None]:
+    """Accumulates the gradient of loss + sum_l weights[l] * penalty_l over micro-batches of
+    inputs and targets [B, T].
 
-    Returns the mean loss (nats) and, if measured or penalised, the Gram matrices of the whole step [L, H, H]. The penalty
-    of a micro-batch uses its own Gram matrices; sigma, which the Homeostat sees, uses their sum. Gradients, Gram matrices and
-    loss are those of the micro-batches of all processes. They are summed once, here: DistributedDataParallel would hand the
-    blocks a copy of `tap`, and would have to be told which backward pass is the last.
+    Returns the mean loss (nats) and, if measured or penalised, the Gram matrices of the whole
+    step [L, H, H]. The penalty of a micro-batch uses its own Gram matrices; sigma, which the
+    Homeostat sees, uses their sum. Gradients, Gram matrices and loss are those of the
+    micro-batches of all processes. They are summed once, here: DistributedDataParallel would hand
+    the blocks a copy of `tap`, and would have to be told which backward pass is the last.
     """
-    pressed, total, grams, n = bool(weights.any()), 0.0, None, len(batches) * rank_and_world()[1]
+    is_pressed = bool(weights.any())
+    # Every process computes as many micro-batches; the mean is over all of them
+    n_batches = len(batches) * rank_and_world()[1]
+    mean_loss = 0.0
+    grams = None
     for x, y in batches:
-        tap: dict | None = (
-            dict.fromkeys(f"z.{l}" for l in range(len(model.blocks)))
-            if pressed or measure
-            else None
-        )
+        # Ask the model for z of every layer, if somebody needs it
+        tap: dict | None = None
+        if is_pressed or measure:
+            tap = dict.fromkeys(f"z.{l}" for l in range(len(model.blocks)))
         with autocast:
-            loss = objective = model(x, y, tap=tap)[1]
-        if tap:
-            w_o = [b.attn.w_o.weight if args.sigma_space == "resid" else None for b in model.blocks]
-            gram = torch.stack(
-                [
-                    head_gram(z if pressed else z.detach(), w)
-                    for z, w in zip(tap.values(), w_o, strict=True)
-                ]
-            )
+            _, loss = model(x, y, tap=tap)
+        objective = loss
+        if tap is not None:
+            # Without a penalty sigma is only watched: no gradient through it
+            z_of_layers = list(tap.values()) if is_pressed else [z.detach() for z in tap.values()]
+            gram = layer_grams(model, z_of_layers, args.sigma_space)  # [L, H, H]
             grams = gram.detach() if grams is None else grams + gram.detach()
-            if pressed:
-                objective = loss + (weights * decorrelation_penalty(gram, args.penalty)).sum()
-        (objective / n).backward()
-        total += loss.item() / n
-    all_sum(
-        *[p.grad for p in model.parameters() if p.grad is not None],
-        *([] if grams is None else [grams]),
-    )
-    all_sum(whole := torch.tensor(total, dtype=torch.float64))
-    return whole.item(), grams
+            if is_pressed:
+                penalty = decorrelation_penalty(gram, args.penalty)  # [L]
+                objective = loss + (weights * penalty).sum()
+        (objective / n_batches).backward()
+        mean_loss += loss.item() / n_batches
+
+    # The other processes had other micro-batches.
+    sums = [p.grad for p in model.parameters() if p.grad is not None]
+    if grams is not None:
+        sums.append(grams)
+    all_sum(*sums)
+    total_loss = torch.tensor(mean_loss, dtype=torch.float64)
+    all_sum(total_loss)
+    return total_loss.item(), grams
 
 
-@torch.no_grad()
-def validate(
-    model: NewGPT, data: HFWikiTextLoader, batch_size: int, autocast: Any
-) -> dict[str, Any]:
-    """The whole split in order, in eval mode: val_loss (nats a token) and, of each layer [L], sigma_z, sigma_resid, and
-    write_overlap, the heads' mean ||U_i^T U_j||_F^2 / K (U: orthonormal basis of the rows of W_O; random: K/D)."""
-    model.eval()
-    # Without gradients more fits, and small models run faster; but logits [B, T, V] stay below half a gigabyte in float32
-    batch_size = max(batch_size, min(8192, 2**27 // model.cfg.vocab_size) // data.seq_len)
-    n_layers, n_heads, d_head, (rank, world) = (
-        model.cfg.n_layers,
-        model.cfg.n_heads,
-        model.cfg.d_head,
-        rank_and_world(),
-    )
-    grams = {
-        space: torch.zeros(n_layers, n_heads, n_heads, dtype=torch.float64)
-        for space in ("z", "resid")
-    }
-    loss, w_o = torch.zeros((), dtype=torch.float64), [b.attn.w_o.weight for b in model.blocks]
-    for first in range(rank * batch_size, data.n_windows, world * batch_size):
-        x, y = (
-            t.to(w_o[0].device)
-            for t in data.batch(np.arange(first, min(first + batch_size, data.n_windows)))
-        )
-        tap: dict = dict.fromkeys(f"z.{l}" for l in range(len(model.blocks)))
-        with autocast:
-            loss += model(x, y, tap=tap)[1].item() * len(x)
-        for space in grams:
-            gram = [
-                head_gram(z, w if space == "resid" else None)
-                for z, w in zip(tap.values(), w_o, strict=True)
-            ]
-            grams[space] += torch.stack(gram).double().cpu()
-    all_sum(loss, *grams.values())
-    model.train()
-    bases = torch.linalg.qr(
-        torch.stack(w_o).float().unflatten(2, (n_heads, d_head)).transpose(1, 2)
-    )[0]  # [L, H, D, K]
-    overlap = torch.einsum("lhdk,lgdm->lhgkm", bases, bases).square().sum((-1, -2)) / d_head
-    i, j = torch.triu_indices(n_heads, n_heads, offset=1)
-    layers = dict(
-        sigma_z=sigma_of(grams["z"]),
-        sigma_resid=sigma_of(grams["resid"]),
-        write_overlap=overlap[:, i, j].mean(-1),
-    )
-    return {"val_loss": loss.item() / data.n_windows, **{k: v.tolist() for k, v in layers.items()}}
+def layer_grams(model: NewGPT, z_of_layers: list[Tensor], space: str) -> Tensor:
+    """Gram matrices [L, H, H] of z [B, T, H, K] of every layer; `space` z: of the heads'
+    outputs, resid: of what they write to the residual stream."""
+    grams = []
+    for block, z in zip(model.blocks, z_of_layers, strict=True):
+        grams.append(head_gram(z, block.attn.w_o.weight if space == "resid" else None))
+    return torch.stack(grams)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Learning rate at `step` (counted from 1): linear warm-up, then --schedule."""
-    done = max(0.0, (step - args.lr_warmup) / max(1, args.steps - args.lr_warmup))
-    shape = {
-        "cosine": 0.55 + 0.45 * math.cos(math.pi * done),
-        "wsd": min(1.0, 5 * (1 + 1 / args.steps - done)),
+    warmup = min(1.0, step / max(1, args.lr_warmup))  # 0 to 1
+    done = max(0.0, (step - args.lr_warmup) / max(1, args.steps - args.lr_warmup))  # share, 0 to 1
+    shapes = {
+        "cosine": 0.55 + 0.45 * math.cos(math.pi * done),  # from 100 to 10 %
+        "wsd": min(1.0, 5 * (1 + 1 / args.steps - done)),  # the last fifth falls to 0
         "constant": 1.0,
     }
-    return args.learning_rate * shape[args.schedule] * min(1.0, step / max(1, args.lr_warmup))
+    return args.learning_rate * shapes[args.schedule] * warmup
+
+
+# ---- validation
+@torch.no_grad()
+def validate(
+    model: NewGPT, data: HFWikiTextLoader, batch_size: int, autocast: Any
+) -> dict[str, Any]:
+    """The whole split in order, in eval mode: val_loss (nats a token) and, of each layer [L],
+    sigma_z, sigma_resid, and write_overlap."""
+    cfg = model.cfg
+    device = model.embedding.weight.device
+    model.eval()
+    # Without gradients more fits, and small models run faster; but logits [B, T, V] are kept small
+    most_tokens = min(8192, 2**27 // cfg.vocab_size)  # 2^27 float32 are half a gigabyte
+    batch_size = max(batch_size, most_tokens // data.seq_len)
+
+    # Sums over the whole split, in float64: windows are many
+    shape = (cfg.n_layers, cfg.n_heads, cfg.n_heads)
+    grams = {space: torch.zeros(shape, dtype=torch.float64) for space in ("z", "resid")}
+    loss = torch.zeros((), dtype=torch.float64)
+    rank, world = rank_and_world()
+    for first in range(rank * batch_size, data.n_windows, world * batch_size):
+        windows = np.arange(first, min(first + batch_size, data.n_windows))
+        x, y = data.batch(windows)  # [B, T] each
+        tap: dict = dict.fromkeys(f"z.{l}" for l in range(cfg.n_layers))
+        with autocast:
+            _, batch_loss = model(x.to(device), y.to(device), tap=tap)
+        loss += batch_loss.item() * len(x)
+        # Gram matrices add up: sigma is that of the whole split, not a mean over batches
+        for space in grams:
+            grams[space] += layer_grams(model, list(tap.values()), space).double().cpu()
+    all_sum(loss, *grams.values())
+    model.train()
+    return {
+        "val_loss": loss.item() / data.n_windows,
+        "sigma_z": sigma_of(grams["z"]).tolist(),
+        "sigma_resid": sigma_of(grams["resid"]).tolist(),
+        "write_overlap": write_overlap(model).tolist(),
+    }
+
+
+def write_overlap(model: NewGPT) -> Tensor:
+    """How much the subspaces that two heads write to overlap, mean over the pairs of a layer [L].
+
+    ||U_i^T U_j||_F^2 / K with U an orthonormal basis of the rows of W_O,h: 1 for the same
+    subspace, K/D for random ones.
+    """
+    n_heads = model.cfg.n_heads
+    d_head = model.cfg.d_head
+    # Columns of W_O belong to heads; QR gives each head's subspace an orthonormal basis
+    w_o = torch.stack([block.attn.w_o.weight for block in model.blocks]).float()  # [L, D, H*K]
+    by_head = w_o.unflatten(2, (n_heads, d_head)).transpose(1, 2)  # [L, H, D, K]
+    bases, _ = torch.linalg.qr(by_head)  # [L, H, D, K]
+    products = torch.einsum("lhdk,lgdm->lhgkm", bases, bases)  # [L, H, H, K, K]
+    overlap = products.square().sum((-1, -2)) / d_head  # [L, H, H]
+    i, j = torch.triu_indices(n_heads, n_heads, offset=1)
+    return overlap[:, i, j].mean(-1)
 
 
 # ---------------------------------------------------------------------------------------------- run
-def trajectory(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that decide where a run goes; --resume refuses to change them."""
-    free = {
-        "save_dir",
-        "resume",
-        "redraw",
-        "overwrite",
-        "tensorboard",
-        "cache_dir",
-        "device",
-        "skip_probe",
-        "save_interval",
-        "preset",
-    }
-    return {k: v for k, v in vars(args).items() if k not in free}
+@dataclass
+class Training:
+    """A training run: what is trained, on what, and what was logged."""
+
+    args: argparse.Namespace
+    model: NewGPT
+    optimizer: torch.optim.Optimizer
+    pressure: Pressure
+    train: HFWikiTextLoader  # the two splits
+    validation: HFWikiTextLoader
+    device: torch.device
+    autocast: Any  # context of the forward pass, see --dtype
+    facts: dict[str, Any]  # describe the run in checkpoints and sidecars
+    telemetry: list[dict[str, Any]] = field(default_factory=list)  # rows of telemetry.csv
+    layers: list[dict[str, Any]] = field(default_factory=list)  # rows of layers.csv
+    steps_done: int = 0
 
 
-def save_checkpoint(
-    path: Path,
-    model: NewGPT,
-    optimizer: torch.optim.Optimizer,
-    pressure: Pressure,
-    facts: dict,
-    logs: dict,
-) -> None:
-    """Writes all that a later phase or --resume needs, then the sidecar."""
-    numpy_state: Any = np.random.get_state()  # noqa: NPY002
-    rng = {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-    rng |= {
-        "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
-        "python": repr(random.getstate()),
-    }
-    ckpt = {
-        "schema": CHECKPOINT_SCHEMA,
-        "config": asdict(model.cfg),
-        "model": model.state_dict(),
-        "probe": golden_probe(model),
-        **facts,
-    }
-    ckpt |= {
-        "optimizer": optimizer.state_dict(),
-        "pressure": pressure.state_dict(),
-        "rng": rng,
-        "logs": logs,
-    }
-    sidecar_path(path).unlink(missing_ok=True)
-    with atomic(path) as tmp:
-        try:
-            torch.save(ckpt, tmp)
-        except RuntimeError as e:  # torch's way to report a full disk
-            raise OSError(28, "No space left on device", str(path)) from e
-    write_sidecar(path, CHECKPOINT_SCHEMA, [], config=ckpt["config"], **facts)
+def train_model(training: Training, signals: list[int]) -> int:
+    """The training loop: step, clip, sample sigma, control, validate, save.
 
-
-def resume(
-    args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.Optimizer, pressure: Pressure
-) -> tuple[int, dict]:
-    """Restores the newest finished checkpoint of --save_dir in place -> its step and logs; (0, empty logs) if there is none.
-
-    Raises HandoffError if an argument that decides the trajectory differs.
+    Returns 0, or 128 + the number of the signal that ended it, after saving. Several processes
+    take the same steps; rank 0 writes.
     """
-    finished = sorted(p for p in args.save_dir.glob("ckpt_*.pt") if sidecar_path(p).exists())
-    if not finished:
-        return 0, {"telemetry": [], "layers": []}
-    saved, ckpt = load_checkpoint(finished[-1], torch.device("cpu"), args.skip_probe)
-    for k, now in trajectory(args).items():
-        if now != (then := ckpt["arguments"].get(k)):
-            raise HandoffError(
-                f"--resume would change --{k} from {then} to {now}; give the same arguments, or start in another --save_dir"
-            )
-    model.load_state_dict(saved.state_dict())
-    optimizer.load_state_dict(ckpt["optimizer"])
-    pressure.load_state_dict(ckpt["pressure"])
-    rng = ckpt["rng"]
-    torch.set_rng_state(rng["torch"])
-    if torch.cuda.is_available() and rng["cuda"]:
-        torch.cuda.set_rng_state_all(rng["cuda"])
-    np.random.set_state(tuple(rng["numpy"]))  # noqa: NPY002
-    random.setstate(ast.literal_eval(rng["python"]))
-    print(f"resumed {finished[-1]} at step {ckpt['step']}", flush=True)
-    return ckpt["step"], ckpt["logs"]
+    args = training.args
+    model = training.model
+    pressure = training.pressure
+    rank, _ = rank_and_world()
+    penalty_shares = layer_weights(args.layer_weights, args.n_layers, training.device)  # [L]
+    clock = Clock(training.steps_done)
+    written = time.perf_counter()
+    board = open_board(args) if args.tensorboard and rank == 0 else None
+    for step in progress(training):
+        # Gradient of loss and penalty, over the micro-batches of the step
+        rate = learning_rate(step, args)
+        for group in training.optimizer.param_groups:
+            group["lr"] = rate
+        is_last = step == args.steps
+        is_sample = step % args.control_interval == 0
+        is_check = step % args.val_interval == 0 or is_last
+        measure = is_sample or is_check
+        lambdas = pressure.weights(step)
+        weights = torch.tensor(lambdas, device=training.device) * penalty_shares  # [L]
+        batches = micro_batches(training, step)
+        loss, grams = training_step(model, batches, weights, args, training.autocast, measure)
+        is_stopped = anybody_signalled(signals)
+
+        # The update
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+        refuse_divergence(step, loss, norm, args)
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
+
+        # Telemetry tells what was in use at this step; then the controller sees its sigma
+        if measure:
+            row = telemetry_row(step, args, loss, grams, lambdas, pressure)
+            row["grad_norm"] = norm
+            row["tokens_per_s"] = clock.steps_per_s(step) * tokens_per_step(args)
+            training.telemetry.append(row)
+        if is_sample:
+            pressure.observe(step, sigma_of(grams).tolist(), rate / args.learning_rate)
+        if is_check:
+            check(training, step, lambdas)
+            clock.restart(step)  # validation is no training time
+        if board is not None and measure:
+            show_live(board, step, training.telemetry[-1], grams)
+
+        # What is kept
+        is_save = is_stopped or is_last or step % args.save_interval == 0
+        if rank == 0 and (is_check or is_save or time.perf_counter() - written > 10):
+            written = time.perf_counter()
+            write_tables(training)
+        if rank == 0 and is_save:
+            save(training, step, is_last)
+        if is_stopped and not is_last:
+            return end_early(args, step, signals)
+    return 0
 
 
-def start_from(args: argparse.Namespace) -> NewGPT:
-    """--init_from -> that model with this run's context and dropout. Sets its sizes and tokenizer in `args`.
-
-    Raises HandoffError if it cannot be read or has one head.
-    """
-    with rank_0_first():
-        args.init_from = str(as_checkpoint(args.init_from, args.cache_dir, args.dataset))
-    saved, _ = load_checkpoint(args.init_from, torch.device("cpu"), args.skip_probe)
-    if saved.cfg.n_heads < 2:
-        raise HandoffError(
-            f"{args.init_from} has one head a layer; expected at least 2, between which sigma is measured"
-        )
-    model = NewGPT(replace(saved.cfg, seq_len=args.seq_len, dropout=args.dropout))
-    model.load_state_dict(saved.state_dict())
-    for size in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "tied"):
-        setattr(args, size, getattr(saved.cfg, size))
-    args.tokenizer = str(Path(args.init_from).resolve().with_name("tokenizer.json"))
-    return model
+def progress(training: Training) -> tqdm:
+    """The steps that are left, counted from 1, with a bar."""
+    done = training.steps_done
+    last = training.args.steps
+    arm = training.facts["arm"]
+    steps = range(done + 1, last + 1)
+    return tqdm(steps, initial=done, total=last, desc=arm, unit="step", disable=None)
 
 
-def announce(
-    args: argparse.Namespace, model: NewGPT, train: HFWikiTextLoader, autocast: Any
-) -> None:
-    """Compiles blocks and loss (--compile), and prints sizes and cost, measured on one micro-batch that leaves no trace.
+class Clock:
+    """How fast the steps are since the last time that somebody asked."""
 
-    Raises HandoffError if the disk is too small.
-    """
-    total, inner = model.n_params()
-    device, d = model.embedding.weight.device, train.description
-    need_disk(
-        args.save_dir, gb := 5 * 12 * total
-    )  # three checkpoints, a temporary and the final one, with two moments
-    tokens = args.steps * args.batch_size * args.grad_accum * args.seq_len
-    worth = device.type == "cuda" or (
-        shutil.which("c++") is not None and 6 * inner * tokens > 1e13
-    )  # FLOPs: minutes of work
-    if args.compile == "on" or (args.compile == "auto" and worth):
-        for part in (*model.blocks, model.loss):
-            part.compile()
-    with torch.random.fork_rng():
-        batch = [tuple(t.to(device) for t in train.batch(np.zeros(args.batch_size, np.int64)))]
-        for _ in range(2):  # the first one compiles, and touches its memory for the first time
-            start = time.perf_counter()
-            training_step(
-                model, batch, torch.ones(args.n_layers, device=device), args, autocast, True
-            )
-            seconds = time.perf_counter() - start
-        model.zero_grad(set_to_none=True)
-    where = f"{device} in {'bfloat16' if autocast._enabled else 'float32'}"
-    print(
-        f"model: {total / 1e6:.2f}M parameters, {inner / 1e6:.2f}M without embeddings, on {where}"
-    )
-    print(
-        f"data: {d['dataset_key']}, {d['n_tokens']:,} training tokens; tokenizer {d['tokenizer_hash']}, {model.cfg.vocab_size:,} kinds"
-    )
-    minutes = seconds * args.steps * args.grad_accum / rank_and_world()[1] / 60
-    print(
-        f"cost: {args.steps} steps, {tokens:,} tokens, about {minutes:.1f} min; up to {gb / 1e9:.2f} GB in {args.save_dir}",
-        flush=True,
-    )
+    def __init__(self, step: int) -> None:
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Measures from now, when `step` steps are done."""
+        self.step = step
+        self.time = time.perf_counter()
+
+    def steps_per_s(self, step: int) -> float:
+        """Steps a second since the last call, or restart."""
+        rate = (step - self.step) / (time.perf_counter() - self.time)
+        self.restart(step)
+        return rate
+
+
+def tokens_per_step(args: argparse.Namespace) -> int:
+    """Tokens that one optimiser step sees, of all processes."""
+    return args.batch_size * args.grad_accum * args.seq_len  # --grad_accum counts all processes
+
+
+def micro_batches(training: Training, step: int) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and targets [B, T] of the micro-batches of `step` that this process computes."""
+    args = training.args
+    rank, world = rank_and_world()
+    if world > 1 and args.dropout:  # each process its own noise, which --resume can repeat
+        torch.manual_seed((args.seed * args.steps + step) * world + rank)
+    n_windows = args.batch_size * args.grad_accum
+    x, y = training.train.shuffled((step - 1) * n_windows, n_windows, args.seed)
+    # Process r takes micro-batches r, r + world, ...
+    inputs = x.to(training.device).split(args.batch_size)
+    targets = y.to(training.device).split(args.batch_size)
+    return list(zip(inputs, targets, strict=True))[rank::world]
+
+
+def anybody_signalled(signals: list[int]) -> bool:
+    """Whether any process got a signal: so all of them stop at the same step."""
+    number = torch.tensor(float(len(signals)))
+    all_sum(number)
+    return bool(number)
+
+
+def refuse_divergence(step: int, loss: float, norm: float, args: argparse.Namespace) -> None:
+    """Raises HandoffError if loss or gradient norm is not finite, before it reaches the
+    weights."""
+    if not math.isfinite(loss + norm):
+        kept = f"the checkpoints in {args.save_dir} are good"
+        advice = f"try a --learning_rate below {args.learning_rate}"
+        fact = f"step {step}: loss {loss}, gradient norm {norm}, not finite"
+        raise HandoffError(f"{fact}; {kept}, {advice}")
+
+
+def check(training: Training, step: int, lambdas: list[float]) -> None:
+    """Validates; the results go to the last row of telemetry, and a row a layer to `layers`."""
+    args = training.args
+    result = validate(training.model, training.validation, args.batch_size, training.autocast)
+    row = training.telemetry[-1]
+    row["val_loss"] = result.pop("val_loss")
+    row["perplexity"] = math.exp(min(50.0, row["val_loss"]))
+    for name, values in result.items():
+        row[f"val_{name}"] = sum(values) / len(values)  # mean over layers
+    result["lambda"] = np.broadcast_to(lambdas, args.n_layers).tolist()
+    for l in range(args.n_layers):
+        of_layer = {name: values[l] for name, values in result.items()}
+        training.layers.append({"step": step, "layer": l, **of_layer})
+
+
+def end_early(args: argparse.Namespace, step: int, signals: list[int]) -> int:
+    """Exit status of a run that a signal ended; the others wait here until rank 0 has saved."""
+    # Without a signal of its own this process stops for another's
+    number = int((signals or [signal.SIGTERM])[0])
+    advice = "continue with the same command and --resume"
+    print(f"signal {number}: saved step {step} in {args.save_dir}; {advice}")
+    all_sum(torch.zeros(1))
+    return 128 + number
 
 
 @contextlib.contextmanager
 def noting_signals() -> Iterator[list[int]]:
-    """Within the block SIGINT and SIGTERM do not interrupt; their numbers are appended to the list that it yields."""
+    """Within the block SIGINT and SIGTERM do not interrupt; their numbers are appended to the
+    list that it yields."""
     noted: list[int] = []
-    before = {
-        n: signal.signal(n, lambda number, _: noted.append(number))
-        for n in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda number, _: noted.append(number))
     try:
         yield noted
     finally:
@@ -505,200 +658,284 @@ def noting_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def train_model(args: argparse.Namespace, model: NewGPT, optimizer: torch.optim.Optimizer, pressure: Pressure,
-                data: tuple[HFWikiTextLoader, ...], autocast: Any, facts: dict[str, Any], signals: list[int]) -> int:  # fmt: skip
-    """The training loop: step, clip, sample sigma, control, validate, save. `data`: training and validation split.
+# ---- checkpoints
+# May differ between a run and its continuation; every other argument decides where the run goes.
+MAY_CHANGE_ON_RESUME = {
+    "save_dir",
+    "resume",
+    "redraw",
+    "overwrite",
+    "tensorboard",
+    "cache_dir",
+    "device",
+    "skip_probe",
+    "save_interval",
+    "preset",
+}
 
-    Returns 0, or 128 + the number of the signal that ended it, after saving. Several processes take the same steps; rank 0 writes.
+
+def trajectory(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that decide where a run goes; --resume refuses to change them."""
+    everything = vars(args).items()
+    return {name: value for name, value in everything if name not in MAY_CHANGE_ON_RESUME}
+
+
+def save(training: Training, step: int, is_last: bool) -> None:
+    """Writes the checkpoint of `step` and removes all but the last three of those before."""
+    folder = training.args.save_dir
+    name = f"janus_{training.facts['arm']}_final.pt" if is_last else f"ckpt_{step:08d}.pt"
+    save_checkpoint(folder / name, training, step)
+    for old in sorted(folder.glob("ckpt_*.pt"))[:-3]:
+        sidecar_path(old).unlink(missing_ok=True)
+        old.unlink()
+
+
+def save_checkpoint(path: Path, training: Training, step: int) -> None:
+    """Writes all that a later phase or --resume needs, then the sidecar."""
+    facts = {**training.facts, "step": step}
+    model = training.model
+    config = asdict(model.cfg)
+    ckpt = {
+        # What later phases read
+        "schema": CHECKPOINT_SCHEMA,
+        "config": config,
+        "model": model.state_dict(),
+        "probe": golden_probe(model),
+        **facts,
+        # What --resume needs besides
+        "optimizer": training.optimizer.state_dict(),
+        "pressure": training.pressure.state_dict(),
+        "rng": random_states(),
+        "logs": {"telemetry": training.telemetry, "layers": training.layers},
+    }
+    sidecar_path(path).unlink(missing_ok=True)  # it describes the old file
+    with atomic(path) as temporary:
+        try:
+            torch.save(ckpt, temporary)
+        except RuntimeError as e:  # torch's way to report a full disk
+            raise OSError(28, "No space left on device", str(path)) from e
+    write_sidecar(path, CHECKPOINT_SCHEMA, [], config=config, **facts)
+
+
+def random_states() -> dict[str, Any]:
+    """The state of every random generator."""
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 -- some libraries use it
+    # As plain lists and text: a checkpoint must load with weights_only
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+        "python": repr(random.getstate()),
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Sets what `random_states` gave."""
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+    np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002 -- some libraries use it
+    random.setstate(ast.literal_eval(states["python"]))
+
+
+def resume(training: Training) -> None:
+    """Restores the newest finished checkpoint of --save_dir in place, if there is one.
+
+    Raises HandoffError if an argument that decides the trajectory differs. An argument that the
+    checkpoint does not know was at its default then.
     """
-    device, (train, val), (rank, world) = model.embedding.weight.device, data, rank_and_world()
-    depth = torch.arange(1, args.n_layers + 1, device=device) / args.n_layers
-    layer_weights = depth**3 if args.layer_weights == "cubic" else torch.ones_like(depth)
-    first, logs = (
-        resume(args, model, optimizer, pressure)
-        if args.resume
-        else (0, {"telemetry": [], "layers": []})
+    args = training.args
+    checkpoints = sorted(args.save_dir.glob("ckpt_*.pt"))
+    # A checkpoint without sidecar was not written to its end
+    finished = [path for path in checkpoints if sidecar_path(path).exists()]
+    if not finished:
+        return
+    saved, ckpt = load_checkpoint(finished[-1], torch.device("cpu"), args.skip_probe)
+    defaults = build_parser()
+    for name, now in trajectory(args).items():
+        then = ckpt["arguments"].get(name, defaults.get_default(name))
+        if now != then:
+            fact = f"--resume would change --{name} from {then} to {now}"
+            raise HandoffError(f"{fact}; give the same arguments, or start in another --save_dir")
+    training.model.load_state_dict(saved.state_dict())
+    training.optimizer.load_state_dict(ckpt["optimizer"])
+    training.pressure.load_state_dict(ckpt["pressure"])
+    restore_random_states(ckpt["rng"])
+    # The CSVs are written whole, from the rows that the checkpoint kept
+    training.telemetry = ckpt["logs"]["telemetry"]
+    training.layers = ckpt["logs"]["layers"]
+    training.steps_done = ckpt["step"]
+    print(f"resumed {finished[-1]} at step {ckpt['step']}", flush=True)
+
+
+# ---- set-up
+def start_from(args: argparse.Namespace) -> NewGPT:
+    """--init_from -> that model with this run's context and dropout. Sets its sizes and tokenizer
+    in `args`.
+
+    Raises HandoffError if it cannot be read or has one head.
+    """
+    with rank_0_first():
+        args.init_from = str(as_checkpoint(args.init_from, args.cache_dir, args.dataset))
+    saved, _ = load_checkpoint(args.init_from, torch.device("cpu"), args.skip_probe)
+    if saved.cfg.n_heads < 2:
+        expected = "expected at least 2, between which sigma is measured"
+        raise HandoffError(f"{args.init_from} has one head a layer; {expected}")
+    model = NewGPT(replace(saved.cfg, seq_len=args.seq_len, dropout=args.dropout))
+    model.load_state_dict(saved.state_dict())
+    # The flags of sizes say what is trained, and the tokenizer must be the model's own
+    for size in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "tied"):
+        setattr(args, size, getattr(saved.cfg, size))
+    args.tokenizer = str(Path(args.init_from).resolve().with_name("tokenizer.json"))
+    return model
+
+
+def new_model(args: argparse.Namespace, vocab_size: int) -> NewGPT:
+    """A freshly initialised model of the sizes in `args`."""
+    cfg = GPTConfig(
+        vocab_size=vocab_size,
+        n_layers=args.n_layers,
+        d_model=args.d_model,
+        n_heads=args.n_heads,
+        n_kv_heads=args.n_kv_heads,
+        d_head=args.d_model // args.n_heads,
+        d_ff=args.d_ff,
+        seq_len=args.seq_len,
+        tied=args.tied,
+        dropout=args.dropout,
     )
-    rows, n, told = logs["telemetry"], args.batch_size * args.grad_accum, first
-    clock = written = time.perf_counter()
-    wanted = args.tensorboard and rank == 0
-    board = (
-        import_module("torch.utils.tensorboard").SummaryWriter(str(args.save_dir / "tensorboard"))
-        if wanted
-        else None
-    )
-    for step in tqdm(
-        range(first + 1, args.steps + 1),
-        initial=first,
-        total=args.steps,
-        desc=facts["arm"],
-        unit="step",
-        disable=None,
-    ):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
-        lambdas, last = pressure.weights(step), step == args.steps
-        sample, check = step % args.control_interval == 0, step % args.val_interval == 0 or last
-        x, y = (
-            t.to(device).split(args.batch_size)
-            for t in train.shuffled((step - 1) * n, n, args.seed)
-        )
-        weights = torch.tensor(lambdas, device=device) * layer_weights
-        if world > 1 and args.dropout:  # each process its own noise, which --resume can repeat
-            torch.manual_seed((args.seed * args.steps + step) * world + rank)
-        loss, grams = training_step(
-            model,
-            list(zip(x, y, strict=True))[rank::world],
-            weights,
-            args,
-            autocast,
-            sample or check,
-        )
-        all_sum(
-            noted := torch.tensor(float(len(signals)))
-        )  # so that all of them stop at the same step
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
-        if not math.isfinite(loss + norm):
-            kept = f"the checkpoints in {args.save_dir} are good, try a --learning_rate below {args.learning_rate}"
-            raise HandoffError(
-                f"step {step}: loss {loss}, gradient norm {norm}, not finite; {kept}"
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if sample or check:
-            now = time.perf_counter()
-            rows.append(telemetry_row(step, args, loss, grams, lambdas, pressure))
-            rows[-1] |= {
-                "grad_norm": norm,
-                "tokens_per_s": (step - told) * n * args.seq_len / (now - clock),
-            }
-            clock, told = now, step
-        if sample:
-            pressure.observe(
-                step, sigma_of(grams).tolist(), learning_rate(step, args) / args.learning_rate
-            )
-        if check:
-            result = validate(model, val, args.batch_size, autocast)
-            rows[-1] |= {
-                "val_loss": result["val_loss"],
-                "perplexity": math.exp(min(50.0, result.pop("val_loss"))),
-            }
-            rows[-1] |= {f"val_{k}": sum(v) / len(v) for k, v in result.items()}
-            result |= {"lambda": lambdas if len(lambdas) > 1 else lambdas * args.n_layers}
-            logs["layers"] += [
-                {"step": step, "layer": l, **{k: v[l] for k, v in result.items()}}
-                for l in range(args.n_layers)
-            ]
-            clock = time.perf_counter()
-        if board and (sample or check):
-            show_live(board, step, rows[-1], grams)
-        stop, save = bool(noted) and not last, bool(noted) or last or step % args.save_interval == 0
-        if rank == 0 and (check or save or time.perf_counter() - written > 10):
-            written = time.perf_counter()
-            for name, table in (("telemetry.csv", rows), ("layers.csv", logs["layers"])):
-                with atomic(args.save_dir / name) as tmp:
-                    pd.DataFrame(table).to_csv(tmp, index=False)
-        if rank == 0 and save:
-            path = args.save_dir / (
-                f"janus_{facts['arm']}_final.pt" if last else f"ckpt_{step:08d}.pt"
-            )
-            save_checkpoint(path, model, optimizer, pressure, {**facts, "step": step}, logs)
-            for old in sorted(args.save_dir.glob("ckpt_*.pt"))[:-3]:
-                sidecar_path(old).unlink(missing_ok=True)
-                old.unlink()
-        if stop:
-            number = int((signals or [signal.SIGTERM])[0])
-            print(
-                f"signal {number}: saved step {step} in {args.save_dir}; continue with the same command and --resume"
-            )
-            all_sum(torch.zeros(1))  # the others wait until rank 0 has saved
-            return 128 + number
-    return 0
+    return NewGPT(cfg)
+
+
+def new_optimizer(model: NewGPT, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019); matrices decay, norms do not."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    norms = [p for p in model.parameters() if p.dim() < 2]
+    # Two groups, which differ in the decay alone
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": norms, "weight_decay": 0.0},
+    ]
+    fused = model.embedding.weight.device.type != "mps"
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=fused)
+
+
+def prepare(args: argparse.Namespace) -> Training:
+    """Text, model, optimiser and controller of a new run."""
+    keep_memory()
+    device, autocast = set_up(args)
+    # A pretrained model brings its tokenizer, so it is opened before the text
+    model = start_from(args) if args.init_from else None
+    with rank_0_first():  # it fills the cache
+        source = (args.dataset, args.tokenizer, args.seq_len)
+        train = HFWikiTextLoader(*source, "train", args.cache_dir)
+        validation = HFWikiTextLoader(*source, "validation", args.cache_dir)
+    if model is None:
+        model = new_model(args, train.tokenizer.get_vocab_size())
+    model = model.to(device).train()
+    facts = {
+        "arm": args.pressure.partition(":")[0],
+        "preset": args.preset,
+        "seed": args.seed,
+        "dataset": args.dataset,
+        "data": train.description,
+        "arguments": trajectory(args),
+    }
+    optimizer = new_optimizer(model, args)
+    pressure = Pressure(args)
+    return Training(args, model, optimizer, pressure, train, validation, device, autocast, facts)
+
+
+def compile_where_it_pays(training: Training) -> None:
+    """torch.compile of blocks and loss, by --compile; auto: on a GPU, and on a CPU with a
+    compiler where the run has minutes of work."""
+    args = training.args
+    model = training.model
+    _, n_inner = model.n_params()
+    # 2 FLOPs a parameter and token forward, 4 backward
+    flops = 6 * n_inner * args.steps * tokens_per_step(args)
+    pays = training.device.type == "cuda" or (shutil.which("c++") is not None and flops > 1e13)
+    if args.compile == "on" or (args.compile == "auto" and pays):
+        for module in (*model.blocks, model.loss):
+            module.compile()
+
+
+def announce(training: Training) -> None:
+    """Prints sizes and cost, measured on one micro-batch that leaves no trace.
+
+    Raises HandoffError if the disk is too small.
+    """
+    args = training.args
+    model = training.model
+    n_total, n_inner = model.n_params()
+    # Three checkpoints, a temporary and the final one, each of float32 weights and two moments
+    n_bytes = 5 * 12 * n_total
+    need_disk(args.save_dir, n_bytes)
+    compile_where_it_pays(training)
+
+    # The same window over and over: only its time matters
+    with torch.random.fork_rng():
+        x, y = training.train.batch(np.zeros(args.batch_size, np.int64))
+        batches = [(x.to(training.device), y.to(training.device))]
+        weights = torch.ones(args.n_layers, device=training.device)
+        for _ in range(2):  # the first one compiles, and touches its memory for the first time
+            start = time.perf_counter()
+            training_step(model, batches, weights, args, training.autocast, measure=True)
+            seconds = time.perf_counter() - start
+        model.zero_grad(set_to_none=True)
+
+    # What is trained, on what, and what it will take
+    dtype = "bfloat16" if training.autocast._enabled else "float32"
+    sizes = f"{n_total / 1e6:.2f}M parameters, {n_inner / 1e6:.2f}M without embeddings"
+    print(f"model: {sizes}, on {training.device} in {dtype}")
+    text = training.train.description
+    vocabulary = f"tokenizer {text['tokenizer_hash']}, {model.cfg.vocab_size:,} kinds"
+    print(f"data: {text['dataset_key']}, {text['n_tokens']:,} training tokens; {vocabulary}")
+    minutes = seconds * args.steps * args.grad_accum / rank_and_world()[1] / 60
+    work = f"{args.steps} steps, {args.steps * tokens_per_step(args):,} tokens"
+    disk = f"up to {n_bytes / 1e9:.2f} GB in {args.save_dir}"
+    print(f"cost: {work}, about {minutes:.1f} min; {disk}", flush=True)
 
 
 def run(args: argparse.Namespace) -> int:
-    csv, arm, (rank, _) = (
-        args.save_dir / "telemetry.csv",
-        args.pressure.partition(":")[0],
-        rank_and_world(),
-    )
+    """One training run, from the text to the final checkpoint and its figure."""
+    csv = args.save_dir / "telemetry.csv"
     if args.redraw:
         draw_training(args.redraw, args.target_sigma, args.save_dir / "training.png")
         return 0
-    final = args.save_dir / f"janus_{arm}_final.pt"
+    final = args.save_dir / f"janus_{args.pressure.partition(':')[0]}_final.pt"
     if args.resume and sidecar_path(final).exists():
         print(f"{final} is complete; there is nothing to resume")
         return 0
-    old = sorted(args.save_dir.glob("ckpt_*.pt*"))
+    # An earlier run in this folder is only replaced on demand
+    old_checkpoints = sorted(args.save_dir.glob("ckpt_*.pt*"))
     if not args.resume:
-        refuse_overwrite([final, csv, *old], args.overwrite)
-    if Path(args.dataset).exists():
-        args.dataset = str(
-            Path(args.dataset).resolve()
-        )  # later phases may be started in another folder
+        refuse_overwrite([final, csv, *old_checkpoints], args.overwrite)
+    if Path(args.dataset).exists():  # later phases may be started in another folder
+        args.dataset = str(Path(args.dataset).resolve())
 
-    keep_memory()
-    device, autocast = set_up(args)
-    model = start_from(args) if args.init_from else None
-    with rank_0_first():  # it fills the cache
-        train, val = (
-            HFWikiTextLoader(args.dataset, args.tokenizer, args.seq_len, s, args.cache_dir)
-            for s in ("train", "validation")
-        )
-    if model is None:
-        sizes = {
-            k: getattr(args, k)
-            for k in (
-                "n_layers",
-                "d_model",
-                "n_heads",
-                "n_kv_heads",
-                "d_ff",
-                "seq_len",
-                "tied",
-                "dropout",
-            )
-        }
-        model = NewGPT(
-            GPTConfig(
-                vocab_size=train.tokenizer.get_vocab_size(),
-                d_head=args.d_model // args.n_heads,
-                **sizes,
-            )
-        )
-    model = model.to(device).train()
-    split = {True: args.weight_decay, False: 0.0}  # matrices decay, norms do not
-    groups = [
-        {"params": [p for p in model.parameters() if (p.dim() > 1) == m], "weight_decay": decay}
-        for m, decay in split.items()
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=device.type != "mps"
-    )
-    pressure = Pressure(args)
-    announce(args, model, train, autocast)
+    training = prepare(args)
+    announce(training)
 
+    # Rank 0 alone writes
+    rank, _ = rank_and_world()
     recording: Any = contextlib.nullcontext({}) if rank else run_record(args.save_dir, args)
     with recording as record:
         if rank == 0:
-            for path in [] if args.resume else [final, sidecar_path(final), *old]:
-                path.unlink(missing_ok=True)
-            with atomic(args.save_dir / "tokenizer.json") as tmp:
-                train.tokenizer.save(str(tmp))
-        facts = {
-            "arm": arm,
-            "preset": args.preset,
-            "seed": args.seed,
-            "dataset": args.dataset,
-            "data": train.description,
-        }
-        facts["arguments"] = trajectory(args)
+            if not args.resume:
+                for path in (final, sidecar_path(final), *old_checkpoints):
+                    path.unlink(missing_ok=True)
+            with atomic(args.save_dir / "tokenizer.json") as temporary:
+                training.train.tokenizer.save(str(temporary))
+        # From here on a signal ends the run after its step, with a checkpoint
         with noting_signals() as signals:
-            record["exit_status"] = train_model(
-                args, model, optimizer, pressure, (train, val), autocast, facts, signals
-            )
+            if args.resume:
+                resume(training)
+            record["exit_status"] = train_model(training, signals)
     if rank or record["exit_status"]:
         return record["exit_status"]
+
+    # The figure and the last line, both from the CSV
     draw_training([csv], args.target_sigma, args.save_dir / "training.png")
     end = read_telemetry(csv).iloc[-1]
     sigmas = f"sigma_z {end['val_sigma_z']:.5f}, sigma_resid {end['val_sigma_resid']:.5f}"
@@ -707,36 +944,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 # ------------------------------------------------------------------------------- tables and figures
-def show_live(board: Any, step: int, row: dict[str, Any], grams: Tensor | None) -> None:
-    """One row of telemetry to TensorBoard; the cosines between heads as a histogram, and their absolute values as an image a layer."""
-    for name, value in row.items():
-        if isinstance(value, int | float) and math.isfinite(value):
-            board.add_scalar(name, value, step)
-    if grams is not None:
-        scale = grams.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30).rsqrt()
-        board.add_histogram("cosines between heads", head_cosines(grams), step)
-        board.add_images(
-            "abs(cosine) between heads, by layer",
-            (grams * scale[:, :, None] * scale[:, None]).abs()[:, None],
-            step,
-        )
-    board.flush()
-
-
-def read_telemetry(path: str | Path) -> pd.DataFrame:
-    """A telemetry.csv of this script; HandoffError if it is not one."""
-    try:
-        frame = pd.read_csv(path)
-        frame[["step", "lambda", "sigma_z", "loss", "val_loss"]].astype(float)
-        if frame["lambda"].isna().any() or not len(frame):
-            raise ValueError("no rows, or rows without lambda")
-    except (OSError, ValueError, KeyError) as e:
-        raise HandoffError(
-            f"{path} is not a telemetry.csv ({e}); it is written by: python janus_adaptive.py"
-        ) from None
-    return frame
-
-
 def telemetry_row(
     step: int,
     args: argparse.Namespace,
@@ -744,212 +951,316 @@ def telemetry_row(
     grams: Tensor | None,
     lambdas: list[float],
     pressure: Pressure,
-) -> dict:
+) -> dict[str, Any]:
     """One row of telemetry.csv: values in use at `step`, before the controller sees its sigma."""
-    sigmas, loops = sigma_of(grams).tolist(), pressure.loops  # type: ignore[arg-type]
-    pid = {
-        k.upper(): sum(vars(loop)[k] for loop in loops) / len(loops)
-        if pressure.closed_loop
-        else math.nan
-        for k in "pid"
-    }
-    row = {
+    sigmas = sigma_of(grams).tolist()  # type: ignore[arg-type]
+    mean_sigma = sum(sigmas) / len(sigmas)
+    loops = pressure.loops
+    filtered = []  # before this sample
+    for loop in loops:
+        if loop.filtered is not None:
+            filtered.append(math.exp(loop.filtered) if loop.log else loop.filtered)
+
+    def mean_term(term: str) -> float:
+        """P, I or D, mean over the loops."""
+        if not pressure.closed_loop:
+            return math.nan
+        return sum(vars(loop)[term] for loop in loops) / len(loops)
+
+    return {
         "step": step,
-        "tokens": step * args.batch_size * args.grad_accum * args.seq_len,
-        "loss": loss,
-    }
-    row |= {
-        "val_loss": math.nan,
+        "tokens": step * tokens_per_step(args),  # seen so far
+        "loss": loss,  # of the training batch, nats a token
+        "val_loss": math.nan,  # filled in where the step validates
         "perplexity": math.nan,
+        # The controller: what was in use, mean over the loops
         "lambda": sum(lambdas) / len(lambdas),
-        **pid,
+        "P": mean_term("p"),
+        "I": mean_term("i"),
+        "D": mean_term("d"),
         "saturated": int(any(loop.saturated for loop in loops)),
         "phase": pressure.phase,
-    }
-    space = "sigma_z" if args.sigma_space == "z" else "sigma_resid"
-    row |= {
-        "sigma_z": math.nan,
-        "sigma_resid": math.nan,
+        # What it sees of this step
+        "sigma_z": mean_sigma if args.sigma_space == "z" else math.nan,
+        "sigma_resid": mean_sigma if args.sigma_space == "resid" else math.nan,
         "max_layer_sigma": max(sigmas),
         "worst_layer": sigmas.index(max(sigmas)),
+        "sigma_filtered": sum(filtered) / len(filtered) if filtered else math.nan,
+        "lr": learning_rate(step, args),
     }
-    filtered = [
-        math.exp(f) if loops[0].log else f for loop in loops if (f := loop.filtered) is not None
-    ]  # before this sample
-    row["sigma_filtered"] = sum(filtered) / len(filtered) if filtered else math.nan
-    return row | {space: sum(sigmas) / len(sigmas), "lr": learning_rate(step, args)}
+
+
+def write_tables(training: Training) -> None:
+    """telemetry.csv and layers.csv, whole."""
+    tables = {"telemetry.csv": training.telemetry, "layers.csv": training.layers}
+    for name, rows in tables.items():
+        with atomic(training.args.save_dir / name) as temporary:
+            pd.DataFrame(rows).to_csv(temporary, index=False)
+
+
+def open_board(args: argparse.Namespace) -> Any:
+    """A TensorBoard writer in <save_dir>/tensorboard."""
+    folder = args.save_dir / "tensorboard"
+    return import_module("torch.utils.tensorboard").SummaryWriter(str(folder))
+
+
+def show_live(board: Any, step: int, row: dict[str, Any], grams: Tensor | None) -> None:
+    """One row of telemetry to TensorBoard; the cosines between heads as a histogram, and their
+    absolute values as an image a layer."""
+    for name, value in row.items():
+        if isinstance(value, int | float) and math.isfinite(value):
+            board.add_scalar(name, value, step)
+    if grams is not None:
+        inverse_norm = grams.diagonal(dim1=-2, dim2=-1).clamp_min(1e-30).rsqrt()  # [L, H]
+        cosines = grams * inverse_norm[:, :, None] * inverse_norm[:, None]  # [L, H, H]
+        board.add_histogram("cosines between heads", head_cosines(grams), step)
+        images = cosines.abs()[:, None]  # [L, 1, H, H]
+        board.add_images("abs(cosine) between heads, by layer", images, step)
+    board.flush()  # so that a running TensorBoard shows it
+
+
+def read_telemetry(path: str | Path) -> pd.DataFrame:
+    """A telemetry.csv of this script; HandoffError if it is not one."""
+    try:
+        frame = pd.read_csv(path)
+        # Raises if a column is missing or holds no numbers
+        frame[["step", "lambda", "sigma_z", "loss", "val_loss"]].astype(float)
+        if frame["lambda"].isna().any() or not len(frame):
+            raise ValueError("no rows, or rows without lambda")
+    except (OSError, ValueError, KeyError) as e:
+        fact = f"{path} is not a telemetry.csv ({e})"
+        raise HandoffError(f"{fact}; it is written by: python janus_adaptive.py") from None
+    return frame
+
+
+ARM_COLOURS = {"adaptive": "#D55E00", "control": "#0072B2"}  # Okabe & Ito: safe if colour-blind
+OTHER_COLOURS = ["#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 
 
 def draw_training(csvs: list[str | Path], target: float, out: Path) -> None:
-    """Loss, sigma and lambda against steps, one colour a run (labelled by its folder); drawn from the CSVs alone."""
+    """Loss, sigma and lambda against steps, one colour a run (labelled by its folder); drawn
+    from the CSVs alone."""
     import matplotlib.pyplot as plt
 
     runs = [(Path(path).resolve().parent.name, read_telemetry(path)) for path in csvs]
-    pressed = any(
-        (t["lambda"] > 0).any() for _, t in runs
-    )  # the control arm alone has no penalty to draw
-    fig, axes = plt.subplots(
-        1, 2 + pressed, figsize=(13 if pressed else 9, 3.8), layout="constrained"
-    )
-    arms, others = (
-        {"adaptive": "#D55E00", "control": "#0072B2"},
-        iter(["#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(csvs)),
-    )
-    for label, t in runs:
-        color = arms.get(label) or next(others)
-        axes[0].plot(t["step"], t["loss"], color=color, alpha=0.3, lw=0.8)
-        axes[0].plot(
-            *t[["step", "val_loss"]].dropna().to_numpy().T,
-            color=color,
-            marker="o",
-            ms=4,
-            label=label,
-        )
-        axes[1].plot(
-            *t[["step", "sigma_z"]].dropna().to_numpy().T,
-            color=color,
-            lw=0.8,
-            alpha=0.5,
-            label=label,
-        )
-        if "sigma_filtered" in t:
-            axes[1].plot(*t[["step", "sigma_filtered"]].dropna().to_numpy().T, color=color, lw=1.6)
-        if (t["lambda"] > 0).any():
-            axes[2].plot(
-                t["step"], t["lambda"].where(t["lambda"] > 0), color=color, lw=1.2, label=label
-            )
-    axes[1].axhspan(
-        0.9 * target, 1.1 * target, color="0.85", label=f"setpoint {target:g} $\\pm$ 10 %"
-    )
-    axes[0].set(
-        title="Loss (thin: training, dots: validation)", ylabel="cross-entropy (nats a token)"
-    )
-    axes[1].set(
-        title="What the Homeostat measures (thick: filtered)",
-        ylabel=r"$\sigma$: mean |cosine| between heads",
-        yscale="log",
-    )
-    if pressed:
-        axes[2].set(
-            title="What it does", ylabel=r"penalty weight $\lambda$ (none: control)", yscale="log"
-        )
+    # The control arm alone has no penalty to draw
+    is_pressed = any((table["lambda"] > 0).any() for _, table in runs)
+    # Loss, sigma and, where there is pressure, lambda
+    n_panels = 3 if is_pressed else 2
+    width = 13 if is_pressed else 9
+    fig, axes = plt.subplots(1, n_panels, figsize=(width, 3.8), layout="constrained")
+    left = iter(OTHER_COLOURS * len(csvs))
+    for label, table in runs:  # the arms keep their colours in every figure
+        draw_run(axes, label, table, ARM_COLOURS.get(label) or next(left))
+
+    # Where the loop should hold sigma
+    band = f"setpoint {target:g} $\\pm$ 10 %"
+    axes[1].axhspan(0.9 * target, 1.1 * target, color="0.85", label=band)
+    axes[0].set_title("Loss (thin: training, dots: validation)")
+    axes[0].set_ylabel("cross-entropy (nats a token)")
+    axes[1].set_title("What the Homeostat measures (thick: filtered)")
+    axes[1].set(ylabel=r"$\sigma$: mean |cosine| between heads", yscale="log")
+    if is_pressed:
+        axes[2].set_title("What it does")
+        axes[2].set(ylabel=r"penalty weight $\lambda$ (none: control)", yscale="log")
     for ax in axes:
         ax.set_xlabel("optimiser step")
         ax.legend(fontsize=8)
-    with atomic(out) as tmp:
-        fig.savefig(tmp, dpi=130)
+    with atomic(out) as temporary:
+        fig.savefig(temporary, dpi=130)
     plt.close(fig)
+
+
+def draw_run(axes: Any, label: str, table: pd.DataFrame, colour: str) -> None:
+    """The curves of one run in the panels loss, sigma and (if it has one) lambda."""
+    # Validations are rarer than samples, so their rows are picked out
+    checks = table[["step", "val_loss"]].dropna()
+    axes[0].plot(table["step"], table["loss"], color=colour, alpha=0.3, lw=0.8)
+    axes[0].plot(checks["step"], checks["val_loss"], color=colour, marker="o", ms=4, label=label)
+    samples = table[["step", "sigma_z"]].dropna()
+    line = {"color": colour, "lw": 0.8, "alpha": 0.5, "label": label}
+    axes[1].plot(samples["step"], samples["sigma_z"], **line)
+    if "sigma_filtered" in table:
+        filtered = table[["step", "sigma_filtered"]].dropna()
+        axes[1].plot(filtered["step"], filtered["sigma_filtered"], color=colour, lw=1.6)
+    penalised = table["lambda"] > 0  # a logarithmic axis has no 0
+    if penalised.any():
+        shown = table["lambda"].where(penalised)
+        axes[2].plot(table["step"], shown, color=colour, lw=1.2, label=label)
 
 
 # ------------------------------------------------------------------------------------- command line
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    description = (__doc__ or "").partition("\n")[0]
-    p = argparse.ArgumentParser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    count, real = positive(int), positive(float)
-    # fmt: off
-    g = p.add_argument_group("inputs")
-    g.add_argument("--dataset", default="wikitext-103-raw-v1", help="WikiText, builtin, or a .txt/.parquet/.jsonl file or saved folder")
-    g.add_argument("--tokenizer", default="auto", help="gpt2, a hub name, folder or tokenizer.json, or train:N; auto: gpt2 or train:4096")
-    g.add_argument("--init_from", metavar="MODEL", help="start from a checkpoint or pretrained Llama, with its sizes")
-    g.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --save_dir; equals an uninterrupted run")
-    g.add_argument("--redraw", nargs="+", metavar="CSV", help="only redraw training.png in --save_dir from these telemetry files")
-    g = p.add_argument_group("outputs")
-    g.add_argument("--save_dir", type=Path, default=Path("checkpoints/v1"), help="output folder")
-    g.add_argument("--save_interval", type=count, help="steps between checkpoints")
-    g.add_argument("--tensorboard", action="store_true", help="also log to <save_dir>/tensorboard (needs the package tensorboard)")
-    g.add_argument("--val_interval", type=count, help="steps between validations of the whole split")
-    g = p.add_argument_group("model")
-    g.add_argument("--preset", choices=list(PRESETS), default="full", help="sizes; explicit flags beat it; defaults shown are its own")
-    g.add_argument("--n_layers", type=count, help="number of blocks")
-    g.add_argument("--d_model", type=count, help="width of the residual stream, dimensions")
-    g.add_argument("--n_heads", type=count, help="heads a layer")
-    g.add_argument("--n_kv_heads", type=int, default=0, help="key/value heads a layer (grouped queries); 0: as many as heads")
-    g.add_argument("--d_ff", type=count, help="width of the SwiGLU hidden layer, dimensions")
-    g.add_argument("--seq_len", type=count, help="context, tokens")
-    g.add_argument("--dropout", type=float, default=0.0, help="dropout probability")
-    g.add_argument("--tied", action=argparse.BooleanOptionalAction, default=True, help="unembedding = embedding")
-    g = p.add_argument_group("method: pressure and Homeostat")
-    g.add_argument("--pressure", default="adaptive", help="adaptive, control, constant:LAMBDA or replay:TELEMETRY.csv")
-    g.add_argument("--target_sigma", type=real, default=0.0035, help="setpoint of sigma, mean absolute cosine between heads")
-    g.add_argument("--sigma_space", choices=["z", "resid"], default="z", help="where: head outputs, or what heads write to the stream")
-    g.add_argument("--penalty", choices=["cos2", "abs", "fro"], default="cos2", help="mean cos^2, mean |cos|, or Frobenius norm")
-    g.add_argument("--layer_weights", choices=["uniform", "cubic"], default="uniform", help="of the penalty: 1, or ((l+1)/L)^3")
-    g.add_argument("--law", choices=["log", "linear"], default="log", help="control law, on logarithms of sigma and lambda or on them")
-    g.add_argument("--k_p", type=float, default=0.9, help="proportional gain (log: per e-fold of sigma; linear: lambda per unit of sigma)")
-    g.add_argument("--k_i", type=float, default=0.003, help="integral gain, as k_p but per step")
-    g.add_argument("--k_d", type=float, default=0.0, help="derivative gain, as k_p times steps")
-    g.add_argument("--control_interval", type=count, default=10, help="steps between two samples of sigma")
-    g.add_argument("--filter_beta", type=float, default=0.9, help="memory of the filter on sigma, share per sample, 0 (none) to below 1")
-    g.add_argument("--pressure_warmup", type=int, help="steps of the open-loop ramp of lambda, before the loop closes")
-    g.add_argument("--lambda_start", type=float, default=1.0, help="lambda at the end of the ramp")
-    g.add_argument("--lambda_max", type=real, default=1e4, help="upper limit of lambda; the lower one is 1e-5 (log) or 0 (linear)")
-    g.add_argument("--per_layer", action="store_true", help="one loop and one lambda a layer")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=count, help="optimiser steps")
-    g.add_argument("--batch_size", type=count, help="sequences a micro-batch")
-    g.add_argument("--grad_accum", type=count, help="micro-batches a step")
-    g.add_argument("--learning_rate", type=real, help="peak learning rate of AdamW")
-    g.add_argument("--lr_warmup", type=int, default=-1, help="steps of linear learning-rate warm-up; -1: a twentieth of --steps")
-    g.add_argument("--schedule", choices=["cosine", "wsd", "constant"], default="cosine", help="cosine: to 10 %%; wsd: last fifth to 0")
-    g.add_argument("--weight_decay", type=float, default=0.1, help="AdamW weight decay, of matrices")
-    g.add_argument("--grad_clip", type=real, default=1.0, help="gradient norm above which gradients are scaled down")
-    g.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="torch.compile blocks and loss; auto: where it pays")
-    # fmt: on
-    add_runtime_flags(p)
+    """The command line, with the sizes of --preset where a flag is not given."""
+    parser = build_parser()
+    # --preset is read first: it sets the defaults of other flags
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="full")
-    p.set_defaults(**PRESETS.get(first.parse_known_args(argv)[0].preset, {}))
-    args = p.parse_args(argv)
-    check_args(p, args)
+    preset = first.parse_known_args(argv)[0].preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
+    args = parser.parse_args(argv)
+    check_args(parser, args)
     return args
 
 
-def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """All flags, by groups."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_file_flags(parser)
+    add_model_flags(parser)
+    add_method_flags(parser)
+    add_optimisation_flags(parser)
+    add_runtime_flags(parser)
+    return parser
+
+
+def add_file_flags(parser: argparse.ArgumentParser) -> None:
+    """What is read and written."""
+    count = positive(int)
+    data = "WikiText, builtin, or a .txt/.parquet/.jsonl file or saved folder"
+    tokens = "gpt2, a hub name, folder or tokenizer.json, or train:N; auto: gpt2 or train:4096"
+    init = "start from a checkpoint or pretrained Llama, with its sizes"
+    again = "continue from the newest checkpoint in --save_dir; equals an uninterrupted run"
+    redraw = "only redraw training.png in --save_dir from these telemetry files"
+    board = "also log to <save_dir>/tensorboard (needs the package tensorboard)"
+    folder = Path("checkpoints/v1")
+    add = parser.add_argument_group("inputs").add_argument
+    add("--dataset", default="wikitext-103-raw-v1", help=data)
+    add("--tokenizer", default="auto", help=tokens)
+    add("--init_from", metavar="MODEL", help=init)
+    add("--resume", action="store_true", help=again)
+    add("--redraw", nargs="+", metavar="CSV", help=redraw)
+    add = parser.add_argument_group("outputs").add_argument
+    add("--save_dir", type=Path, default=folder, help="output folder")
+    add("--save_interval", type=count, help="steps between checkpoints")
+    add("--tensorboard", action="store_true", help=board)
+    add("--val_interval", type=count, help="steps between validations of the whole split")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Sizes of NewGPT."""
+    count = positive(int)
+    preset = "sizes; explicit flags beat it; defaults shown are its own"
+    # The sizes have no default here: --preset sets them
+    shared = "key/value heads a layer (grouped queries); 0: as many as heads"
+    yes_no = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("model").add_argument
+    add("--preset", choices=list(PRESETS), default="full", help=preset)
+    add("--n_layers", type=count, help="number of blocks")
+    add("--d_model", type=count, help="width of the residual stream, dimensions")
+    add("--n_heads", type=count, help="heads a layer")
+    add("--n_kv_heads", type=int, default=0, help=shared)
+    add("--d_ff", type=count, help="width of the SwiGLU hidden layer, dimensions")
+    add("--seq_len", type=count, help="context, tokens")
+    add("--dropout", type=float, default=0.0, help="dropout probability")
+    add("--tied", action=yes_no, default=True, help="unembedding = embedding")
+
+
+def add_method_flags(parser: argparse.ArgumentParser) -> None:
+    """Penalty and controller."""
+    count = positive(int)
+    real = positive(float)
+    pressure = "adaptive, control, constant:LAMBDA or replay:TELEMETRY.csv"
+    target = "setpoint of sigma, mean absolute cosine between heads"
+    space = "where: head outputs, or what heads write to the stream"
+    penalty = "mean cos^2, mean |cos|, or Frobenius norm"
+    # Gains are per step, so they do not change with --control_interval
+    law = "control law, on logarithms of sigma and lambda or on them"
+    k_p = "proportional gain (log: per e-fold of sigma; linear: lambda per unit of sigma)"
+    memory = "memory of the filter on sigma, share per sample, 0 (none) to below 1"
+    ramp = "steps of the open-loop ramp of lambda, before the loop closes"
+    limit = "upper limit of lambda; the lower one is 1e-5 (log) or 0 (linear)"
+    layers = "of the penalty: 1, or ((l+1)/L)^3"
+    add = parser.add_argument_group("method: pressure and Homeostat").add_argument
+    add("--pressure", default="adaptive", help=pressure)
+    add("--target_sigma", type=real, default=0.0035, help=target)
+    add("--sigma_space", choices=["z", "resid"], default="z", help=space)
+    add("--penalty", choices=list(PENALTIES), default="cos2", help=penalty)
+    add("--layer_weights", choices=["uniform", "cubic"], default="uniform", help=layers)
+    add("--law", choices=["log", "linear"], default="log", help=law)
+    add("--k_p", type=float, default=0.9, help=k_p)
+    add("--k_i", type=float, default=0.003, help="integral gain, as k_p but per step")
+    add("--k_d", type=float, default=0.0, help="derivative gain, as k_p times steps")
+    add("--control_interval", type=count, default=10, help="steps between two samples of sigma")
+    add("--filter_beta", type=float, default=0.9, help=memory)
+    add("--pressure_warmup", type=int, help=ramp)
+    add("--lambda_start", type=float, default=1.0, help="lambda at the end of the ramp")
+    add("--lambda_max", type=real, default=1e4, help=limit)
+    add("--per_layer", action="store_true", help="one loop and one lambda a layer")
+
+
+def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
+    """AdamW, its schedule, and how a step is computed."""
+    count = positive(int)
+    real = positive(float)
+    warmup = "steps of linear learning-rate warm-up; -1: a twentieth of --steps"
+    schedules = ["cosine", "wsd", "constant"]
+    shapes = "cosine: to 10 %%; wsd: last fifth to 0"
+    clip = "gradient norm above which gradients are scaled down"
+    compiled = "torch.compile blocks and loss; auto: where it pays"
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--steps", type=count, help="optimiser steps")
+    add("--batch_size", type=count, help="sequences a micro-batch")
+    add("--grad_accum", type=count, help="micro-batches a step")
+    add("--learning_rate", type=real, help="peak learning rate of AdamW")
+    add("--lr_warmup", type=int, default=-1, help=warmup)
+    add("--schedule", choices=schedules, default="cosine", help=shapes)
+    add("--weight_decay", type=float, default=0.1, help="AdamW weight decay, of matrices")
+    add("--grad_clip", type=real, default=1.0, help=clip)
+    add("--compile", choices=["auto", "on", "off"], default="auto", help=compiled)
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Cross-flag checks (exit 2 with one line), and the defaults that follow from other flags."""
-    if args.tensorboard and find_spec("tensorboard") is None:
-        p.error(
-            "--tensorboard needs a package: pip install tensorboard (the CSVs have the same numbers without it)"
-        )
-    arm, _, value = args.pressure.partition(":")
+    # Defaults that depend on another flag
     args.n_kv_heads = args.n_kv_heads or args.n_heads
-    args.lr_warmup = args.lr_warmup if args.lr_warmup >= 0 else args.steps // 20
-    if args.grad_accum % (world := rank_and_world()[1]):
-        p.error(
-            f"--grad_accum {args.grad_accum} must be a multiple of the {world} processes, which share the micro-batches of a step"
-        )
-    number = value.replace(".", "", 1).replace("e-", "", 1).isdigit()
-    if not {
-        "adaptive": not value,
-        "control": not value,
-        "constant": number,
-        "replay": bool(value),
-    }.get(arm):
-        p.error(
-            f"--pressure {args.pressure}: expected adaptive, control, constant:LAMBDA (a number from 0) or replay:TELEMETRY.csv"
-        )
+    if args.lr_warmup < 0:
+        args.lr_warmup = args.steps // 20
+
+    # What cannot work, with the reason
+    if args.tensorboard and find_spec("tensorboard") is None:
+        advice = "pip install tensorboard (the CSVs have the same numbers without it)"
+        parser.error(f"--tensorboard needs a package: {advice}")
+    _, world = rank_and_world()
+    if args.grad_accum % world:
+        fact = f"--grad_accum {args.grad_accum} must be a multiple of the {world} processes"
+        parser.error(f"{fact}, which share the micro-batches of a step")
+    if not is_pressure(args.pressure):
+        arms = "adaptive, control, constant:LAMBDA (a number from 0) or replay:TELEMETRY.csv"
+        parser.error(f"--pressure {args.pressure}: expected {arms}")
+    # Rotary positions turn pairs of dimensions
+    heads = f"--n_heads {args.n_heads}"
     if args.d_model % args.n_heads or args.d_model // args.n_heads % 2:
-        p.error(f"--d_model {args.d_model} must be --n_heads {args.n_heads} times an even number")
+        parser.error(f"--d_model {args.d_model} must be {heads} times an even number")
     if args.n_heads < 2 or args.n_kv_heads < 1 or args.n_heads % args.n_kv_heads:
-        p.error(
-            f"--n_heads {args.n_heads} must be at least 2 and a multiple of --n_kv_heads {args.n_kv_heads}"
-        )
+        multiple = f"a multiple of --n_kv_heads {args.n_kv_heads}"
+        parser.error(f"{heads} must be at least 2 and {multiple}")
     if not 0 <= args.filter_beta < 1 or not 0 <= args.dropout < 1:
-        p.error(f"--filter_beta {args.filter_beta} and --dropout {args.dropout} must lie in [0, 1)")
-    if (
-        not min(
-            args.k_p, args.k_i, args.k_d, args.pressure_warmup, args.lambda_start, args.weight_decay
-        )
-        >= 0
-    ):
-        p.error("gains, --pressure_warmup, --lambda_start and --weight_decay must not be negative")
-    if args.tokenizer.startswith("train:") and not (
-        args.tokenizer[6:].isdigit() and int(args.tokenizer[6:]) > 256
-    ):
-        p.error(f"--tokenizer {args.tokenizer}: expected train:N with N above 256 tokens")
+        shares = f"--filter_beta {args.filter_beta} and --dropout {args.dropout}"
+        parser.error(f"{shares} must lie in [0, 1)")
+    gains = (args.k_p, args.k_i, args.k_d)
+    if not min(*gains, args.pressure_warmup, args.lambda_start, args.weight_decay) >= 0:
+        others = "--pressure_warmup, --lambda_start and --weight_decay"
+        parser.error(f"gains, {others} must not be negative")
+    if args.tokenizer.startswith("train:"):
+        size = args.tokenizer.removeprefix("train:")
+        if not size.isdigit() or int(size) <= 256:
+            expected = "train:N with N above 256 tokens"
+            parser.error(f"--tokenizer {args.tokenizer}: expected {expected}")
+
+
+def is_pressure(text: str) -> bool:
+    """Whether --pressure names an arm, with a value where the arm takes one."""
+    arm, _, value = text.partition(":")
+    if arm in ("adaptive", "control"):
+        return not value
+    if arm == "constant":  # 0.25 or 1e-3; float() would take "nan" too
+        return value.replace(".", "", 1).replace("e-", "", 1).isdigit()
+    return arm == "replay" and bool(value)
 
 
 # ----------------------------------------------------------------------------------- shared regions
