@@ -107,6 +107,7 @@ test: setup-dev
 
 check: setup-dev
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy janus_adaptive.py harvest_activations.py train_sae.py ablation_test.py hero_head_analysis.py energy_lens.py
 	$(PY) tools/check_copies.py
 

@@ -466,7 +466,8 @@ def write_overlap(model: NewGPT) -> Tensor:
     n_heads = model.cfg.n_heads
     d_head = model.cfg.d_head
     # Columns of W_O belong to heads; QR gives each head's subspace an orthonormal basis
-    w_o = torch.stack([block.attn.w_o.weight for block in model.blocks]).float()  # [L, D, H*K]
+    matrices = [block.attn.w_o.weight for block in model.blocks]  # [D, H*K] each
+    w_o = torch.stack(matrices).float()  # [L, D, H*K]
     by_head = w_o.unflatten(2, (n_heads, d_head)).transpose(1, 2)  # [L, H, D, K]
     bases, _ = torch.linalg.qr(by_head)  # [L, H, D, K]
     products = torch.einsum("lhdk,lgdm->lhgkm", bases, bases)  # [L, H, H, K, K]
