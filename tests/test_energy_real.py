@@ -16,9 +16,19 @@ import energy_lens_minimal as lens
 import real_model_extension as real
 from energy_lens import EnergyLensAnalyzer, EnergyLensConfig
 
-TEXTS = {"regex_text": "The regex \\d+ matches numbers", "natural_text": "The quick brown fox jumps over the lazy dog"}
+TEXTS = {
+    "regex_text": "The regex \\d+ matches numbers",
+    "natural_text": "The quick brown fox jumps over the lazy dog",
+}
 SMALL = dict(
-    corpus="topics", corpus_tokens=1600, seq_len=24, sae_dict_size=64, sae_iterations=3, permutations=100, directions=100, intervened=4
+    corpus="topics",
+    corpus_tokens=1600,
+    seq_len=24,
+    sae_dict_size=64,
+    sae_iterations=3,
+    permutations=100,
+    directions=100,
+    intervened=4,
 )
 
 
@@ -35,40 +45,54 @@ def ids():
 def test_logit_energies_equal_transformers_alone(lm, ids):
     blocks = []
     handles = [
-        b.register_forward_hook(lambda _m, _i, out: blocks.append(out[0] if isinstance(out, tuple) else out))
+        b.register_forward_hook(
+            lambda _m, _i, out: blocks.append(out[0] if isinstance(out, tuple) else out)
+        )
         for b in lm.model.transformer.h
     ]
     with torch.no_grad():
         out = lm.model(ids, output_hidden_states=True)
     for h in handles:
         h.remove()
-    assert not torch.allclose(out.hidden_states[-1], blocks[-1])  # transformers' last one is normed: it must not be used
-    hs, _, last, nats = real.states_and_gradients(lm, ids, [0, 1, 2, 3])
+    assert not torch.allclose(
+        out.hidden_states[-1], blocks[-1]
+    )  # transformers' last one is normed: it must not be used
+    states = real.states_and_gradients(lm, ids, [0, 1, 2, 3])
     for l in range(4):
         with torch.no_grad():
             logits = lm.model.lm_head(lm.model.transformer.ln_f(blocks[l]))
             by_hand = -logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-            assert torch.allclose(real.LossEnergy(lm, l, "logit").energy(hs[l], ids), by_hand, atol=1e-4)
-            assert torch.allclose(real.LossEnergy(lm, l, "final").energy(hs[l], ids), nats, atol=1e-5)
-    assert torch.allclose(last, blocks[-1], atol=1e-6)
+            assert torch.allclose(
+                real.LossEnergy(lm, l, "logit").energy(states.h[l], ids), by_hand, atol=1e-4
+            )
+            assert torch.allclose(
+                real.LossEnergy(lm, l, "final").energy(states.h[l], ids), states.loss, atol=1e-5
+            )
+    assert torch.allclose(states.last, blocks[-1], atol=1e-6)
 
 
 def test_one_backward_serves_all_layers(lm, ids):
-    hs, gs, _, _ = real.states_and_gradients(lm, ids, [0, 2, 3])
+    states = real.states_and_gradients(lm, ids, [0, 2, 3])
     for l in (0, 2, 3):
-        assert torch.allclose(real.LossEnergy(lm, l, "final").grad(hs[l], ids), gs[l], atol=1e-5)
+        assert torch.allclose(
+            real.LossEnergy(lm, l, "final").grad(states.h[l], ids),
+            states.loss_gradient[l],
+            atol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("mode", real.ENERGIES)
 def test_gradients_equal_finite_differences(gpt2, ids, mode):
     lm = real.load_language_model(str(gpt2))
     lm.model.double()
-    h = real.states_and_gradients(lm, ids, [1])[0][1]
+    h = real.states_and_gradients(lm, ids, [1]).h[1]
     energy = real.LossEnergy(lm, 1, mode)
     if mode == "tuned":
         energy.fit(h.flatten(0, 1), h.flatten(0, 1).roll(1, 0))
     g = energy.grad(h, ids)
-    d = F.normalize(torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), dim=-1)
+    d = F.normalize(
+        torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), dim=-1
+    )
     fd = lens.finite_difference(lambda y: energy.energy(y, ids).sum(1), h, d, h=1e-5)
     a = lens.feature_gradient(g, d)
     assert (fd - a).abs().max() / a.abs().max() < 1e-5
@@ -80,8 +104,40 @@ def test_translator_recovers_an_affine_map(lm):
     energy = real.LossEnergy(lm, 1, "tuned").fit(h, h @ m + 3)
     mu, a, c = energy.translate
     assert torch.allclose(h + (h - mu) @ a + c, h @ m + 3, atol=0.3)
+    assert torch.equal(energy.translate.apply(h), h + (h - mu) @ a + c)
     with pytest.raises(lens.HandoffError, match="fit"):
         real.LossEnergy(lm, 1, "tuned").energy(h[None, :5], torch.zeros(1, 5, dtype=torch.long))
+
+
+def test_an_energy_is_an_entry_of_the_table(gpt2, monkeypatch):
+    """A function and an entry: the flag, the validity table, EFAS and the traces of texts follow."""
+
+    def entropy(block, h, ids):
+        logits = block.lm.run(ids, replace={block.layer: h})[0][:, :-1]
+        return torch.distributions.Categorical(logits=logits).entropy()
+
+    entry = real.Energy(
+        "entropy of P(next token)", "block l's own output", entropy, quantity="entropy"
+    )
+    monkeypatch.setitem(real.ENERGIES, "entropy", entry)
+    argv = ["--model_name", str(gpt2), "--energy", "entropy", "--energy_layers", "2"]
+    argv += [str(word) for name, value in SMALL.items() for word in (f"--{name}", value)]
+    config = real.config_of(real.parse_args(argv))
+    analyzer = EnergyLensAnalyzer(config)
+    results = analyzer.run_comprehensive_analysis(TEXTS)
+    assert list(results.to_dataframe("validity").energy) == [
+        "final",
+        "random direction",
+        "tuned",
+        "logit",
+        "entropy",
+    ]
+
+    # The text trace is the entropy of the model's own distribution
+    ids = torch.tensor(analyzer.lm.encode(TEXTS["natural_text"]))[None]
+    p = analyzer.lm.run(ids)[0][0, :-1].softmax(-1)
+    trace = results.to_dataframe("text_energy").query("text == 'natural_text'").energy[:-1]
+    assert np.allclose(trace, -(p * p.log()).sum(-1), atol=1e-4)
 
 
 def test_replacing_a_state_leaves_the_model_as_it_was(lm, ids):
@@ -91,7 +147,7 @@ def test_replacing_a_state_leaves_the_model_as_it_was(lm, ids):
         return [(len(b._forward_hooks), vars(b).get("forward")) for b in lm.blocks]
 
     was = state()
-    h = real.states_and_gradients(lm, ids, [2])[0][2]
+    h = real.states_and_gradients(lm, ids, [2]).h[2]
     assert torch.allclose(lm.run(ids, replace={2: h})[0], before, atol=1e-5)
     assert not torch.allclose(lm.run(ids, replace={2: 1.5 * h})[0], before, atol=1e-2)
     assert torch.equal(lm.run(ids)[0], before) and state() == was
@@ -119,7 +175,9 @@ def test_published_snippet(gpt2, tmp_path, monkeypatch, capsys):
 
 
 def test_ablated_texts_change_the_loss_by_what_is_reported(gpt2):
-    results = EnergyLensAnalyzer(EnergyLensConfig(model_name=str(gpt2), energy_layers=[2], **SMALL)).run_comprehensive_analysis(TEXTS)
+    results = EnergyLensAnalyzer(
+        EnergyLensConfig(model_name=str(gpt2), energy_layers=[2], **SMALL)
+    ).run_comprehensive_analysis(TEXTS)
     t = results.to_dataframe("interventions")
     own = t[(t.arm == "feature") & (t.eps == 0.25)]
     assert np.corrcoef(own.integrated_gradients, own.energy_change)[0, 1] > 0.95
@@ -135,9 +193,19 @@ def test_a_janus_checkpoint(smoke_checkpoint):
 
 
 def test_the_builtin_energy_transformer(tmp_path, monkeypatch):
-    tiny = dict(train_steps=4, sequences=48, energy_layers=[1], sae_tokens=1024, relaxed=2, intervened=4)
+    tiny = dict(
+        train_steps=4, sequences=48, energy_layers=[1], sae_tokens=1024, relaxed=2, intervened=4
+    )
     monkeypatch.setitem(lens.PRESETS, "smoke", lens.PRESETS["smoke"] | tiny)
-    config = EnergyLensConfig("energy-transformer", 128, corpus="topics", permutations=60, directions=60, sae_iterations=3, preset="smoke")
+    config = EnergyLensConfig(
+        "energy-transformer",
+        128,
+        corpus="topics",
+        permutations=60,
+        directions=60,
+        sae_iterations=3,
+        preset="smoke",
+    )
     analyzer = EnergyLensAnalyzer(config)
     results = analyzer.run_comprehensive_analysis(TEXTS)
     report = analyzer.generate_research_report(results, tmp_path / "report.md").read_text()
@@ -172,15 +240,19 @@ def test_settings_validate_themselves():
 )
 def test_bad_settings_are_one_line(gpt2, change, said):
     with pytest.raises(lens.HandoffError, match=said) as e:
-        EnergyLensAnalyzer(EnergyLensConfig(**dict(model_name=str(gpt2), energy_layers=[1]) | SMALL | change)).run_comprehensive_analysis(
-            TEXTS
-        )
+        EnergyLensAnalyzer(
+            EnergyLensConfig(**dict(model_name=str(gpt2), energy_layers=[1]) | SMALL | change)
+        ).run_comprehensive_analysis(TEXTS)
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("text, said", [("", "0 tokens"), ("a", "1 tokens"), ("long words here " * 200, "context")])
+@pytest.mark.parametrize(
+    "text, said", [("", "0 tokens"), ("a", "1 tokens"), ("long words here " * 200, "context")]
+)
 def test_bad_texts_are_one_line(gpt2, text, said):
-    analyzer = EnergyLensAnalyzer(EnergyLensConfig(model_name=str(gpt2), energy_layers=[1], **SMALL))
+    analyzer = EnergyLensAnalyzer(
+        EnergyLensConfig(model_name=str(gpt2), energy_layers=[1], **SMALL)
+    )
     with pytest.raises(lens.HandoffError, match=said):
         analyzer.run_comprehensive_analysis({"t": text})
 
@@ -189,7 +261,9 @@ def test_nan_weights_are_refused(lm, gpt2):
     model = real.load_language_model(str(gpt2)).model
     next(model.parameters()).data[0, 0] = math.nan
     with pytest.raises(lens.HandoffError, match="NaN"):
-        real.LanguageModel("x", model, lm.blocks, lm.norm, lm.unembedding, lm.encode, lm.decode, 128)
+        real.LanguageModel(
+            "x", model, lm.blocks, lm.norm, lm.unembedding, lm.encode, lm.decode, 128
+        )
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c", "nothing.gguf"])
@@ -203,9 +277,20 @@ def test_unknown_model_exits_1_with_one_line(tmp_path):
     """In a process of its own: the hub libraries read their settings when they are imported."""
     script = Path(real.__file__)
     env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, str(script), "--model_name", "no/such-model", "--save_dir", str(tmp_path / "x")]
+    command = [
+        sys.executable,
+        str(script),
+        "--model_name",
+        "no/such-model",
+        "--save_dir",
+        str(tmp_path / "x"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 1 and "no/such-model" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "no/such-model" in done.stderr.splitlines()[-1]
+        and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "x" / "research_report.md").exists()
 
 
