@@ -1,4 +1,4 @@
-"""The benchmark: its races, its comparison of two results, and that its training step is the one that janus_adaptive.py takes."""
+"""The benchmark: its races, its comparisons, and that its training step is that of janus_adaptive.py."""
 
 import copy
 import json
@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import bench  # noqa: E402
 import compare  # noqa: E402
 import harness  # noqa: E402
-import peers  # noqa: E402
+import race_training  # noqa: E402
 
 
 def test_a_race_takes_turns_and_a_peer_that_fails_is_skipped(monkeypatch):
     calls: list[str] = []
-    monkeypatch.setattr(time, "perf_counter", lambda: len(calls) / 32)  # each call takes 1/32 s, so that a round has a handful
+    # Each call takes 1/32 s, so that a round has a handful
+    monkeypatch.setattr(time, "perf_counter", lambda: len(calls) / 32)
 
     def timed(name: str) -> None:
         calls.append(name)
@@ -31,19 +32,29 @@ def test_a_race_takes_turns_and_a_peer_that_fails_is_skipped(monkeypatch):
         raise ValueError("no\nsuch kernel")
 
     harness.SKIPPED.clear()
-    times = harness.race({"ours": lambda: timed("A"), "theirs": broken, "other": lambda: timed("B")}, 0.0)
-    assert {k: len(v) for k, v in times.items()} == {"ours": 3, "other": 3} and harness.SKIPPED == ["theirs: ValueError: no such kernel"]
-    assert "".join(calls[4:]) == "".join(c * 4 for c in "ABBAAB")  # after two warm-up calls each, three rounds of a tenth of a second
+    variants = {"ours": lambda: timed("A"), "theirs": broken, "other": lambda: timed("B")}
+    times = harness.race(variants, 0.0)
+    assert {name: len(rounds) for name, rounds in times.items()} == {"ours": 3, "other": 3}
+    assert harness.SKIPPED == ["theirs: ValueError: no such kernel"]
+    # After two warm-up calls each, three rounds of a tenth of a second
+    assert "".join(calls[4:]) == "".join(variant * 4 for variant in "ABBAAB")
     assert times["ours"] == [1 / 32] * 3
     with pytest.raises(ValueError):  # but ours must not fail silently
         harness.race({"ours": broken}, 0.0)
 
 
 def test_rates_and_ratios():
-    times = {"ours, x": [2.0, 4.0, 1.0], "theirs": [4.0, 4.0, 5.0], "slow": [9.0, 8.0, 7.0], "bound": [1.0, 1.0, 1.0]}
+    times = {
+        "ours, x": [2.0, 4.0, 1.0],
+        "theirs": [4.0, 4.0, 5.0],
+        "slow": [9.0, 8.0, 7.0],
+        "bound": [1.0, 1.0, 1.0],
+    }
     ours, theirs, slow, _ = harness.rates("s", "w", "", times, 40, "tokens/s")
     assert (ours["median"], ours["low"], ours["high"], ours["n"]) == (20, 10, 40, 3)
-    assert ours["ratio_to_best_peer"] == 2 and theirs["ratio_to_best_peer"] == 1 and slow["ratio_to_best_peer"] == 0.5
+    assert ours["ratio_to_best_peer"] == 2
+    assert theirs["ratio_to_best_peer"] == 1
+    assert slow["ratio_to_best_peer"] == 0.5
 
 
 @pytest.mark.parametrize("seconds", ["nan", "0", "-1", "inf"])
@@ -62,19 +73,25 @@ def test_compare_finds_what_became_worse(tmp_path, capsys):
         row("ours, memory", [3.9, 4, 4.1], "lower"),
         row("theirs", [50], "higher", 1.0),
     ]
-    old, new = {"rows": [*rows, row("profile", [1], "")]}, {"rows": copy.deepcopy(rows)}
-    for r, scale in zip(new["rows"], (0.5, 1.01, 0.1), strict=True):
-        r |= {k: r[k] * scale for k in ("median", "low", "high")}
+    old = {"rows": [*rows, row("profile", [1], "")]}
+    new = {"rows": copy.deepcopy(rows)}
+    for changed, scale in zip(new["rows"], (0.5, 1.01, 0.1), strict=True):
+        for name in ("median", "low", "high"):
+            changed[name] *= scale
     new["rows"][0]["ratio_to_best_peer"] = 2.5
     files = [str(tmp_path / name) for name in ("old.json", "new.json")]
-    for file, results in zip(files, (old, new), strict=True):
-        janus.write_json(file, results)
+    janus.write_json(files[0], old)
+    janus.write_json(files[1], new)
+
     assert compare.main([*files, "--fail_above", "1.9"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(" 10.00x worse") and lines[1].startswith("  2.00x worse: s | w |  | ours, fast")
-    assert lines[2].startswith("  1.01x worse (within the spread)") and "1 of ours" in lines[-1]  # a slower peer is no regression
+    assert lines[0].startswith(" 10.00x worse")
+    assert lines[1].startswith("  2.00x worse: s | w |  | ours, fast")
+    assert lines[2].startswith("  1.01x worse (within the spread)")
+    assert "1 of ours" in lines[-1]  # a slower peer is no regression
     assert compare.main([*files, "--fail_above", "2.1"]) == 0
-    assert compare.main([*files, "--relative", "--fail_above", "1.0"]) == 0 and "  0.80x better" in capsys.readouterr().out
+    assert compare.main([*files, "--relative", "--fail_above", "1.0"]) == 0
+    assert "  0.80x better" in capsys.readouterr().out
     with pytest.raises(SystemExit) as e:
         compare.main([files[0], str(tmp_path)])
     assert e.value.code == 2
@@ -83,18 +100,31 @@ def test_compare_finds_what_became_worse(tmp_path, capsys):
 def test_a_section_writes_both_files(tmp_path):
     assert bench.main(["--quick", "--sections", "machine", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["machine"]["threads"] == torch.get_num_threads() and results["skipped"] == []
-    for r in results["rows"]:
-        assert 0 < r["low"] <= r["median"] <= r["high"] and r["n"] >= 3
-        assert r["variant"] in (tmp_path / "RESULTS.md").read_text()
-    assert compare.main([str(tmp_path / "results.json")] * 2 + ["--fail_above", "1"]) == 0
+    assert results["machine"]["threads"] == torch.get_num_threads()
+    assert results["skipped"] == []
+    for row in results["rows"]:
+        assert 0 < row["low"] <= row["median"] <= row["high"] and row["n"] >= 3
+        assert row["variant"] in (tmp_path / "RESULTS.md").read_text()
+    same = str(tmp_path / "results.json")
+    assert compare.main([same, same, "--fail_above", "1"]) == 0
 
 
 def test_the_bound_multiplies_what_a_step_multiplies():
-    """Three products of 2 n K N FLOPs a linear layer: 6 FLOPs a token and weight, the embedding counted once."""
-    net = janus.NewGPT(janus.GPTConfig(vocab_size=32, n_layers=2, d_model=16, n_heads=2, n_kv_heads=2, d_head=8, d_ff=24, seq_len=8))
+    """Three products of 2 n K N FLOPs a linear layer: 6 FLOPs a token and weight, the embedding
+    counted once."""
+    config = janus.GPTConfig(
+        vocab_size=32,
+        n_layers=2,
+        d_model=16,
+        n_heads=2,
+        n_kv_heads=2,
+        d_head=8,
+        d_ff=24,
+        seq_len=8,
+    )
+    net = janus.NewGPT(config)
     with FlopCounterMode(display=False) as count:
-        peers.gemm_bound(net, 8)()
+        race_training.gemm_bound(net, 8)()
     weights = sum(p.numel() for p in net.parameters() if p.dim() > 1)
     assert count.get_total_flops() == 6 * 8 * weights
 
@@ -102,12 +132,17 @@ def test_the_bound_multiplies_what_a_step_multiplies():
 def test_the_step_measured_is_the_step_of_the_script(smoke_args, smoke_checkpoint):
     args = janus.parse_args(smoke_args)
     _, autocast = janus.set_up(args)
-    data = janus.HFWikiTextLoader(args.dataset, args.tokenizer, args.seq_len, "train", args.cache_dir)
+    data = janus.HFWikiTextLoader(
+        args.dataset, args.tokenizer, args.seq_len, "train", args.cache_dir
+    )
     ckpt = torch.load(smoke_checkpoint, weights_only=True)
     model = janus.NewGPT(janus.GPTConfig(**ckpt["config"])).train()
-    optimizer, pressure = peers.janus_optimizer(model, args), janus.Pressure(args)
+    optimizer = janus.new_optimizer(model, args)
+    pressure = janus.Pressure(args)
+    training = race_training.JanusTraining(model, optimizer, pressure, args, autocast)
     for step in range(1, args.steps + 1):
         x, y = data.shuffled((step - 1) * args.batch_size, args.batch_size, args.seed)
-        peers.janus_step(model, optimizer, pressure, args, autocast, step, x, y, measure=step % args.control_interval == 0)
-    assert all(torch.equal(w, ckpt["model"][name]) for name, w in model.state_dict().items())
+        training.step(step, x, y, measure=step % args.control_interval == 0)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, ckpt["model"][name]), name
     assert pressure.state_dict() == ckpt["pressure"]

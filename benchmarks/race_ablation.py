@@ -1,0 +1,224 @@
+"""Zero ablation: ablation_test.py in a race with TransformerLens, and what bfloat16 changes in it.
+
+Shapes: n sequences, T tokens, L layers, H heads, D d_model, K d_head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from harness import CPU, Calls, Row, autocast, bfloat16_is_fast, peer, race, rates, row, skip
+from torch import Tensor
+
+
+# --------------------------------------------------------------------- one model, in both libraries
+class Text:
+    """Random tokens [n, T + 1], handed out as the loader of the scripts hands out its windows."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.n_windows = len(rows)
+        self.seq_len = rows.shape[1] - 1
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_windows * self.seq_len
+
+    def batch(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
+        return self.rows[windows, :-1], self.rows[windows, 1:]
+
+
+def small_model(script: Any, quick: bool) -> tuple[Any, str]:
+    """An untrained model of a script, and its shape; weights three times as large as usual, so
+    that its heads matter."""
+    sizes = dict(n_layers=12, d_model=384, n_heads=6, vocab_size=16384, seq_len=256)
+    if quick:
+        sizes = dict(n_layers=2, d_model=48, n_heads=3, vocab_size=512, seq_len=32)
+    d_model, n_heads = sizes["d_model"], sizes["n_heads"]
+    cfg = script.GPTConfig(
+        n_kv_heads=n_heads, d_head=d_model // n_heads, d_ff=d_model * 8 // 3, **sizes
+    )
+    torch.manual_seed(0)
+    model = script.NewGPT(cfg).eval().requires_grad_(False)
+    for parameter in model.blocks.parameters():
+        if parameter.dim() > 1:  # not the gains of the norms
+            parameter.mul_(3.0)
+    size = f"{cfg.n_layers}x{d_model}, {n_heads} heads"
+    return model, f"{size}, V={cfg.vocab_size:,}, T={cfg.seq_len}"
+
+
+def hooked_config(lens: Any, cfg: Any) -> Any:
+    """The configuration of TransformerLens (`lens`) for our sizes."""
+    return lens.HookedTransformerConfig(
+        n_layers=cfg.n_layers,
+        d_model=cfg.d_model,
+        n_heads=cfg.n_heads,
+        d_head=cfg.d_head,
+        d_mlp=cfg.d_ff,
+        d_vocab=cfg.vocab_size,
+        n_ctx=cfg.seq_len,
+        act_fn="silu",
+        gated_mlp=True,
+        normalization_type="RMS",
+        final_rms=True,
+        eps=cfg.norm_eps,
+        device="cpu",
+        positional_embedding_type="rotary",
+        rotary_dim=cfg.d_head,
+    )
+
+
+def hooked_block(block: Any, n_heads: int, d_head: int) -> dict[str, Tensor]:
+    """Weights of one block under TransformerLens' names."""
+    w_q, w_k, w_v = block.attn.w_qkv.weight.chunk(3)  # [H K, D] each
+    gate, up = block.w_gate_up.weight.chunk(2)  # [d_ff, D] each
+
+    def by_head(w: Tensor) -> Tensor:
+        return w.unflatten(0, (n_heads, d_head)).mT  # [H, D, K]
+
+    return {
+        "attn.W_Q": by_head(w_q),
+        "attn.W_K": by_head(w_k),
+        "attn.W_V": by_head(w_v),
+        "attn.W_O": block.attn.w_o.weight.T.unflatten(0, (n_heads, d_head)),  # [H, K, D]
+        "ln1.w": block.norm_attn.weight,
+        "mlp.W_gate": gate.T,  # [D, d_ff]
+        "mlp.W_in": up.T,
+        "mlp.W_out": block.w_down.weight.T,  # [d_ff, D]
+        "ln2.w": block.norm_mlp.weight,
+    }
+
+
+def hooked(model: Any) -> Any:
+    """The same weights in TransformerLens; None if it is not installed."""
+    lens = peer("transformer_lens")
+    if not lens:
+        return None
+    cfg = model.cfg
+    # Its matrices multiply from the right, torch's from the left
+    state = {
+        "embed.W_E": model.embedding.weight,  # [V, D]
+        "unembed.W_U": model.unembedding.weight.T,  # [D, V]
+        "ln_final.w": model.norm.weight,
+    }
+    for l, block in enumerate(model.blocks):
+        for name, weight in hooked_block(block, cfg.n_heads, cfg.d_head).items():
+            state[f"blocks.{l}.{name}"] = weight
+    net = lens.HookedTransformer(hooked_config(lens, cfg))
+    net.load_state_dict(state, strict=False)  # what is not named here are biases, which are zero
+    return net.eval().requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------------- race
+def zero_ablation(
+    at: Any, model: Any, text: Text, layers: list[int], batch_size: int, low: bool
+) -> dict[str, np.ndarray]:
+    """Losses of every sequence as ablation_test.py (`at`) measures them, without and with each
+    head of `layers`: base [n], zero.loss [n, layers, H], and more."""
+    cfg = model.cfg
+    zeros = {l: torch.zeros(cfg.n_heads, cfg.d_head) for l in layers}
+    # What measure() reads of the script's arguments
+    args = argparse.Namespace(seed=0, batch_size=batch_size, resample_draws=0)
+    windows = np.arange(text.n_windows)
+    return at.measure(model, text, zeros, args, windows, ["zero"], list(layers), autocast(low))
+
+
+@torch.inference_mode()
+def hooked_ablation(
+    net: Any, x: Tensor, y: Tensor, heads: list[tuple[int, int]], low: bool
+) -> Tensor:
+    """Losses [n, heads] of TransformerLens with the z of one (layer, head) after another zero."""
+    losses = []
+    for layer, head in heads:
+
+        def zero(z: Tensor, hook: Any, head: int = head) -> Tensor:  # noqa: ARG001
+            return z.index_fill(2, torch.tensor([head]), 0.0)  # [n, T, H, K]
+
+        with autocast(low):
+            logits = net.run_with_hooks(x, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", zero)])
+        loss = F.cross_entropy(logits.float().mT, y, reduction="none")  # [n, T]
+        losses.append(loss.mean(1))
+    return torch.stack(losses, 1)
+
+
+def hooked_calls(net: Any, x: Tensor, y: Tensor, heads: list[tuple[int, int]]) -> Calls:
+    """TransformerLens' variants of the race."""
+    calls: Calls = {"TransformerLens, float32": lambda: hooked_ablation(net, x, y, heads, False)}
+    if bfloat16_is_fast():
+        name = "TransformerLens, bfloat16 autocast"
+        calls[name] = lambda: hooked_ablation(net, x, y, heads, True)
+    return calls
+
+
+def ablation(options: argparse.Namespace) -> list[Row]:
+    """Zero ablation of every head, ours (with KL, flips and first-order effects) and
+    TransformerLens (loss only)."""
+    import ablation_test as at
+
+    model, shape = small_model(at, options.quick)
+    cfg = model.cfg
+    n = 2 if options.quick else 4
+    text = Text(torch.randint(cfg.vocab_size, (n, cfg.seq_len + 1)))
+    # Two layers stand for all: what follows an ablated layer is run anew, so cost goes by depth
+    early = (cfg.n_layers - 1) // 3
+    layers = [early, cfg.n_layers - 1 - early]  # their mean depth is that of all
+    heads = [(l, l % cfg.n_heads) for l in layers]  # every head costs TransformerLens the same
+    x, y = text.batch(np.arange(n))
+
+    def ours(low: bool) -> dict[str, np.ndarray]:
+        return zero_ablation(at, model, text, layers, n, low)
+
+    calls: Calls = {"ours, float32": lambda: ours(False)}
+    if bfloat16_is_fast():
+        calls["ours, bfloat16"] = lambda: ours(True)
+    # In heads times tokens: ours takes every head of both layers, theirs one head of each
+    work = dict.fromkeys(calls, len(layers) * cfg.n_heads * text.n_tokens)
+    net = hooked(model)
+    theirs = hooked_calls(net, x, y, heads) if net else {}
+    work |= dict.fromkeys(theirs, len(heads) * text.n_tokens)
+
+    what = f"every head of layers {' '.join(map(str, layers))}, zero ablation"
+    times = race(calls | theirs, options.seconds)
+    rows = rates("ablation", what, shape, times, work, "head-tokens/s")
+    if net:
+        # That both compute the same, without which a race means nothing
+        losses = ours(False)["zero.loss"]  # [n, layers, H]
+        mine = losses[:, range(len(heads)), [head for _, head in heads]]  # [n, heads]
+        worst = np.abs(mine - hooked_ablation(net, x, y, heads, False).numpy()).max()
+        what = "largest difference to TransformerLens in a sequence's loss"
+        rows.append(row("ablation", what, shape, "ours, float32", [worst], "nats", "lower"))
+    return rows + bfloat16_errors(options, at)
+
+
+def bfloat16_errors(options: argparse.Namespace, at: Any) -> list[Row]:
+    """What bfloat16 changes in the impact of each head of the demo model, on its own text."""
+    tokens = options.run / "activations" / "control" / "tokens.npy"
+    if not tokens.is_file() or not bfloat16_is_fast():
+        needs = f"needs fast bfloat16, and a trained model and its tokens: {tokens} (make demo)"
+        skip("ablation in bfloat16", needs)
+        return []
+    checkpoint = options.run / "control" / "janus_control_final.pt"
+    model, _ = at.load_checkpoint(checkpoint, CPU, False)
+    model.requires_grad_(False)
+    window = model.cfg.seq_len + 1  # a target is one token further
+    n = 8 if options.quick else 48
+    ids = np.load(tokens, mmap_mode="r")[: n * window].astype(np.int64)
+    text = Text(torch.from_numpy(ids).view(-1, window))
+
+    def impact(low: bool) -> np.ndarray:
+        found = zero_ablation(at, model, text, list(range(model.cfg.n_layers)), 16, low)
+        return found["zero.loss"] - found["base"][:, None, None]  # [n, L, H], nats
+
+    low, full = impact(True), impact(False)
+    # Beside what the choice of sequences does to an impact, an error below 1 does not show
+    standard_error = full.std(0, ddof=1) / math.sqrt(len(full))  # [L, H]
+    error = np.abs(low.mean(0) - full.mean(0)) / standard_error
+    what = f"impact in bfloat16 minus float32, standard errors over {len(full)} sequences"
+    of = f"trained demo model, {error.size} heads"
+    unit = "standard errors"
+    return [row("ablation", what, of, "ours, bfloat16", error.flatten(), unit, "lower")]

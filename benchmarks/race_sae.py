@@ -1,0 +1,449 @@
+"""SAEs: a training step of train_sae.py in a race with three libraries, and what comes out.
+
+Shapes: N tokens, D inputs, F latents, k of them active.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from harness import CPU, Calls, Row, bfloat16_is_fast, breakdown, peer, race, rates, row, skip
+from torch import Tensor
+
+KERNELS = {  # kind: what the name of a kernel contains; the first that fits
+    "matrix product (the encoder's)": ("mm",),
+    "embedding bags (decoder, sparse gradients, exact products)": ("embedding_bag",),
+    "casts and copies": ("copy", "cat"),
+    "selection of the largest": (
+        "topk",
+        "sort",
+        "nonzero",
+        "amax",
+        "gather",
+        "::index",
+        "kthvalue",
+        "bincount",
+    ),
+    "optimiser": ("adam",),
+}
+
+
+# --------------------------------------------------------------------------------------------- ours
+@dataclass(frozen=True)
+class SAEShape:
+    """Sizes of an SAE: d inputs, expansion * d latents, k of them active; n_tokens a step."""
+
+    d: int
+    expansion: int
+    k: int
+    n_tokens: int
+
+    @property
+    def n_latents(self) -> int:
+        return self.d * self.expansion
+
+    def __str__(self) -> str:
+        return f"d={self.d}, m={self.n_latents:,}, k={self.k}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of a training run, its learning rate at the peak, and its seed."""
+
+    steps: int
+    learning_rate: float
+    seed: int = 0
+
+    @property
+    def warmup(self) -> int:
+        """Steps of it."""
+        return min(50, self.steps // 4)
+
+
+ENDLESS = Schedule(steps=10**6, learning_rate=3e-4)  # of a race: constant, after its warm-up
+NEVER_DEAD = 10_000_000  # tokens: in a race no latent is silent for so long
+
+
+def sae_args(
+    shape: SAEShape, arch: str, dtype: str, schedule: Schedule, dead_tokens: int = NEVER_DEAD
+) -> argparse.Namespace:
+    """The settings of one train_sae.Trainer."""
+    return argparse.Namespace(
+        arch=arch,
+        k=shape.k,
+        expansion=shape.expansion,
+        batch_size=shape.n_tokens,
+        steps=schedule.steps,
+        learning_rate=schedule.learning_rate,
+        dtype=dtype,
+        dead_tokens=dead_tokens,
+        aux_k=-1,  # the script's own choice
+        l1=1e-3,
+        lr_warmup=schedule.warmup,
+        lr_decay=0.2,  # share of the steps, the last ones
+        seed=schedule.seed,
+    )
+
+
+def default_dtype() -> str:
+    """What train_sae.py multiplies in here."""
+    return "bfloat16" if bfloat16_is_fast() else "float32"
+
+
+def fast_dtypes() -> list[str]:
+    """With --int8 and without it; int8 is for machines that multiply bfloat16 fast."""
+    return ["int8", "bfloat16"] if bfloat16_is_fast() else ["float32"]
+
+
+def all_dtypes() -> list[str]:
+    return ["int8", "bfloat16", "float32"] if bfloat16_is_fast() else ["float32"]
+
+
+def sparse_mixtures(shape: SAEShape, n_batches: int) -> list[Tensor]:
+    """Batches [N, D] of which each row is a positive mixture of k of F random unit vectors."""
+    g = torch.Generator().manual_seed(0)
+    d, k, n = shape.d, shape.k, shape.n_tokens
+    atoms = F.normalize(torch.randn(shape.n_latents, d, generator=g), dim=1)  # [F, D]
+    batches = []
+    for _ in range(n_batches):
+        weights = torch.randn(n, k, generator=g).abs()  # [N, k]
+        chosen = torch.randint(shape.n_latents, (n, k), generator=g)  # [N, k]
+        mixed = weights[:, None].bmm(atoms[chosen])  # [N, 1, k] @ [N, k, D] = [N, 1, D]
+        batches.append(mixed[:, 0])
+    return batches
+
+
+def our_trainer(ts: Any, shape: SAEShape, arch: str, dtype: str, data: list[Tensor]) -> Any:
+    """A Trainer of train_sae.py (`ts`) for a race on `data`."""
+    # One batch stands for the whole dump, whose mean and norm a sidecar would say
+    mean = data[0].mean(0)  # [D]
+    norm = float(data[0].norm(dim=1).mean())
+    return ts.Trainer(sae_args(shape, arch, dtype, ENDLESS), mean, norm, CPU)
+
+
+def our_calls(ts: Any, shape: SAEShape, data: list[Tensor]) -> Calls:
+    """A training step of topk in each dtype, the fastest first, and of batchtopk."""
+    batches = itertools.cycle(data)
+
+    def variant(arch: str, dtype: str) -> Callable[[], None]:
+        trainer = our_trainer(ts, shape, arch, dtype, data)
+        return lambda: trainer.step(next(batches))
+
+    calls = {f"ours, topk, {dtype}": variant("topk", dtype) for dtype in all_dtypes()}
+    calls[f"ours, batchtopk, {default_dtype()}"] = variant("batchtopk", default_dtype())
+    return calls
+
+
+# -------------------------------------------------------------------------------------------- peers
+def lens_trainer(
+    shape: SAEShape, arch: str, low: bool, schedule: Schedule, data: Iterator[Tensor]
+) -> Any:
+    """SAELens' own trainer, SAE and normalisation of inputs, with our learning-rate schedule."""
+    import sae_lens
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    name = {"topk": "TopKTrainingSAE", "batchtopk": "BatchTopKTrainingSAE"}[arch]
+    coder_config = getattr(sae_lens, f"{name}Config")(
+        k=shape.k,
+        d_in=shape.d,
+        d_sae=shape.n_latents,
+        normalize_activations="expected_average_only_in",
+    )
+    config = SAETrainerConfig(
+        total_training_samples=schedule.steps * shape.n_tokens,  # it counts tokens, not steps
+        train_batch_size_samples=shape.n_tokens,
+        lr=schedule.learning_rate,
+        lr_end=0.0,
+        lr_warm_up_steps=schedule.warmup,
+        lr_decay_steps=schedule.steps // 5,
+        autocast=low,
+        n_batches_for_norm_estimate=10,  # instead of 1,000, which no user here waits for
+    )
+    return SAETrainer(config, getattr(sae_lens, name)(coder_config), data)
+
+
+def sparsify_step(module: Any, shape: SAEShape) -> Callable[[Tensor], None]:
+    """The body of sparsify's Trainer.fit, which only takes a whole language model; fused Adam."""
+    config = module.SparseCoderConfig(num_latents=shape.n_latents, k=shape.k)
+    coder = module.SparseCoder(shape.d, config)
+    adam = torch.optim.Adam(coder.parameters(), lr=3e-4, fused=True)
+    idle = torch.zeros(shape.n_latents, dtype=torch.int64)  # [F], tokens since a latent fired
+
+    def step(x: Tensor) -> None:
+        coder.set_decoder_norm_to_unit_norm()
+        found = coder(x, dead_mask=idle > NEVER_DEAD)
+        (found.fvu + found.auxk_loss / 32).backward()  # 1/32 as in Gao et al. 2024
+        # It decides by tokens which latents are dead, as ours does
+        idle.add_(len(x))
+        idle.index_fill_(0, found.latent_indices.flatten(), 0)
+        coder.remove_gradient_parallel_to_decoder_directions()
+        adam.step()
+        adam.zero_grad()
+
+    return step
+
+
+def lens_calls(shape: SAEShape, data: list[Tensor]) -> Calls:
+    """A training step of SAELens in the ways that its users have."""
+    batches = itertools.cycle(data)
+
+    def variant(arch: str, low: bool) -> Callable[[], None]:
+        trainer = lens_trainer(shape, arch, low, ENDLESS, batches)
+
+        def step() -> None:
+            trainer.step(next(batches))
+            trainer.n_training_steps += 1  # as its fit() does, for the schedule
+
+        return step
+
+    return {
+        "SAELens, topk, float32": variant("topk", low=False),
+        "SAELens, topk, bfloat16 autocast": variant("topk", low=True),
+        "SAELens, batchtopk, bfloat16 autocast": variant("batchtopk", low=True),
+    }
+
+
+def other_calls(shape: SAEShape, data: list[Tensor]) -> Calls:
+    """A training step of dictionary_learning and of sparsify, where they are installed."""
+    batches = itertools.cycle(data)
+    calls: Calls = {}
+    dictionary = peer("dictionary_learning.trainers.top_k")
+    if dictionary:
+        trainer = dictionary.TopKTrainer(
+            steps=ENDLESS.steps,
+            activation_dim=shape.d,
+            dict_size=shape.n_latents,
+            k=shape.k,
+            layer=0,  # it and the model's name are only written down
+            lm_name="",
+            device="cpu",
+        )
+        calls["dictionary_learning, topk, float32"] = lambda: trainer.update(1, next(batches))
+    sparsify = peer("sparsify")
+    if sparsify:
+        step = sparsify_step(sparsify, shape)
+        calls["sparsify, topk, float32"] = lambda: step(next(batches))
+    return calls
+
+
+def encoder_bound(shape: SAEShape) -> Calls:
+    """The one matrix product that a step cannot do without: x W_enc."""
+    dtype = getattr(torch, default_dtype())
+    x = torch.randn(shape.n_tokens, shape.d + 1).to(dtype)  # the bias is one more input
+    w = torch.randn(shape.d + 1, shape.n_latents).to(dtype)
+    name = f"bound: the encoder's matrix product only, {default_dtype()}"
+    return {name: lambda: torch.mm(x, w)}
+
+
+# ----------------------------------------------------------------------------------- race, accuracy
+def worst_gradient(trainer: Any, x: Tensor, k: int) -> float:
+    """Largest relative error over the parameters of a topk Trainer's gradients, worked out by hand,
+    beside autograd on the dense loss; x [N, D], float32, in trained units."""
+    params = [p.clone().requires_grad_() for p in trainer.params]
+    w_enc, b_enc, w_dec, b_dec = params  # [F, D], [F], [F, D], [D]
+    pre = (x - b_dec) @ w_enc.T + b_enc  # [N, F]
+    largest = pre.topk(k).indices
+    support = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, largest, True)
+    reconstruction = (pre.relu() * support) @ w_dec + b_dec  # [N, D]
+    (reconstruction - x).square().mean().backward()
+    trainer.gradients(x)
+    errors = []
+    for ours, dense in zip(trainer.params, params, strict=True):
+        error = (ours.grad - dense.grad).norm() / dense.grad.norm()
+        errors.append(error.item())
+    return max(errors)
+
+
+def sae(options: argparse.Namespace) -> list[Row]:
+    """An SAE training step beside three libraries; then what comes out, on the same real
+    activations, at equal L0."""
+    import train_sae as ts
+
+    lens = peer("sae_lens")
+    shape = SAEShape(d=768, expansion=16, k=32, n_tokens=4096)
+    if options.quick:
+        shape = SAEShape(d=64, expansion=8, k=8, n_tokens=256)
+    step_shape = f"{shape}, {shape.n_tokens:,} tokens a step"
+    data = sparse_mixtures(shape, 4)
+
+    calls = our_calls(ts, shape, data)
+    if lens:
+        calls |= lens_calls(shape, data)
+    calls |= other_calls(shape, data)
+    calls |= encoder_bound(shape)
+    times = race(calls, options.seconds)
+    rows = rates("sae", "training step", step_shape, times, shape.n_tokens, "tokens/s")
+    first = next(iter(calls))  # our fastest
+    for kind, share in breakdown(calls[first], KERNELS).items():
+        rows.append(row("sae", f"profile: {kind}", step_shape, first, [share], "share"))
+
+    # A step that is fast because it computes something else would win every race
+    for dtype in all_dtypes():
+        trainer = our_trainer(ts, shape, "topk", dtype, data)
+        x = ((data[0][:512] - trainer.mean) * trainer.scale).float()  # [N, D]
+        error = worst_gradient(trainer, x, shape.k)
+        what = "worst gradient against dense float32 autograd"
+        variant = f"ours, topk, {dtype}"
+        rows.append(row("sae", what, str(shape), variant, [error], "relative error", "lower"))
+    if lens:
+        rows += sae_quality(options, ts)
+    return rows
+
+
+# ------------------------------------------------------------------------------- what SAEs come out
+@dataclass
+class RealActivations:
+    """Rows of a dump, split into what SAEs are trained on and what they are measured on.
+
+    train [N, D] as dumped; held [N, D] float32; centre [D], norm: of `train`, as the sidecar has
+    them; name: of the file.
+    """
+
+    train: Tensor
+    held: Tensor
+    centre: Tensor
+    norm: float
+    name: str
+
+    def batches(self, n_tokens: int, seed: int) -> Iterator[Tensor]:
+        """Batches [n_tokens, D] without end, in an order that `seed` sets."""
+        g = torch.Generator().manual_seed(seed)
+        while True:
+            for rows in torch.randperm(len(self.train), generator=g).split(n_tokens):
+                if len(rows) == n_tokens:  # a shorter one would be another step
+                    yield self.train[rows].float()
+
+    @torch.no_grad()
+    def score(self, weights: dict[str, Tensor], k: int, arch: str) -> tuple[float, float]:
+        """FVU on `held`, the same code for all libraries; share of latents that never fire.
+
+        With exactly k latents a token (topk), or k on average (batchtopk).
+        """
+        pre = (self.held - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]  # [N, F]
+        pre = pre.relu()
+        if arch == "topk":
+            least = pre.topk(k).values[:, -1:]  # [N, 1]
+        else:
+            least = pre.flatten().topk(k * len(pre)).values[-1]  # one for all tokens
+        latents = pre * (pre >= least)  # [N, F]
+        # FVU is what is left of the variance around the mean
+        error = latents @ weights["W_dec"] + weights["b_dec"] - self.held  # [N, D]
+        fvu = error.square().sum() / (self.held - self.held.mean(0)).square().sum()
+        silent = (latents == 0).all(0).float().mean()
+        return fvu.item(), silent.item()
+
+
+def read_activations(path: Path, most: int | None) -> RealActivations:
+    """The first `most` rows of a dump; the last twentieth of them is held out."""
+    rows = np.load(path, mmap_mode="r")[:most]
+    cut = int(0.95 * len(rows))  # rows are in the order of the text
+    held = torch.from_numpy(np.array(rows[cut : cut + 20_000])).float()
+    train = torch.from_numpy(np.array(rows[:cut]))
+    centre = train.float().mean(0)
+    norm = (train[::97].float() - centre).norm(dim=1).mean().item()  # of a sample of them
+    return RealActivations(train, held, centre, norm, path.stem)
+
+
+def our_score(
+    ts: Any, data: RealActivations, shape: SAEShape, arch: str, dtype: str, schedule: Schedule
+) -> tuple[float, float]:
+    """FVU and silent share of an SAE trained by train_sae.py (`ts`)."""
+    args = sae_args(shape, arch, dtype, schedule, dead_tokens=10**5)
+    trainer = ts.Trainer(args, data.centre, data.norm, CPU)
+    # As many steps as SAELens' fit() takes, on the same batches
+    for x in itertools.islice(data.batches(shape.n_tokens, schedule.seed), schedule.steps):
+        trainer.step(x)
+    return data.score(trainer.weights(trainer.scale, trainer.mean), shape.k, arch)
+
+
+def lens_score(
+    data: RealActivations, shape: SAEShape, arch: str, schedule: Schedule
+) -> tuple[float, float]:
+    """FVU and silent share of an SAE trained by SAELens, in float32."""
+    torch.manual_seed(schedule.seed)
+    batches = data.batches(shape.n_tokens, schedule.seed)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        coder = lens_trainer(shape, arch, False, schedule, batches).fit()
+    coder.fold_W_dec_norm()  # as ours has it, so that both are scored by the same code
+    return data.score(dict(coder.state_dict()), shape.k, arch)
+
+
+def quality_rows(
+    what_of: str, variant: str, scores: list[tuple[float, float]], theirs: np.ndarray, rate: float
+) -> list[Row]:
+    """Rows of one variant: FVU of each seed beside that of SAELens (`theirs`), silent latents.
+
+    what_of: the activations and sizes. scores: FVU and silent share, one a seed.
+    """
+    fvu, silent = np.array(scores).T  # [seeds] each
+    better = theirs.mean() / fvu.mean()
+    what = f"held-out FVU, seeds, learning rate {rate:g}"
+    rows = [row("sae", what, what_of, variant, fvu, "FVU", "lower", better)]
+    what = "latents that never fire on 20,000 held-out tokens"
+    rows.append(row("sae", what, what_of, variant, silent, "share"))
+    # The same seed has the same batches, so that a difference is the trainer's
+    if variant.startswith("ours"):
+        what = "FVU against SAELens, same seed"
+        more = 100 * (fvu / theirs - 1)
+        rows.append(row("sae", what, what_of, variant, more, "% more", "lower"))
+    return rows
+
+
+@dataclass(frozen=True)
+class QualityStudy:
+    """Sizes of a comparison: those of the SAEs, steps, seeds, and how many rows are read."""
+
+    expansion: int
+    k: int
+    n_tokens: int
+    steps: int
+    n_seeds: int
+    most_rows: int | None
+
+
+FULL_STUDY = QualityStudy(expansion=8, k=16, n_tokens=2048, steps=300, n_seeds=4, most_rows=None)
+QUICK_STUDY = QualityStudy(expansion=4, k=4, n_tokens=256, steps=8, n_seeds=2, most_rows=20 * 256)
+BEST_RATE = 1e-2  # of 3e-3, 1e-2 and 2e-2 about the best for both trainers
+
+
+def sae_quality(options: argparse.Namespace, ts: Any) -> list[Row]:
+    """Held-out FVU at equal L0, and silent latents, ours beside SAELens' after the same steps.
+
+    Both get the same real activations in the same order; a seed sets that order and the initial
+    weights of both.
+    """
+    path = options.activations or options.run / "activations" / "control" / "L3.z.npy"
+    if not path.is_file():
+        advice = "make it with `make demo`, or pass --activations FILE.npy"
+        skip("SAE quality", f"{path} is not there; {advice}")
+        return []
+    study = QUICK_STUDY if options.quick else FULL_STUDY
+    data = read_activations(path, study.most_rows)
+    shape = SAEShape(data.train.shape[1], study.expansion, study.k, study.n_tokens)
+    schedules = [Schedule(study.steps, BEST_RATE, seed) for seed in range(study.n_seeds)]
+    sizes = f"m={shape.n_latents:,}, k={shape.k}, {study.steps * study.n_tokens:,} tokens"
+    what_of = f"{data.name} ({shape.d} dimensions), {sizes}"
+
+    rows = []
+    for arch, dtypes in {"topk": fast_dtypes(), "batchtopk": [default_dtype()]}.items():
+        scores = {}
+        for dtype in dtypes:
+            ours = [our_score(ts, data, shape, arch, dtype, schedule) for schedule in schedules]
+            scores[f"ours, {arch}, {dtype}"] = ours
+        lens = [lens_score(data, shape, arch, schedule) for schedule in schedules]
+        scores[f"SAELens, {arch}, float32"] = lens
+        theirs = np.array([fvu for fvu, _ in lens])  # [seeds]
+        for variant, pairs in scores.items():
+            rows += quality_rows(what_of, variant, pairs, theirs, BEST_RATE)
+    return rows
