@@ -1,21 +1,33 @@
-"""Harvest the activations of a trained NewGPT, and measure how alike its heads are (phase 2 of Janus Arc).
+"""Harvest the activations of a trained NewGPT, and measure how alike its heads are (phase 2 of
+Janus Arc).
 
-Question: what do the heads of each layer put out, and do they do different things? The dumps feed phase 3.
+Question: what do the heads of each layer put out, and do they do different things? The dumps feed
+phase 3.
 
-Reads   <model_path>, a checkpoint of janus_adaptive.py, and tokenizer.json beside it; the text it names, or --dataset
+Reads   <model_path>, a checkpoint of janus_adaptive.py, and tokenizer.json beside it; the text that
+        the checkpoint names, or --dataset
 Writes  <save_dir>/<run_name>/
-        L<layer>.<site>.npy [N, D] float16, in stream order, unnormalised (D = H*K, head-major, for z); tokens.npy, positions.npy [N]
-        topology_stats.csv (a layer and metric: value, 95 % interval, null), printed as Table 1 in table1_topology.txt
-        head_cosines.csv (a layer and pair of heads), drawn as Figure 1 in figure1_head_cosines.png; run.json; <file>.json
-Rows are whole windows: tokens.reshape(-1, T) are the model's inputs. A killed harvest goes on when its command is given again, to
-the same bytes. Layers asked for later are added; --overwrite begins the run's folder anew.
+        L<layer>.<site>.npy  [N, D] float16, in stream order, unnormalised (D = H*K, head-major,
+                             for z); tokens.npy and positions.npy [N] serve all layers
+        topology_stats.csv   a row a layer and metric: value, 95 % interval, null; printed as Table
+                             1 in table1_topology.txt
+        head_cosines.csv     a row a layer and pair of heads; drawn as Figure 1 in
+                             figure1_head_cosines.png
+        run.json, and a sidecar <file>.json beside each file
+Rows are whole windows: tokens.reshape(-1, T) are the model's inputs. A killed harvest goes on when
+its command is given again, to the same bytes. Layers asked for later are added; --overwrite begins
+the run's folder anew.
 
-Quick   python harvest_activations.py --model_path DIR/janus_adaptive_final.pt    (smoke preset: 20,000 tokens x 12 layers;
-        23 MB, 0.5 GB of memory, 7 s on one core of a 2-core x86 server)
-Full    python harvest_activations.py --model_path checkpoints/v1/janus_adaptive_final.pt --run_name adaptive --layers 3 6 9
-        (10M tokens x 3 layers x 768 dimensions: 46 GB; time and size are printed before the work starts)
+Quick   python harvest_activations.py --model_path DIR/janus_adaptive_final.pt
+        (smoke preset: 20,000 tokens x 12 layers; 23 MB, 0.5 GB of memory, 7 s on one core of a
+        2-core x86 server)
+Full    python harvest_activations.py --model_path checkpoints/v1/janus_adaptive_final.pt \\
+            --run_name adaptive --layers 3 6 9
+        (10M tokens x 3 layers x 768 dimensions: 46 GB; time and size are printed before the work
+        starts)
 
-Shapes  B batch, T tokens of a window, D width, H heads, K d_head, L layers, N dumped tokens, P pairs of heads, V vocabulary.
+Shapes  B batch, T tokens of a window, D width, H heads, K d_head, L layers, N dumped tokens,
+        P pairs of heads H(H-1)/2, V vocabulary.
 """
 
 from __future__ import annotations
@@ -38,6 +50,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import threading
 import time
 import urllib.error
@@ -62,528 +75,421 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-DUMP_SCHEMA, TOKENS_SCHEMA, TABLE_SCHEMA, FIGURE_SCHEMA = (
-    "janus.activations/1",
-    "janus.tokens/1",
-    "janus.table/1",
-    "janus.figure/1",
-)
-IDENTITY = (
-    "checkpoint_sha256",
-    "dataset_key",
-    "tokenizer_hash",
-    "split",
-    "n_tokens",
-)  # what all files of a run share
-TABLES = ("topology_stats.csv", "head_cosines.csv")
-PROGRESS, N_BLOCKS = (
-    "progress.partial.json",
-    20,
-)  # blocks of neighbouring windows: unit of the jackknife and of resuming
-PHASE_PRESETS = dict.fromkeys(("full", "published"), dict(tokens=10_000_000, batch_size=16))
-PHASE_PRESETS |= {
-    "demo": dict(tokens=400_000, batch_size=32),
-    "smoke": dict(tokens=20_000, batch_size=32),
+# What the sidecars say of the kind of their file
+DUMP_SCHEMA = "janus.activations/1"
+TOKENS_SCHEMA = "janus.tokens/1"
+TABLE_SCHEMA = "janus.table/1"
+FIGURE_SCHEMA = "janus.figure/1"
+
+TOPOLOGY_CSV = "topology_stats.csv"
+PAIRS_CSV = "head_cosines.csv"
+PROGRESS = "progress.partial.json"  # which harvest an unfinished folder belongs to
+# What all files of a run share
+IDENTITY = ("checkpoint_sha256", "dataset_key", "tokenizer_hash", "split", "n_tokens")
+
+N_BLOCKS = 20  # of neighbouring windows: the unit of the jackknife, and of going on after a kill
+N_NULL_DRAWS = 10_000
+
+# Tokens to harvest and windows a forward pass. Every preset takes the same code path, and a flag
+# given explicitly beats the preset.
+PHASE_PRESETS = {
+    "full": {"tokens": 10_000_000, "batch_size": 16},
+    "published": {"tokens": 10_000_000, "batch_size": 16},
+    "demo": {"tokens": 400_000, "batch_size": 32},
+    "smoke": {"tokens": 20_000, "batch_size": 32},
 }
 
 
 # -------------------------------------------------------------------------------- method: edit here
+# ---- sites: what can be dumped
+def unchanged(_model: NewGPT, _layer: int, activation: Tensor) -> Tensor:
+    """For a site that NewGPT hands out as it is."""
+    return activation
+
+
+@dataclass(frozen=True)
+class Site:
+    """An activation that can be dumped, one row a token.
+
+    shape: of one token, in the letters of the legend: "D", or "H K" (dumped head after head)
+    reads: the activation that it is made from, one of those that NewGPT hands out to its `tap`
+    take: (model, layer, that activation [B, T, ...]) -> what is dumped [B, T, *shape]
+    """
+
+    shape: str
+    reads: str
+    take: Callable[[NewGPT, int, Tensor], Tensor] = unchanged
+
+    def width(self, cfg: GPTConfig) -> int:
+        """Numbers a row of the dump."""
+        sizes = {"D": cfg.d_model, "H": cfg.n_heads, "K": cfg.d_head}
+        return math.prod(sizes[axis] for axis in self.shape.split())
+
+
+# A site is an entry here; --site and the width of its dump follow. One that NewGPT does not hand
+# out is made by a function of its own, `take`, from an activation that it does hand out.
+SITES = {
+    "z": Site("H K", reads="z"),  # what each head puts out, before the output projection
+    "attn_out": Site("D", reads="attn_out"),  # what the heads together add to the residual stream
+    "resid_pre": Site("D", reads="resid_pre"),  # the residual stream before the block
+    "resid_post": Site("D", reads="resid_post"),  # the residual stream after the block
+    "mlp_out": Site("D", reads="mlp_out"),  # what the MLP adds to the residual stream
+}
+BEFORE_MLP = {"resid_pre", "z"}  # what can be read of a block without running its MLP
+
+
 @torch.inference_mode()
 def layer_activations(
     model: NewGPT, idx: Tensor, layers: list[int], site: str, autocast: Any
 ) -> dict[str, Tensor]:
-    """Token ids [B, T] -> {"<site>.<layer>": float32 [B*T, D]}, of `site` and of z; what comes after the deepest of them never runs."""
-    deepest, (cos, sin) = (
-        max(layers),
-        (table[: idx.shape[1]] for table in (model.rope_cos, model.rope_sin)),
-    )
-    tap: dict[str, Any] = {
-        f"{name}.{l}": None for l in layers for name in (site, "z") if l < deepest or site != "z"
-    }
+    """Token ids [B, T] -> {"<site>.<layer>": float32 [B*T, D]}, of `site` and of z.
+
+    z is always among them: the topology of the heads is measured on it. What comes after the
+    deepest of these activations never runs.
+    """
+    reads = SITES[site].reads
+    deepest = max(layers)
+    wanted = []
+    for l in layers:
+        wanted += [f"{reads}.{l}", f"z.{l}"]
+    tap: dict[str, Any] = dict.fromkeys(wanted)  # the model fills in the values
+
+    found = {}  # [B, T, D] or [B, T, H, K] each
     with autocast:
-        x = model.run_blocks(model.embed(idx), stop=deepest + (site != "z"), tap=tap)
-        if site == "z":  # of the deepest block only the heads are needed
-            block: Any = model.blocks[deepest]
-            tap[f"z.{deepest}"], _ = block.attn(block.norm_attn(x), cos, sin)
-    return {name: a.flatten(0, 1).flatten(1).float() for name, a in tap.items()}
+        x = model.embed(idx)  # [B, T, D]
+        if reads in BEFORE_MLP:
+            x = model.run_blocks(x, stop=deepest, tap=tap)
+            tap[f"resid_pre.{deepest}"] = x
+            tap[f"z.{deepest}"] = heads_alone(model, deepest, x)
+        else:
+            model.run_blocks(x, stop=deepest + 1, tap=tap)
+        # A site of its own making may multiply matrices too, so this is under autocast
+        for l in layers:
+            found[f"{site}.{l}"] = SITES[site].take(model, l, tap[f"{reads}.{l}"])
+            found[f"z.{l}"] = tap[f"z.{l}"]
+    rows = {}
+    for name, activation in found.items():
+        by_token = activation.flatten(0, 1)  # [B*T, D] or [B*T, H, K]
+        rows[name] = by_token.flatten(1).float()  # [B*T, D]
+    return rows
+
+
+def heads_alone(model: NewGPT, layer: int, x: Tensor) -> Tensor:
+    """z [B, T, H, K] of a block, from the residual stream before it [B, T, D]; no MLP runs."""
+    block: Any = model.blocks[layer]
+    z, _ = block.attn(block.norm_attn(x), *rotary_tables(model, x))  # [B, T, H, K]
+    return z
+
+
+def rotary_tables(model: NewGPT, x: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, K/2] of the rotary angles, for the positions of x [B, T, ...]."""
+    n_tokens = x.shape[1]
+    return model.rope_cos[:n_tokens], model.rope_sin[:n_tokens]
 
 
 def to_dump(x: Tensor, dtype: str, what: str) -> np.ndarray:
-    """x [n, D] as `dtype`. Raises HandoffError if x is not finite, or beyond what the type can hold."""
-    peak, limit = x.abs().max().item(), float(np.finfo(dtype).max)  # a NaN wins the maximum
+    """x [n, D] as `dtype`. Raises HandoffError if x is not finite, or beyond what the type can
+    hold."""
+    peak = x.abs().max().item()  # a NaN wins the maximum
+    limit = float(np.finfo(dtype).max)
     if not math.isfinite(peak):
-        raise HandoffError(
-            f"{what} holds {peak}: the checkpoint's weights are not finite, or the model overflows (--dtype float32)"
-        )
+        cause = "the checkpoint's weights are not finite, or the model overflows (--dtype float32)"
+        raise HandoffError(f"{what} holds {peak}: {cause}")
     if peak > limit:
-        raise HandoffError(
-            f"{what} reaches {peak:.6g}, the largest {dtype} is {limit:.0f}; pass --dump_dtype float32"
-        )
+        fact = f"{what} reaches {peak:.6g}, the largest {dtype} is {limit:.0f}"
+        raise HandoffError(f"{fact}; pass --dump_dtype float32")
     return x.to(getattr(torch, dtype)).cpu().numpy()
 
 
+# ---- sums over tokens, from which every statistic below follows
 def sufficient_statistics(rows: np.ndarray, z: Tensor) -> dict[str, np.ndarray]:
-    """Sums over tokens, float64, from which mean and variance of the dumped rows [n, D] and the topology of z [n, H*K] follow."""
-    x, z_total, zz = (
-        torch.from_numpy(rows).double(),
-        z.cpu().double().sum(0),
-        (z.T @ z).cpu().double(),
-    )
-    square = x.square()
-    sums = dict(x=x.sum(0), x2=square.sum(0), norm=square.sum(1).sqrt().sum(), z=z_total, zz=zz)
-    return {name: v.numpy() for name, v in sums.items()}
+    """Sums over the tokens of a batch, float64, of the dumped rows [n, D] and of z [n, H*K].
 
-
-def per_pair(m: Tensor, n_heads: int) -> Tensor:
-    """Sum of the block of each pair of heads: [H*K, H*K] -> [H, H]."""
-    return m.unflatten(0, (n_heads, -1)).unflatten(2, (n_heads, -1)).sum((1, 3))
-
-
-def gram_matrices(zz: Tensor, w_o: Tensor, n_heads: int) -> list[Tensor]:
-    """<z_i, z_j> and <o_i, o_j> over all tokens, [H, H] each, from zz = Z^T Z [H*K, H*K] and the output projection w_o [D, H*K].
-
-    o_h = z_h W_O,h is what head h writes to the residual stream; it is not formed: <o_i, o_j> = tr(z_i^T z_j W_O,j W_O,i^T).
-    Unlike z, it does not depend on the basis that a head happens to use for its values.
+    x [D], x2 [D], norm []: of the rows, their squares and their lengths, for the sidecar.
+    z [H*K], zz = Z^T Z [H*K, H*K]: for the topology of the heads.
     """
-    diagonals = torch.eye(len(zz) // n_heads, dtype=zz.dtype).repeat(n_heads, n_heads)
-    return [per_pair(zz * diagonals, n_heads), per_pair(zz * (w_o.T @ w_o), n_heads)]
+    x = torch.from_numpy(rows).double()  # [n, D], as rounded to the type of the dump
+    square = x.square()  # [n, D]
+    length = square.sum(1).sqrt()  # [n]
+    sums = {
+        "x": x.sum(0),
+        "x2": square.sum(0),
+        "norm": length.sum(),
+        "z": z.cpu().double().sum(0),
+        "zz": (z.T @ z).cpu().double(),  # in float32 within a batch, float64 over batches
+    }
+    return {name: total.numpy() for name, total in sums.items()}
 
 
-def metrics(cosines: list[Tensor], zz: Tensor, linear_cka: Tensor) -> dict[str, Tensor]:
-    """Cosines of the pairs of heads [..., P], of z and of o; Z^T Z -> {metric: [...]}; sigma is the mean |cosine|.
+@dataclass(frozen=True)
+class BlockSums:
+    """The sums of `sufficient_statistics` over b blocks of neighbouring windows, float64.
 
-    effective_rank: (sum s)^2 / sum s^2 of the singular values s of Z [N, H*K], not centred, as in the published Table 1.
+    n_tokens: of each block, b of them
+    x, x2 [b, D], norm [b]: of the dumped rows
+    z [b, H*K], zz [b, H*K, H*K]: of the heads' outputs
     """
-    s, (z, resid) = torch.linalg.eigvalsh(zz).clamp_min(0).sqrt(), cosines
-    rank = s.sum().square() / s.square().sum()
-    found = dict(
-        mean_cosine=z.mean(-1),
-        max_cosine=z.amax(-1),
-        max_abs_cosine=z.abs().amax(-1),
-        sigma_z=z.abs().mean(-1),
-    )
-    return found | dict(
-        sigma_resid=resid.abs().mean(-1),
-        effective_rank=rank,
-        effective_rank_share=rank / len(zz),
-        linear_cka=linear_cka,
-    )
+
+    n_tokens: list[int]
+    x: Tensor
+    x2: Tensor
+    norm: Tensor
+    z: Tensor
+    zz: Tensor
+
+
+def dump_moments(sums: BlockSums) -> dict[str, Any]:
+    """What the sidecar says of the dumped values: mean [D], variance [D], mean length of a row, and
+    gamma = ||mean|| / sqrt(sum of variances), how far the mean stands out of the spread."""
+    n = sum(sums.n_tokens)  # tokens
+    mean = sums.x.sum(0) / n  # [D]
+    mean_square = sums.x2.sum(0) / n  # [D]
+    variance = (mean_square - mean.square()).clamp_min(0)  # [D]
+    spread = variance.sum().clamp_min(1e-300).sqrt()  # []
+    return {
+        "mean": mean.tolist(),
+        "variance": variance.tolist(),
+        "mean_norm": sums.norm.sum(0).item() / n,
+        "gamma": (mean.norm() / spread).item(),
+    }
+
+
+# ---- topology: how alike the heads of a layer are
+@dataclass(frozen=True)
+class Heads:
+    """What a metric of the topology is computed from.
+
+    Leading axes "...": none for the heads as they are, [10,000] draws for the null.
+    cosines_z: cosine of z of each pair of heads [..., P]
+    cosines_o: cosine of o of each pair [..., P]; o_h is what head h writes to the residual stream
+    cka: linear CKA of z of each pair [P]; of the null [1], the same for all pairs
+    singular_values: of Z [N, H*K], all heads side by side, not centred [H*K]
+    """
+
+    cosines_z: Tensor
+    cosines_o: Tensor
+    cka: Tensor
+    singular_values: Tensor
+
+
+def effective_rank(heads: Heads) -> Tensor:
+    """(sum s)^2 / sum s^2 of the singular values s, as in the published Table 1: 1 to H*K."""
+    s = heads.singular_values
+    return s.sum().square() / s.square().sum()
+
+
+def effective_rank_share(heads: Heads) -> Tensor:
+    """The effective rank as a share of H*K."""
+    return effective_rank(heads) / len(heads.singular_values)
+
+
+# A metric is an entry here: a function of `Heads` that returns a number [...]. By being here it
+# gets its row of topology_stats.csv, with a 95 % interval and a null, and its line of table 1.
+METRICS: dict[str, Callable[[Heads], Tensor]] = {
+    # How alike the outputs are: sigma, the mean |cosine|, is what the Homeostat holds
+    "mean_cosine": lambda heads: heads.cosines_z.mean(-1),
+    "max_cosine": lambda heads: heads.cosines_z.amax(-1),
+    "max_abs_cosine": lambda heads: heads.cosines_z.abs().amax(-1),
+    "sigma_z": lambda heads: heads.cosines_z.abs().mean(-1),
+    # The same of what they write, whatever basis each head uses for its values
+    "sigma_resid": lambda heads: heads.cosines_o.abs().mean(-1),
+    # In how many directions they put out something, together
+    "effective_rank": effective_rank,
+    "effective_rank_share": effective_rank_share,
+    # How alike they are up to a rotation of each
+    "linear_cka": lambda heads: heads.cka.mean(-1),
+}
+
+
+def measure(heads: Heads) -> dict[str, Tensor]:
+    """Every metric of METRICS by name, each [...]."""
+    return {name: metric(heads) for name, metric in METRICS.items()}
 
 
 def topology(n: int, z: Tensor, zz: Tensor, w_o: Tensor, n_heads: int) -> dict[str, Tensor]:
-    """How alike a layer's heads are over n tokens, from z = sum_t z_t [H*K] and zz = Z^T Z [H*K, H*K], float64.
+    """The metrics [] of a layer's heads over n tokens.
 
-    linear_cka: ||C_ij||^2 / (||C_ii|| ||C_jj||), Frobenius, C centred; mean over pairs (Kornblith 2019). Not debiased: n >> K.
+    From z = sum_t z_t [H*K], zz = Z^T Z [H*K, H*K] and the output projection w_o [D, H*K], float64.
+    CKA of a pair: ||C_ij||^2 / (||C_ii|| ||C_jj||), Frobenius norms of the centred covariances
+    (Kornblith 2019). Not debiased: n >> K.
     """
-    cka = head_cosines(per_pair((zz - torch.outer(z, z) / n).square(), n_heads)).mean()
-    return metrics([head_cosines(gram) for gram in gram_matrices(zz, w_o, n_heads)], zz, cka)
+    # n times the covariance of all dimensions; CKA does not depend on the factor
+    covariance = zz - torch.outer(z, z) / n  # [H*K, H*K]
+    heads = Heads(
+        cosines_z=head_cosines(gram_of_z(zz, n_heads)),
+        cosines_o=head_cosines(gram_of_o(zz, w_o, n_heads)),
+        cka=head_cosines(sum_by_pair(covariance.square(), n_heads)),
+        singular_values=singular_values(zz),
+    )
+    return measure(heads)
 
 
+def gram_of_z(zz: Tensor, n_heads: int) -> Tensor:
+    """<z_i, z_j> over all tokens and dimensions [H, H], from Z^T Z [H*K, H*K]."""
+    # z_i and z_j meet where both have the same dimension: the diagonals of the blocks of Z^T Z
+    d_head = len(zz) // n_heads
+    same_dimension = torch.eye(d_head, dtype=zz.dtype).repeat(n_heads, n_heads)  # [H*K, H*K]
+    return sum_by_pair(zz * same_dimension, n_heads)
+
+
+def gram_of_o(zz: Tensor, w_o: Tensor, n_heads: int) -> Tensor:
+    """<o_i, o_j> over all tokens [H, H], from Z^T Z [H*K, H*K] and w_o [D, H*K].
+
+    o_h = z_h W_O,h is what head h writes to the residual stream; it is not formed:
+    <o_i, o_j> = tr(z_i^T z_j W_O,j W_O,i^T). Unlike z, it does not depend on the basis that a head
+    happens to use for its values.
+    """
+    write_products = w_o.T @ w_o  # [H*K, H*K], W_O,i W_O,j^T of every pair
+    return sum_by_pair(zz * write_products, n_heads)
+
+
+def sum_by_pair(matrix: Tensor, n_heads: int) -> Tensor:
+    """Sum of the block of each pair of heads: [H*K, H*K] -> [H, H]."""
+    blocks = matrix.unflatten(0, (n_heads, -1)).unflatten(2, (n_heads, -1))  # [H, K, H, K]
+    return blocks.sum((1, 3))
+
+
+def singular_values(zz: Tensor) -> Tensor:
+    """Singular values [H*K] of Z, from Z^T Z [H*K, H*K]."""
+    eigenvalues = torch.linalg.eigvalsh(zz)  # [H*K]; those that are 0 may come out below it
+    return eigenvalues.clamp_min(0).sqrt()
+
+
+# ---- topology: the null
 def null_topology(n: int, zz: Tensor, w_o: Tensor, n_heads: int, seed: int) -> dict[str, Tensor]:
-    """The same metrics, were the heads not aligned with each other at all; 10,000 draws of those that are random.
+    """The metrics, were the heads not aligned with each other at all: [10,000] draws of those of
+    cosines, the expected value [] of the others.
 
-    Cosines: every head does what it does, in a basis turned at random. <z_i R_i, z_j R_j> has mean 0 and variance
-    ||z_i^T z_j||^2 / K, and is nearly normal; turned in the residual stream, ||o_i^T o_j||^2 / D. Effective rank: the same heads,
-    mutually uncorrelated (an upper limit). CKA: independent heads, K / (n + K).
+    Cosines: every head does what it does, in a basis turned at random. <z_i R_i, z_j R_j> has mean
+    0 and variance ||z_i^T z_j||^2 / K, and is nearly normal; turned in the residual stream,
+    ||o_i^T o_j||^2 / D. Effective rank: the same heads, mutually uncorrelated (an upper limit).
+    CKA: independent heads, K / (n + K).
     """
-    k, rng, cosines = len(zz) // n_heads, torch.Generator().manual_seed(seed), list[Tensor]()
-    own = torch.block_diag(*[torch.ones(k, k, dtype=zz.dtype)] * n_heads)
-    write, (i, j) = (w_o.T @ w_o) * own, torch.triu_indices(n_heads, n_heads, offset=1)
-    for gram, square, width in zip(
-        gram_matrices(zz, w_o, n_heads),
-        (zz * zz, write @ zz @ write * zz),
-        (k, len(w_o)),
-        strict=True,
-    ):
-        norm2 = gram.diagonal().clamp_min(1e-30)
-        sd = (per_pair(square, n_heads) / width / torch.outer(norm2, norm2)).sqrt()[i, j]
-        cosines.append(sd * torch.randn(10_000, len(i), generator=rng, dtype=sd.dtype))
-    return metrics(cosines, zz * own, zz.new_tensor(k / (n + k)))
+    d_model = len(w_o)
+    d_head = len(zz) // n_heads
+    generator = torch.Generator().manual_seed(seed)
+    ones = torch.ones(d_head, d_head, dtype=zz.dtype)
+    within_heads = torch.block_diag(*[ones] * n_heads)  # [H*K, H*K], 1 where both are one head's
+    write = (w_o.T @ w_o) * within_heads  # [H*K, H*K], W_O,h W_O,h^T of each head
+
+    # How much two heads have in common in whatever basis
+    square_z = sum_by_pair(zz * zz, n_heads)  # ||z_i^T z_j||^2 [H, H]
+    square_o = sum_by_pair(write @ zz @ write * zz, n_heads)  # ||o_i^T o_j||^2 [H, H]
+    # The lengths of z and o are those of the heads as they are
+    gram_z = gram_of_z(zz, n_heads)
+    gram_o = gram_of_o(zz, w_o, n_heads)
+    heads = Heads(
+        cosines_z=cosines_in_turned_bases(square_z / d_head, gram_z, generator),
+        cosines_o=cosines_in_turned_bases(square_o / d_model, gram_o, generator),
+        cka=zz.new_tensor([d_head / (n + d_head)]),
+        singular_values=singular_values(zz * within_heads),
+    )
+    return measure(heads)
+
+
+def cosines_in_turned_bases(variance: Tensor, gram: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws of the cosine of each pair [10,000, P]: normal, with the variance [H, H] of the inner
+    product of turned heads, whose lengths are those of the Gram matrix [H, H]."""
+    n_heads = len(gram)
+    i, j = torch.triu_indices(n_heads, n_heads, offset=1)
+    square_norm = gram.diagonal().clamp_min(1e-30)  # [H]
+    relative = variance / torch.outer(square_norm, square_norm)  # [H, H]
+    deviation = relative.sqrt()[i, j]  # [P]
+    normal = torch.randn(N_NULL_DRAWS, len(i), generator=generator, dtype=deviation.dtype)
+    return deviation * normal  # [10,000, P]
+
+
+# ---- topology: intervals and the table
+def topology_rows(sums: BlockSums, w_o: Tensor, n_heads: int, seed: int) -> list[dict[str, Any]]:
+    """One row a metric: its value, 95 % interval and null. w_o [D, H*K] float64.
+
+    With a single block there is nothing to leave out, and the interval is NaN.
+    """
+    n = sum(sums.n_tokens)
+    n_blocks = len(sums.n_tokens)
+    z = sums.z.sum(0)  # [H*K]
+    zz = sums.zz.sum(0)  # [H*K, H*K]
+    measured = topology(n, z, zz, w_o, n_heads)
+    null = null_topology(n, zz, w_o, n_heads, seed)
+
+    # For each block: the metrics of all tokens but those of the block
+    without_block = []
+    if n_blocks > 1:
+        for n_block, z_block, zz_block in zip(sums.n_tokens, sums.z, sums.zz, strict=True):
+            rest = topology(n - n_block, z - z_block, zz - zz_block, w_o, n_heads)
+            without_block.append(rest)
+
+    rows = []
+    for metric, value in measured.items():
+        half_width = math.nan
+        if n_blocks > 1:
+            without = torch.stack([rest[metric] for rest in without_block])  # [b]
+            half_width = jackknife(without)
+        null_lo, null_hi = null_interval(null[metric])
+        row = {
+            "metric": metric,
+            "value": value.item(),
+            "ci_lo": value.item() - half_width,
+            "ci_hi": value.item() + half_width,
+            "null_mean": null[metric].mean().item(),
+            "null_lo": null_lo,
+            "null_hi": null_hi,
+        }
+        rows.append(row)
+    return rows
 
 
 def jackknife(without: Tensor) -> float:
-    """Half-width of the 95 % interval, from the values [b] with one of b > 1 blocks of windows left out each (Tukey 1958)."""
+    """Half-width of the 95 % interval, from the values [b] with one of b > 1 blocks of windows left
+    out each (Tukey 1958)."""
     b = len(without)
-    return stats.t.ppf(0.975, b - 1) * ((b - 1) * without.var(correction=0)).sqrt().item()
+    # The values move b - 1 times less than the blocks do, so their variance is scaled up
+    standard_error = ((b - 1) * without.var(correction=0)).sqrt().item()
+    return stats.t.ppf(0.975, b - 1) * standard_error
+
+
+def null_interval(null: Tensor) -> tuple[float, float]:
+    """2.5 and 97.5 % quantile of the draws of a null; NaN where it is one expected value []."""
+    is_drawn = null.dim() > 0
+    if not is_drawn:
+        return math.nan, math.nan
+    low, high = null.quantile(null.new_tensor([0.025, 0.975])).tolist()
+    return low, high
 
 
 # ---------------------------------------------------------------------------------------------- run
-def dump_path(args: argparse.Namespace, l: int, suffix: str = "") -> Path:
-    return args.out / f"L{l}.{args.site}{suffix}.npy"
-
-
-def sums_path(args: argparse.Namespace, block: int) -> Path:
-    return args.out / f"block{block:02d}.partial.npz"
-
-
-def plan(args: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
-    """What identifies this harvest, and "todo", the layers asked for that are not finished.
-
-    Raises HandoffError if a harvest of something else, finished or not, is in the way.
-    """
-    remedy, tokens, common = (
-        "the same command with --overwrite",
-        args.out / "tokens.npy",
-        {k: facts[k] for k in IDENTITY},
-    )
-    job = common | {
-        k: getattr(args, k) for k in ("layers", "site", "dump_dtype", "compute_dtype", "batch_size")
-    }
-    if args.overwrite:
-        return job | {"todo": args.layers, "anew": True}
-
-    def same(found: dict[str, Any], expected: dict[str, Any], what: str) -> dict[str, Any]:
-        for key in (k for k in expected if found.get(k) != expected[k]):
-            raise HandoffError(
-                f"{what} {key} {found.get(key)!r}, not {expected[key]!r}; take another --run_name, or --overwrite"
-            )
-        return found
-
-    if (args.out / PROGRESS).is_file():
-        saved = json.loads((args.out / PROGRESS).read_text(encoding="utf-8"))
-        return same(
-            saved, job, f"{args.out} holds an unfinished harvest (its own command finishes it) with"
-        )
-    if tokens.exists():
-        same(read_sidecar(tokens, TOKENS_SCHEMA, remedy), common, f"{tokens} has")
-    for csv in (
-        p for p in (args.out / name for name in TABLES) if p.exists()
-    ):  # the rows of new layers join those that are there
-        read_sidecar(csv, TABLE_SCHEMA, remedy)
-    there = [l for l in args.layers if dump_path(args, l).exists()]
-    for path in (dump_path(args, l) for l in there):
-        expected = common | {"dtype": args.dump_dtype, "compute_dtype": args.compute_dtype}
-        same(read_sidecar(path, DUMP_SCHEMA, remedy), expected, f"{path} has")
-    return job | {"todo": [l for l in args.layers if l not in there], "anew": False}
-
-
-def remove(paths: Iterable[Path]) -> None:
-    """Removes files, each sidecar before what it describes."""
-    for path in paths:
-        sidecar_path(path).unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-
-
-def reserve(args: argparse.Namespace, todo: list[int], shape: tuple[int, int]) -> None:
-    """Creates the partial dumps with all their disk blocks: a full disk is an error here, and never a SIGBUS while writing.
-
-    Raises HandoffError if they are larger than --max_gb or than what the disk has.
-    """
-    n_bytes = (
-        len(todo)
-        * shape[1]
-        * (shape[0] * np.dtype(args.dump_dtype).itemsize + 8 * N_BLOCKS * shape[1])
-    )  # dumps and sums
-    if n_bytes > args.max_gb * 1e9:
-        raise HandoffError(
-            f"layers {todo} of {shape[0]:,} tokens are {n_bytes / 1e9:.3f} GB, --max_gb is {args.max_gb:g}: take fewer"
-        )
-    need_disk(args.out, n_bytes + 8 * shape[0])
-    print(f"disk: {n_bytes / 1e9:.3f} GB in {args.out}")
-    for path in (dump_path(args, l, ".partial") for l in todo):
-        try:
-            np.lib.format.open_memmap(path, mode="w+", dtype=args.dump_dtype, shape=shape)
-            with open(path, "rb+") as f:
-                os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
-        except OSError as e:
-            raise HandoffError(
-                f"{path} cannot have {shape} {args.dump_dtype} numbers of disk: {e.strerror}"
-            ) from None
-
-
-def harvest(
-    args: argparse.Namespace,
-    model: NewGPT,
-    data: HFWikiTextLoader,
-    autocast: Any,
-    job: dict,
-    bounds: np.ndarray,
-) -> None:
-    """Writes the dumps of the layers to do as partial files, windows bounds[b] to bounds[b+1] a block.
-
-    After each block the dumps and then its sums are forced to disk, so that a killed harvest goes on at the start of a block.
-    Several processes deal the blocks out: they write to the same files, each its own rows and sums.
-    Raises HandoffError for an activation that cannot be dumped, dumps that do not fit, or a damaged unfinished harvest.
-    """
-    t, todo, width = (
-        data.seq_len,
-        job["todo"],
-        model.cfg.n_heads * model.cfg.d_head if args.site == "z" else model.cfg.d_model,
-    )
-    rank, world = rank_and_world()
-
-    def measure(first: int, end: int) -> Iterator[tuple[int, np.ndarray, dict[str, np.ndarray]]]:
-        idx = data.batch(np.arange(first, end))[0].to(model.embedding.weight.device)
-        seen = layer_activations(model, idx, todo, args.site, autocast)
-        for l in todo:
-            rows = to_dump(
-                seen[f"{args.site}.{l}"],
-                args.dump_dtype,
-                f"{args.site} of layer {l}, windows {first} to {end - 1},",
-            )
-            yield l, rows, sufficient_statistics(rows, seen[f"z.{l}"])
-
-    with rank_0_first():
-        if rank == 0 and (args.overwrite or not (args.out / PROGRESS).exists()):
-            remove([*args.out.glob("*.partial.np[yz]"), args.out / PROGRESS])
-            reserve(args, todo, (int(bounds[-1]) * t, width))
-            write_json(args.out / PROGRESS, job)
-    left = [b for b in range(rank, len(bounds) - 1, world) if not sums_path(args, b).exists()]
-    try:
-        for path in args.out.glob("L*.partial.npy"):
-            np.load(
-                path, mmap_mode="r", allow_pickle=False
-            )  # a check: "r+" would lengthen a truncated file without a word
-        dumps = {
-            l: np.lib.format.open_memmap(dump_path(args, l, ".partial"), mode="r+")
-            for l in todo
-            if left
-        }
-    except (OSError, ValueError) as e:
-        raise HandoffError(
-            f"the unfinished harvest in {args.out} was damaged ({e}) and is now removed; start again"
-        ) from None
-    windows, start = int(np.diff(bounds)[left].sum()) if left else 0, time.perf_counter()
-    with tqdm(total=windows * t, unit="tok", unit_scale=True, disable=None) as bar:
-        for b in left:
-            sums: dict[str, Any] = {}
-            for first in range(bounds[b], bounds[b + 1], args.batch_size):
-                end = min(first + args.batch_size, bounds[b + 1])
-                for l, rows, found in measure(first, end):
-                    dumps[l][first * t : end * t] = rows
-                    for name, value in found.items():
-                        sums[f"{name}.{l}"] = sums.get(f"{name}.{l}", 0.0) + value
-                bar.update((end - first) * t)
-                if (b, first) == (left[0], bounds[b]):
-                    minutes = (time.perf_counter() - start) * windows / (end - first) / 60
-                    where = f"layers {todo}, site {args.site}, on {model.embedding.weight.device}"
-                    bar.write(f"time: at most about {minutes:.1f} min for {where}")
-            for dump in dumps.values():
-                dump.flush()
-            with atomic(sums_path(args, b)) as tmp:
-                np.savez(tmp, **sums)
-
-
-def publish(
-    path: Path, write: Callable[[Path], Any], schema: str, inputs: list[Any], **facts: Any
-) -> None:
-    """Replaces the artefact `path` by what `write` writes, then its sidecar; in between it has none, and so is not finished."""
-    sidecar_path(path).unlink(missing_ok=True)
-    with atomic(path) as tmp:
-        write(tmp)
-    write_sidecar(path, schema, inputs, **facts)
-
-
-def layer_report(
-    args: argparse.Namespace, model: NewGPT, l: int, bounds: np.ndarray
-) -> tuple[list[dict], list[dict], dict[str, Any]]:
-    """Rows of topology_stats.csv and of head_cosines.csv for one layer, and what the sidecar of its dump says of its values."""
-    h, w_o = model.cfg.n_heads, model.state_dict()[f"blocks.{l}.attn.w_o.weight"].cpu().double()
-    files = [np.load(sums_path(args, b), allow_pickle=False) for b in range(len(bounds) - 1)]
-    part = {
-        name: torch.from_numpy(np.stack([f[f"{name}.{l}"] for f in files]))
-        for name in ("x", "x2", "norm", "z", "zz")
-    }
-    ns = (np.diff(bounds) * model.cfg.seq_len).tolist()
-    n, (x, x2, norm, z, zz) = sum(ns), (v.sum(0) for v in part.values())
-    whole, null = topology(n, z, zz, w_o, h), null_topology(n, zz, w_o, h, args.seed)
-    without = [
-        topology(n - m, z - zb, zz - zzb, w_o, h)
-        for m, zb, zzb in zip(ns, part["z"], part["zz"], strict=True)
-        if m < n
-    ]
-    who, rows = dict(run=args.run_name, layer=l), []
-    for name, v in ((name, value.item()) for name, value in whole.items()):
-        half = jackknife(torch.stack([other[name] for other in without])) if without else math.nan
-        low, high = (
-            null[name].quantile(z.new_tensor([0.025, 0.975])).tolist()
-            if null[name].dim()
-            else (math.nan, math.nan)
-        )
-        row = dict(
-            metric=name,
-            value=v,
-            ci_lo=v - half,
-            ci_hi=v + half,
-            null_mean=null[name].mean().item(),
-            null_lo=low,
-            null_hi=high,
-        )
-        rows.append(who | row | dict(n_tokens=n, n_windows=int(bounds[-1]), n_blocks=len(ns)))
-    ij, cosines = (
-        torch.triu_indices(h, h, offset=1).T.tolist(),
-        head_cosines(gram_matrices(zz, w_o, h)[0]).tolist(),
-    )
-    pairs = [
-        who | dict(head_i=i, head_j=j, cosine=c) for (i, j), c in zip(ij, cosines, strict=True)
-    ]
-    mean, variance = x / n, (x2 / n - (x / n).square()).clamp_min(0)
-    gamma = (
-        mean.norm() / variance.sum().clamp_min(1e-300).sqrt()
-    ).item()  # how far the mean stands out of the spread
-    return (
-        rows,
-        pairs,
-        dict(
-            mean=mean.tolist(), variance=variance.tolist(), mean_norm=norm.item() / n, gamma=gamma
-        ),
-    )
-
-
-def finish(
-    args: argparse.Namespace,
-    model: NewGPT,
-    data: HFWikiTextLoader,
-    job: dict,
-    bounds: np.ndarray,
-    facts: dict,
-) -> None:
-    """CSVs, tokens and positions, then the dumps under their own names; each sidecar last. It can be interrupted and repeated."""
-    out, n, inputs = args.out, facts["n_tokens"], [args.model_path]
-    layers = {
-        l: layer_report(args, model, l, bounds)
-        for l in tqdm(job["todo"], desc="topology", unit="layer", disable=None)
-    }
-    if job["anew"]:
-        remove(p for p in out.glob("*.npy") if ".partial" not in p.name)
-    for at, csv in enumerate(out / name for name in TABLES):
-        table = pd.DataFrame([row for found in layers.values() for row in found[at]])
-        if csv.is_file() and not job["anew"]:  # keep the layers of earlier harvests
-            old = pd.read_csv(csv)
-            table = pd.concat([old[~old["layer"].isin(job["todo"])], table]).sort_values(
-                "layer", kind="stable"
-            )
-        publish(
-            csv,
-            functools.partial(table.to_csv, index=False),
-            TABLE_SCHEMA,
-            inputs,
-            columns=list(table),
-            rows=len(table),
-        )
-    write_json(out / PROGRESS, job | {"anew": False})  # the folder holds nothing old any more
-    for name, values in (
-        ("tokens", data.tokens[:n]),
-        ("positions", np.tile(np.arange(data.seq_len, dtype=np.uint32), int(bounds[-1]))),
-    ):
-        if not sidecar_path(path := out / f"{name}.npy").is_file():
-            own = dict(
-                axes="N",
-                shape=[n],
-                dtype=str(values.dtype),
-                unit="token id" if name == "tokens" else "tokens into the window",
-            )
-            publish(
-                path, functools.partial(np.save, arr=values), TOKENS_SCHEMA, inputs, **own, **facts
-            )
-    for l, path in ((l, dump_path(args, l)) for l in job["todo"]):
-        sidecar_path(path).unlink(missing_ok=True)
-        if (
-            partial := dump_path(args, l, ".partial")
-        ).exists():  # else an interrupted finish() got as far as this
-            os.replace(partial, path)
-        own = dict(
-            layer=l,
-            site=args.site,
-            axes="N D",
-            shape=[n, len(layers[l][2]["mean"])],
-            dtype=args.dump_dtype,
-            unit="unnormalised",
-        )
-        write_sidecar(
-            path,
-            DUMP_SCHEMA,
-            inputs,
-            **own,
-            **layers[l][2],
-            compute_dtype=args.compute_dtype,
-            **facts,
-        )
-    remove([*out.glob("*.partial.np[yz]"), out / PROGRESS])
-
-
-def resolve(args: argparse.Namespace, ckpt: dict[str, Any], autocast: Any) -> None:
-    """Fills in what the command line left to the checkpoint. Raises HandoffError for a layer that the model does not have."""
-    preset, n_layers = (
-        PHASE_PRESETS[ckpt["preset"] if args.preset == "auto" else args.preset],
-        ckpt["config"]["n_layers"],
-    )
-    args.layers = sorted(set(range(n_layers) if args.layers is None else args.layers))
-    for l in (l for l in args.layers if not 0 <= l < n_layers):
-        raise HandoffError(
-            f"--layers {l}: {args.model_path} has {n_layers} layers, valid are 0 to {n_layers - 1}"
-        )
-    args.run_name, args.dataset = args.run_name or ckpt["arm"], args.dataset or ckpt["dataset"]
-    args.tokenizer = args.tokenizer or str(args.model_path.parent / "tokenizer.json")
-    args.tokens, args.batch_size = (
-        args.tokens or preset["tokens"],
-        args.batch_size or preset["batch_size"],
-    )
-    args.out, args.compute_dtype = (
-        args.save_dir / args.run_name,
-        "bfloat16" if autocast._enabled else "float32",
-    )
-
-
-def load_text(
-    args: argparse.Namespace, trained: dict[str, Any], cfg: GPTConfig
-) -> tuple[HFWikiTextLoader, int]:
-    """The split to harvest, and how many of its windows. Raises HandoffError if the tokenizer is not the checkpoint's."""
-    t, data = (
-        cfg.seq_len,
-        HFWikiTextLoader(args.dataset, args.tokenizer, cfg.seq_len, args.split, args.cache_dir),
-    )
-    found, n_windows = data.description, min(args.tokens // t, data.n_windows)
-    if found["tokenizer_hash"] != trained["tokenizer_hash"]:
-        hashes = f"hash {found['tokenizer_hash']}, the checkpoint's is {trained['tokenizer_hash']}"
-        raise HandoffError(f"tokenizer {args.tokenizer}: {hashes}; leave --tokenizer out")
-    if found["dataset_key"] != trained["dataset_key"]:
-        print(
-            f"note: the text is {found['dataset_key']}, the model was trained on {trained['dataset_key']}"
-        )
-    if n_windows < 1:
-        raise HandoffError(f"--tokens {args.tokens} is less than one window of {t} tokens")
-    if n_windows * t != args.tokens:
-        print(
-            f"note: {n_windows * t:,} tokens, not {args.tokens:,}: whole windows of {t}; the {args.split} split has {data.n_windows:,}"
-        )
-    return data, n_windows
-
-
 def run(args: argparse.Namespace) -> int:
-    rank, _ = rank_and_world()
-    if args.redraw:
+    """Dumps the layers that are not there yet, and reports how alike their heads are."""
+    if args.redraw:  # from the CSVs alone
         args.out = args.save_dir / args.run_name
         report(args)
         return 0
+
+    # The model, and what its checkpoint says of the sizes and the text
     keep_memory()
     device, autocast = set_up(args)
     with rank_0_first():
         args.model_path = as_checkpoint(args.model_path, args.cache_dir, args.dataset)
     model, ckpt = load_checkpoint(args.model_path, device, args.skip_probe)
     resolve(args, ckpt, autocast)
-    compared_csvs(args, TABLES[1])  # a mistake in --compare should not cost a harvest
+    compared_csvs(args, PAIRS_CSV)  # a mistake in --compare should not cost a harvest
+
+    # The text, in whole windows, and in blocks of neighbouring windows
     with rank_0_first():  # it fills the cache
         data, n_windows = load_text(args, ckpt["data"], model.cfg)
-    facts = {k: data.description[k] for k in ("dataset", "dataset_key", "split", "tokenizer_hash")}
-    facts |= dict(run_name=args.run_name, preset=ckpt["preset"], arm=ckpt["arm"], seed=args.seed)
-    facts |= dict(checkpoint=args.model_path, checkpoint_sha256=sha256(args.model_path))
-    facts |= dict(
-        n_heads=model.cfg.n_heads,
-        d_head=model.cfg.d_head,
-        seq_len=data.seq_len,
-        n_tokens=n_windows * data.seq_len,
-    )
-    bounds = np.linspace(0, n_windows, min(N_BLOCKS, n_windows) + 1).astype(int)
+    facts = run_facts(args, ckpt, model.cfg, data, n_windows)
+    n_blocks = min(N_BLOCKS, n_windows)
+    bounds = np.linspace(0, n_windows, n_blocks + 1).astype(int)  # block b: bounds[b] to [b + 1]
     job = plan(args, facts)
-    with contextlib.nullcontext() if rank else run_record(args.out, args):
+
+    # Every process runs the model on its share of the blocks; the first alone writes the rest
+    rank, _ = rank_and_world()
+    with run_record(args.out, args) if rank == 0 else contextlib.nullcontext():
         if job["todo"]:
             try:
                 harvest(args, model, data, autocast, job, bounds)
             except HandoffError:
-                remove(
-                    [*args.out.glob("*.partial.np[yz]"), args.out / PROGRESS]
-                )  # going on could not mend it
+                remove_partial(args)  # going on could not mend it
                 raise
             all_sum(torch.zeros(1))  # every block is on disk
             if rank == 0:
@@ -595,25 +501,497 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------- tables and figures
-def compared_csvs(args: argparse.Namespace, name: str) -> list[Path]:
-    """The file `name` of each run to show side by side: those of --compare, or every finished one, control first.
+def resolve(args: argparse.Namespace, ckpt: dict[str, Any], autocast: Any) -> None:
+    """Fills in what the command line left to the checkpoint. Raises HandoffError for a layer that
+    the model does not have."""
+    n_layers = ckpt["config"]["n_layers"]
+    layers = range(n_layers) if args.layers is None else args.layers
+    args.layers = sorted(set(layers))
+    for l in args.layers:
+        if not 0 <= l < n_layers:
+            fact = f"--layers {l}: {args.model_path} has {n_layers} layers"
+            raise HandoffError(f"{fact}, valid are 0 to {n_layers - 1}")
+    # A flag that was not given: as in training, and in the sizes of a preset
+    preset = PHASE_PRESETS[ckpt["preset"] if args.preset == "auto" else args.preset]
+    args.run_name = args.run_name or ckpt["arm"]
+    args.dataset = args.dataset or ckpt["dataset"]
+    args.tokenizer = args.tokenizer or str(args.model_path.parent / "tokenizer.json")
+    args.tokens = args.tokens or preset["tokens"]
+    args.batch_size = args.batch_size or preset["batch_size"]
+    args.out = args.save_dir / args.run_name
+    args.compute_dtype = "bfloat16" if autocast._enabled else "float32"
 
-    Raises HandoffError if one that was named is not finished. Another run may be at work in the same --save_dir.
+
+def load_text(
+    args: argparse.Namespace, trained: dict[str, Any], cfg: GPTConfig
+) -> tuple[HFWikiTextLoader, int]:
+    """The split to harvest, and how many of its windows. `trained` describes the checkpoint's text.
+
+    Raises HandoffError if the tokenizer is not the checkpoint's.
     """
-    there = sorted(
-        {p.parent.name for p in args.save_dir.glob(f"*/{name}")} | {args.run_name},
-        key=lambda r: (r != "control", r),
-    )
-    csvs = []
-    for run in args.compare or there:
+    seq_len = cfg.seq_len
+    data = HFWikiTextLoader(args.dataset, args.tokenizer, seq_len, args.split, args.cache_dir)
+    # Ids of another tokenizer would be other words; another text is a question one may ask
+    found = data.description
+    if found["tokenizer_hash"] != trained["tokenizer_hash"]:
+        hashes = f"hash {found['tokenizer_hash']}, the checkpoint's is {trained['tokenizer_hash']}"
+        raise HandoffError(f"tokenizer {args.tokenizer}: {hashes}; leave --tokenizer out")
+    if found["dataset_key"] != trained["dataset_key"]:
+        its_text = f"the model was trained on {trained['dataset_key']}"
+        print(f"note: the text is {found['dataset_key']}, {its_text}")
+
+    # The model has only seen whole windows
+    n_windows = min(args.tokens // seq_len, data.n_windows)
+    n_tokens = n_windows * seq_len
+    if n_windows < 1:
+        raise HandoffError(f"--tokens {args.tokens} is less than one window of {seq_len} tokens")
+    if n_tokens != args.tokens:
+        cause = f"whole windows of {seq_len}; the {args.split} split has {data.n_windows:,}"
+        print(f"note: {n_tokens:,} tokens, not {args.tokens:,}: {cause}")
+    return data, n_windows
+
+
+def run_facts(
+    args: argparse.Namespace,
+    ckpt: dict[str, Any],
+    cfg: GPTConfig,
+    data: HFWikiTextLoader,
+    n_windows: int,
+) -> dict[str, Any]:
+    """What every sidecar of this run says: text, model, sizes."""
+    text = data.description
+    return {
+        "dataset": text["dataset"],
+        "dataset_key": text["dataset_key"],
+        "split": text["split"],
+        "tokenizer_hash": text["tokenizer_hash"],
+        "run_name": args.run_name,
+        "preset": ckpt["preset"],
+        "arm": ckpt["arm"],
+        "seed": args.seed,
+        "checkpoint": args.model_path,
+        "checkpoint_sha256": sha256(args.model_path),
+        "n_heads": cfg.n_heads,
+        "d_head": cfg.d_head,
+        "seq_len": data.seq_len,
+        "n_tokens": n_windows * data.seq_len,
+    }
+
+
+# ---- what is to do
+def plan(args: argparse.Namespace, facts: dict[str, Any]) -> dict[str, Any]:
+    """What this harvest is: all that must be equal for an unfinished one to be continued; "todo",
+    the layers asked for that are not finished; "anew", whether the finished files go.
+
+    Raises HandoffError if a harvest of something else, finished or not, is in the way.
+    """
+    common = {key: facts[key] for key in IDENTITY}
+    job = {
+        **common,
+        "layers": args.layers,
+        "site": args.site,
+        "dump_dtype": args.dump_dtype,
+        "compute_dtype": args.compute_dtype,
+        "batch_size": args.batch_size,
+    }
+    if args.overwrite:
+        return {**job, "todo": args.layers, "anew": True}
+
+    # An unfinished harvest is continued if it is this one; a finished one is added to
+    progress = args.out / PROGRESS
+    if progress.is_file():
+        unfinished = json.loads(progress.read_text(encoding="utf-8"))
+        what = f"{args.out} holds an unfinished harvest (its own command finishes it) with"
+        refuse_other(unfinished, job, what)
+        return unfinished
+
+    finished = finished_layers(args, common)
+    todo = [l for l in args.layers if l not in finished]
+    return {**job, "todo": todo, "anew": False}
+
+
+def finished_layers(args: argparse.Namespace, common: dict[str, Any]) -> list[int]:
+    """Which of the layers asked for are there already.
+
+    Raises HandoffError if the folder holds a run of another model, other tokens or other types:
+    the new layers could not join it.
+    """
+    remedy = "the same command with --overwrite"
+    tokens = args.out / "tokens.npy"
+    if tokens.exists():
+        refuse_other(read_sidecar(tokens, TOKENS_SCHEMA, remedy), common, f"{tokens} has")
+    for name in (TOPOLOGY_CSV, PAIRS_CSV):  # they get more rows
+        csv = args.out / name
+        if csv.exists():
+            read_sidecar(csv, TABLE_SCHEMA, remedy)
+    expected = {**common, "dtype": args.dump_dtype, "compute_dtype": args.compute_dtype}
+    finished = []
+    for l in args.layers:
+        path = dump_path(args, l)
+        if path.exists():
+            refuse_other(read_sidecar(path, DUMP_SCHEMA, remedy), expected, f"{path} has")
+            finished.append(l)
+    return finished
+
+
+def refuse_other(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
+    """Raises HandoffError, which begins with `what`, if `found` differs in a key of `expected`."""
+    for key, value in expected.items():
+        if found.get(key) != value:
+            fact = f"{what} {key} {found.get(key)!r}, not {value!r}"
+            raise HandoffError(f"{fact}; take another --run_name, or --overwrite")
+
+
+def dump_path(args: argparse.Namespace, layer: int) -> Path:
+    """The finished dump of a layer."""
+    return args.out / f"L{layer}.{args.site}.npy"
+
+
+def partial_path(args: argparse.Namespace, layer: int) -> Path:
+    """The dump of a layer while it is written."""
+    return args.out / f"L{layer}.{args.site}.partial.npy"
+
+
+def sums_path(args: argparse.Namespace, block: int) -> Path:
+    """The sums of a block; while they are there, the block's rows are in the partial dumps."""
+    return args.out / f"block{block:02d}.partial.npz"
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Removes files, each sidecar before what it describes."""
+    for path in paths:
+        sidecar_path(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def remove_partial(args: argparse.Namespace) -> None:
+    """Removes everything that an unfinished harvest left."""
+    remove([*args.out.glob("*.partial.np[yz]"), args.out / PROGRESS])
+
+
+# ---- the forward passes
+def harvest(
+    args: argparse.Namespace,
+    model: NewGPT,
+    data: HFWikiTextLoader,
+    autocast: Any,
+    job: dict[str, Any],
+    bounds: np.ndarray,
+) -> None:
+    """Writes the dumps of the layers to do as partial files; block b has the windows bounds[b] to
+    bounds[b + 1].
+
+    After each block the dumps and then its sums are forced to disk, so that a killed harvest goes
+    on at the start of a block. Several processes deal the blocks out: they write to the same files,
+    each its own rows and sums. Raises HandoffError for an activation that cannot be dumped, dumps
+    that do not fit, or a damaged unfinished harvest.
+    """
+    layers = job["todo"]
+    rank, world = rank_and_world()
+    with rank_0_first():
+        is_continued = (args.out / PROGRESS).exists() and not args.overwrite
+        if rank == 0 and not is_continued:
+            begin(args, model.cfg, job, n_tokens=int(bounds[-1]) * data.seq_len)
+    # This process's share of the blocks, without those that were done before a kill
+    own_blocks = range(rank, len(bounds) - 1, world)
+    left = [block for block in own_blocks if not sums_path(args, block).exists()]
+    dumps = open_partial_dumps(args, layers if left else [])
+
+    n_windows = sum(int(bounds[block + 1] - bounds[block]) for block in left)
+    n_done = 0  # windows
+    start = time.perf_counter()
+    with tqdm(total=n_windows * data.seq_len, unit="tok", unit_scale=True, disable=None) as bar:
+        for block in left:
+            sums: dict[str, Any] = {}  # "<sum>.<layer>", of this block
+            for first in range(bounds[block], bounds[block + 1], args.batch_size):
+                end = min(first + args.batch_size, bounds[block + 1])
+                found = write_batch(args, model, data, autocast, dumps, range(first, end))
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                if n_done == 0:  # the first batch is the slowest
+                    minutes = (time.perf_counter() - start) * n_windows / (end - first) / 60
+                    where = f"layers {layers}, site {args.site}, on {model.embedding.weight.device}"
+                    bar.write(f"time: at most about {minutes:.1f} min for {where}")
+                n_done += end - first
+                bar.update((end - first) * data.seq_len)
+            # The rows are on the disk before the sums say that they are
+            for dump in dumps.values():
+                dump.flush()
+            with atomic(sums_path(args, block)) as temporary:
+                np.savez(temporary, **sums)
+
+
+def begin(args: argparse.Namespace, cfg: GPTConfig, job: dict[str, Any], n_tokens: int) -> None:
+    """Reserves the partial dumps, and notes which harvest they belong to."""
+    remove_partial(args)
+    reserve(args, job["todo"], n_tokens, SITES[args.site].width(cfg))
+    write_json(args.out / PROGRESS, job)
+
+
+def reserve(args: argparse.Namespace, layers: list[int], n_tokens: int, width: int) -> None:
+    """Creates the partial dumps [n_tokens, width] with all their disk blocks: a full disk is an
+    error here, and never a SIGBUS while writing.
+
+    Raises HandoffError if they are larger than --max_gb or than what the disk has.
+    """
+    shape = (n_tokens, width)
+    dump_bytes = n_tokens * width * np.dtype(args.dump_dtype).itemsize
+    sums_bytes = N_BLOCKS * width * width * 8  # Z^T Z in float64; the other sums are small
+    n_bytes = len(layers) * (dump_bytes + sums_bytes)
+    if n_bytes > args.max_gb * 1e9:
+        fact = f"layers {layers} of {n_tokens:,} tokens are {n_bytes / 1e9:.3f} GB"
+        raise HandoffError(f"{fact}, --max_gb is {args.max_gb:g}: take fewer")
+    positions_and_tokens_bytes = 8 * n_tokens
+    need_disk(args.out, n_bytes + positions_and_tokens_bytes)
+    print(f"disk: {n_bytes / 1e9:.3f} GB in {args.out}")
+    for l in layers:
+        path = partial_path(args, l)
         try:
-            if run != args.run_name or args.redraw:
+            # The file first, with holes; then the blocks of the disk that fill them
+            np.lib.format.open_memmap(path, mode="w+", dtype=args.dump_dtype, shape=shape)
+            with open(path, "rb+") as f:
+                os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+        except OSError as e:
+            fact = f"{path} cannot have {shape} {args.dump_dtype} numbers of disk"
+            raise HandoffError(f"{fact}: {e.strerror}") from None
+
+
+def open_partial_dumps(args: argparse.Namespace, layers: list[int]) -> dict[int, np.memmap]:
+    """The partial dumps by layer, open for writing. Raises HandoffError if one is damaged."""
+    dumps: dict[int, np.memmap] = {}
+    try:
+        # Opened for reading first: for writing, a truncated file would be lengthened without a word
+        for path in args.out.glob("L*.partial.npy"):
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        for l in layers:
+            dumps[l] = np.lib.format.open_memmap(partial_path(args, l), mode="r+")
+    except (OSError, ValueError) as e:
+        fact = f"the unfinished harvest in {args.out} was damaged ({e}) and is now removed"
+        raise HandoffError(f"{fact}; start again") from None
+    return dumps
+
+
+def write_batch(
+    args: argparse.Namespace,
+    model: NewGPT,
+    data: HFWikiTextLoader,
+    autocast: Any,
+    dumps: dict[int, np.memmap],
+    windows: range,
+) -> dict[str, np.ndarray]:
+    """Runs the model on some windows and writes the rows of every layer of `dumps` -> their
+    sufficient statistics, "<sum>.<layer>"."""
+    idx, _ = data.batch(np.arange(windows.start, windows.stop))  # [B, T]
+    idx = idx.to(model.embedding.weight.device)
+    seen = layer_activations(model, idx, list(dumps), args.site, autocast)
+    # A token is a row, so windows are neighbouring rows
+    first_row = windows.start * data.seq_len
+    end_row = windows.stop * data.seq_len
+    sums = {}
+    for l, dump in dumps.items():
+        what = f"{args.site} of layer {l}, windows {windows.start} to {windows.stop - 1},"
+        rows = to_dump(seen[f"{args.site}.{l}"], args.dump_dtype, what)  # [B*T, D]
+        dump[first_row:end_row] = rows
+        for name, total in sufficient_statistics(rows, seen[f"z.{l}"]).items():
+            sums[f"{name}.{l}"] = total
+    return sums
+
+
+# ---- from partial files to finished ones
+@dataclass(frozen=True)
+class LayerReport:
+    """What is measured of one layer.
+
+    topology: rows of topology_stats.csv
+    pairs: rows of head_cosines.csv
+    moments: what the sidecar of the dump says of its values
+    """
+
+    topology: list[dict[str, Any]]
+    pairs: list[dict[str, Any]]
+    moments: dict[str, Any]
+
+
+def finish(
+    args: argparse.Namespace,
+    model: NewGPT,
+    data: HFWikiTextLoader,
+    job: dict[str, Any],
+    bounds: np.ndarray,
+    facts: dict[str, Any],
+) -> None:
+    """CSVs, tokens and positions, then the dumps under their own names; each sidecar last. It can
+    be interrupted and repeated."""
+    # Everything is computed before the first file is replaced
+    topology_table = []
+    pair_table = []
+    moments = {}  # by layer
+    for l in tqdm(job["todo"], desc="topology", unit="layer", disable=None):
+        layer = layer_report(args, model, l, bounds)
+        topology_table += layer.topology
+        pair_table += layer.pairs
+        moments[l] = layer.moments
+
+    if job["anew"]:
+        remove(path for path in args.out.glob("*.npy") if ".partial" not in path.name)
+    publish_table(args, job, TOPOLOGY_CSV, topology_table)
+    publish_table(args, job, PAIRS_CSV, pair_table)
+    # Nothing old is left: if this is interrupted from here on, what is there now stays
+    write_json(args.out / PROGRESS, {**job, "anew": False})
+
+    n = facts["n_tokens"]
+    position = np.arange(data.seq_len, dtype=np.uint32)
+    positions = np.tile(position, int(bounds[-1]))  # [N]
+    publish_tokens(args, "tokens", data.tokens[:n], "token id", facts)
+    publish_tokens(args, "positions", positions, "tokens into the window", facts)
+    for l in job["todo"]:
+        publish_dump(args, l, moments[l], facts)
+    remove_partial(args)
+
+
+def layer_report(
+    args: argparse.Namespace, model: NewGPT, layer: int, bounds: np.ndarray
+) -> LayerReport:
+    """The statistics of one layer, from the sums of all blocks."""
+    n_heads = model.cfg.n_heads
+    w_o = model.state_dict()[f"blocks.{layer}.attn.w_o.weight"].cpu().double()  # [D, H*K]
+    sums = read_sums(args, layer, bounds, model.cfg.seq_len)
+    # The columns of a row: which layer of which run, the metric, and how much text it saw
+    which = {"run": args.run_name, "layer": layer}
+    size = {
+        "n_tokens": sum(sums.n_tokens),
+        "n_windows": int(bounds[-1]),
+        "n_blocks": len(sums.n_tokens),
+    }
+    topology_table = []
+    for row in topology_rows(sums, w_o, n_heads, args.seed):
+        topology_table.append({**which, **row, **size})
+
+    cosines = head_cosines(gram_of_z(sums.zz.sum(0), n_heads)).tolist()  # [P]
+    pairs = torch.triu_indices(n_heads, n_heads, offset=1).T.tolist()  # [P, 2], in the same order
+    pair_table = []
+    for (i, j), cosine in zip(pairs, cosines, strict=True):
+        pair_table.append({**which, "head_i": i, "head_j": j, "cosine": cosine})
+    return LayerReport(topology=topology_table, pairs=pair_table, moments=dump_moments(sums))
+
+
+def read_sums(args: argparse.Namespace, layer: int, bounds: np.ndarray, seq_len: int) -> BlockSums:
+    """The sums of one layer, of all blocks."""
+    n_blocks = len(bounds) - 1
+    files = [np.load(sums_path(args, block), allow_pickle=False) for block in range(n_blocks)]
+
+    def stacked(name: str) -> Tensor:
+        return torch.from_numpy(np.stack([file[f"{name}.{layer}"] for file in files]))
+
+    return BlockSums(
+        n_tokens=(np.diff(bounds) * seq_len).tolist(),
+        x=stacked("x"),
+        x2=stacked("x2"),
+        norm=stacked("norm"),
+        z=stacked("z"),
+        zz=stacked("zz"),
+    )
+
+
+def publish(
+    path: Path, write: Callable[[Path], Any], schema: str, inputs: list[Any], **facts: Any
+) -> None:
+    """Replaces the artefact `path` by what `write` writes, then its sidecar; in between it has
+    none, and so is not finished."""
+    sidecar_path(path).unlink(missing_ok=True)
+    with atomic(path) as temporary:
+        write(temporary)
+    write_sidecar(path, schema, inputs, **facts)
+
+
+def publish_table(
+    args: argparse.Namespace, job: dict[str, Any], name: str, rows: list[dict[str, Any]]
+) -> None:
+    """Writes a CSV; the rows of layers that were harvested earlier stay in it."""
+    path = args.out / name
+    table = pd.DataFrame(rows)
+    if path.is_file() and not job["anew"]:
+        # A layer to do may be there already, from a finish() that was interrupted
+        earlier = pd.read_csv(path)
+        earlier = earlier[~earlier["layer"].isin(job["todo"])]
+        table = pd.concat([earlier, table]).sort_values("layer", kind="stable")
+    write = functools.partial(table.to_csv, index=False)
+    facts = {"columns": list(table), "rows": len(table)}
+    publish(path, write, TABLE_SCHEMA, [args.model_path], **facts)
+
+
+def publish_tokens(
+    args: argparse.Namespace, name: str, values: np.ndarray, unit: str, facts: dict[str, Any]
+) -> None:
+    """Writes an array [N] that all layers of the run share, unless an earlier harvest has."""
+    path = args.out / f"{name}.npy"
+    if sidecar_path(path).is_file():
+        return
+    own = {"axes": "N", "shape": [len(values)], "dtype": str(values.dtype), "unit": unit}
+    write = functools.partial(np.save, arr=values)
+    publish(path, write, TOKENS_SCHEMA, [args.model_path], **own, **facts)
+
+
+def publish_dump(
+    args: argparse.Namespace, layer: int, moments: dict[str, Any], facts: dict[str, Any]
+) -> None:
+    """Gives the partial dump of a layer its own name, then its sidecar."""
+    path = dump_path(args, layer)
+    sidecar_path(path).unlink(missing_ok=True)
+    partial = partial_path(args, layer)
+    if partial.exists():  # else an interrupted finish() got as far as this
+        os.replace(partial, path)
+    own = {
+        "layer": layer,
+        "site": args.site,
+        "axes": "N D",
+        "shape": [facts["n_tokens"], len(moments["mean"])],
+        "dtype": args.dump_dtype,
+        "unit": "unnormalised",
+        **moments,
+        "compute_dtype": args.compute_dtype,
+    }
+    write_sidecar(path, DUMP_SCHEMA, [args.model_path], **own, **facts)
+
+
+# ------------------------------------------------------------------------------- tables and figures
+def report(args: argparse.Namespace) -> None:
+    """Draws figure 1, and writes and prints table 1, of the runs compared; needs nothing but their
+    CSV files."""
+    figure = args.out / "figure1_head_cosines.png"
+    csvs = compared_csvs(args, PAIRS_CSV)
+    publish(figure, functools.partial(draw_cosines, csvs), FIGURE_SCHEMA, csvs)
+
+    table = args.out / "table1_topology.txt"
+    csvs = compared_csvs(args, TOPOLOGY_CSV)
+    text = table1(csvs)
+    write = functools.partial(Path.write_text, data=text, encoding="utf-8")
+    publish(table, write, TABLE_SCHEMA, csvs)
+    print(f"{text}\nsee {figure} and {table}")
+
+
+def compared_csvs(args: argparse.Namespace, name: str) -> list[Path]:
+    """The file `name` of each run to show side by side: those of --compare, or every finished one,
+    control first.
+
+    Raises HandoffError if one that was named is not finished. Another run may be at work in the
+    same --save_dir.
+    """
+    # The run itself counts, though its CSV may not be there yet
+    found = {path.parent.name for path in args.save_dir.glob(f"*/{name}")} | {args.run_name}
+    control_first = sorted(found, key=lambda run: (run != "control", run))
+    csvs = []
+    for run in args.compare or control_first:
+        csv = args.save_dir / run / name
+        is_being_written = run == args.run_name and not args.redraw
+        try:
+            if not is_being_written:
                 remedy = f"python harvest_activations.py --model_path CHECKPOINT --run_name {run}"
-                read_sidecar(args.save_dir / run / name, TABLE_SCHEMA, remedy)
-            csvs.append(args.save_dir / run / name)
+                read_sidecar(csv, TABLE_SCHEMA, remedy)
+            csvs.append(csv)
         except HandoffError:
-            if args.compare or run == args.run_name:
+            was_named = args.compare or run == args.run_name
+            if was_named:
                 raise
     return csvs
 
@@ -621,178 +999,175 @@ def compared_csvs(args: argparse.Namespace, name: str) -> list[Path]:
 def side_by_side(csvs: list[Path]) -> pd.DataFrame:
     """Rows of all files, of the layers that every run has (if there is such a layer)."""
     frames = [pd.read_csv(csv) for csv in csvs]
-    both, frame = set.intersection(*(set(f["layer"]) for f in frames)), pd.concat(frames)
-    return frame[frame["layer"].isin(both)] if both else frame
+    common = set.intersection(*(set(frame["layer"]) for frame in frames))
+    table = pd.concat(frames)
+    return table[table["layer"].isin(common)] if common else table
 
 
 def draw_cosines(csvs: list[Path], out: Path) -> None:
-    """Figure 1: the cosine of every pair of heads, runs side by side, all on one colour scale; from CSVs alone."""
+    """Figure 1: the cosine of every pair of heads, runs side by side, all on one colour scale; from
+    CSVs alone."""
     matplotlib = import_module("matplotlib")
     matplotlib.use("Agg")
     plt = import_module("matplotlib.pyplot")
     frame = side_by_side(csvs)
-    runs, layers, limit = (
-        frame["run"].unique(),
-        sorted(frame["layer"].unique()),
-        max(1e-12, frame["cosine"].abs().max()),
-    )
-    panels, across = (
-        [(layer, run) for layer in layers for run in runs],
-        len(runs) * min(len(layers), max(1, 6 // len(runs))),
-    )
-    down = -(-len(panels) // across)
+    runs = frame["run"].unique()  # in the order of the files
+    layers = sorted(frame["layer"].unique())
+    limit = max(1e-12, frame["cosine"].abs().max())  # of the colour scale, the same on both sides
+
+    # A panel a layer and run; the runs of a layer stay in one line, about six panels long
+    n_panels = len(layers) * len(runs)
+    layers_across = max(1, 6 // len(runs))
+    across = len(runs) * min(len(layers), layers_across)
+    down = -(-n_panels // across)  # rounded up
     fig, axes = plt.subplots(
         down,
         across,
-        figsize=(2.4 + 2.3 * across, 1 + 2.6 * down),
+        figsize=(2.4 + 2.3 * across, 1 + 2.6 * down),  # inches
         layout="constrained",
         squeeze=False,
     )
-    for ax in axes.flat[len(panels) :]:
+    free_axes = iter(axes.flat)
+    for layer in layers:
+        for run in runs:
+            pairs = frame[(frame["run"] == run) & (frame["layer"] == layer)]
+            image = draw_panel(next(free_axes), f"{run}, layer {layer}", pairs, limit)
+    for ax in free_axes:
         ax.axis("off")
-    for ax, (layer, run) in zip(axes.flat, panels, strict=False):
-        rows = frame[(frame["run"] == run) & (frame["layer"] == layer)]
-        ends = (rows["cosine"].min(), rows["cosine"].max())
-        ax.set_title(
-            f"{run}, layer {layer}\n"
-            + ("{:+.3f} to {:+.3f}".format(*ends) if len(rows) else "not harvested"),
-            fontsize=9,
-        )
-        n_heads, i, j = len(set(rows["head_i"])) + 1, rows["head_i"], rows["head_j"]
-        matrix = np.full((n_heads, n_heads), np.nan)
-        matrix[i, j] = matrix[j, i] = rows["cosine"]
-        image = ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        ax.set(
-            facecolor="0.8",
-            xticks=range(n_heads),
-            yticks=range(n_heads),
-            xlabel="head",
-            ylabel="head",
-        )
-        ax.tick_params(labelsize=7)
-    fig.colorbar(
-        image, ax=axes, shrink=min(1.0, 1.6 / down), label="cosine of z (grey: the diagonal)"
-    )
-    published = "\n(published, layer 9: max .0305 control, .0121 adaptive)" if 9 in layers else ""
-    fig.suptitle("Figure 1: heads against heads" + published, fontsize=9)
+
+    label = "cosine of z (grey: the diagonal)"
+    fig.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / down), label=label)
+    title = "Figure 1: heads against heads"
+    if 9 in layers:
+        title += "\n(published, layer 9: max .0305 control, .0121 adaptive)"
+    fig.suptitle(title, fontsize=9)
     fig.savefig(out, dpi=130)
     plt.close(fig)
 
 
-def table1(csvs: list[Path]) -> str:
-    """Table 1 as text, from CSVs alone: every metric of every layer, runs side by side."""
-    frame, show = side_by_side(csvs), "{value:.4g} [{ci_lo:.4g}, {ci_hi:.4g}] ({null_mean:.3g})"
-    frame["cell"] = [show.format(**row) for row in frame.to_dict("records")]
-    index = pd.MultiIndex.from_product([sorted(frame["layer"].unique()), frame["metric"].unique()])
-    table = frame.pivot(index=["layer", "metric"], columns="run", values="cell").reindex(
-        index=index, columns=frame["run"].unique()
-    )
-    return f"""Table 1. Heads of a layer: value [95 % interval] (null); {frame["n_tokens"].min():,} tokens, {frame["n_blocks"].min()} blocks
-{table.fillna("-").to_string()}
-Interval: jackknife over blocks of neighbouring windows, each cell for itself; it holds for this trained model. Between runs the unit
-is the training seed, n = 1 a run: descriptive only. Null: cosines, each head's basis turned at random; effective rank, heads that are
-uncorrelated (an upper limit); CKA, independent heads. A maximum is biased upwards by the choice of the pair. Head numbers of different
-runs are unrelated. Published, 8 heads x 64, control -> adaptive: max_cosine L3 .0218 -> .0146, L6 .0177 -> .0083, L9 .0305 -> .0121;
-effective_rank L3 280.4 -> 289.5, L6 282.1 -> 307.5, L9 286.9 -> 290.4; effective_rank_share .548 -> .565, .551 -> .601, .560 -> .567.
+def draw_panel(ax: Any, title: str, pairs: pd.DataFrame, limit: float) -> Any:
+    """Draws the matrix of cosines of one layer, its rows of head_cosines.csv -> the image."""
+    i = pairs["head_i"]
+    j = pairs["head_j"]
+    if pairs.empty:  # this run does not have this layer
+        n_heads = 1
+        span = "not harvested"
+    else:
+        n_heads = j.max() + 1
+        span = f"{pairs['cosine'].min():+.3f} to {pairs['cosine'].max():+.3f}"
+    matrix = np.full((n_heads, n_heads), np.nan)  # [H, H]; NaN is not painted
+    matrix[i, j] = pairs["cosine"]
+    matrix[j, i] = pairs["cosine"]
+    ax.set_title(f"{title}\n{span}", fontsize=9)
+    image = ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    ticks = range(n_heads)
+    ax.set(facecolor="0.8", xticks=ticks, yticks=ticks, xlabel="head", ylabel="head")
+    ax.tick_params(labelsize=7)
+    return image
+
+
+TABLE1_NOTES = """\
+Interval: jackknife over blocks of neighbouring windows, each cell for itself; it holds for this
+trained model. Between runs the unit is the training seed, n = 1 a run: descriptive only. Null:
+cosines, each head's basis turned at random; effective rank, heads that are uncorrelated (an upper
+limit); CKA, independent heads. A maximum is biased upwards by the choice of the pair. Head numbers
+of different runs are unrelated. Published, 8 heads x 64, control -> adaptive: max_cosine L3 .0218
+-> .0146, L6 .0177 -> .0083, L9 .0305 -> .0121; effective_rank L3 280.4 -> 289.5, L6 282.1 -> 307.5,
+L9 286.9 -> 290.4; effective_rank_share .548 -> .565, .551 -> .601, .560 -> .567.
 """
 
 
-def report(args: argparse.Namespace) -> None:
-    """Writes and prints table 1, and draws figure 1, for the runs compared; needs nothing but their CSV files."""
-    figure, table = args.out / "figure1_head_cosines.png", args.out / "table1_topology.txt"
-    csvs = compared_csvs(args, TABLES[1])
-    publish(figure, functools.partial(draw_cosines, csvs), FIGURE_SCHEMA, csvs)
-    csvs = compared_csvs(args, TABLES[0])
-    publish(
-        table,
-        functools.partial(Path.write_text, data=table1(csvs), encoding="utf-8"),
-        TABLE_SCHEMA,
-        csvs,
-    )
-    print(f"{table1(csvs)}\nsee {figure} and {table}")
+def table1(csvs: list[Path]) -> str:
+    """Table 1 as text, from CSVs alone: every metric of every layer, runs side by side."""
+    frame = side_by_side(csvs)
+    show = "{value:.4g} [{ci_lo:.4g}, {ci_hi:.4g}] ({null_mean:.3g})"
+    # A cell a layer, metric and run; those of one layer and metric side by side
+    frame["cell"] = [show.format(**row) for row in frame.to_dict("records")]
+    layers = sorted(frame["layer"].unique())
+    metrics = frame["metric"].unique()  # in the order of the file
+    lines = pd.MultiIndex.from_product([layers, metrics])
+    table = frame.pivot(index=["layer", "metric"], columns="run", values="cell")
+    table = table.reindex(index=lines, columns=frame["run"].unique())
+    size = f"{frame['n_tokens'].min():,} tokens, {frame['n_blocks'].min()} blocks"
+    title = f"Table 1. Heads of a layer: value [95 % interval] (null); {size}"
+    notes = textwrap.fill(TABLE1_NOTES, width=135)  # about as wide as two runs
+    return f"{title}\n{table.fillna('-').to_string()}\n{notes}\n"
 
 
 # ------------------------------------------------------------------------------------- command line
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    description = (__doc__ or "").partition("\n")[0]
+    # Every flag is in the function of its group; those of all scripts are in add_runtime_flags
     p = argparse.ArgumentParser(
-        description=description,
+        description=(__doc__ or "").partition("\n\n")[0],
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    count, sites = positive(int), ["z", "attn_out", "resid_pre", "resid_post", "mlp_out"]
-    g = p.add_argument_group("inputs")
-    g.add_argument(
-        "--model_path",
-        type=Path,
-        help="checkpoint (.pt), or a pretrained Llama: folder, hub name, .gguf; needed unless --redraw",
-    )
-    g.add_argument(
-        "--compare",
-        nargs="+",
-        metavar="RUN",
-        help="runs in figure 1 and table 1; none: every finished run in --save_dir",
-    )
-    g.add_argument(
-        "--redraw",
-        action="store_true",
-        help="only redraw figure 1 and table 1 of --run_name, from the CSV files",
-    )
-    g = p.add_argument_group("outputs")
-    g.add_argument(
-        "--run_name",
-        help="folder of this run in --save_dir; none: the checkpoint's arm (adaptive, control, ...)",
-    )
-    g.add_argument(
-        "--save_dir", type=Path, default=Path("activations"), help="output folder of all runs"
-    )
-    g.add_argument(
-        "--max_gb", type=positive(float), default=64.0, help="refuse to write more than this, GB"
-    )
-    g.add_argument(
-        "--dump_dtype",
-        choices=["float16", "float32"],
-        default="float16",
-        help="type of the dumps; float16 ends at 65504",
-    )
-    g = p.add_argument_group("data")
-    g.add_argument("--dataset", help="as in janus_adaptive.py; none: that of the checkpoint")
-    g.add_argument(
-        "--tokenizer", help="as in janus_adaptive.py; none: tokenizer.json beside the checkpoint"
-    )
-    g.add_argument("--split", choices=list(SPLITS), default="train", help="split of the dataset")
-    g.add_argument(
-        "--tokens", type=count, help="tokens to harvest, cut to whole windows; none: by preset"
-    )
-    g = p.add_argument_group("method")
-    g.add_argument(
-        "--preset",
-        choices=["auto", *PHASE_PRESETS],
-        default="auto",
-        help="sizes of this phase; auto: the checkpoint's",
-    )
-    g.add_argument("--layers", type=int, nargs="+", help="layers, counted from 0; none: all")
-    g.add_argument(
-        "--site",
-        choices=sites,
-        default="z",
-        help="z: the heads' outputs before the output projection",
-    )
-    g.add_argument("--batch_size", type=count, help="windows a forward pass; none: by preset")
+    add_input_flags(p)
+    add_output_flags(p)
+    add_data_flags(p)
+    add_method_flags(p)
     add_runtime_flags(p)
     args = p.parse_args(argv)
     check_args(p, args)
     return args
 
 
+def add_input_flags(p: argparse.ArgumentParser) -> None:
+    model = (
+        "checkpoint (.pt), or a pretrained Llama: folder, hub name, .gguf; needed unless --redraw"
+    )
+    compare = "runs in figure 1 and table 1; none: every finished run in --save_dir"
+    redraw = "only redraw figure 1 and table 1 of --run_name, from the CSV files"
+    g = p.add_argument_group("inputs")
+    g.add_argument("--model_path", type=Path, help=model)
+    g.add_argument("--compare", nargs="+", metavar="RUN", help=compare)
+    g.add_argument("--redraw", action="store_true", help=redraw)
+
+
+def add_output_flags(p: argparse.ArgumentParser) -> None:
+    run = "folder of this run in --save_dir; none: the checkpoint's arm (adaptive, control, ...)"
+    folder = "output folder of all runs"
+    limit = "refuse to write more than this, GB"
+    dtypes = ["float16", "float32"]
+    dtype = "type of the dumps; float16 ends at 65504"
+    g = p.add_argument_group("outputs")
+    g.add_argument("--run_name", help=run)
+    g.add_argument("--save_dir", type=Path, default=Path("activations"), help=folder)
+    g.add_argument("--max_gb", type=positive(float), default=64.0, help=limit)
+    g.add_argument("--dump_dtype", choices=dtypes, default="float16", help=dtype)
+
+
+def add_data_flags(p: argparse.ArgumentParser) -> None:
+    dataset = "as in janus_adaptive.py; none: that of the checkpoint"
+    tokenizer = "as in janus_adaptive.py; none: tokenizer.json beside the checkpoint"
+    tokens = "tokens to harvest, cut to whole windows; none: by preset"
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", help=dataset)
+    g.add_argument("--tokenizer", help=tokenizer)
+    g.add_argument("--split", choices=list(SPLITS), default="train", help="split of the dataset")
+    g.add_argument("--tokens", type=positive(int), help=tokens)
+
+
+def add_method_flags(p: argparse.ArgumentParser) -> None:
+    presets = ["auto", *PHASE_PRESETS]
+    preset = "sizes of this phase; auto: the checkpoint's"
+    layers = "layers, counted from 0; none: all"
+    site = "z: the heads' outputs before the output projection"
+    batch = "windows a forward pass; none: by preset"
+    g = p.add_argument_group("method")
+    g.add_argument("--preset", choices=presets, default="auto", help=preset)
+    g.add_argument("--layers", type=int, nargs="+", help=layers)
+    g.add_argument("--site", choices=list(SITES), default="z", help=site)
+    g.add_argument("--batch_size", type=positive(int), help=batch)
+
+
 def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Cross-flag checks; exits 2 with one line."""
-    if not (args.run_name if args.redraw else args.model_path):
-        p.error(
-            "--redraw needs --run_name"
-            if args.redraw
-            else "--model_path is needed (or --redraw and --run_name)"
-        )
+    if args.redraw and not args.run_name:
+        p.error("--redraw needs --run_name")
+    if not args.redraw and not args.model_path:
+        p.error("--model_path is needed (or --redraw and --run_name)")
+    # A run is a folder of --save_dir, and never a path out of it
     for name in [args.run_name or "run", *(args.compare or [])]:
         if not re.fullmatch(r"[\w+-][\w.+-]*", name):
             p.error(f"{name!r} is not a run name: expected letters, digits and . _ + -")
