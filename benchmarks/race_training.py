@@ -144,6 +144,17 @@ def llama(cfg: janus.GPTConfig) -> nn.Module:
     return LlamaForCausalLM(config).train()
 
 
+def same_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """That of janus.new_optimizer, which takes no other model: matrices decay, gains do not."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    gains = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": gains, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
 @dataclass
 class PlainLoop:
     """A training loop as anybody would write it around transformers' model."""
@@ -208,7 +219,7 @@ def our_calls(model: janus.NewGPT, shape: TrainingShape, data: Batches) -> Calls
 
 def peer_calls(model: nn.Module, shape: TrainingShape, data: Batches, backend: str) -> Calls:
     """A step of transformers' model in each of the ways that its users have."""
-    loop = PlainLoop(model, janus.new_optimizer(model, shape.arguments()))
+    loop = PlainLoop(model, same_optimizer(model, shape.arguments()))
     calls: Calls = {
         "transformers, float32": lambda: loop.step(model, *next(data), low=False),
         "transformers, bfloat16 autocast": lambda: loop.step(model, *next(data), low=True),
