@@ -1,15 +1,21 @@
-"""Ask what the Hero Head does: the attention head that the loss can least afford to lose (phase 5 of Janus Arc).
+"""Ask what the Hero Head does: the attention head that the loss can least afford to lose (phase 5).
 
-Question: what does it attend to and write, and which share of its effect on the loss does that description explain? All
-answers stand beside a null and beside control heads: heads of the same model that write about as much and, with a second run
-in the CSV, that run's own hero and its head that does most nearly the same (never the one with the same index).
-Reads   --ablation_csv of phase 4 (names checkpoints and hero: rank 1 under mean ablation), <activations_dir>/<run>/tokens.npy
-        [N], L<layer>.z.npy [N, H*K] of phase 2, <saes_dir>/<run>/L<layer>[/H<head>] of phase 3 (else: no SAE section)
-Writes  <save_dir>/hero_report.md and .html (one file, no network), hero_*.csv (tidy), hero_*.png (from the CSVs alone)
-Quick   python hero_head_analysis.py --ablation_csv results_ablation.csv          (smoke model: 15 s of one CPU core, 0.7 GB)
-Full    python hero_head_analysis.py --ablation_csv results_ablation.csv          (64 windows of 512 tokens, some 80 passes over them)
+Question: what does it attend to and write, and which share of its effect on the loss does that
+description explain? All answers stand beside a null and beside control heads: heads of the same
+model that write about as much and, with a second run in the CSV, that run's own hero and its head
+that does most nearly the same (never the one with the same index).
+
+Reads   --ablation_csv of phase 4: names the checkpoints and the hero (rank 1 under mean ablation)
+        <activations_dir>/<run>/tokens.npy [N] and L<layer>.z.npy [N, H*K] of phase 2
+        <saes_dir>/<run>/L<layer>[/H<head>] of phase 3; without it there is no SAE section
+Writes  <save_dir>/hero_report.md and .html (one file, no network)
+        <save_dir>/hero_*.csv (tidy), hero_*.png (each from its CSV alone)
+Quick   python hero_head_analysis.py --ablation_csv results_ablation.csv
+        (smoke model: 15 s of one CPU core, 0.7 GB)
+Full    the same command (64 windows of 512 tokens, some 80 passes over them)
         Expected: the direct logit attribution adds up to the logits within 1e-4.
-Shapes  n windows, B batch, T tokens, D d_model, H heads, K d_head, L layers, F SAE latents, V vocabulary, N dumped tokens.
+Shapes  n windows, B batch, T tokens, D d_model, H heads, K d_head, L layers, F SAE features,
+        V vocabulary, N dumped tokens.
 """
 
 from __future__ import annotations
@@ -30,8 +36,9 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,207 +53,204 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-PHASE_PRESETS = {"full": (64, 10), "published": (64, 10), "demo": (96, 8), "smoke": (64, 5)}
+# Sizes of this phase: windows that are analysed, SAE features that are described.
+PHASE_PRESETS = {
+    "full": {"n_seqs": 64, "n_features": 10},
+    "published": {"n_seqs": 64, "n_features": 10},
+    "demo": {"n_seqs": 96, "n_features": 8},
+    "smoke": {"n_seqs": 64, "n_features": 5},
+}
 OFFSETS = (1, 2, 8, 64)  # distances at which query-key scores are decoded, tokens
 N_RANDOM = 4  # control heads drawn from the hero's own model
+N_BOOTSTRAP = 10_000  # draws of every interval
+BATCH_NUMBERS = 2**25  # in the largest tensor of a batch: logits or patterns of 128 MB
 
 
 # -------------------------------------------------------------------------------- method: edit here
-def interval(num: Any, den: Any = 1.0, tests: int = 1) -> dict[str, float]:
-    """mean(num) / mean(den) of paired values [n] (one a sequence, the unit drawn; nan: it has none of what is measured) with
-    its 95 % percentile bootstrap interval, Bonferroni-corrected for `tests`."""
-    num, den = np.broadcast_arrays(np.asarray(num, float), np.asarray(den, float))
-    num, den = (
-        x[np.isfinite(num)] if np.isfinite(num).any() else np.full(1, np.nan) for x in (num, den)
-    )
-    pick = np.random.default_rng(0).integers(len(num), size=(10000, len(num)))
+# study_hero has the steps in their order; each is a function further down. A flag is read there,
+# from `args`. A new score: a function and an entry in SCORES. A new claim about what the head does:
+# an entry in MECHANISMS. Which SAE features are described: rank_features.
+def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
+    """The whole method: what the hero does, beside what its controls do."""
+    hero = inputs.hero
+    n = args.n_seqs
+    analysed = inputs.harvested[-n:]
+    held_out = inputs.harvested[-2 * n : -n]  # for choosing controls and for means
+    tables: dict[str, Any] = {}
+
+    # 1. Heads to compare with.
+    controls = choose_controls(hero, inputs.other_hero, held_out)
+    heads = [hero, *controls.heads]
+
+    # 2. What every component of the model adds to the logit of the right next token.
+    attribution = attribute_next_token(hero, analysed)
+    tables["dla"] = attribution_rows(attribution)
+
+    # 3. What each head attends to.
+    tables["scores"] = score_table(heads, analysed)
+
+    # 4. What the loss loses without each head, and what its weights write and look for.
+    for name in ("impact", "ov", "qk_pairs", "qk_bands"):
+        tables[name] = []
+    common = commonest_tokens(hero.model, inputs.harvested)
+    hero_ablation = ablate(hero, analysed, held_out)
+    for head in heads:
+        ablation = hero_ablation if head.role == "hero" else ablate(head, analysed, held_out)
+        tables["impact"].append(impact_row(head, ablation, attribution, n_heads=len(heads)))
+        circuit = ov_circuit(head, attribution.rms.mean().item())
+        sources = attended_most(head, ablation.seen)
+        tables["ov"] += written_tokens(head, circuit, sources, analysed.say)
+        tables["scores"].append(copying_score(head, circuit))
+        pairs, bands = decode_qk(head, common, analysed.say)
+        tables["qk_pairs"] += pairs
+        tables["qk_bands"] += bands
+
+    # 5. Where in the text the hero matters.
+    first_window = len(inputs.harvested) - n
+    tables["tokens"] = tokens_that_need(hero, hero_ablation, attribution, first_window)
+
+    # 6. Its SAE features.
+    mechanisms = list(MECHANISMS)
+    if inputs.sae is not None:
+        features = describe_features(
+            hero, inputs.sae, inputs.harvested, hero_ablation, args.n_features
+        )
+        tables["features"] = features.rows
+        tables["contexts"] = features.contexts
+        mechanisms += features.mechanisms
+
+    # 7. Which share of its impact is left when only one part of what it writes may vary.
+    tables["preserving"] = explained(hero, hero_ablation, mechanisms)
+
+    # On one text, for the eye: what the hero attends to, and what its closest control does.
+    maps = [attention_map(head, inputs.shown) for head in (hero, controls.twin)]
+    return Study(heads, controls.match, attribution.gap, tables, maps)
+
+
+@dataclass
+class Study:
+    """What study_hero found."""
+
+    heads: list[Head]  # the hero first, then its controls
+    match: Match | None  # in the other run; None without one
+    gap: float  # largest difference between a logit and the sum of its attributed parts
+    tables: dict[str, Rows]  # rows of hero_<name>.csv, by name
+    maps: list[AttentionMap]  # attention on the shown text: the hero's, and its closest control's
+
+
+# ---- texts, intervals, and a model that reads
+Row = dict[str, Any]  # of a table, by column
+Rows = list[Row]
+Say = Callable[[int], str]  # token id -> its text, with visible spaces
+
+
+@dataclass
+class Text:
+    """Windows of tokens."""
+
+    idx: Tensor  # [n, T] token ids
+    say: Say
+
+    def __getitem__(self, windows: slice) -> Text:
+        return Text(self.idx[windows], self.say)
+
+    def __len__(self) -> int:
+        return len(self.idx)
+
+    def words(self, window: int) -> list[str]:
+        return [self.say(token) for token in self.idx[window].tolist()]
+
+
+@dataclass
+class Interval:
+    """A mean over n units with its 95 % interval, simultaneous for the tests it was made for."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+    n: int
+    unit: str = "sequence"
+
+
+def interval(numerator: Any, denominator: Any = 1.0, tests: int = 1) -> Interval:
+    """mean(numerator) / mean(denominator) of paired values [n], one a sequence, which is the unit
+    drawn; percentile bootstrap, Bonferroni-corrected for `tests` intervals.
+
+    A sequence whose numerator is nan has none of what is measured, and is left out.
+    """
+    num, den = np.broadcast_arrays(np.asarray(numerator, float), np.asarray(denominator, float))
+    measured = np.isfinite(num)
+    if measured.any():
+        num, den = num[measured], den[measured]
+    else:
+        num, den = np.array([math.nan]), np.array([math.nan])
+    rng = np.random.default_rng(0)  # the same draws for every interval, so they stay paired
+    drawn = rng.integers(len(num), size=(N_BOOTSTRAP, len(num)))
+    tail = 0.025 / tests
     with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = np.quantile(
-            num[pick].mean(1) / den[pick].mean(1), [0.025 / tests, 1 - 0.025 / tests]
-        )
-    return dict(value=num.mean() / den.mean(), ci_low=low, ci_high=high, n=len(num))
+        ratios = num[drawn].mean(1) / den[drawn].mean(1)  # [N_BOOTSTRAP]
+        low, high = np.quantile(ratios, [tail, 1 - tail])
+    return Interval(num.mean() / den.mean(), low, high, len(num))
 
 
-def taps(
-    model: NewGPT, idx: Tensor, *sites: str, layer: int | None = None
-) -> Iterator[tuple[slice, Tensor, dict[str, Tensor]]]:
-    """Token ids [n, T] through the model, by batches: slice, last residual stream, activations of all layers (or of one)."""
-    c, layers = model.cfg, range(model.cfg.n_layers) if layer is None else [layer]
-    size = max(
-        1, 2**25 // (c.seq_len * max(c.vocab_size, c.n_layers * c.n_heads * c.seq_len))
-    )  # logits or patterns: 128 MB
-    for i in tqdm(
-        range(0, len(idx), size), desc="/".join(sites), unit="batch", leave=False, disable=None
-    ):
-        tap: dict[str, Any] = {f"{site}.{l}": None for site in sites for l in layers}
-        yield (
-            slice(i, i + size),
-            model.run_blocks(model.embed(idx[i : i + size]), 0, layers[-1] + 1, tap=tap),
-            tap,
-        )
+@dataclass
+class Batch:
+    """Some windows that a model has read."""
+
+    windows: slice  # which of all windows
+    end: Tensor  # [B, T, D] residual stream after the last block that was run
+    sites: dict[str, list[Tensor]]  # by site, its activations in the layers asked for
 
 
-def pattern_types(idx: Tensor) -> dict[str, Tensor]:
-    """Token ids [B, T] -> for each kind of key the mask [B, T, T] (query, key) of where it lies."""
-    at = torch.arange(idx.shape[1], device=idx.device)
-    back = (at[:, None] - at).expand(len(idx), -1, -1)  # from query back to key, tokens
-    same = idx[:, :, None] == idx[:, None, :]
-    after = F.pad(same[:, :, :-1], (1, 0))  # the key follows an earlier copy of the query's token
-    return {"first position": (at == 0) & (back >= 0), "current token": back == 0, "previous token": back == 1,
-            "0-5 tokens back": (back >= 0) & (back <= 5), "duplicate token": same & (back > 0),
-            "induction": after & (back > 0)}  # fmt: skip
+def read_batches(
+    model: NewGPT, idx: Tensor, sites: list[str], layers: Sequence[int]
+) -> Iterator[Batch]:
+    """Token ids [n, T] through the model up to the last of `layers`, some windows at a time."""
+    cfg = model.cfg
+    numbers_a_token = max(cfg.vocab_size, cfg.n_layers * cfg.n_heads * cfg.seq_len)
+    size = max(1, BATCH_NUMBERS // (cfg.seq_len * numbers_a_token))
+    starts = range(0, len(idx), size)
+    for start in tqdm(starts, desc="/".join(sites), unit="batch", leave=False, disable=None):
+        windows = slice(start, start + size)
+        tap: dict[str, Any] = {}
+        for site in sites:
+            tap.update({f"{site}.{layer}": None for layer in layers})
+        end = model.run_blocks(model.embed(idx[windows]), 0, layers[-1] + 1, tap=tap)
+        by_site = {}
+        for site in sites:
+            by_site[site] = [tap[f"{site}.{layer}"] for layer in layers]
+        yield Batch(windows, end, by_site)
 
 
-def score_pattern(a: Tensor, idx: Tensor) -> dict[str, Tensor]:
-    """Attention a [B, H, T, T] and token ids [B, T] -> head-type scores [B, H]: the mass on each kind of key, mean over the
-    queries after the first that have one (else nan); entropy over its largest value ln(t + 1); mean distance over T."""
-    at, out = torch.arange(a.shape[-1], device=a.device, dtype=a.dtype), {}
-    for name, mask in pattern_types(idx).items():
-        has = mask.any(-1) & (at > 0)
-        out[name] = (torch.einsum("bhts,bts->bht", a, mask.to(a.dtype)) * has[:, None]).sum(
-            -1
-        ) / has.sum(-1)[:, None]
-    out["entropy"] = (-(a * a.clamp_min(1e-12).log()).sum(-1)[..., 1:] / (at[1:] + 1).log()).mean(
-        -1
-    )
-    return out | {
-        "distance": torch.einsum("bhts,ts->bht", a, (at[:, None] - at).clamp_min(0))[..., 1:].mean(
-            -1
-        )
-        / len(at)
-    }
+# ---- a head
+@dataclass
+class HeadWeights:
+    """W_Q, W_K, W_V [K, D], the gain of the norm before attention folded in, and W_O [D, K]."""
+
+    w_q: Tensor
+    w_k: Tensor
+    w_v: Tensor
+    w_o: Tensor
 
 
-def score_table(heads: list[Head], idx: Tensor) -> list[dict[str, Any]]:
-    """Scores of `heads` on the windows idx [n, T]; null: the model reads each window's tokens shuffled, the kinds of keys stay
-    where they were. Induction also on [x, r, r], r random without repeats (Olsson 2022; null: the second r shuffled)."""
-    vocab = heads[0].model.cfg.vocab_size
-    rng, rows, half = (
-        torch.Generator().manual_seed(0),
-        [],
-        min((idx.shape[1] - 1) // 2, vocab - 1),
-    )  # r has no repeats
-    pool = idx.unique().cpu() if len(idx.unique()) > half else torch.arange(vocab)
-    pick = torch.stack([pool[torch.randperm(len(pool), generator=rng)[: half + 1]] for _ in idx])
-    orders = (torch.arange(half) + 1, torch.randperm(half, generator=rng) + 1)
-    twice, mixed_twice = (torch.cat((pick, pick[:, order]), 1).to(idx.device) for order in orders)
-    mixed = idx.gather(1, torch.rand(idx.shape, generator=rng).argsort(1).to(idx.device))
-    for run in dict.fromkeys(h.run for h in heads):
-        group = [h for h in heads if h.run == run]
-        parts: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        for read, text, kind in (
-            (idx, idx, 0),
-            (mixed, idx, 1),
-            (twice, twice, 0),
-            (mixed_twice, twice, 1),
-        ):
-            for b, _, tap in taps(group[0].model, read, "pattern"):
-                for name, x in score_pattern(torch.cat(list(tap.values()), 1), text[b]).items():
-                    if text is idx or name == "induction":
-                        key = name if text is idx else "induction, random tokens"
-                        parts.setdefault(key, ([], []))[kind].append(
-                            x.unflatten(1, (len(tap), -1)).cpu()
-                        )
-        for h, (name, both) in ((h, item) for h in group for item in parts.items()):
-            real, null = (torch.cat(x)[:, h.layer, h.head] for x in both)
-            rows.append(
-                h.row(
-                    score=name,
-                    **interval(real, tests=len(parts)),
-                    unit="sequence",
-                    null=interval(null)["value"],
-                )
-            )
-    return rows
+@dataclass
+class Seen:
+    """What a head's layer did with a text: all that is needed to replace the head's z."""
+
+    text: Text  # the windows
+    x: Tensor  # [n, T, D] residual stream before the layer
+    z: Tensor  # [n, T, H, K] of all heads of the layer
+    attention: Tensor  # [n, T, T] of the head
+    value: Tensor  # [n, T, K] of the head
+    head: int  # which head of the layer it is
+
+    @property
+    def head_z(self) -> Tensor:
+        """z [n, T, K] of the head itself."""
+        return self.z[:, :, self.head]
 
 
-def unembedding(model: NewGPT) -> Tensor:
-    """W_U [V, D], the gain of the last norm folded in and the mean over the vocabulary (which softmax ignores) taken out."""
-    u = model.unembedding.weight * model.norm.weight
-    return u - u.mean(0)
-
-
-def direct_attribution(model: NewGPT, idx: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """What each component adds to a logit: ids [n, T], rows of `unembedding` [n, T, D] -> [n, T, 1 + L*(H+1)] (embedding, then
-    by layer the heads and the MLP), and the final rms [n, T], which is held. The parts of a token sum to its logit."""
-    out, norms, blocks = [], [], list[Any](model.blocks)
-    for b, end, tap in taps(model, idx, "z", "mlp_out"):
-        parts = [(model.embed(idx[b]) * direction[b]).sum(-1, keepdim=True)]
-        for l, block in enumerate(blocks):
-            parts += [
-                (
-                    tap[f"z.{l}"]
-                    * (direction[b] @ block.attn.w_o.weight).unflatten(-1, (model.cfg.n_heads, -1))
-                ).sum(-1)
-            ]
-            parts += [(tap[f"mlp_out.{l}"] * direction[b]).sum(-1, keepdim=True)]
-        norms.append((end.square().mean(-1) + model.cfg.norm_eps).sqrt())
-        out.append(torch.cat(parts, -1) / norms[-1][..., None])
-    return torch.cat(out), torch.cat(norms)
-
-
-def write_basis(model: NewGPT, layer: int) -> Tensor:
-    """R [H, K, K] with ||z R^T|| = ||z W_O|| and the same inner products (QR of W_O): the residual write in K numbers."""
-    w_o: Any = model.blocks[layer].attn.w_o.weight  # type: ignore[union-attr]
-    return torch.linalg.qr(w_o.unflatten(1, (model.cfg.n_heads, -1)).transpose(0, 1))[1]
-
-
-def head_writes(model: NewGPT, idx: Tensor, stride: int) -> Tensor:
-    """Residual writes of all heads at every stride-th position of idx [n, T], centred, isometric to z W_O: [N, L, H, K]."""
-    basis = torch.stack([write_basis(model, l) for l in range(model.cfg.n_layers)])
-    parts = [
-        torch.stack([z[:, ::stride].flatten(0, 1) for z in tap.values()], 1)
-        for _, _, tap in taps(model, idx, "z")
-    ]
-    y = torch.einsum("nlhk,lhjk->nlhj", torch.cat(parts), basis)
-    return y - y.mean(0)
-
-
-def match_by_function(mine: Tensor, others: Tensor) -> tuple[int, int, float, float]:
-    """Writes [N, K] and [N, L, H, K] on the same tokens -> layer and head of the largest linear CKA (Kornblith 2019), that
-    CKA, and the largest one under the null that pairs each token with one of another window."""
-    size = (
-        torch.einsum("nlhk,nlhj->lhkj", others, others).flatten(2).norm(dim=-1)
-        * (mine.T @ mine).norm()
-    )
-    pairs = (mine, mine.roll(len(mine) // 2, 0))
-    cka, null = (
-        torch.einsum("nk,nlhj->lhkj", m, others).square().sum((-1, -2)) / size.clamp_min(1e-20)
-        for m in pairs
-    )
-    return *divmod(int(cka.argmax()), others.shape[2]), cka.max().item(), null.max().item()
-
-
-def encode(sae: dict[str, Any], z: Tensor, columns: Any = slice(None)) -> Tensor:
-    """z [..., H, K] -> activations [..., F] of an SAE as SAELens stores it, or of the latents `columns` only."""
-    c = slice(None) if sae["arch"] == "topk" else columns  # top-k compares all latents
-    pre = ((z.flatten(-2) if sae["head"] is None else z[..., sae["head"], :]) - sae["b_dec"]) @ sae[
-        "W_enc"
-    ][:, c]
-    if sae["arch"] == "gated":
-        return (pre * sae["r_mag"][c].exp() + sae["b_mag"][c]).relu() * (pre + sae["b_gate"][c] > 0)
-    pre = pre + sae["b_enc"][c]
-    if sae["arch"] == "topk":
-        top = pre.topk(sae["k"], dim=-1)
-        return torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())[..., columns]
-    return pre.relu() * (pre > sae["threshold"][c]) if sae["arch"] == "jumprelu" else pre.relu()
-
-
-def head_share(decoder: Tensor, basis: Tensor | None = None) -> Tensor:
-    """Share [F, H] of each head in the decoder [F, H, K]: norm(W_dec[f,h] W_O,h) / sum over heads, which no change of basis of
-    the values moves (`basis`: write_basis), or without `basis` the raw norm(W_dec[f,h]) / sum, which one does."""
-    size = (decoder if basis is None else torch.einsum("fhk,hjk->fhj", decoder, basis)).norm(dim=-1)
-    return size / size.sum(1, keepdim=True).clamp_min(1e-20)
-
-
-def keys_kept(seen: dict[str, Tensor], kind: str, scatter: bool = False) -> Tensor:
-    """The part [n, T, K] of z that comes from one kind of key; `scatter`: from as many keys a query, drawn at random."""
-    mask = pattern_types(seen["idx"])[kind]
-    if scatter:
-        luck = torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)).to(mask.device)
-        order = luck.masked_fill(torch.ones_like(mask).triu(1), 2.0).argsort(-1).argsort(-1)
-        mask = order < mask.sum(-1, keepdim=True)
-    return (seen["a"] * mask) @ seen["v"]
+Part = Callable[[Seen], Tensor]  # names a part [n, T, K] of a head's z
 
 
 @dataclass
@@ -263,717 +267,1037 @@ class Head:
     def block(self) -> Any:
         return self.model.blocks[self.layer]
 
-    def row(self, **more: Any) -> dict[str, Any]:
-        return dict(role=self.role, run=self.run, layer=self.layer, head=self.head) | more
+    def row(self, **facts: Any) -> Row:
+        """A row of a table: which head this is, and facts about it."""
+        return dict(role=self.role, run=self.run, layer=self.layer, head=self.head, **facts)
 
-    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """W_Q, W_K, W_V [K, D], with the gain of the norm before attention folded in, and W_O [D, K]."""
-        c, attn = self.model.cfg, self.block.attn
-        w = (attn.w_qkv.weight * self.block.norm_attn.weight).unflatten(0, (-1, c.d_head))
-        kv = c.n_heads + self.head * c.n_kv_heads // c.n_heads
-        return (
-            w[self.head],
-            w[kv],
-            w[kv + c.n_kv_heads],
-            attn.w_o.weight.unflatten(1, (c.n_heads, -1))[:, self.head],
+    def weights(self) -> HeadWeights:
+        cfg = self.model.cfg
+        attn = self.block.attn
+        w_qkv = attn.w_qkv.weight * self.block.norm_attn.weight
+        by_head = w_qkv.unflatten(0, (-1, cfg.d_head))  # [H + 2 H_kv, K, D]
+        key_head = cfg.n_heads + self.head * cfg.n_kv_heads // cfg.n_heads  # grouped queries
+        w_o = attn.w_o.weight.unflatten(1, (cfg.n_heads, -1))  # [D, H, K]
+        return HeadWeights(
+            w_q=by_head[self.head],
+            w_k=by_head[key_head],
+            w_v=by_head[key_head + cfg.n_kv_heads],
+            w_o=w_o[:, self.head],
         )
 
     def inputs(self, ids: Tensor) -> Tensor:
-        """What the head reads from bare tokens [n] -> [n, D] of unit rms: the embedding (layer 0), else the effective
-        embedding, the residual stream after block 0, MLP-0 included, of the token alone."""
-        run, embed = self.model.run_blocks, self.model.embed
-        x = torch.cat(
-            [run(embed(part[:, None]), 0, min(self.layer, 1))[:, 0] for part in ids.split(4096)]
-        )
+        """What the head reads from bare tokens [n] -> [n, D] of unit rms: the embedding in layer 0,
+        else the effective embedding, the residual stream after block 0 of the token alone."""
+        n_blocks = min(self.layer, 1)
+        inputs = []
+        for some in ids.split(4096):
+            embedded = self.model.embed(some[:, None])  # [n, 1, D]
+            inputs.append(self.model.run_blocks(embedded, 0, n_blocks)[:, 0])
+        x = torch.cat(inputs)  # [n, D]
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.model.cfg.norm_eps)
 
-    def qk_bands(self, x_q: Tensor, x_k: Tensor, offset: int) -> Tensor:
-        """Attention logits q^T R_offset k / sqrt(K) of inputs [n, D] and [m, D], split over rotary frequencies [n, m, K/2];
-        their sum is the model's logit when the query stands `offset` tokens after the key."""
-        w_q, w_k, _, _ = self.weights()
-        q = apply_rope(
-            x_q @ w_q.T, self.model.rope_cos[offset], self.model.rope_sin[offset]
-        ).unflatten(-1, (2, -1))
-        return torch.einsum("qci,kci->qki", q, (x_k @ w_k.T).unflatten(-1, (2, -1))) / math.sqrt(
-            self.model.cfg.d_head
-        )
+    def look(self, text: Text) -> Seen:
+        """What the head's layer does with a text."""
+        n_tokens = text.idx.shape[1]
+        cos = self.model.rope_cos[:n_tokens]
+        sin = self.model.rope_sin[:n_tokens]
+        batches: dict[str, list[Tensor]] = {"x": [], "z": [], "attention": [], "value": []}
+        sites = ["resid_pre", "z", "pattern"]
+        for batch in read_batches(self.model, text.idx, sites, [self.layer]):
+            x = batch.sites["resid_pre"][0]  # [B, T, D]
+            value = self.block.attn.qkv(self.block.norm_attn(x), cos, sin)[2]  # [B, H, T, K]
+            batches["x"].append(x)
+            batches["z"].append(batch.sites["z"][0])
+            # Copies, so that the other heads' are not kept.
+            batches["attention"].append(batch.sites["pattern"][0][:, self.head].clone())
+            batches["value"].append(value[:, self.head].clone())
+        joined = {name: torch.cat(tensors) for name, tensors in batches.items()}
+        return Seen(text=text, head=self.head, **joined)
 
-    def decode_qk(self, ids: Tensor, say: Callable[[int], str]) -> tuple[list[dict], list[dict]]:
-        """Top (query, key) pairs among tokens [n] and each rotary band's share in the variance of the scores, by offset. The
-        mean over keys, which softmax ignores, is taken out of each query; the shares (covariance with the sum) add up to 1."""
-        x, pairs, bands, c = self.inputs(ids), [], [], self.model.cfg
-        for offset in (o for o in OFFSETS if o < c.seq_len):
-            split = self.qk_bands(x, x, offset)
-            split = split - split.mean(1, keepdim=True)
-            score = split.sum(-1)
-            for i in score.flatten().topk(10).indices.tolist():
-                q, k = divmod(i, len(ids))
-                size = dict(logits=score[q, k].item(), sds=(score[q, k] / score.std()).item())
-                pairs.append(
-                    self.row(offset=offset, query=say(int(ids[q])), key=say(int(ids[k])), **size)
-                )
-            for i, share in enumerate(
-                (torch.einsum("qki,qk->i", split, score) / score.square().sum()).tolist()
-            ):
-                bands.append(
-                    self.row(
-                        offset=offset,
-                        wavelength_tokens=2 * math.pi * c.rope_theta ** (2 * i / c.d_head),
-                        share=share,
-                    )
-                )
-        return pairs, bands
+    def loss(self, seen: Seen, new_z: Tensor) -> Tensor:
+        """Cross-entropy [n, T-1] of each next token, in nats, when the head's z is `new_z`
+        [n, T, K]. Attention of its layer does not change, so only what follows it is run."""
+        size = max(1, BATCH_NUMBERS // (new_z.shape[1] * self.model.cfg.vocab_size))
+        losses = []
+        for start in range(0, len(new_z), size):
+            windows = slice(start, start + size)
+            idx = seen.text.idx[windows]
+            z = seen.z[windows].clone()  # [B, T, H, K]
+            z[:, :, self.head] = new_z[windows]
+            mid = seen.x[windows] + self.block.write(z)  # [B, T, D]
+            end = self.model.run_blocks(mid + self.block.mlp(mid), self.layer + 1)
+            logits = self.model.unembed(end)[:, :-1]  # [B, T-1, V]
+            targets = idx[:, 1:].flatten()
+            loss = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+            losses.append(loss.view(len(idx), -1))  # [B, T-1]
+        return torch.cat(losses)
 
-    def decode_ov(
-        self, ids: Tensor, say: Callable[[int], str], rms: float
-    ) -> tuple[list[dict], dict[str, Any]]:
-        """What attending fully to each of the tokens [n] writes: the 5 logits raised and lowered most; and the copying score
-        sum Re / sum |.| over eigenvalues of the V x V circuit (those of its K x K twin), null: shuffled token identities."""
-        _, _, w_v, w_o = self.weights()
-        u = (
-            unembedding(self.model) @ w_o / rms
-        )  # [V, K]; the logits written for token s are v[s] @ u.T
-        v, rng = (
-            self.inputs(torch.arange(len(u), device=u.device)) @ w_v.T,
-            torch.Generator().manual_seed(0),
+    def preserved_loss(self, seen: Seen, held: Seen, part: Part) -> Tensor:
+        """Loss [n, T-1] when only one part of the head's z may vary: z' = part + mean(z - part),
+        the mean over the held-out windows. Keeping all of z is the model as it is; keeping
+        nothing is mean ablation."""
+        rest = held.head_z - part(held)  # [n, T, K]
+        return self.loss(seen, part(seen) + rest.mean((0, 1)))
+
+
+# ---- step 1: heads to compare with
+@dataclass
+class Match:
+    """The head of another model that writes most nearly the same."""
+
+    layer: int
+    head: int
+    cka: float  # linear CKA of the residual writes, 0 to 1
+    null: float  # the largest CKA of any head, when tokens are paired with those of other windows
+
+
+@dataclass
+class Controls:
+    """Heads that the hero is compared with."""
+
+    heads: list[Head]  # random ones and, with another run, the match and that run's hero
+    twin: Head  # the closest of them: the match, or without another run the first random one
+    match: Match | None  # in the other run; None without one
+
+
+def choose_controls(hero: Head, other_hero: Head | None, held_out: Text) -> Controls:
+    """Heads of the hero's model that write about as much and, where there is another run, its head
+    that writes most nearly the same, and its own hero."""
+    stride = math.ceil(held_out.idx.numel() / 4096)  # some 4096 positions tell heads apart
+    writes = head_writes(hero.model, held_out.idx, stride)  # [N, L, H, K]
+    heads = random_controls(hero, writes)
+    if other_hero is None:
+        return Controls(heads, twin=heads[0], match=None)
+    theirs = head_writes(other_hero.model, held_out.idx, stride)  # [N, L, H, K]
+    match = match_by_function(writes[:, hero.layer, hero.head], theirs)
+    name = f"match in {other_hero.run}"
+    twin = Head(name, other_hero.run, match.layer, match.head, other_hero.model)
+    return Controls([*heads, twin, other_hero], twin, match)
+
+
+def random_controls(hero: Head, writes: Tensor) -> list[Head]:
+    """N_RANDOM heads, drawn from the three times as many whose writes [N, L, H, K] are nearest in
+    size to the hero's."""
+    log_size = writes.square().mean(0).sum(-1).log()  # [L, H]
+    distance = (log_size - log_size[hero.layer, hero.head]).abs().flatten()  # [L H]
+    nearest = distance.argsort()[1 : 3 * N_RANDOM + 1].tolist()  # the very nearest is the hero
+    controls: list[Head] = []
+    for place in random.sample(nearest, min(N_RANDOM, len(nearest))):
+        layer, h = divmod(place, hero.model.cfg.n_heads)
+        role = f"random {len(controls) + 1}"
+        controls.append(Head(role, hero.run, layer, h, hero.model))
+    return controls
+
+
+def write_basis(model: NewGPT, layer: int) -> Tensor:
+    """R [H, K, K] with ||z R^T|| = ||z W_O|| and the same inner products (QR of W_O): the residual
+    write of a head in K numbers instead of D."""
+    block: Any = model.blocks[layer]
+    w_o = block.attn.w_o.weight.unflatten(1, (model.cfg.n_heads, -1))  # [D, H, K]
+    return torch.linalg.qr(w_o.transpose(0, 1))[1]
+
+
+def head_writes(model: NewGPT, idx: Tensor, stride: int) -> Tensor:
+    """Residual writes of all heads at every stride-th position of idx [n, T], centred, isometric
+    to z W_O: [N, L, H, K]."""
+    layers = range(model.cfg.n_layers)
+    basis = torch.stack([write_basis(model, layer) for layer in layers])  # [L, H, K, K]
+    batches = []
+    for batch in read_batches(model, idx, ["z"], layers):
+        by_layer = [z[:, ::stride].flatten(0, 1) for z in batch.sites["z"]]  # [tokens, H, K] each
+        batches.append(torch.stack(by_layer, 1))
+    z = torch.cat(batches)  # [N, L, H, K]
+    writes = torch.einsum("nlhk,lhjk->nlhj", z, basis)  # [N, L, H, K]
+    return writes - writes.mean(0)
+
+
+def match_by_function(mine: Tensor, others: Tensor) -> Match:
+    """Writes [N, K] of a head and [N, L, H, K] of all heads of another model on the same tokens ->
+    the one of largest linear CKA (Kornblith 2019)."""
+    covariance = torch.einsum("nlhk,nlhj->lhkj", others, others)  # [L, H, K, K]
+    size = covariance.flatten(2).norm(dim=-1) * (mine.T @ mine).norm()  # [L, H]
+
+    def cka_with(writes: Tensor) -> Tensor:
+        shared = torch.einsum("nk,nlhj->lhkj", writes, others)  # [L, H, K, K]
+        return shared.square().sum((-1, -2)) / size.clamp_min(1e-20)  # [L, H]
+
+    cka = cka_with(mine)
+    null = cka_with(mine.roll(len(mine) // 2, 0))  # each token with one of another window
+    layer, h = divmod(int(cka.argmax()), others.shape[2])
+    return Match(layer, h, cka.max().item(), null.max().item())
+
+
+# ---- step 2: direct logit attribution
+@dataclass
+class Attribution:
+    """What each component adds to the logit of the right next token."""
+
+    run: str  # whose model
+    components: list[str]  # [C] names: the embedding, then by layer its heads and its MLP
+    parts: Tensor  # [n, T-1, C]; the parts of a token sum to its logit
+    rms: Tensor  # [n, T-1] of the last residual stream
+    gap: float  # largest difference found between a sum of parts and the model's logit
+
+    def of_head(self, head: Head) -> Tensor:
+        """Parts [n, T-1] of one head."""
+        return self.parts[..., self.components.index(f"L{head.layer} H{head.head}")]
+
+
+def unembedding(model: NewGPT) -> Tensor:
+    """W_U [V, D], the gain of the last norm folded in and the mean over the vocabulary (which
+    softmax ignores) taken out."""
+    w_u = model.unembedding.weight * model.norm.weight
+    return w_u - w_u.mean(0)
+
+
+def direct_attribution(model: NewGPT, idx: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids [n, T] and rows of `unembedding` [n, T, D] -> what each component adds to that
+    logit [n, T, 1 + L*(H+1)], and the final rms [n, T], which is held constant."""
+    cfg = model.cfg
+    blocks: list[Any] = list(model.blocks)
+    all_parts = []
+    all_rms = []
+    for batch in read_batches(model, idx, ["z", "mlp_out"], range(cfg.n_layers)):
+        towards = direction[batch.windows]  # [B, T, D]
+        embedded = model.embed(idx[batch.windows])
+        parts = [(embedded * towards).sum(-1, keepdim=True)]  # [B, T, 1]
+        for block, z, mlp_out in zip(blocks, batch.sites["z"], batch.sites["mlp_out"], strict=True):
+            towards_z = (towards @ block.attn.w_o.weight).unflatten(-1, (cfg.n_heads, -1))
+            parts.append((z * towards_z).sum(-1))  # [B, T, H]
+            parts.append((mlp_out * towards).sum(-1, keepdim=True))  # [B, T, 1]
+        rms = (batch.end.square().mean(-1) + cfg.norm_eps).sqrt()  # [B, T]
+        all_rms.append(rms)
+        all_parts.append(torch.cat(parts, -1) / rms[..., None])
+    return torch.cat(all_parts), torch.cat(all_rms)
+
+
+def attribute_next_token(hero: Head, text: Text) -> Attribution:
+    """The parts of every next token's logit. Raises HandoffError where they do not add up to it."""
+    model = hero.model
+    context = text.idx[:, :-1]  # [n, T-1]
+    right = text.idx[:, 1:]  # [n, T-1]
+    parts, rms = direct_attribution(model, context, unembedding(model)[right])
+
+    # The identity, on two windows: only an edited model can break it.
+    logits = model(context[:2])[0]  # [2, T-1, V]
+    centred = logits - logits.mean(-1, keepdim=True)
+    wanted = centred.gather(-1, right[:2, :, None])[..., 0]  # [2, T-1]
+    gap = (parts[:2].sum(-1) - wanted).abs().max().item()
+    if gap > 1e-4 * max(1.0, logits.abs().max().item()):
+        fact = f"the direct logit attribution misses the logits by {gap:.1e} (allowed 1e-4)"
+        raise HandoffError(f"{fact}: only the model was edited")
+
+    components = ["embedding"]
+    for layer in range(model.cfg.n_layers):
+        components += [f"L{layer} H{h}" for h in range(model.cfg.n_heads)]
+        components.append(f"L{layer} MLP")
+    return Attribution(hero.run, components, parts, rms, gap)
+
+
+def attribution_rows(attribution: Attribution) -> Rows:
+    by_component = attribution.parts.mean(1).T.cpu()  # [C, n]
+    rows = []
+    for component, parts in zip(attribution.components, by_component, strict=True):
+        rows.append(dict(component=component, **vars(interval(parts))))
+    return rows
+
+
+# ---- step 3: what heads attend to
+# A kind of key is a function from a text to the mask [B, T, T] (query, key) of where such keys lie,
+# never later than their query. Scores and mechanisms are both made of kinds of keys.
+KindOfKey = Callable[[Text], Tensor]
+
+
+def tokens_back(text: Text) -> Tensor:
+    """From each query back to each key [B, T, T], in tokens; negative: the key comes later."""
+    position = torch.arange(text.idx.shape[1], device=text.idx.device)
+    back = position[:, None] - position  # [T, T]
+    return back.expand(len(text), -1, -1)
+
+
+def first_position(text: Text) -> Tensor:
+    """The first key of the window."""
+    key = torch.arange(text.idx.shape[1], device=text.idx.device)
+    return (key == 0) & (tokens_back(text) >= 0)
+
+
+def current_token(text: Text) -> Tensor:
+    return tokens_back(text) == 0
+
+
+def previous_token(text: Text) -> Tensor:
+    return tokens_back(text) == 1
+
+
+def up_to_5_back(text: Text) -> Tensor:
+    back = tokens_back(text)
+    return (back >= 0) & (back <= 5)
+
+
+def duplicate_token(text: Text) -> Tensor:
+    """Earlier copies of the query's token."""
+    same = text.idx[:, :, None] == text.idx[:, None, :]  # [B, T, T]
+    return same & (tokens_back(text) > 0)
+
+
+def after_duplicate(text: Text) -> Tensor:
+    """Keys that follow an earlier copy of the query's token: what an induction head looks for."""
+    same = text.idx[:, :, None] == text.idx[:, None, :]  # [B, T, T]
+    after_same = F.pad(same[:, :, :-1], (1, 0))
+    return after_same & (tokens_back(text) > 0)
+
+
+Measure = Callable[[Tensor, Text], Tensor]  # attention [B, H, T, T] and its text -> scores [B, H]
+
+
+def mass_on(kind: KindOfKey) -> Measure:
+    """The attention mass on one kind of key, mean over the queries after the first that have such
+    a key; nan where no query has one."""
+
+    def mass(attention: Tensor, text: Text) -> Tensor:
+        keys = kind(text)  # [B, T, T]
+        counted = keys.any(-1)  # [B, T], the queries
+        counted[:, 0] = False
+        by_query = torch.einsum("bhts,bts->bht", attention, keys.to(attention.dtype))
+        return (by_query * counted[:, None]).sum(-1) / counted.sum(-1)[:, None]  # [B, H]
+
+    return mass
+
+
+def relative_entropy(attention: Tensor, _text: Text) -> Tensor:
+    """Entropy of the attention over its largest value ln(t + 1), mean over queries t > 0."""
+    terms = attention * attention.clamp_min(1e-12).log()
+    entropy = -terms.sum(-1)[..., 1:]  # [B, H, T-1]
+    n_keys = torch.arange(2, attention.shape[-1] + 1, device=attention.device)  # [T-1]
+    return (entropy / n_keys.to(attention.dtype).log()).mean(-1)
+
+
+def relative_distance(attention: Tensor, text: Text) -> Tensor:
+    """Mean distance from query back to key, over the length of the window."""
+    back = tokens_back(text)[0].clamp_min(0).to(attention.dtype)  # [T, T]
+    by_query = torch.einsum("bhts,ts->bht", attention, back)[..., 1:]  # [B, H, T-1]
+    return by_query.mean(-1) / len(back)
+
+
+class Reads(Enum):
+    """What the model reads for a score, and what it reads for the score's null. Under the null the
+    kinds of keys stay where they were in the unshuffled text."""
+
+    HARVESTED = "the analysed windows; null: each with its tokens shuffled"
+    REPEATED = "[x, r, r], r random without repeats (Olsson 2022); null: the second r shuffled"
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number that says how a head attends: its name in tables and figures, how it is measured,
+    and what is read for it and for its null."""
+
+    name: str
+    measure: Measure
+    reads: Reads
+
+
+SCORES = [
+    Score("first position", mass_on(first_position), Reads.HARVESTED),  # a sink: nothing to say
+    Score("current token", mass_on(current_token), Reads.HARVESTED),
+    Score("previous token", mass_on(previous_token), Reads.HARVESTED),  # positional: null as high
+    Score("0-5 tokens back", mass_on(up_to_5_back), Reads.HARVESTED),  # local
+    Score("duplicate token", mass_on(duplicate_token), Reads.HARVESTED),
+    Score("induction", mass_on(after_duplicate), Reads.HARVESTED),
+    Score("entropy", relative_entropy, Reads.HARVESTED),  # 1: looks at everything alike
+    Score("distance", relative_distance, Reads.HARVESTED),
+    Score("induction, random tokens", mass_on(after_duplicate), Reads.REPEATED),
+]
+
+
+@dataclass
+class ScoredText:
+    """A text, where the kinds of keys lie, and the ids [n, T] that are read under its null."""
+
+    text: Text
+    shuffled: Tensor
+
+
+def score_texts(analysed: Text, vocab_size: int) -> dict[Reads, ScoredText]:
+    """The texts that scores are measured on, one a value of Reads."""
+    idx = analysed.idx
+    rng = torch.Generator().manual_seed(0)
+    half = min((idx.shape[1] - 1) // 2, vocab_size - 1)  # length of r, which has no repeats
+    pool = idx.unique().cpu()
+    if len(pool) <= half:
+        pool = torch.arange(vocab_size)
+    drawn = [pool[torch.randperm(len(pool), generator=rng)[: half + 1]] for _ in idx]
+    x_and_r = torch.stack(drawn)  # [n, 1 + half]
+    order = torch.randperm(half, generator=rng)
+    r = x_and_r[:, 1:]
+    repeated = torch.cat((x_and_r, r), 1).to(idx.device)  # [n, 1 + 2 half]
+    not_repeated = torch.cat((x_and_r, r[:, order]), 1).to(idx.device)
+    new_places = torch.rand(idx.shape, generator=rng).argsort(1).to(idx.device)
+    return {
+        Reads.HARVESTED: ScoredText(analysed, idx.gather(1, new_places)),
+        Reads.REPEATED: ScoredText(Text(repeated, analysed.say), not_repeated),
+    }
+
+
+def score_batch(batch: Batch, text: Text, scores: list[Score]) -> dict[str, Tensor]:
+    """Some scores of every head on the windows of a batch: name -> [B, L, H]."""
+    patterns = batch.sites["pattern"]
+    attention = torch.cat(patterns, 1)  # [B, L H, T, T]
+    values = {}
+    for score in scores:
+        by_head = score.measure(attention, text)  # [B, L H]
+        values[score.name] = by_head.unflatten(1, (len(patterns), -1)).cpu()
+    return values
+
+
+def score_every_head(
+    model: NewGPT, texts: dict[Reads, ScoredText], under_null: bool
+) -> dict[str, Tensor]:
+    """Every score of every head of a model: name -> [n, L, H]."""
+    by_batch: dict[str, list[Tensor]] = {score.name: [] for score in SCORES}
+    for reads, scored in texts.items():
+        scores = [score for score in SCORES if score.reads is reads]
+        idx = scored.shuffled if under_null else scored.text.idx
+        for batch in read_batches(model, idx, ["pattern"], range(model.cfg.n_layers)):
+            text = scored.text[batch.windows]
+            for name, value in score_batch(batch, text, scores).items():
+                by_batch[name].append(value)
+    return {name: torch.cat(values) for name, values in by_batch.items()}
+
+
+def score_table(heads: list[Head], analysed: Text) -> Rows:
+    """All scores of `heads`, each beside its value under the null."""
+    texts = score_texts(analysed, heads[0].model.cfg.vocab_size)
+    rows = []
+    for run_name in dict.fromkeys(head.run for head in heads):
+        heads_of_run = [head for head in heads if head.run == run_name]
+        model = heads_of_run[0].model
+        real = score_every_head(model, texts, under_null=False)
+        null = score_every_head(model, texts, under_null=True)
+        for head in heads_of_run:
+            for score in SCORES:
+                # Simultaneous for all scores of one head.
+                estimate = interval(real[score.name][:, head.layer, head.head], tests=len(SCORES))
+                of_null = interval(null[score.name][:, head.layer, head.head])
+                rows.append(head.row(score=score.name, **vars(estimate), null=of_null.value))
+    return rows
+
+
+# ---- step 4: impact, and what the weights write and look for
+@dataclass
+class Ablation:
+    """What the loss loses without a head."""
+
+    seen: Seen  # the analysed windows
+    held: Seen  # the held-out windows, which give the mean
+    clean: Tensor  # [n, T-1] loss of each next token, in nats, of the model as it is
+    ablated: Tensor  # [n, T-1] the same with the head's z at its mean
+
+    @property
+    def delta(self) -> Tensor:
+        """Loss increase [n, T-1], nats."""
+        return self.ablated - self.clean
+
+
+def nothing(seen: Seen) -> Tensor:
+    """The part of z that is kept under mean ablation."""
+    return 0 * seen.value
+
+
+def ablate(head: Head, analysed: Text, held_out: Text) -> Ablation:
+    """Mean ablation of a head, the mean from the held-out windows."""
+    seen = head.look(analysed)
+    held = head.look(held_out)
+    clean = head.loss(seen, seen.head_z)
+    ablated = head.preserved_loss(seen, held, nothing)
+    return Ablation(seen, held, clean, ablated)
+
+
+def impact_row(head: Head, ablation: Ablation, attribution: Attribution, n_heads: int) -> Row:
+    """Impact of a head (simultaneous for the n_heads compared), how much of it falls on the worst
+    1 % of tokens and, for a head of the attributed model, its part of the right logit."""
+    delta = ablation.delta
+    impact = interval(delta.mean(1).cpu(), tests=n_heads)
+    largest_first = delta.flatten().sort(descending=True).values
+    top_1_percent = largest_first[: math.ceil(len(largest_first) / 100)]
+    share = (top_1_percent.sum() / largest_first.clamp_min(0).sum()).item()
+    row = head.row(**vars(impact), on_top_1_percent=share)
+    if head.run == attribution.run:
+        row["direct_logits"] = attribution.of_head(head).mean().item()
+    return row
+
+
+def commonest_tokens(model: NewGPT, text: Text) -> Tensor:
+    """The ids of the 256 tokens that are most frequent in a text."""
+    n_vocab = model.cfg.vocab_size
+    counts = torch.bincount(text.idx.flatten(), minlength=n_vocab)  # [V]
+    return counts.topk(min(256, n_vocab)).indices
+
+
+def attended_most(head: Head, seen: Seen) -> Tensor:
+    """The ids of the 12 tokens that the head gives most attention to, over the whole text."""
+    by_key = seen.attention.sum(1)  # [n, T]
+    n_vocab = head.model.cfg.vocab_size
+    mass = torch.bincount(seen.text.idx.flatten(), by_key.flatten(), minlength=n_vocab)  # [V]
+    return mass.topk(12).indices
+
+
+@dataclass
+class OVCircuit:
+    """What a head writes to the logits when it attends fully to token s: values[s] @ logits.T."""
+
+    values: Tensor  # [V, K] of every token
+    logits: Tensor  # [V, K] what a unit of z adds to every logit, the final rms held constant
+
+
+def ov_circuit(head: Head, rms: float) -> OVCircuit:
+    """The head's output-value circuit; rms: of the last residual stream."""
+    weights = head.weights()
+    logits = unembedding(head.model) @ weights.w_o / rms  # [V, K]
+    vocabulary = torch.arange(len(logits), device=logits.device)
+    return OVCircuit(head.inputs(vocabulary) @ weights.w_v.T, logits)
+
+
+def written_tokens(head: Head, circuit: OVCircuit, sources: Tensor, say: Say) -> Rows:
+    """The 5 next tokens that attending fully to each of the tokens [n] raises and lowers most."""
+    values = circuit.values[sources]  # [n, K]
+    raised = (values @ circuit.logits.T).topk(5)
+    lowered = (-values @ circuit.logits.T).topk(5)
+    rows = []
+    for i, source in enumerate(sources.tolist()):
+        row = head.row(
+            source=say(source),
+            top_logit=raised.values[i, 0].item(),
+            raises=" ".join(map(say, raised.indices[i].tolist())),
+            lowers=" ".join(map(say, lowered.indices[i].tolist())),
         )
-        orders = [torch.arange(len(u)), *(torch.randperm(len(u), generator=rng) for _ in range(40))]
-        eigen = [
-            torch.linalg.eigvals((u.T @ v[order.to(u.device)]).double().cpu()) for order in orders
-        ]
-        ratio = [(e.real.sum() / e.abs().sum()).item() for e in eigen]
-        up, down = (v[ids] @ u.T).topk(5), (-v[ids] @ u.T).topk(5)
-        lists = zip(
-            ids.tolist(),
-            up.values[:, 0].tolist(),
-            up.indices.tolist(),
-            down.indices.tolist(),
-            strict=True,
-        )
-        rows = [
-            self.row(
-                source=say(s),
-                top_logit=x,
-                raises=" ".join(map(say, r)),
-                lowers=" ".join(map(say, w)),
+        rows.append(row)
+    return rows
+
+
+def copying_score(head: Head, circuit: OVCircuit) -> Row:
+    """sum Re / sum |.| over the eigenvalues of the V x V circuit, which are those of its K x K twin
+    (1: raises what it reads, -1: lowers it); null: 40 times with token identities shuffled."""
+    n_shuffles = 40
+    n_vocab = len(circuit.logits)
+    rng = torch.Generator().manual_seed(0)
+    orders = [torch.arange(n_vocab)]
+    orders += [torch.randperm(n_vocab, generator=rng) for _ in range(n_shuffles)]
+    ratios = []
+    for order in orders:
+        values = circuit.values[order.to(circuit.values.device)]  # [V, K]
+        eigenvalues = torch.linalg.eigvals((circuit.logits.T @ values).double().cpu())  # [K]
+        ratios.append((eigenvalues.real.sum() / eigenvalues.abs().sum()).item())
+    nulls = ratios[1:]
+    return head.row(
+        score="OV copying",
+        value=ratios[0],
+        n=n_shuffles,
+        unit="permutation",
+        null=np.mean(nulls),
+        null_max=max(map(abs, nulls)),
+    )
+
+
+def qk_by_band(head: Head, x_query: Tensor, x_key: Tensor, offset: int) -> Tensor:
+    """Attention logits q^T R_offset k / sqrt(K) of inputs [n, D] and [m, D], split over rotary
+    frequencies [n, m, K/2]; their sum is the model's logit when the query stands `offset` tokens
+    after the key."""
+    model = head.model
+    weights = head.weights()
+    cos = model.rope_cos[offset]
+    sin = model.rope_sin[offset]
+    q = apply_rope(x_query @ weights.w_q.T, cos, sin).unflatten(-1, (2, -1))  # [n, 2, K/2]
+    k = (x_key @ weights.w_k.T).unflatten(-1, (2, -1))  # [m, 2, K/2]
+    return torch.einsum("qci,kci->qki", q, k) / math.sqrt(model.cfg.d_head)
+
+
+def decode_qk(head: Head, ids: Tensor, say: Say) -> tuple[Rows, Rows]:
+    """By offset, the strongest (query, key) pairs among tokens [n], and the share of each rotary
+    band in the variance of the scores (covariance with their sum: the shares add up to 1). The
+    mean over keys, which softmax ignores, is taken out of each query."""
+    cfg = head.model.cfg
+    x = head.inputs(ids)  # [n, D]
+    pairs = []
+    bands = []
+    for offset in OFFSETS:
+        if offset >= cfg.seq_len:
+            continue
+        by_band = qk_by_band(head, x, x, offset)  # [n, n, K/2]
+        by_band = by_band - by_band.mean(1, keepdim=True)
+        score = by_band.sum(-1)  # [n, n], query and key
+
+        for place in score.flatten().topk(10).indices.tolist():
+            query, key = divmod(place, len(ids))
+            pair = head.row(
+                offset=offset,
+                query=say(int(ids[query])),
+                key=say(int(ids[key])),
+                logits=score[query, key].item(),
+                sds=(score[query, key] / score.std()).item(),
             )
-            for s, x, r, w in lists
-        ]
-        nulls = dict(
-            n=40, unit="permutation", null=np.mean(ratio[1:]), null_max=max(map(abs, ratio[1:]))
+            pairs.append(pair)
+
+        shares = torch.einsum("qki,qk->i", by_band, score) / score.square().sum()  # [K/2]
+        for i, share in enumerate(shares.tolist()):
+            wavelength = 2 * math.pi * cfg.rope_theta ** (2 * i / cfg.d_head)
+            band = head.row(offset=offset, wavelength_tokens=wavelength, share=share)
+            bands.append(band)
+    return pairs, bands
+
+
+# ---- step 5: where in the text the hero matters
+def tokens_that_need(
+    hero: Head, ablation: Ablation, attribution: Attribution, first_window: int
+) -> Rows:
+    """The 50 next tokens whose loss rises most without the hero, and what it attends to there.
+    first_window: number of the first analysed window among the harvested ones."""
+    delta = ablation.delta  # [n, T-1]
+    own = attribution.of_head(hero)  # [n, T-1]
+    attention = ablation.seen.attention  # [n, T, T]
+    rows = []
+    for place in delta.flatten().topk(min(50, delta.numel())).indices.tolist():
+        window, position = divmod(place, delta.shape[1])
+        words = ablation.seen.text.words(window)
+        key = int(attention[window, position].argmax())
+        row = dict(
+            window=first_window + window,
+            position=position,
+            delta_nats=delta[window, position].item(),
+            direct_logits=own[window, position].item(),
+            context="".join(words[max(0, position - 11) : position + 1]),
+            next=words[position + 1],
+            attends_to=f"{words[key]} ({position - key} back)",
         )
-        return rows, self.row(score="OV copying", value=ratio[0], **nulls)
+        rows.append(row)
+    return rows
 
-    def look(self, idx: Tensor) -> dict[str, Tensor]:
-        """To replace the head's z: idx [n, T], its layer's x [n, T, D] and z [n, T, H, K], its a [n, T, T] and v [n, T, K]."""
-        parts, t = [], idx.shape[1]
-        for b, _, tap in taps(self.model, idx, "resid_pre", "z", "pattern", layer=self.layer):
-            x, z, a = tap.values()
-            v = self.block.attn.qkv(
-                self.block.norm_attn(x), self.model.rope_cos[:t], self.model.rope_sin[:t]
-            )[2]
-            parts.append((idx[b], x, z, a[:, self.head].clone(), v[:, self.head].clone()))
-        return dict(
-            zip(("idx", "x", "z", "a", "v"), map(torch.cat, zip(*parts, strict=True)), strict=True)
+
+# ---- step 6: the hero's SAE features
+@dataclass
+class SAE:
+    """A sparse autoencoder of z, as SAELens stores it: of a whole layer (d_in = H*K), or of one
+    head (d_in = K)."""
+
+    architecture: str  # a key of ENCODERS
+    head: int | None  # the one head; None: a whole layer
+    k: int | None  # how many features are active on a token, for topk
+    weights: dict[str, Tensor]  # W_enc [d_in, F], W_dec [F, d_in], b_dec [d_in] and more
+    folder: Path  # where it lies
+
+    @property
+    def reads_whole_layer(self) -> bool:
+        return self.head is None
+
+    @property
+    def n_features(self) -> int:
+        return len(self.weights["W_dec"])
+
+    def by_head(self, weights: Tensor, n_heads: int) -> Tensor:
+        """Weights [..., d_in] by head [..., H, K]; an SAE of one head has zeros for the others."""
+        if self.head is None:
+            return weights.unflatten(-1, (n_heads, -1))
+        heads_after = n_heads - 1 - self.head
+        return F.pad(weights.unsqueeze(-2), (0, 0, self.head, heads_after))
+
+
+@dataclass
+class HarvestedSAE:
+    """An SAE, and the harvested z [N, H*K] that its features are looked for in."""
+
+    sae: SAE
+    dump: np.ndarray
+
+
+WhichFeatures = list[int] | slice  # their numbers, in the order wanted
+ALL_FEATURES = slice(None)
+
+
+def pre_activations(sae: SAE, x: Tensor, features: WhichFeatures) -> Tensor:
+    return x @ sae.weights["W_enc"][:, features] + sae.weights["b_enc"][features]
+
+
+def encode_standard(sae: SAE, x: Tensor, features: WhichFeatures) -> Tensor:
+    return pre_activations(sae, x, features).relu()
+
+
+def encode_jumprelu(sae: SAE, x: Tensor, features: WhichFeatures) -> Tensor:
+    pre = pre_activations(sae, x, features)
+    return pre.relu() * (pre > sae.weights["threshold"][features])
+
+
+def encode_topk(sae: SAE, x: Tensor, features: WhichFeatures) -> Tensor:
+    pre = pre_activations(sae, x, ALL_FEATURES)  # all compete, whichever are asked for
+    largest = pre.topk(sae.k, dim=-1)
+    active = torch.zeros_like(pre).scatter(-1, largest.indices, largest.values.relu())
+    return active[..., features]
+
+
+def encode_gated(sae: SAE, x: Tensor, features: WhichFeatures) -> Tensor:
+    weights = sae.weights
+    pre = x @ weights["W_enc"][:, features]
+    magnitude = (pre * weights["r_mag"][features].exp() + weights["b_mag"][features]).relu()
+    gate_is_open = pre + weights["b_gate"][features] > 0
+    return magnitude * gate_is_open
+
+
+ENCODERS = {
+    "standard": encode_standard,
+    "topk": encode_topk,
+    "jumprelu": encode_jumprelu,
+    "gated": encode_gated,
+}
+
+
+def encode(sae: SAE, z: Tensor, features: WhichFeatures = ALL_FEATURES) -> Tensor:
+    """z [..., H, K] -> activations [..., F], or those of the chosen `features` only."""
+    read = z.flatten(-2) if sae.reads_whole_layer else z[..., sae.head, :]  # [..., d_in]
+    return ENCODERS[sae.architecture](sae, read - sae.weights["b_dec"], features)
+
+
+def head_share(decoder: Tensor, basis: Tensor | None = None) -> Tensor:
+    """Share [F, H] of each head in what features write. decoder: [F, H, K].
+
+    With `basis` (see write_basis) norm(W_dec[f,h] W_O,h) / sum over heads, which no change of basis
+    of the values moves; without, the raw norm(W_dec[f,h]) / sum, which one does.
+    """
+    written = decoder if basis is None else torch.einsum("fhk,hjk->fhj", decoder, basis)
+    size = written.norm(dim=-1)  # [F, H]
+    return size / size.sum(1, keepdim=True).clamp_min(1e-20)
+
+
+@dataclass
+class FeatureFacts:
+    """What is known of every feature before some are chosen. On the CPU."""
+
+    frequency: Tensor  # [F] share of tokens on which it is active
+    size: Tensor  # [F] norm of what it writes to the residual stream through the hero
+    share: Tensor  # [F, H] of each head in what it writes
+    raw_share: Tensor  # [F, H] the same without W_O
+    null_share: Tensor  # [F, H] of a random direction that is as large in every head
+
+    @property
+    def live(self) -> Tensor:
+        return self.frequency > 0
+
+
+def feature_facts(
+    hero: Head, sae: SAE, decoder: Tensor, ablation: Ablation, rng: torch.Generator
+) -> FeatureFacts:
+    """The facts about all features, from the decoder [F, H, K] and the windows of `ablation`."""
+    by_window = []
+    for z in torch.cat((ablation.seen.z, ablation.held.z)).split(1):  # [1, T, H, K]
+        is_active = encode(sae, z) > 0  # [1, T, F]
+        by_window.append(is_active.double().mean((0, 1)))
+    basis = write_basis(hero.model, hero.layer)  # [H, K, K]
+    noise = F.normalize(torch.randn(decoder.shape, generator=rng), dim=-1).to(decoder)
+    random_decoder = noise * decoder.norm(dim=-1, keepdim=True)  # [F, H, K]
+    written = decoder[:, hero.head] @ basis[hero.head].T  # [F, K]
+    return FeatureFacts(
+        frequency=torch.stack(by_window).mean(0).cpu(),
+        size=written.norm(dim=-1).cpu(),
+        share=head_share(decoder, basis).cpu(),
+        raw_share=head_share(decoder).cpu(),
+        null_share=head_share(random_decoder, basis).cpu(),
+    )
+
+
+def rank_features(hero: Head, sae: SAE, facts: FeatureFacts) -> Tensor:
+    """The live features, those that write most through the hero first; the first --n_features of
+    them are described."""
+    write = facts.share[:, hero.head]  # [F], the hero's share of what a feature writes
+    if not sae.reads_whole_layer:  # all shares are 1: how much it writes, over the whole text
+        write = facts.frequency * facts.size  # [F]
+    live = facts.live.nonzero()[:, 0]
+    return live[write[live].argsort(descending=True)]
+
+
+def features_of_hero(hero: Head, sae: SAE, facts: FeatureFacts, described: Tensor) -> Tensor:
+    """Mask [F] of the features that the hero is claimed to consist of: live, and more than half of
+    what they write or twice any other head's. Of an SAE of the hero alone: those described."""
+    if not sae.reads_whole_layer:
+        return torch.zeros_like(facts.live).index_fill(0, described, True)
+    hero_share = facts.share[:, hero.head]  # [F]
+    second_share = facts.share.topk(2).values[:, 1]  # [F]
+    return facts.live & ((hero_share > 0.5) | (hero_share >= 2 * second_share))
+
+
+def match_by_frequency(facts: FeatureFacts, mine: Tensor) -> dict[int, int]:
+    """For each live feature in the mask `mine` [F] another one that is active about as often, no
+    one twice; some have none where they are more than the others."""
+    log_frequency = facts.frequency.log()
+    my_features = (facts.live & mine).nonzero()[:, 0]
+    others = (facts.live & ~mine).nonzero()[:, 0]
+    distance = (log_frequency[my_features][:, None] - log_frequency[others]).abs()
+    my_places, other_places = linear_sum_assignment(distance.numpy())
+    twins = others[other_places].tolist()
+    return dict(zip(my_features[my_places].tolist(), twins, strict=True))
+
+
+@dataclass
+class Feature:
+    """A feature that is described: its number, and its kind, "hero" or "matched-random"."""
+
+    number: int
+    kind: str
+
+
+def with_twins(described: Tensor, twins: dict[int, int]) -> list[Feature]:
+    """The described features, each followed by its twin where it has one."""
+    chosen = []
+    for number in described.tolist():
+        chosen.append(Feature(number, "hero"))
+        if number in twins:
+            chosen.append(Feature(twins[number], "matched-random"))
+    return chosen
+
+
+@dataclass
+class Peaks:
+    """Where features are most active, one place a window."""
+
+    activation: Tensor  # [windows, features] largest activation
+    position: Tensor  # [windows, features] its position in the window
+
+
+def find_peaks(hero: Head, source: HarvestedSAE, harvested: Text, features: list[int]) -> Peaks:
+    """Peaks of some features in all harvested windows. Raises HandoffError where the dump is not
+    finite."""
+    n_tokens = harvested.idx.numel()
+    window = harvested.idx.shape[1]
+    like = source.sae.weights["W_dec"]  # device and type
+    # Whole windows at a time: encoding needs F numbers a token.
+    step = window * max(1, 2**24 // (window * source.sae.n_features))
+    starts = range(0, n_tokens, step)
+    activations = []
+    positions = []
+    for start in tqdm(starts, desc="harvested tokens", unit="batch", disable=None):
+        some = source.dump[start : min(start + step, n_tokens)].astype(np.float32)
+        z = torch.from_numpy(some).to(like).unflatten(1, (hero.model.cfg.n_heads, -1))
+        active = encode(source.sae, z, features)  # [tokens, features]
+        largest = active.unflatten(0, (-1, window)).max(1)  # [windows, features]
+        activations.append(largest.values)
+        positions.append(largest.indices)
+    peaks = Peaks(torch.cat(activations), torch.cat(positions))
+    if not peaks.activation.isfinite().all():
+        fact = f"the dump of layer {hero.layer} of run {hero.run} is not finite"
+        raise HandoffError(f"{fact}; run harvest_activations.py again")
+    return peaks
+
+
+def top_contexts(feature: Feature, activation: Tensor, position: Tensor, harvested: Text) -> Rows:
+    """The 8 windows where a feature is most active, from its peaks [windows]: 8 tokens before the
+    peak to 3 after."""
+    rows = []
+    for window in activation.topk(min(8, len(activation))).indices.tolist():
+        peak = int(position[window])
+        words = harvested.words(window)
+        before = "".join(words[max(0, peak - 8) : peak])
+        after = "".join(words[peak + 1 : peak + 4])
+        row = dict(
+            feature=feature.number,
+            kind=feature.kind,
+            activation=activation[window].item(),
+            window=window,
+            position=peak,
+            context=f"{before}«{words[peak]}»{after}",
         )
+        rows.append(row)
+    return rows
 
-    def loss(self, seen: dict[str, Tensor], new: Tensor) -> Tensor:
-        """Cross-entropy [n, T-1] of each next token, nats, when the head's z is `new` [n, T, K]; only the suffix is run."""
-        parts, size = [], max(1, 2**25 // (new.shape[1] * self.model.cfg.vocab_size))
-        for x, z, idx, now in zip(
-            *(t.split(size) for t in (seen["x"], seen["z"], seen["idx"], new)), strict=True
-        ):
-            z = z.clone()
-            z[:, :, self.head] = now
-            mid = x + self.block.write(z)
-            logits = self.model.unembed(
-                self.model.run_blocks(mid + self.block.mlp(mid), self.layer + 1)
-            )
-            parts.append(
-                F.cross_entropy(
-                    logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="none"
-                ).view(len(idx), -1)
-            )
-        return torch.cat(parts)
 
-    def preserved(
-        self,
-        seen: dict[str, Tensor],
-        held: dict[str, Tensor],
-        part: Callable[[dict[str, Tensor]], Tensor],
-    ) -> Tensor:
-        """Loss [n, T-1] when only one part [n, T, K] of the head's z may vary: z' = part + mean(z - part), the mean over the
-        held-out windows. Keeping all of z is the model as it is; keeping nothing is mean ablation."""
-        return self.loss(seen, part(seen) + (held["z"][:, :, self.head] - part(held)).mean((0, 1)))
+def feature_row(
+    hero: Head, feature: Feature, facts: FeatureFacts, effect: Interval, logits: Tensor, say: Say
+) -> Row:
+    """A feature's row: its shares, the loss increase without it, and the next tokens of the largest
+    and smallest of the logits [V] that it adds to."""
+    f = feature.number
+    return hero.row(
+        feature=f,
+        kind=feature.kind,
+        share=facts.share[f, hero.head].item(),
+        raw_share=facts.raw_share[f, hero.head].item(),
+        frequency=facts.frequency[f].item(),
+        effective_heads=1 / facts.share[f].square().sum().item(),
+        effective_heads_null=1 / facts.null_share[f].square().sum().item(),
+        **vars(effect),
+        raises=" ".join(map(say, logits.topk(5).indices.tolist())),
+        lowers=" ".join(map(say, (-logits).topk(5).indices.tolist())),
+    )
 
-    def explained(
-        self, seen: dict, held: dict, parts: dict[str, tuple[Callable, Callable]]
-    ) -> list[dict[str, Any]]:
-        """Share of the loss impact kept, (ablated - kept) / (ablated - clean), by each named part and by its random control."""
-        ends, rows = (lambda s: 0 * s["v"], lambda s: s["z"][:, :, self.head]), []
-        gone, clean = (self.preserved(seen, held, part).mean(1).cpu() for part in ends)
-        whole = dict(
-            zip(
-                ("impact", "impact_low", "impact_high"),
-                interval(gone - clean).values(),
-                strict=False,
-            )
-        )
-        for name, pair in tqdm(
-            parts.items(), desc="preserving ablation", unit="mechanism", disable=None
-        ):
-            for kind, part in zip(("claimed", "matched-random"), pair, strict=True):
-                share = interval(
-                    gone - self.preserved(seen, held, part).mean(1).cpu(), gone - clean, len(parts)
-                )
-                rows.append(self.row(mechanism=name, kind=kind, **share, unit="sequence", **whole))
-        return rows
+
+@dataclass
+class DescribedFeatures:
+    """Rows of hero_features.csv and hero_contexts.csv, and the mechanisms made of features."""
+
+    rows: Rows
+    contexts: Rows
+    mechanisms: list[Mechanism]
 
 
 def describe_features(
-    hero: Head,
-    sae: dict,
-    dump: np.ndarray,
-    windows: Tensor,
-    seen: dict,
-    held: dict,
-    n: int,
-    say: Callable,
-) -> tuple[list[dict], list[dict], dict[str, tuple[Callable, Callable]]]:
-    """The n live features with the largest W_O-mapped share in the hero, each beside another head's feature of about the same
-    firing frequency: (rows, rows of their top contexts in the dump [N, H*K], parts for `Head.explained`)."""
-    h, c, z, rng = hero.head, hero.model.cfg, seen["z"], torch.Generator().manual_seed(0)
-    w = (
-        sae["W_dec"].unflatten(1, (c.n_heads, -1))
-        if sae["head"] is None
-        else F.pad(sae["W_dec"][:, None], (0, 0, h, c.n_heads - 1 - h))
-    )
-    basis, noise = (
-        write_basis(hero.model, hero.layer),
-        F.normalize(torch.randn(w.shape, generator=rng), dim=-1).to(w),
-    )
-    share, raw, null = (
-        head_share(*x).cpu()
-        for x in ((w, basis), (w,), (noise * w.norm(dim=-1, keepdim=True), basis))
-    )
-    often = (
-        torch.stack(
-            [(encode(sae, x) > 0).double().mean((0, 1)) for x in torch.cat((z, held["z"])).split(1)]
-        )
-        .mean(0)
-        .cpu()
-    )
-    key = (
-        share[:, h] if sae["head"] is None else often * (w[:, h] @ basis[h].T).norm(dim=-1).cpu()
-    )  # one head's SAE: shares are all 1
-    ranked = key.masked_fill(often == 0, -1).argsort(descending=True)[
-        : min(n, int((often > 0).sum()))
-    ]
-    chief = (share[:, h] > 0.5) | (share[:, h] >= 2 * share.topk(2).values[:, 1])
-    own = (often > 0) & (
-        chief if sae["head"] is None else torch.zeros_like(chief).index_fill(0, ranked, True)
-    )
-    mine, others = (
-        ((often > 0) & x).nonzero()[:, 0]
-        for f in [own.index_fill(0, ranked, True)]
-        for x in (f, ~f)
-    )
-    nearest = linear_sum_assignment(
-        (often[mine].log()[:, None] - often[others].log()).abs()
-    )  # one to one
-    pair = {int(mine[i]): int(others[j]) for i, j in zip(*nearest, strict=True)}
-    chosen = [
-        (kind, f)
-        for r in ranked.tolist()
-        for kind, f in (("hero", r), ("matched-random", pair.get(r)))
-        if f is not None
-    ]
-    columns, t, tops = [f for _, f in chosen], windows.shape[1], []
-    step = t * max(1, 2**24 // (t * len(w)))
-    for i in tqdm(
-        range(0, windows.numel(), step), desc="harvested tokens", unit="batch", disable=None
-    ):
-        x = (
-            torch.from_numpy(dump[i : min(i + step, windows.numel())].astype(np.float32))
-            .to(w)
-            .unflatten(1, (c.n_heads, -1))
-        )
-        tops.append(encode(sae, x, columns).unflatten(0, (-1, t)).max(1))  # one place a window
-    peak, where = (torch.cat(x) for x in zip(*tops, strict=True))
-    if not peak.isfinite().all():
-        raise HandoffError(
-            f"the dump of layer {hero.layer} of run {hero.run} is not finite; run harvest_activations.py again"
-        )
-    rows, contexts, u = [], [], unembedding(hero.model) @ hero.weights()[3]
-    clean = hero.loss(seen, z[:, :, h]).mean(1).cpu()
-    for j, (kind, f) in enumerate(tqdm(chosen, desc="features", unit="feature", disable=None)):
-        effect = hero.loss(seen, z[:, :, h] - encode(sae, z, [f]) * w[f, h]).mean(1).cpu() - clean
-        up, down = (
-            " ".join(map(say, x.topk(5).indices.tolist())) for x in (u @ w[f, h], -u @ w[f, h])
-        )
-        facts = dict(
-            feature=f,
-            kind=kind,
-            share=share[f, h].item(),
-            raw_share=raw[f, h].item(),
-            frequency=often[f].item(),
-        )
-        facts |= dict(
-            effective_heads=1 / share[f].square().sum().item(),
-            effective_heads_null=1 / null[f].square().sum().item(),
-        )
-        rows.append(
-            hero.row(
-                **facts,
-                **interval(effect, tests=len(chosen)),
-                unit="sequence",
-                raises=up,
-                lowers=down,
-            )
-        )
-        for i in peak[:, j].topk(min(8, len(peak))).indices.tolist():
-            s = int(where[i, j])
-            words = (
-                "".join(map(say, windows[i, a:b].tolist()))
-                for a, b in ((max(0, s - 8), s), (s, s + 1), (s + 1, s + 4))
-            )
-            place = dict(feature=f, kind=kind, activation=peak[i, j].item(), window=i, position=s)
-            contexts.append(place | dict(context="{}«{}»{}".format(*words)))
+    hero: Head, source: HarvestedSAE, harvested: Text, ablation: Ablation, n_features: int
+) -> DescribedFeatures:
+    """The first n_features of the ranking, each beside another head's feature of about the same
+    firing frequency: what it writes, where it is active, and what the loss loses without it."""
+    sae = source.sae
+    seen = ablation.seen
+    decoder = sae.by_head(sae.weights["W_dec"], hero.model.cfg.n_heads)  # [F, H, K]
+    hero_decoder = decoder[:, hero.head]  # [F, K]
+    rng = torch.Generator().manual_seed(0)
+    facts = feature_facts(hero, sae, decoder, ablation, rng)
 
-    def kept(latents: Any, decoder: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
-        return lambda s: torch.cat(
-            [encode(sae, x, latents) @ decoder[latents] for x in s["z"].split(1)]
-        )
+    # Which features are described, which are the hero's, and a twin for each of both.
+    described = rank_features(hero, sae, facts)[:n_features]
+    own = features_of_hero(hero, sae, facts, described)
+    twins = match_by_frequency(facts, own.index_fill(0, described, True))
+    chosen = with_twins(described, twins)
 
-    keep, mixed = (
-        own.nonzero()[:, 0].tolist(),
-        w[torch.randperm(len(w), generator=rng).to(w.device), h],
+    # Each of them in turn.
+    peaks = find_peaks(hero, source, harvested, [feature.number for feature in chosen])
+    w_u_o = unembedding(hero.model) @ hero.weights().w_o  # [V, K]
+    rows = []
+    contexts = []
+    for i, feature in enumerate(tqdm(chosen, desc="features", unit="feature", disable=None)):
+        writes = hero_decoder[feature.number]  # [K], at activation 1
+        without = seen.head_z - encode(sae, seen.z, [feature.number]) * writes  # [n, T, K]
+        effect = hero.loss(seen, without).mean(1).cpu() - ablation.clean.mean(1).cpu()  # [n]
+        estimate = interval(effect, tests=len(chosen))  # simultaneous for the features described
+        logits = w_u_o @ writes  # [V]
+        rows.append(feature_row(hero, feature, facts, estimate, logits, harvested.say))
+        activation = peaks.activation[:, i]  # [windows]
+        contexts += top_contexts(feature, activation, peaks.position[:, i], harvested)
+    mechanisms = feature_mechanisms(sae, hero_decoder, own, twins, rng)
+    return DescribedFeatures(rows, contexts, mechanisms)
+
+
+# ---- step 7: which share of its impact a description explains
+@dataclass(frozen=True)
+class Mechanism:
+    """A claim about which part of the head's z does its work: its name in tables and figures, the
+    part that is claimed, and a part drawn at random that is as large."""
+
+    name: str
+    claimed: Part
+    control: Part
+
+
+def z_from_keys(seen: Seen, kind: KindOfKey) -> Tensor:
+    """The part [n, T, K] of z that comes from one kind of key."""
+    return (seen.attention * kind(seen.text)) @ seen.value
+
+
+def z_from_random_keys(seen: Seen, kind: KindOfKey) -> Tensor:
+    """The part [n, T, K] of z that comes from as many keys a query, drawn at random."""
+    n_keys = kind(seen.text).sum(-1, keepdim=True)  # [n, T, 1]
+    rng = torch.Generator().manual_seed(1)
+    luck = torch.rand(seen.attention.shape, generator=rng).to(seen.attention.device)
+    later = torch.ones_like(luck, dtype=torch.bool).triu(1)
+    rank = luck.masked_fill(later, 2.0).argsort(-1).argsort(-1)  # of each key, from 0
+    return (seen.attention * (rank < n_keys)) @ seen.value
+
+
+def keys_alone(name: str, kind: KindOfKey) -> Mechanism:
+    """The claim that the head reads one kind of key."""
+    claimed = functools.partial(z_from_keys, kind=kind)
+    control = functools.partial(z_from_random_keys, kind=kind)
+    return Mechanism(f"keys: {name}", claimed, control)
+
+
+MECHANISMS = [  # features of an SAE come on top of these
+    keys_alone("first position", first_position),
+    keys_alone("current token", current_token),
+    keys_alone("previous token", previous_token),
+    keys_alone("0-5 tokens back", up_to_5_back),
+    keys_alone("duplicate token", duplicate_token),
+    keys_alone("induction", after_duplicate),
+]
+
+
+def written_by(sae: SAE, features: WhichFeatures, decoder: Tensor) -> Part:
+    """The part of z that some features write with the rows of a decoder [F, K]."""
+
+    def part(seen: Seen) -> Tensor:
+        by_window = [encode(sae, z, features) @ decoder[features] for z in seen.z.split(1)]
+        return torch.cat(by_window)  # [n, T, K]
+
+    return part
+
+
+def feature_mechanisms(
+    sae: SAE, decoder: Tensor, own: Tensor, twins: dict[int, int], rng: torch.Generator
+) -> list[Mechanism]:
+    """The hero's own features (mask [F]; control: their twins) and all features (control: each
+    writes with the decoder row [K] of another)."""
+    own_features = own.nonzero()[:, 0].tolist()
+    their_twins = [twins[feature] for feature in own_features if feature in twins]
+    other_rows = torch.randperm(len(decoder), generator=rng).to(decoder.device)
+    own_alone = Mechanism(
+        f"its {len(own_features)} SAE features",
+        written_by(sae, own_features, decoder),
+        written_by(sae, their_twins, decoder),
     )
-    parts = {
-        f"its {len(keep)} SAE features": (
-            kept(keep, w[:, h]),
-            kept([pair[f] for f in keep if f in pair], w[:, h]),
-        )
-    }
-    return (
-        rows,
-        contexts,
-        parts | {"all SAE features": (kept(slice(None), w[:, h]), kept(slice(None), mixed))},
+    all_alone = Mechanism(
+        "all SAE features",
+        written_by(sae, ALL_FEATURES, decoder),
+        written_by(sae, ALL_FEATURES, decoder[other_rows]),
+    )
+    return [own_alone, all_alone]
+
+
+def explained(head: Head, ablation: Ablation, mechanisms: list[Mechanism]) -> Rows:
+    """Share of the loss impact kept, (ablated - kept) / (ablated - clean), by the claimed part of
+    each mechanism and by its control. Simultaneous for the mechanisms, not for their controls."""
+    ablated = ablation.ablated.mean(1).cpu()  # [n]
+    clean = ablation.clean.mean(1).cpu()  # [n]
+    impact = interval(ablated - clean)
+    rows = []
+    for mechanism in tqdm(mechanisms, desc="preserving ablation", unit="mechanism", disable=None):
+        by_kind = {"claimed": mechanism.claimed, "matched-random": mechanism.control}
+        for kind, part in by_kind.items():
+            kept = head.preserved_loss(ablation.seen, ablation.held, part).mean(1).cpu()  # [n]
+            share = interval(ablated - kept, ablated - clean, tests=len(mechanisms))
+            row = head.row(
+                mechanism=mechanism.name,
+                kind=kind,
+                **vars(share),
+                impact=impact.value,
+                impact_low=impact.ci_low,
+                impact_high=impact.ci_high,
+            )
+            rows.append(row)
+    return rows
+
+
+# ---- one text, for the eye
+@dataclass
+class AttentionMap:
+    """Attention of a head on the shown text. The cells are the lower triangle, row by row."""
+
+    name: str  # of the head
+    query: np.ndarray  # [cells] positions
+    key: np.ndarray  # [cells] positions
+    attention: Tensor  # [cells] probability
+    value_norm: Tensor  # [T] length of what each key's value writes
+
+
+def attention_map(head: Head, shown: Text) -> AttentionMap:
+    """What a head attends to in the first window of `shown`."""
+    seen = head.look(shown)
+    query, key = np.tril_indices(shown.idx.shape[1])
+    written = seen.value[0] @ head.weights().w_o.T  # [T, D]
+    return AttentionMap(
+        name=f"{head.role}: {head.run} L{head.layer}H{head.head}",
+        query=query,
+        key=key,
+        attention=seen.attention[0].cpu()[query, key],
+        value_norm=written.norm(dim=-1).cpu(),
     )
 
 
 # ---------------------------------------------------------------------------------------------- run
-def open_run(
-    table: pd.DataFrame, run: str, role: str, args: argparse.Namespace, device: torch.device
-) -> tuple[Head, dict, pd.DataFrame]:
-    """The hero of a run in the CSV (or --force_layer/--force_head), its checkpoint, and the run's rows in order of rank."""
-    rows = table[table["run"] == run]
-    rows = rows[
-        rows["mode"] == ("mean" if (rows["mode"] == "mean").any() else rows["mode"].iloc[0])
-    ].sort_values("rank")
-    path, sha = Path(str(rows["checkpoint"].iloc[0])), str(rows["ckpt_sha"].iloc[0])
-    layer, head = map(int, rows[["layer", "head"]].iloc[0])
-    model, ckpt = load_checkpoint(path, device, args.skip_probe)
-    if not (digest := sha256(path)).startswith(sha):
-        raise HandoffError(
-            f"{path} has sha256 {digest[:12]}, {args.ablation_csv} says {sha[:12]}; run ablation_test.py on it again"
-        )
-    if role == "hero" and args.force_layer is not None:
-        layer, head = args.force_layer, args.force_head
-    for name, i, n in (("layer", layer, model.cfg.n_layers), ("head", head, model.cfg.n_heads)):
-        if not 0 <= i < n:
-            raise HandoffError(f"{name} {i} is out of range: {path} has {name}s 0 to {n - 1}")
-    return (
-        Head(role, run, layer, head, model.requires_grad_(False)),
-        ckpt | dict(path=path, sha256=digest),
-        rows,
-    )
-
-
-def open_dump(path: Path, schema: str, ckpt: dict, remedy: str) -> Any:
-    """A dump of phase 2 (.npy) or the SAE of phase 3 (.safetensors), checked to be complete and made from the checkpoint."""
-    side = read_sidecar(path, schema, remedy)
-    found, wanted = (side.get("checkpoint_sha256"), side.get("site", "z")), (ckpt["sha256"], "z")
-    if found != wanted:
-        both = [f"site {site} of checkpoint {str(sha)[:12]}" for sha, site in (found, wanted)]
-        raise HandoffError(
-            f"{path} was made from {both[0]}, expected {both[1]} ({ckpt['path']}); remake it with: {remedy}"
-        )
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        cfg = json.loads(path.with_name("cfg.json").read_text(encoding="utf-8"))
-        if cfg["architecture"] not in ("standard", "topk", "jumprelu", "gated"):
-            raise ValueError(f"architecture {cfg['architecture']}")
-        return load_file(path) | dict(arch=cfg["architecture"], k=cfg.get("k"))
-    except Exception as e:  # safetensors and numpy raise many types
-        raise HandoffError(
-            f"{path} cannot be read ({str(e)[:80]}); remake it with: {remedy}"
-        ) from None
-
-
-def open_sae(
-    args: argparse.Namespace, hero: Head, ckpt: dict, harvest: str, n: int
-) -> tuple[dict, np.ndarray] | str:
-    """The SAE of the hero's layer (else of the head) and its n rows of harvested z; or the line that says how to make them."""
-    train = f"python train_sae.py --runs {hero.run} --layers {hero.layer}"
-    train += f" --activations_dir {args.activations_dir} --save_dir {args.saes_dir}"
-    path = args.activations_dir / hero.run / f"L{hero.layer}.z.npy"
-    for head, name in ((None, f"L{hero.layer}"), (hero.head, f"L{hero.layer}/H{hero.head}")):
-        weights = args.saes_dir / hero.run / name / "sae_weights.safetensors"
-        if weights.is_file() and path.is_file():
-            sae, dump = (
-                open_dump(weights, "janus.sae/1", ckpt, train),
-                open_dump(path, "janus.activations/1", ckpt, harvest),
-            )
-            if dump.shape != (n, hero.model.cfg.n_heads * hero.model.cfg.d_head):
-                raise HandoffError(
-                    f"{path} has shape {dump.shape}, not that of tokens.npy ({n} rows); remake both with: {harvest}"
-                )
-            for f in (f for f in args.features or [] if not 0 <= f < len(sae["W_dec"])):
-                raise HandoffError(
-                    f"--features {f}: {weights.parent} has features 0 to {len(sae['W_dec']) - 1}"
-                )
-            sae |= dict(head=head, folder=weights.parent)
-            return {
-                k: v.to(hero.model.norm.weight) if isinstance(v, Tensor) else v
-                for k, v in sae.items()
-            }, dump
-    missing = f"There is no SAE of layer {hero.layer}; make it with `{harvest}` and `{train}`."
-    if args.features:
-        raise HandoffError(f"--features: {missing}")
-    return missing
-
-
-def draw_features(args: argparse.Namespace, of: dict[str, Any]) -> Path:
-    """hero_features.html: tools/feature_dashboard.py on the hero's SAE. Raises HandoffError with that tool's error."""
-    out, inputs = (
-        args.save_dir / "hero_features.html",
-        ["--activations_dir", args.activations_dir, "--model_path", of["ckpt"]["path"]],
-    )
-    run_tool(
-        "feature_dashboard",
-        of["sae"][0]["folder"],
-        "--features",
-        *args.features,
-        *inputs,
-        "--out",
-        out,
-    )
-    return out
-
-
-def token_text(tokenizer: Tokenizer, i: int) -> str:
-    """Text of a token with visible spaces and line ends; a piece of a letter by its name in the vocabulary."""
-    text = tokenizer.decode([i], skip_special_tokens=False)
-    text = text if text and "\ufffd" not in text else tokenizer.id_to_token(i) or f"<{i}>"
-    return text.translate({32: "·", 9: "⇥", 10: "⏎", 13: "␍"})
-
-
-def read_inputs(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Opens and checks everything: CSV, checkpoint, tokenizer, text, harvested tokens, SAE; raises HandoffError before any work."""
-    remedy = "python ablation_test.py --adaptive_model CHECKPOINT"
-    read_sidecar(args.ablation_csv, "janus.ablation/1", remedy)
-    try:
-        table = pd.read_csv(
-            args.ablation_csv,
-            dtype=dict(layer=int, head=int, rank=float, delta=float, p_top1=float, p_maxT=float),
-        )
-    except ValueError as e:
-        raise HandoffError(
-            f"{args.ablation_csv} is not a CSV ({e}); make it with: {remedy}"
-        ) from None
-    need = {
-        "run",
-        "checkpoint",
-        "ckpt_sha",
-        "layer",
-        "head",
-        "mode",
-        "delta",
-        "ci_lo",
-        "ci_hi",
-        "p_maxT",
-        "rank",
-        "p_top1",
-    }
-    if table.empty or (lacking := sorted(need - set(table))):
-        raise HandoffError(
-            f"{args.ablation_csv} has {'no rows' if table.empty else f'no columns {lacking}'}; make it with: {remedy}"
-        )
-    runs = list(table["run"].unique())
-    run = args.run or ("adaptive" if "adaptive" in runs else runs[0])
-    if run not in runs:
-        raise HandoffError(
-            f"--run {run} is not in {args.ablation_csv}, which has: {', '.join(map(str, runs))}"
-        )
-    hero, ckpt, rows = open_run(table, run, "hero", args, device)
-    first = rows.iloc[0]
-    unique = first["p_top1"] >= 0.95 and first["p_maxT"] < 0.05
-    with contextlib.suppress(
-        OSError, ValueError, LookupError
-    ):  # phase 4's own verdict also asks for a gap to the second head
-        verdicts = pd.read_csv(
-            args.ablation_csv.with_name(f"{args.ablation_csv.stem}_summary.csv")
-        ).set_index(["run", "mode"])
-        unique = bool(verdicts.loc[(run, first["mode"]), "unique_hero"])
-    other = next(
-        (open_run(table, r, f"hero of {r}", args, device)[:2] for r in runs if r != run), None
-    )
-    t, vocabulary = hero.model.cfg.seq_len, ckpt["path"].with_name("tokenizer.json")
-    if other and (other[0].model.cfg.seq_len, other[1]["data"]["tokenizer_hash"]) != (
-        t,
-        ckpt["data"]["tokenizer_hash"],
-    ):
-        raise HandoffError(
-            f"{other[1]['path']} and {ckpt['path']} differ in tokenizer or context: they cannot read the same text"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(vocabulary))
-    except Exception as e:
-        raise HandoffError(
-            f"{vocabulary} cannot be read ({e}); janus_adaptive.py writes it beside the checkpoint"
-        ) from None
-    ids = tokenizer.encode(args.text, add_special_tokens=False).ids
-    if not ids:
-        raise HandoffError(f"--text {args.text!r} has no tokens under {vocabulary}")
-    if len(ids) > t:
-        print(
-            f"--text has {len(ids)} tokens; only the first {t}, the context of the model, are used"
-        )
-    harvest = f"python harvest_activations.py --model_path {ckpt['path']} --run_name {run}"
-    harvest += f" --save_dir {args.activations_dir} --layers {hero.layer}"
-    tokens = open_dump(args.activations_dir / run / "tokens.npy", "janus.tokens/1", ckpt, harvest)
-    windows = (
-        torch.from_numpy(tokens[: len(tokens) // t * t].astype(np.int64)).view(-1, t).to(device)
-    )
-    top, vocab = max([*ids, int(windows.max()) if len(windows) else 0]), hero.model.cfg.vocab_size
-    if len(windows) < 4 or top >= vocab:
-        raise HandoffError(
-            f"{len(windows)} windows of {t} harvested tokens (4 needed), token {top} of {vocab}; harvest with: {harvest}"
-        )
-    sae, say = (
-        open_sae(args, hero, ckpt, harvest, len(tokens)),
-        functools.cache(functools.partial(token_text, tokenizer)),
-    )
-    text = torch.tensor([ids[:t]], device=device)
-    return dict(
-        hero=hero,
-        ckpt=ckpt,
-        first=first,
-        unique=unique,
-        other=other,
-        table=table,
-        say=say,
-        text=text,
-        windows=windows,
-        sae=sae,
-    )
-
-
-def study_hero(
-    args: argparse.Namespace, of: dict[str, Any]
-) -> tuple[dict[str, pd.DataFrame], str, dict[str, Any]]:
-    """The whole method: tables by name, the opening of the report, the data of the page."""
-    hero, ckpt, windows, say, text, first = (
-        of[k] for k in ("hero", "ckpt", "windows", "say", "text", "first")
-    )
-    model, c, (_, t) = hero.model, hero.model.cfg, windows.shape
-    n, n_features = PHASE_PRESETS.get(
-        ckpt.get("preset", "full") if args.preset == "auto" else args.preset, PHASE_PRESETS["full"]
-    )
-    n, n_features = min(args.n_seqs or n, len(windows) // 2), args.n_features or n_features
-    idx, rest, stride = windows[-n:], windows[-2 * n : -n], math.ceil(n * t / 4096)
-    print(
-        f"hero: {hero.run} L{hero.layer}H{hero.head}; {n} + {n} windows of {t} tokens, about {50 + 3 * n_features} passes",
-        flush=True,
-    )
-
-    # Control heads: the same model's that write about as much; the other run's hero, and its match by function
-    writes = head_writes(model, rest, stride)
-    size = writes.square().mean(0).sum(-1).log()
-    near = (
-        (size - size[hero.layer, hero.head])
-        .abs()
-        .flatten()
-        .argsort()[1 : 3 * N_RANDOM + 1]
-        .tolist()
-    )
-    drawn = [divmod(i, c.n_heads) for i in random.sample(near, min(N_RANDOM, len(near)))]
-    heads = [
-        hero,
-        *(Head(f"random {i + 1}", hero.run, l, h, model) for i, (l, h) in enumerate(drawn)),
-    ]
-    twin, matched = heads[1], ""
-    if of["other"]:
-        theirs = of["other"][0]
-        l, h, cka, null = match_by_function(
-            writes[:, hero.layer, hero.head], head_writes(theirs.model, rest, stride)
-        )
-        twin = Head(f"match in {theirs.run}", theirs.run, l, h, theirs.model)
-        heads += [twin, theirs]
-        matched = f" Match in {theirs.run}: L{l}H{h}, CKA of the residual writes {cka:.3f} (best under the null {null:.3f})."
-
-    # What every component adds to the right logit
-    direct, rms = direct_attribution(model, idx[:, :-1], unembedding(model)[idx[:, 1:]])
-    logits = model(idx[:2, :-1])[0]
-    gap = (
-        (
-            direct[:2].sum(-1)
-            - (logits - logits.mean(-1, keepdim=True)).gather(-1, idx[:2, 1:, None])[..., 0]
-        )
-        .abs()
-        .max()
-        .item()
-    )
-    if gap > 1e-4 * max(1.0, logits.abs().max().item()):
-        raise HandoffError(
-            f"the direct logit attribution misses the logits by {gap:.1e} (allowed 1e-4): only the model was edited"
-        )
-    names = [
-        "embedding",
-        *(
-            f"L{l} {'MLP' if h == c.n_heads else f'H{h}'}"
-            for l in range(c.n_layers)
-            for h in range(c.n_heads + 1)
-        ),
-    ]
-    tables: dict[str, Any] = {
-        name: [] for name in ("impact", "ov", "qk_pairs", "qk_bands", "tokens", "attention")
-    }
-    tables["dla"] = [
-        dict(component=k, **interval(x), unit="sequence")
-        for k, x in zip(names, direct.mean(1).T.cpu(), strict=True)
-    ]
-
-    # Every head: impact, scores, weights
-    tables["scores"] = score_table(heads, idx)
-    common = windows.flatten().bincount(minlength=c.vocab_size).topk(min(256, c.vocab_size)).indices
-    kept: dict[str, Any] = {}
-    for at in heads:
-        seen, held = at.look(idx), at.look(rest)
-        delta = at.preserved(seen, held, lambda s: 0 * s["v"]) - at.loss(
-            seen, seen["z"][:, :, at.head]
-        )
-        top = delta.flatten().sort(descending=True).values
-        more = dict(
-            on_top_1_percent=(
-                top[: math.ceil(len(top) / 100)].sum() / top.clamp_min(0).sum()
-            ).item()
-        )
-        if at.run == hero.run:
-            own = direct[..., 1 + at.layer * (c.n_heads + 1) + at.head]
-            more["direct_logits"] = own.mean().item()
-        tables["impact"].append(
-            at.row(**interval(delta.mean(1).cpu(), tests=len(heads)), unit="sequence", **more)
-        )
-        kept = kept or dict(seen=seen, held=held, delta=delta, own=own)
-        looked_at = (
-            torch.bincount(idx.flatten(), seen["a"].sum(1).flatten(), minlength=c.vocab_size)
-            .topk(12)
-            .indices
-        )
-        (written, copying), (pairs, bands) = (
-            at.decode_ov(looked_at, say, rms.mean().item()),
-            at.decode_qk(common, say),
-        )
-        for name, rows in (
-            ("ov", written),
-            ("scores", [copying]),
-            ("qk_pairs", pairs),
-            ("qk_bands", bands),
-        ):
-            tables[name] += rows
-
-    # The hero: where it matters, its features, what is explained
-    seen, held, delta, own = kept.values()
-    for i in delta.flatten().topk(min(50, delta.numel())).indices.tolist():
-        w, s = divmod(i, t - 1)
-        key, words = int(seen["a"][w, s].argmax()), [say(x) for x in idx[w].tolist()]
-        place = dict(
-            window=len(windows) - n + w,
-            position=s,
-            delta_nats=delta[w, s].item(),
-            direct_logits=own[w, s].item(),
-        )
-        place |= dict(context="".join(words[max(0, s - 11) : s + 1]), next=words[s + 1])
-        tables["tokens"].append(place | dict(attends_to=f"{words[key]} ({s - key} back)"))
-    keys = {
-        kind: tuple(functools.partial(keys_kept, kind=kind, scatter=x) for x in (False, True))
-        for kind in pattern_types(text)
-    }
-    parts: dict[str, Any] = {f"keys: {kind}": pair for kind, pair in keys.items()}
-    if not isinstance(of["sae"], str):
-        sae, dump = of["sae"]
-        tables["features"], tables["contexts"], by_sae = describe_features(
-            hero, sae, dump, windows, seen, held, n_features, say
-        )
-        parts |= by_sae
-    tables["preserving"] = hero.explained(seen, held, parts)
-
-    # The text, and what the figures and the page show
-    labels, panels = np.array([say(x) for x in text[0].tolist()]), []
-    for at in (hero, twin):
-        there, name, (q, k) = (
-            at.look(text),
-            f"{at.role}: {at.run} L{at.layer}H{at.head}",
-            np.tril_indices(len(labels)),
-        )
-        a, norm = there["a"][0].cpu()[q, k], (there["v"][0] @ at.weights()[3].T).norm(dim=-1).cpu()
-        cells = dict(
-            panel=name,
-            query=q,
-            key=k,
-            query_token=labels[q],
-            key_token=labels[k],
-            attention=a,
-            value_norm=norm[k],
-        )
-        tables["attention"].append(pd.DataFrame(cells))
-        packed = (
-            base64.b64encode(x.numpy().astype("<f2").tobytes()).decode() for x in (a, norm)
-        )  # float16
-        panels.append(dict(zip(("name", "a", "w"), (name, *packed), strict=True)))
-    tables["attention"] = pd.concat(tables["attention"])
-    studied = {(at.run, at.layer, at.head) for at in heads}
-    grid = of["table"][of["table"]["mode"] == first["mode"]][
-        ["run", "layer", "head", "delta", "ci_lo", "ci_hi", "rank"]
-    ]
-    grid = grid.assign(
-        studied=[
-            x in studied for x in grid[["run", "layer", "head"]].itertuples(index=False, name=None)
-        ]
-    )
-    tables = {name: pd.DataFrame(x) for name, x in tables.items()} | dict(importance=grid)
-    rows = json.loads(
-        grid.sort_values(["run", "layer", "head"]).to_json(orient="records")
-    )  # nan becomes null
-
-    verdict = "the unique hero" if of["unique"] else "no unique hero: this is the top-ranked head"
-    verdict = (
-        verdict
-        if (first["layer"], first["head"]) == (hero.layer, hero.head)
-        else "chosen with --force_layer and --force_head"
-    )
-    best = tables["preserving"].query("kind == 'claimed'").sort_values("value").iloc[-1]
-    loss = tables["impact"].iloc[0]
-    share = f"{best['mechanism']} alone keeps {best['value']:.0%} [{best['ci_low']:.0%}, {best['ci_high']:.0%}] of it"
-    share = (
-        share
-        if loss["ci_low"] > 0
-        else "not told from 0 here, so shares of it mean nothing: more --n_seqs"
-    )
-    lead = (
-        f"L{hero.layer}H{hero.head} of {ckpt['path']} (run {hero.run}): {verdict} (L{first['layer']}H{first['head']} is top-1 in "
-        f"{first['p_top1']:.1%} of bootstrap draws, p {first['p_maxT']:.4f}).{matched} Impact {loss['value']:.5f} nats a token "
-        f"[{loss['ci_low']:.5f}, {loss['ci_high']:.5f}]; {share}. {n} windows of {t} harvested tokens, means from {n} others; intervals: "
-        f"95 % bootstrap over windows, Bonferroni within a table. Direct attribution adds up to the logits within {gap:.1e}. One training "
-        "run a model: descriptive only."
-    )
-    return tables, lead, dict(tokens=labels.tolist(), panels=panels, grid=rows)
-
-
 def run(args: argparse.Namespace) -> int:
+    """The analysis: opens what the earlier phases made, studies the hero, writes what was found."""
     if args.redraw:
         draw_figures(args.save_dir)
         return 0
@@ -981,57 +1305,474 @@ def run(args: argparse.Namespace) -> int:
         [args.save_dir / "hero_report.md", args.save_dir / "hero_report.html"], args.overwrite
     )
     device, _ = set_up(args)
-    of = read_inputs(args, device)
-    hero, missing = of["hero"], of["sae"] if isinstance(of["sae"], str) else ""
+    inputs = read_inputs(args, device)
+    args = with_sizes(args, inputs)
+    hero = inputs.hero
+    size = f"{args.n_seqs} + {args.n_seqs} windows of {inputs.harvested.idx.shape[1]} tokens"
+    cost = f"about {50 + 3 * args.n_features} passes"
+    print(f"hero: {hero.run} L{hero.layer}H{hero.head}; {size}, {cost}", flush=True)
     with run_record(args.save_dir, args) as record:
-        tables, lead, data = study_hero(args, of)
         record["hero"] = hero.row()
+        study = study_hero(args, inputs)
+        tables = {name: pd.DataFrame(rows) for name, rows in study.tables.items()}
+        tables["attention"] = attention_table(study.maps, inputs.shown)
+        tables["importance"] = importance_table(inputs, study.heads)
         title = f"Hero head L{hero.layer}H{hero.head} of {hero.run}"
-        reports = render(title, lead, tables, missing, data)
-        outputs = {f"hero_{name}.csv": table.to_csv(index=False) for name, table in tables.items()}
-        outputs |= reports
-        # What is left of an earlier analysis is not finished, and its page is not of this one.
-        for old in [*args.save_dir.glob("hero_*.json"), args.save_dir / "hero_report.html"]:
-            old.unlink(missing_ok=True)
-        for name, content in outputs.items():
-            with atomic(args.save_dir / name) as tmp:
-                tmp.write_text(content, encoding="utf-8")
-        draw_figures(args.save_dir)
-        names = [
-            *outputs,
-            *(f"hero_{x}.png" for x in ("attention", "importance", "scores", "preserving")),
-        ]
-        if args.features:
-            names.append(draw_features(args, of).name)
-        for name in names:
-            facts = hero.row(checkpoint_sha256=of["ckpt"]["sha256"], seed=args.seed)
-            write_sidecar(args.save_dir / name, "janus.hero/1", [args.ablation_csv], **facts)
+        lead = opening(args, inputs, study, tables)
+        page = page_data(study.maps, inputs.shown, tables["importance"])
+        reports = render(title, lead, tables, inputs.no_sae, page)
+        write_results(args, inputs, tables, reports)
     written = " or ".join(str(args.save_dir / name) for name in sorted(reports))
-    print(f"{lead}\n{missing}\nRead {written}")
+    print(f"{lead}\n{inputs.no_sae}\nRead {written}")
     return 0
+
+
+def with_sizes(args: argparse.Namespace, inputs: Inputs) -> argparse.Namespace:
+    """The arguments with the preset's sizes where no flag says otherwise. Half of the harvested
+    windows are analysed at most: as many others give the means."""
+    preset = args.preset
+    if preset == "auto":
+        preset = inputs.ckpt.get("preset", "full")
+    sizes = PHASE_PRESETS.get(preset, PHASE_PRESETS["full"])
+    args = argparse.Namespace(**vars(args))
+    args.n_seqs = min(args.n_seqs or sizes["n_seqs"], len(inputs.harvested) // 2)
+    args.n_features = args.n_features or sizes["n_features"]
+    return args
+
+
+def write_results(
+    args: argparse.Namespace,
+    inputs: Inputs,
+    tables: dict[str, pd.DataFrame],
+    reports: dict[str, str],
+) -> None:
+    """CSVs, reports (by file name), figures and their sidecars, which are written last."""
+    files = {f"hero_{name}.csv": table.to_csv(index=False) for name, table in tables.items()}
+    files.update(reports)
+    # What is left of an earlier analysis is not finished, and its page is not of this one.
+    for old in [*args.save_dir.glob("hero_*.json"), args.save_dir / "hero_report.html"]:
+        old.unlink(missing_ok=True)
+    for name, content in files.items():
+        with atomic(args.save_dir / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    draw_figures(args.save_dir)
+    names = [*files, *(f"hero_{figure}.png" for figure in FIGURES)]
+    if args.features and inputs.sae is not None:
+        draw_features(args, inputs.ckpt["path"], inputs.sae.sae)
+        names.append("hero_features.html")
+    facts = inputs.hero.row(checkpoint_sha256=inputs.ckpt["sha256"], seed=args.seed)
+    for name in names:
+        write_sidecar(args.save_dir / name, "janus.hero/1", [args.ablation_csv], **facts)
+
+
+# ---- what the earlier phases made
+@dataclass
+class Inputs:
+    """Everything that is read, checked."""
+
+    table: pd.DataFrame  # the CSV of phase 4
+    hero: Head  # the head under study
+    ckpt: dict[str, Any]  # the rest of its checkpoint's file, with its `path` and `sha256`
+    top: pd.Series  # the CSV's row of the run's top-ranked head
+    is_unique: bool  # whether phase 4 calls the top-ranked head a unique hero
+    other_hero: Head | None  # the hero of another run in the CSV; None where there is none
+    shown: Text  # one window, the text of --text: its attention is drawn, nothing is measured
+    harvested: Text  # all harvested windows: everything is measured on some of them
+    sae: HarvestedSAE | None  # the SAE of the hero; None where there is none
+    no_sae: str  # then the line that says how to make one, else empty
+
+
+def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
+    """Opens and checks everything: CSV, checkpoints, tokenizer, texts, SAE. Raises HandoffError
+    before any work."""
+    table = read_ablation_csv(args.ablation_csv)
+    runs = list(table["run"].unique())
+    run_name = args.run or ("adaptive" if "adaptive" in runs else runs[0])
+    if run_name not in runs:
+        found = ", ".join(map(str, runs))
+        raise HandoffError(f"--run {run_name} is not in {args.ablation_csv}, which has: {found}")
+    mine = open_run(args, table, run_name, "hero", device)
+    is_unique = is_unique_hero(args.ablation_csv, run_name, mine.top)
+    other = None
+    other_names = [name for name in runs if name != run_name]
+    if other_names:
+        other = open_run(args, table, other_names[0], f"hero of {other_names[0]}", device)
+        need_same_text(mine, other)
+    hero = mine.hero
+    ckpt = mine.ckpt
+
+    say, shown = read_shown_text(args.text, ckpt["path"], hero.model.cfg.seq_len)
+    harvest = f"python harvest_activations.py --model_path {ckpt['path']} --run_name {run_name}"
+    harvest += f" --save_dir {args.activations_dir} --layers {hero.layer}"
+    token_dump = args.activations_dir / run_name / "tokens.npy"
+    tokens = open_dump(token_dump, "janus.tokens/1", ckpt, harvest)  # [N]
+    windows = whole_windows(tokens, hero.model.cfg, shown, harvest)
+    sae = open_hero_sae(args, hero, ckpt, harvest, len(tokens))
+    no_sae = ""
+    if sae is None:
+        train = train_command(args, hero)
+        no_sae = f"There is no SAE of layer {hero.layer}; make it with `{harvest}` and `{train}`."
+        if args.features:
+            raise HandoffError(f"--features: {no_sae}")
+    return Inputs(
+        table=table,
+        hero=hero,
+        ckpt=ckpt,
+        top=mine.top,
+        is_unique=is_unique,
+        other_hero=None if other is None else other.hero,
+        shown=Text(torch.tensor([shown], device=device), say),
+        harvested=Text(windows.to(device), say),
+        sae=sae,
+        no_sae=no_sae,
+    )
+
+
+def read_ablation_csv(path: Path) -> pd.DataFrame:
+    """The table of phase 4. Raises HandoffError where it is not one."""
+    remedy = "python ablation_test.py --adaptive_model CHECKPOINT"
+    read_sidecar(path, "janus.ablation/1", remedy)
+    numbers = ["rank", "delta", "p_top1", "p_maxT"]
+    types = {"layer": int, "head": int, **dict.fromkeys(numbers, float)}
+    try:
+        table = pd.read_csv(path, dtype=types)
+    except ValueError as e:
+        raise HandoffError(f"{path} is not a CSV ({e}); make it with: {remedy}") from None
+    if table.empty:
+        raise HandoffError(f"{path} has no rows; make it with: {remedy}")
+    needed = {"run", "checkpoint", "ckpt_sha", "mode", "ci_lo", "ci_hi", *types}
+    lacking = sorted(needed - set(table))
+    if lacking:
+        raise HandoffError(f"{path} has no columns {lacking}; make it with: {remedy}")
+    return table
+
+
+@dataclass
+class OpenedRun:
+    """A run of the CSV: its hero, the rest of its checkpoint's file, its top-ranked row."""
+
+    hero: Head
+    ckpt: dict[str, Any]
+    top: pd.Series
+
+
+def open_run(
+    args: argparse.Namespace, table: pd.DataFrame, run_name: str, role: str, device: torch.device
+) -> OpenedRun:
+    """A run's checkpoint and its top-ranked head, or for the role "hero" the head of --force_layer
+    and --force_head."""
+    rows = table[table["run"] == run_name]
+    modes = list(rows["mode"])
+    mode = "mean" if "mean" in modes else modes[0]
+    top = rows[rows["mode"] == mode].sort_values("rank").iloc[0]
+    path = Path(str(top["checkpoint"]))
+    expected_sha = str(top["ckpt_sha"])
+    model, ckpt = load_checkpoint(path, device, args.skip_probe)
+    found_sha = sha256(path)
+    if not found_sha.startswith(expected_sha):
+        fact = f"{path} has sha256 {found_sha[:12]}, {args.ablation_csv} says {expected_sha[:12]}"
+        raise HandoffError(f"{fact}; run ablation_test.py on it again")
+    layer = int(top["layer"])
+    head = int(top["head"])
+    if role == "hero" and args.force_layer is not None:
+        layer = args.force_layer
+        head = args.force_head
+    need_in_range("layer", layer, model.cfg.n_layers, path)
+    need_in_range("head", head, model.cfg.n_heads, path)
+    ckpt["path"] = path
+    ckpt["sha256"] = found_sha
+    return OpenedRun(Head(role, run_name, layer, head, model.requires_grad_(False)), ckpt, top)
+
+
+def need_in_range(name: str, number: int, count: int, path: Path) -> None:
+    if not 0 <= number < count:
+        raise HandoffError(f"{name} {number} is out of range: {path} has {name}s 0 to {count - 1}")
+
+
+def is_unique_hero(ablation_csv: Path, run_name: str, top: pd.Series) -> bool:
+    """Phase 4's verdict on the top-ranked head; without its summary, the part of it that needs the
+    CSV alone (the verdict also asks for a gap to the second head)."""
+    summary = ablation_csv.with_name(f"{ablation_csv.stem}_summary.csv")
+    with contextlib.suppress(OSError, ValueError, LookupError):
+        verdicts = pd.read_csv(summary).set_index(["run", "mode"])
+        return bool(verdicts.loc[(run_name, top["mode"]), "unique_hero"])
+    return bool(top["p_top1"] >= 0.95 and top["p_maxT"] < 0.05)
+
+
+def need_same_text(mine: OpenedRun, other: OpenedRun) -> None:
+    """Raises HandoffError where two models cannot read the same windows."""
+    same_length = other.hero.model.cfg.seq_len == mine.hero.model.cfg.seq_len
+    same_tokens = other.ckpt["data"]["tokenizer_hash"] == mine.ckpt["data"]["tokenizer_hash"]
+    if not (same_length and same_tokens):
+        fact = f"{other.ckpt['path']} and {mine.ckpt['path']} differ in tokenizer or context"
+        raise HandoffError(f"{fact}: they cannot read the same text")
+
+
+def read_shown_text(text: str, checkpoint: Path, seq_len: int) -> tuple[Say, list[int]]:
+    """The text of a token by its id, and the ids of --text, cut at the context of the model."""
+    vocabulary = checkpoint.with_name("tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(vocabulary))
+    except Exception as e:
+        origin = "janus_adaptive.py writes it beside the checkpoint"
+        raise HandoffError(f"{vocabulary} cannot be read ({e}); {origin}") from None
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    if not ids:
+        raise HandoffError(f"--text {text!r} has no tokens under {vocabulary}")
+    if len(ids) > seq_len:
+        used = f"only the first {seq_len}, the context of the model, are used"
+        print(f"--text has {len(ids)} tokens; {used}")
+    say = functools.cache(functools.partial(token_text, tokenizer))
+    return say, ids[:seq_len]
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """Text of a token with visible spaces and line ends; a piece of a letter by its name in the
+    vocabulary."""
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    if not text or "\ufffd" in text:
+        text = tokenizer.id_to_token(token) or f"<{token}>"
+    return text.translate({32: "·", 9: "⇥", 10: "⏎", 13: "␍"})
+
+
+def whole_windows(tokens: np.ndarray, cfg: GPTConfig, shown: list[int], harvest: str) -> Tensor:
+    """Harvested tokens [N] as windows [n, T]. Raises HandoffError where there are too few, or where
+    a token, of these or of the shown text, is not in the vocabulary."""
+    n_tokens = len(tokens) // cfg.seq_len * cfg.seq_len
+    windows = torch.from_numpy(tokens[:n_tokens].astype(np.int64)).view(-1, cfg.seq_len)
+    largest = max(shown)
+    if len(windows):
+        largest = max(largest, int(windows.max()))
+    if len(windows) < 4 or largest >= cfg.vocab_size:
+        fact = f"{len(windows)} windows of {cfg.seq_len} harvested tokens (4 needed)"
+        raise HandoffError(f"{fact}, token {largest} of {cfg.vocab_size}; harvest with: {harvest}")
+    return windows
+
+
+def need_made_from(path: Path, schema: str, ckpt: dict[str, Any], remedy: str) -> None:
+    """Raises HandoffError unless the file is complete and was made from z of this checkpoint."""
+    side = read_sidecar(path, schema, remedy)
+    site = side.get("site", "z")
+    sha = side.get("checkpoint_sha256")
+    if sha != ckpt["sha256"] or site != "z":
+        found = f"site {site} of checkpoint {str(sha)[:12]}"
+        expected = f"site z of checkpoint {ckpt['sha256'][:12]} ({ckpt['path']})"
+        fact = f"{path} was made from {found}, expected {expected}"
+        raise HandoffError(f"{fact}; remake it with: {remedy}")
+
+
+@contextlib.contextmanager
+def unreadable(path: Path, remedy: str) -> Iterator[None]:
+    """Turns what numpy, safetensors and json raise, which is of many types, into HandoffError."""
+    try:
+        yield
+    except Exception as e:
+        fact = f"{path} cannot be read ({str(e)[:80]})"
+        raise HandoffError(f"{fact}; remake it with: {remedy}") from None
+
+
+def open_dump(path: Path, schema: str, ckpt: dict[str, Any], remedy: str) -> np.ndarray:
+    """A dump of phase 2, not yet in memory."""
+    need_made_from(path, schema, ckpt, remedy)
+    with unreadable(path, remedy):
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def open_sae(path: Path, head: int | None, ckpt: dict[str, Any], remedy: str) -> SAE:
+    """The SAE of phase 3 whose weights lie at `path`, of one head or (None) of a whole layer."""
+    need_made_from(path, "janus.sae/1", ckpt, remedy)
+    with unreadable(path, remedy):
+        cfg = json.loads(path.with_name("cfg.json").read_text(encoding="utf-8"))
+        if cfg["architecture"] not in ENCODERS:
+            raise ValueError(f"architecture {cfg['architecture']}")
+        return SAE(cfg["architecture"], head, cfg.get("k"), load_file(path), path.parent)
+
+
+def train_command(args: argparse.Namespace, hero: Head) -> str:
+    """The command that makes the SAE of the hero's layer."""
+    train = f"python train_sae.py --runs {hero.run} --layers {hero.layer}"
+    return f"{train} --activations_dir {args.activations_dir} --save_dir {args.saes_dir}"
+
+
+def open_hero_sae(
+    args: argparse.Namespace, hero: Head, ckpt: dict[str, Any], harvest: str, n_tokens: int
+) -> HarvestedSAE | None:
+    """The SAE of the hero's layer, else of the head alone, and the harvested z of n_tokens tokens;
+    None where one of them is missing."""
+    cfg = hero.model.cfg
+    layer = f"L{hero.layer}"
+    dump_path = args.activations_dir / hero.run / f"{layer}.z.npy"
+    head: int | None = None
+    weights = args.saes_dir / hero.run / layer / "sae_weights.safetensors"
+    if not weights.is_file():
+        head = hero.head
+        weights = weights.parent / f"H{head}" / weights.name
+    if not (weights.is_file() and dump_path.is_file()):
+        return None
+    sae = open_sae(weights, head, ckpt, train_command(args, hero))
+    dump = open_dump(dump_path, "janus.activations/1", ckpt, harvest)
+    if dump.shape != (n_tokens, cfg.n_heads * cfg.d_head):
+        fact = f"{dump_path} has shape {dump.shape}, not that of tokens.npy ({n_tokens} rows)"
+        raise HandoffError(f"{fact}; remake both with: {harvest}")
+    for feature in args.features or []:
+        if not 0 <= feature < sae.n_features:
+            fact = f"{sae.folder} has features 0 to {sae.n_features - 1}"
+            raise HandoffError(f"--features {feature}: {fact}")
+    like = hero.model.norm.weight  # device and type
+    sae.weights = {name: weight.to(like) for name, weight in sae.weights.items()}
+    return HarvestedSAE(sae, dump)
+
+
+def draw_features(args: argparse.Namespace, checkpoint: Path, sae: SAE) -> None:
+    """hero_features.html: tools/feature_dashboard.py on the hero's SAE. Raises HandoffError with
+    that tool's error."""
+    inputs = ["--activations_dir", args.activations_dir, "--model_path", checkpoint]
+    page = args.save_dir / "hero_features.html"
+    run_tool("feature_dashboard", sae.folder, "--features", *args.features, *inputs, "--out", page)
 
 
 # ------------------------------------------------------------------------------- tables and figures
 SECTIONS = {  # table: (heading, what it shows)
-    "impact": ("How much it matters", "Loss increase under mean ablation (nats a token), its share on the worst 1 % of tokens, logits."),
-    "scores": ("What it attends to", "Attention mass by kind of key, relative entropy and distance; null: reading shuffled tokens."),
-    "ov": ("What it writes, by its weights", "For the tokens it attends to most: the next tokens that its OV circuit raises and lowers."),
-    "qk_pairs": ("What it looks for, by its weights", "Largest query-key scores among the 256 commonest tokens, by offset in tokens."),
-    "qk_bands": ("At which distances", "Share of each rotary band in the variance of those scores (long: content, short: position)."),
-    "dla": ("Direct logit attribution", "Parts of the logit of the right next token, largest first; all of them sum to it."),
-    "tokens": ("Where in the text it matters", "Next tokens whose loss rises most when the head is ablated, and what it attends to there."),
-    "features": ("Sparse features", "By share of norm(W_dec W_O), each above one as frequent; value: loss increase without it, nats."),
-    "contexts": ("Their top contexts", "Where in the harvested tokens each feature is most active, one place a window."),
-    "preserving": ("What the description explains", "Share of the loss impact kept when only one part of its output may vary (1: all)."),
-}  # fmt: skip
+    "impact": (
+        "How much it matters",
+        "Loss increase under mean ablation (nats a token), its share on the worst 1 % of tokens, "
+        "logits.",
+    ),
+    "scores": (
+        "What it attends to",
+        "Attention mass by kind of key, relative entropy and distance; null: reading shuffled "
+        "tokens.",
+    ),
+    "ov": (
+        "What it writes, by its weights",
+        "For the tokens it attends to most: the next tokens that its OV circuit raises and lowers.",
+    ),
+    "qk_pairs": (
+        "What it looks for, by its weights",
+        "Largest query-key scores among the 256 commonest tokens, by offset in tokens.",
+    ),
+    "qk_bands": (
+        "At which distances",
+        "Share of each rotary band in the variance of those scores (long: content, short: "
+        "position).",
+    ),
+    "dla": (
+        "Direct logit attribution",
+        "Parts of the logit of the right next token, largest first; all of them sum to it.",
+    ),
+    "tokens": (
+        "Where in the text it matters",
+        "Next tokens whose loss rises most when the head is ablated, and what it attends to there.",
+    ),
+    "features": (
+        "Sparse features",
+        "By share of norm(W_dec W_O), each above one as frequent; value: loss increase without it, "
+        "nats.",
+    ),
+    "contexts": (
+        "Their top contexts",
+        "Where in the harvested tokens each feature is most active, one place a window.",
+    ),
+    "preserving": (
+        "What the description explains",
+        "Share of the loss impact kept when only one part of its output may vary (1: all).",
+    ),
+}
 ROWS_SHOWN = 40  # of each table of the report; its CSV has all
+
+
+def opening(
+    args: argparse.Namespace, inputs: Inputs, study: Study, tables: dict[str, pd.DataFrame]
+) -> str:
+    """The first paragraph of the report: which head, how much it matters, what explains it best."""
+    hero = inputs.hero
+    top = inputs.top
+    if (top["layer"], top["head"]) != (hero.layer, hero.head):
+        verdict = "chosen with --force_layer and --force_head"
+    elif inputs.is_unique:
+        verdict = "the unique hero"
+    else:
+        verdict = "no unique hero: this is the top-ranked head"
+    rank = f"L{top['layer']}H{top['head']} is top-1 in {top['p_top1']:.1%} of bootstrap draws"
+
+    matched = ""
+    if study.match is not None and inputs.other_hero is not None:
+        match = study.match
+        matched = (
+            f" Match in {inputs.other_hero.run}: L{match.layer}H{match.head}, CKA of the residual "
+            f"writes {match.cka:.3f} (best under the null {match.null:.3f})."
+        )
+
+    impact = tables["impact"].iloc[0]
+    if impact["ci_low"] > 0:
+        claimed = tables["preserving"].query("kind == 'claimed'")
+        best = claimed.sort_values("value").iloc[-1]
+        kept = f"{best['value']:.0%} [{best['ci_low']:.0%}, {best['ci_high']:.0%}]"
+        share = f"{best['mechanism']} alone keeps {kept} of it"
+    else:
+        share = "not told from 0 here, so shares of it mean nothing: more --n_seqs"
+
+    n = args.n_seqs
+    n_tokens = inputs.harvested.idx.shape[1]
+    return (
+        f"L{hero.layer}H{hero.head} of {inputs.ckpt['path']} (run {hero.run}): {verdict} "
+        f"({rank}, p {top['p_maxT']:.4f}).{matched} Impact {impact['value']:.5f} nats a token "
+        f"[{impact['ci_low']:.5f}, {impact['ci_high']:.5f}]; {share}. {n} windows of {n_tokens} "
+        f"harvested tokens, means from {n} others; intervals: 95 % bootstrap over windows, "
+        f"Bonferroni within a table. Direct attribution adds up to the logits within "
+        f"{study.gap:.1e}. One training run a model: descriptive only."
+    )
+
+
+def importance_table(inputs: Inputs, heads: list[Head]) -> pd.DataFrame:
+    """The impact of every head of every run, as phase 4 measured it, and which are studied here."""
+    same_mode = inputs.table[inputs.table["mode"] == inputs.top["mode"]]
+    table = same_mode[["run", "layer", "head", "delta", "ci_lo", "ci_hi", "rank"]]
+    studied = {(head.run, head.layer, head.head) for head in heads}
+    places = table[["run", "layer", "head"]].itertuples(index=False, name=None)
+    return table.assign(studied=[place in studied for place in places])
+
+
+def attention_table(maps: list[AttentionMap], shown: Text) -> pd.DataFrame:
+    """A row a cell of the maps' lower triangles."""
+    words = np.array(shown.words(0))
+    tables = []
+    for panel in maps:
+        columns = dict(
+            panel=panel.name,
+            query=panel.query,
+            key=panel.key,
+            query_token=words[panel.query],
+            key_token=words[panel.key],
+            attention=panel.attention,
+            value_norm=panel.value_norm[panel.key],
+        )
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables)
+
+
+def page_data(maps: list[AttentionMap], shown: Text, importance: pd.DataFrame) -> dict[str, Any]:
+    """What pages/hero.js draws: the shown text, the maps, the impact of every head."""
+    panels = []
+    for panel in maps:
+        attention = base64_float16(panel.attention)
+        value_norm = base64_float16(panel.value_norm)
+        panels.append(dict(name=panel.name, a=attention, w=value_norm))
+    ordered = importance.sort_values(["run", "layer", "head"])
+    grid = json.loads(ordered.to_json(orient="records"))  # nan becomes null
+    return dict(tokens=shown.words(0), panels=panels, grid=grid)
+
+
+def base64_float16(numbers: Tensor) -> str:
+    return base64.b64encode(numbers.numpy().astype("<f2").tobytes()).decode()
 
 
 @contextlib.contextmanager
 def redrawn(
     folder: Path, name: str, size: tuple[float, float], panels: str | None = None
 ) -> Iterator[tuple[pd.DataFrame, Any]]:
-    """hero_<name>.png from hero_<name>.csv: yields the table and its axes, one of `size` inches a value of the column `panels`."""
+    """hero_<name>.png from hero_<name>.csv: yields the table and its axes, one of `size` inches a
+    value of the column `panels`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1039,23 +1780,28 @@ def redrawn(
 
     try:
         table = pd.read_csv(folder / f"hero_{name}.csv", keep_default_na=False, na_values=[""])
-        columns = table[panels].nunique() if panels else 1
+        n_panels = table[panels].nunique() if panels else 1
+        width = n_panels * size[0]
         fig, axes = plt.subplots(
-            1, columns, figsize=(columns * size[0], size[1]), layout="constrained", squeeze=False
+            1, n_panels, figsize=(width, size[1]), layout="constrained", squeeze=False
         )
         yield table, axes[0]
     except (OSError, ValueError, KeyError) as e:
-        raise HandoffError(
-            f"{folder}/hero_{name}.csv cannot be drawn ({e}); it is written by: python hero_head_analysis.py"
-        ) from None
-    with atomic(folder / f"hero_{name}.png") as tmp, warnings.catch_warnings():
+        fact = f"{folder}/hero_{name}.csv cannot be drawn ({e})"
+        raise HandoffError(f"{fact}; it is written by: python hero_head_analysis.py") from None
+    with atomic(folder / f"hero_{name}.png") as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that the font lacks become boxes
-        fig.savefig(tmp, dpi=130)
+        fig.savefig(temporary, dpi=130)
     plt.close(fig)
 
 
-def draw_figures(folder: Path) -> None:
-    """The four figures, each from its CSV in `folder` alone."""
+def error_bars(table: pd.DataFrame) -> np.ndarray:
+    """From the value down to ci_low and up to ci_high, [2, rows]."""
+    return np.abs(table[["ci_low", "ci_high"]].sub(table["value"], axis=0)).to_numpy().T
+
+
+def draw_attention(folder: Path) -> None:
+    """Attention maps of the shown text, the hero's and its closest control's."""
     import seaborn as sns
     from matplotlib.colors import LogNorm
 
@@ -1067,34 +1813,47 @@ def draw_figures(folder: Path) -> None:
             bar = dict(label="attention probability (log; darkest: .001 or less)")
             sns.heatmap(grid, norm=LogNorm(1e-3, 1), cmap="viridis", ax=ax, cbar_kws=bar)
             ax.set(title=name, xlabel="key (attended to)", ylabel="query")
+
+
+def draw_importance(folder: Path) -> None:
+    """The loss impact of every head, a panel a run."""
+    import seaborn as sns
+
     with redrawn(folder, "importance", (6.5, 5), "run") as (table, axes):
-        most = 1000 * table["delta"].abs().max()
-        for ax, (run, part) in zip(axes, table.groupby("run", sort=False), strict=True):
-            note = np.where(
-                part["studied"], "◆", np.where((part["ci_lo"] > 0) | (part["ci_hi"] < 0), "*", "")
-            )
-            grid, notes = (
-                part.assign(x=x).pivot(index="layer", columns="head", values="x")
-                for x in (1000 * part["delta"], note)
-            )
-            bar = dict(label="loss increase (1/1000 nats a token)")
+        table["milli_nats"] = 1000 * table["delta"]
+        not_zero = (table["ci_lo"] > 0) | (table["ci_hi"] < 0)
+        table["note"] = np.where(table["studied"], "◆", np.where(not_zero, "*", ""))
+        most = table["milli_nats"].abs().max()
+        for ax, (run_name, part) in zip(axes, table.groupby("run", sort=False), strict=True):
+            by_place = part.pivot(index="layer", columns="head")
             sns.heatmap(
-                grid, annot=notes, fmt="", cmap="RdBu_r", vmin=-most, vmax=most, ax=ax, cbar_kws=bar
+                by_place["milli_nats"],
+                annot=by_place["note"],
+                fmt="",
+                cmap="RdBu_r",
+                vmin=-most,
+                vmax=most,
+                ax=ax,
+                cbar_kws=dict(label="loss increase (1/1000 nats a token)"),
             )
             ax.set(
-                title=f"{run}: ablation of each head",
+                title=f"{run_name}: ablation of each head",
                 xlabel="head (◆ studied here, * 95 % interval excludes 0)",
             )
+
+
+def draw_scores(folder: Path) -> None:
+    """All scores of all heads studied; the hero's with interval and null."""
+    import seaborn as sns
+
     with redrawn(folder, "scores", (9, 6)) as (table, (ax,)):
-        hero, rest = (table[(table["role"] == "hero") == x] for x in (True, False))
-        rest = rest.assign(
-            role=rest["role"].str.replace(
-                r"random \d+", f"{N_RANDOM} random heads that write as much", regex=True
-            )
-        )
+        hero = table[table["role"] == "hero"]
+        rest = table[table["role"] != "hero"]
+        random_heads = f"{N_RANDOM} random heads that write as much"
+        roles = rest["role"].str.replace(r"random \d+", random_heads, regex=True)
         np.random.seed(0)  # noqa: NPY002 -- seaborn's jitter, so that --redraw draws the same
         sns.stripplot(
-            rest,
+            rest.assign(role=roles),
             x="value",
             y="score",
             hue="role",
@@ -1103,11 +1862,10 @@ def draw_figures(folder: Path) -> None:
             jitter=0.25,
             alpha=0.9,
         )
-        error = np.abs(hero[["ci_low", "ci_high"]].sub(hero["value"], axis=0)).to_numpy().T
         ax.errorbar(
             hero["value"],
             hero["score"],
-            xerr=error,
+            xerr=error_bars(hero),
             fmt="D",
             color="k",
             label="hero, simultaneous 95 % interval",
@@ -1123,23 +1881,24 @@ def draw_figures(folder: Path) -> None:
             zorder=6,
         )
         ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        ax.set(
-            xlabel="attention mass, share of the largest entropy or distance, or eigenvalue ratio",
-            ylabel="",
-        )
+        unit = "attention mass, share of the largest entropy or distance, or eigenvalue ratio"
+        ax.set(xlabel=unit, ylabel="")
+
+
+def draw_preserving(folder: Path) -> None:
+    """Which share of the hero's impact each mechanism keeps, above its control."""
+    colors = {"claimed": "#0072B2", "matched-random": "#999999"}
+    offsets = {"claimed": -0.2, "matched-random": 0.2}
     with redrawn(folder, "preserving", (9, 5)) as (table, (ax,)):
         names = list(dict.fromkeys(table["mechanism"]))
-        for kind, color, dy in (("claimed", "#0072B2", -0.2), ("matched-random", "#999999", 0.2)):
+        for kind, color in colors.items():
             part = table[table["kind"] == kind]
-            error = (
-                100 * np.abs(part[["ci_low", "ci_high"]].sub(part["value"], axis=0)).to_numpy().T
-            )
             ax.barh(
-                part["mechanism"].map(names.index) + dy,
+                part["mechanism"].map(names.index) + offsets[kind],
                 100 * part["value"],
                 0.38,
                 color=color,
-                xerr=error,
+                xerr=100 * error_bars(part),
                 ecolor="k",
                 label=kind,
             )
@@ -1149,13 +1908,28 @@ def draw_figures(folder: Path) -> None:
             xlim=(-60, 160),
             ylim=(len(names) - 0.5, -0.5),
         )
-        ax.set_xlabel(
-            "share of the head's loss impact kept (%), simultaneous 95 % intervals, cut at the frame"
+        unit = "share of the head's loss impact kept (%)"
+        ax.set_xlabel(f"{unit}, simultaneous 95 % intervals, cut at the frame")
+        impact = table.loc[0]
+        size = f"[{impact['impact_low']:.5f}, {impact['impact_high']:.5f}]"
+        vague = (
+            "" if impact["impact_low"] > 0 else ": not told from 0, so these shares mean nothing"
         )
-        mean, low, high = table.loc[0, ["impact", "impact_low", "impact_high"]]
-        vague = "" if low > 0 else ": not told from 0, so these shares mean nothing"
-        ax.set_title(f"impact {mean:.5f} nats a token [{low:.5f}, {high:.5f}]{vague}", fontsize=10)
+        ax.set_title(f"impact {impact['impact']:.5f} nats a token {size}{vague}", fontsize=10)
         ax.legend()
+
+
+FIGURES = {  # hero_<name>.png, each from hero_<name>.csv alone
+    "attention": draw_attention,
+    "importance": draw_importance,
+    "scores": draw_scores,
+    "preserving": draw_preserving,
+}
+
+
+def draw_figures(folder: Path) -> None:
+    for draw in FIGURES.values():
+        draw(folder)
 
 
 @dataclass
@@ -1239,75 +2013,68 @@ def render(
 
 # ------------------------------------------------------------------------------------- command line
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    about, shown = (__doc__ or "").splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
-    p = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=shown)
-    g = p.add_argument_group("inputs")
-    g.add_argument(
-        "--ablation_csv", type=Path, help="results of ablation_test.py; required unless --redraw"
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    text = "The quick brown fox jumps over the lazy dog because of complex physics."
-    g.add_argument(
-        "--text",
-        default=text,
-        help="text whose attention is drawn; cut at the context of the model",
-    )
-    g.add_argument(
-        "--run", help="run of the CSV whose hero is analysed; none: adaptive, else the first"
-    )
-    g.add_argument(
-        "--saes_dir", type=Path, default=Path("saes"), help="output folder of train_sae.py"
-    )
-    g.add_argument(
-        "--activations_dir",
-        type=Path,
-        default=Path("activations"),
-        help="output folder of harvest_activations.py",
-    )
-    g = p.add_argument_group("outputs")
-    g.add_argument("--save_dir", type=Path, default=Path("hero_analysis"), help="output folder")
-    g.add_argument(
-        "--redraw", action="store_true", help="only redraw the figures from the CSVs in --save_dir"
-    )
-    g = p.add_argument_group("method")
-    g.add_argument(
-        "--preset",
-        choices=["auto", *PHASE_PRESETS],
-        default="auto",
-        help="sizes; auto: the checkpoint's preset",
-    )
-    g.add_argument(
-        "--n_seqs",
-        type=positive(int),
-        help="windows of harvested tokens to analyse, sequences; none: by preset",
-    )
-    g.add_argument(
-        "--n_features", type=positive(int), help="SAE features to describe; none: by preset"
-    )
-    g.add_argument(
-        "--features",
-        type=int,
-        nargs="+",
-        help="numbers of SAE features to draw a page about, hero_features.html",
-    )
-    g.add_argument(
-        "--force_layer",
-        type=int,
-        help="with --force_head: the head to analyse instead of the hero; layer, from 0",
-    )
-    g.add_argument("--force_head", type=int, help="head in --force_layer, from 0")
-    add_runtime_flags(p)
-    args = p.parse_args(argv)
-    if args.ablation_csv is None and not args.redraw:
-        p.error(
-            "--ablation_csv is required; it is written by: python ablation_test.py --adaptive_model CHECKPOINT"
-        )
-    if not args.text.strip() or (args.force_layer is None) != (args.force_head is None):
-        p.error(
-            "--force_layer and --force_head go together" if args.text.strip() else "--text is empty"
-        )
-    if args.dtype == "bfloat16":
-        p.error("--dtype bfloat16: this phase checks identities to 1e-4 and computes in float32")
+    add_input_flags(parser)
+    add_output_flags(parser)
+    add_method_flags(parser)
+    add_runtime_flags(parser)
+    args = parser.parse_args(argv)
+    check_args(parser, args)
     return args
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("inputs").add_argument
+    csv = "results of ablation_test.py; required unless --redraw"
+    add("--ablation_csv", type=Path, help=csv)
+    fox = "The quick brown fox jumps over the lazy dog because of complex physics."
+    text = "text whose attention is drawn; cut at the context of the model"
+    add("--text", default=fox, help=text)
+    run_help = "run of the CSV whose hero is analysed; none: adaptive, else the first"
+    add("--run", help=run_help)
+    add("--saes_dir", type=Path, default=Path("saes"), help="output folder of train_sae.py")
+    dumps = "output folder of harvest_activations.py"
+    add("--activations_dir", type=Path, default=Path("activations"), help=dumps)
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("outputs").add_argument
+    add("--save_dir", type=Path, default=Path("hero_analysis"), help="output folder")
+    redraw = "only redraw the figures from the CSVs in --save_dir"
+    add("--redraw", action="store_true", help=redraw)
+
+
+def add_method_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("method").add_argument
+    presets = ["auto", *PHASE_PRESETS]
+    add("--preset", choices=presets, default="auto", help="sizes; auto: the checkpoint's preset")
+    windows = "windows of harvested tokens to analyse, sequences; none: by preset"
+    add("--n_seqs", type=positive(int), help=windows)
+    add("--n_features", type=positive(int), help="SAE features to describe; none: by preset")
+    page = "numbers of SAE features to draw a page about, hero_features.html"
+    add("--features", type=int, nargs="+", help=page)
+    layer = "with --force_head: the head to analyse instead of the hero; layer, from 0"
+    add("--force_layer", type=int, help=layer)
+    add("--force_head", type=int, help="head in --force_layer, from 0")
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits with status 2 where flags are missing or contradict each other."""
+    if args.ablation_csv is None and not args.redraw:
+        origin = "it is written by: python ablation_test.py --adaptive_model CHECKPOINT"
+        parser.error(f"--ablation_csv is required; {origin}")
+    if not args.text.strip():
+        parser.error("--text is empty")
+    if (args.force_layer is None) != (args.force_head is None):
+        parser.error("--force_layer and --force_head go together")
+    if args.dtype == "bfloat16":
+        why = "this phase checks identities to 1e-4 and computes in float32"
+        parser.error(f"--dtype bfloat16: {why}")
 
 
 # ----------------------------------------------------------------------------------- shared regions

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -39,6 +39,10 @@ def windows(model: hero.NewGPT, n: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(model.cfg.vocab_size, (n, model.cfg.seq_len), generator=torch.Generator().manual_seed(seed))
 
 
+def as_text(idx: torch.Tensor) -> hero.Text:
+    return hero.Text(idx, lambda token: f"<{token}>")
+
+
 # ------------------------------------------------------------------------------------------------------ identities
 def test_direct_attribution_sums_to_every_logit():
     model = make_model()
@@ -59,18 +63,18 @@ def test_query_key_scores_are_the_models_own_in_layer_0():
     for h in range(model.cfg.n_heads):
         at = some_head(model, 0, h)
         x, t = at.inputs(idx[0]), 17
-        logits = torch.stack([at.qk_bands(x[t : t + 1], x[s : s + 1], t - s).sum() for s in range(t + 1)])
+        logits = torch.stack([hero.qk_by_band(at, x[t : t + 1], x[s : s + 1], t - s).sum() for s in range(t + 1)])
         torch.testing.assert_close(logits.softmax(0), tap["pattern.0"][0, h, t, : t + 1], atol=1e-5, rtol=0)
 
 
 def test_band_shares_add_up_to_one_and_pairs_are_the_largest_scores():
     at = some_head(make_model(), 1, 2)
     ids = torch.arange(30)
-    pairs, bands = (pd.DataFrame(x) for x in at.decode_qk(ids, str))
+    pairs, bands = (pd.DataFrame(x) for x in hero.decode_qk(at, ids, str))
     assert set(bands["offset"]) == {1, 2, 8}  # 64 is beyond the context of 20
     np.testing.assert_allclose(bands.groupby("offset")["share"].sum(), 1, atol=1e-5)
     x = at.inputs(ids)
-    score = at.qk_bands(x, x, 2).sum(-1)
+    score = hero.qk_by_band(at, x, x, 2).sum(-1)
     score = score - score.mean(1, keepdim=True)
     top = pairs[pairs["offset"] == 2].iloc[0]
     assert math.isclose(top["logits"], score.max().item(), rel_tol=1e-5)
@@ -84,7 +88,7 @@ def test_output_value_circuit_is_what_attention_writes(layer):
     tap = {f"attn_out.{layer}": None}
     model(ids[:, None], tap=tap)
     heads = [some_head(model, layer, h) for h in range(model.cfg.n_heads)]
-    written = sum(at.inputs(ids) @ at.weights()[2].T @ at.weights()[3].T for at in heads)
+    written = sum(at.inputs(ids) @ at.weights().w_v.T @ at.weights().w_o.T for at in heads)
     torch.testing.assert_close(written, tap[f"attn_out.{layer}"][:, 0], atol=1e-4, rtol=1e-4)
 
 
@@ -93,10 +97,11 @@ def test_copying_score_and_written_tokens():
     model = make_model(d_model=36, n_heads=6, n_kv_heads=6)
     model.norm.weight.fill_(1)
     at = some_head(model, 0, 1)
-    _, _, w_v, w_o = at.weights()
+    w_v, w_o = at.weights().w_v, at.weights().w_o
     for sign in (1, -1):
         w_o.copy_(sign * w_v.T)
-        rows, score = at.decode_ov(torch.arange(10), str, 1.0)
+        circuit = hero.ov_circuit(at, rms=1.0)
+        rows, score = hero.written_tokens(at, circuit, torch.arange(10), str), hero.copying_score(at, circuit)
         assert sign * score["value"] > 0.99 and score["null_max"] < 0.8
         effect = at.inputs(torch.arange(10)) @ w_v.T @ w_o.T @ hero.unembedding(model).T
         assert [int(r["raises"].split()[0]) for r in rows] == effect.argmax(1).tolist()
@@ -133,7 +138,7 @@ def planted_induction() -> hero.NewGPT:
 def test_planted_induction_head_is_found_and_a_random_head_is_not():
     model = planted_induction()
     heads = [some_head(model, 1, 0), some_head(model, 1, 1, "random"), some_head(model, 0, 0, "previous")]
-    table = pd.DataFrame(hero.score_table(heads, windows(model, 12)))
+    table = pd.DataFrame(hero.score_table(heads, as_text(windows(model, 12))))
     score = table.set_index(["role", "score"])
     value, null = score["value"].unstack(), score["null"].unstack()
     assert value.loc["hero", "induction, random tokens"] > 0.9 > 0.3 > value.loc["random", "induction, random tokens"]
@@ -146,7 +151,7 @@ def test_planted_induction_head_is_found_and_a_random_head_is_not():
 
 def test_scores_with_fewer_kinds_of_token_than_half_a_window():
     model = make_model(vocab_size=6)  # a stretch of 9 tokens without repeats does not exist
-    table = pd.DataFrame(hero.score_table([some_head(model, 1, 0)], windows(model, 4))).set_index("score")
+    table = pd.DataFrame(hero.score_table([some_head(model, 1, 0)], as_text(windows(model, 4)))).set_index("score")
     assert np.isfinite(table.loc["induction, random tokens", ["value", "null"]].astype(float)).all()
 
 
@@ -156,12 +161,13 @@ def test_scores_of_known_patterns():
     previous[..., 0, 0] = 1
     for t in range(1, 5):
         previous[..., t, t - 1] = 1
-    score = {k: v.item() for k, v in hero.score_pattern(previous, idx).items()}
+    measures = {score.name: score.measure for score in hero.SCORES}
+    score = {name: measure(previous, as_text(idx)).item() for name, measure in measures.items()}
     assert score["previous token"] == 1 and score["current token"] == 0 and abs(score["entropy"]) < 1e-5
     assert math.isclose(score["distance"], 1 / 5, rel_tol=1e-6) and score["first position"] == 0.25
     # queries with an earlier copy: t=2 (5 at 0) and t=4 (6 at 1); their inductive keys are 1 and 2: position 1 is the previous one of 2
     assert score["duplicate token"] == 0 and score["induction"] == 0.5
-    assert math.isnan(hero.score_pattern(previous, torch.arange(5)[None])["duplicate token"].item())  # no copies: not a number, not 0
+    assert math.isnan(measures["duplicate token"](previous, as_text(torch.arange(5)[None])).item())  # no copies: not a number, not 0
 
 
 def test_interval_covers_and_skips_missing():
@@ -170,12 +176,12 @@ def test_interval_covers_and_skips_missing():
     for _ in range(100):
         den = rng.gamma(5, size=60)
         r = hero.interval(0.7 * den + rng.normal(size=60), den)
-        hits += r["ci_low"] < 0.7 < r["ci_high"]
+        hits += r.ci_low < 0.7 < r.ci_high
     assert hits >= 88  # 95 % nominal
-    assert hero.interval([1.0, math.nan, 3.0])["value"] == 2 and hero.interval([1.0, math.nan, 3.0])["n"] == 2
-    assert math.isnan(hero.interval([math.nan])["value"])
+    assert hero.interval([1.0, math.nan, 3.0]).value == 2 and hero.interval([1.0, math.nan, 3.0]).n == 2
+    assert math.isnan(hero.interval([math.nan]).value)
     wide, narrow = (hero.interval(rng.normal(size=50), tests=k) for k in (20, 1))
-    assert wide["ci_high"] - wide["ci_low"] > narrow["ci_high"] - narrow["ci_low"]
+    assert wide.ci_high - wide.ci_low > narrow.ci_high - narrow.ci_low
 
 
 # ------------------------------------------------------------------------------------------------------ loss
@@ -187,38 +193,47 @@ def naive_loss(model: hero.NewGPT, idx: torch.Tensor, **how) -> torch.Tensor:
 def test_replaced_z_equals_the_naive_forward():
     model = make_model()
     idx, at, scale = windows(model, 5), some_head(model, 1, 3), torch.ones(3, 4)
-    seen = at.look(idx)
-    torch.testing.assert_close(at.loss(seen, seen["z"][:, :, 3]), naive_loss(model, idx), atol=1e-5, rtol=0)
+    seen = at.look(as_text(idx))
+    torch.testing.assert_close(at.loss(seen, seen.head_z), naive_loss(model, idx), atol=1e-5, rtol=0)
     scale[1, 3] = 0
-    torch.testing.assert_close(at.loss(seen, torch.zeros_like(seen["v"])), naive_loss(model, idx, head_scale=scale), atol=1e-5, rtol=0)
-    torch.testing.assert_close(seen["a"] @ seen["v"], seen["z"][:, :, 3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(at.loss(seen, torch.zeros_like(seen.value)), naive_loss(model, idx, head_scale=scale), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen.attention @ seen.value, seen.z[:, :, 3], atol=1e-5, rtol=1e-5)
 
 
 def test_preserving_everything_explains_all_and_nothing_explains_nothing():
     model = make_model()
     at = some_head(model, 0, 1)
-    seen, held = at.look(windows(model, 12)), at.look(windows(model, 12, seed=1))
-    whole, nothing = (lambda s: s["a"] @ s["v"]), (lambda s: 0 * s["v"])
-    rows = pd.DataFrame(at.explained(seen, held, {"all": (whole, nothing), "half": (lambda s: whole(s) / 2, nothing)}))
+    ablation = hero.ablate(at, as_text(windows(model, 12)), as_text(windows(model, 12, seed=1)))
+    seen, held = ablation.seen, ablation.held
+
+    def whole(seen: hero.Seen) -> torch.Tensor:
+        return seen.attention @ seen.value
+
+    mechanisms = [hero.Mechanism("all", whole, hero.nothing), hero.Mechanism("half", lambda s: whole(s) / 2, hero.nothing)]
+    rows = pd.DataFrame(hero.explained(at, ablation, mechanisms))
     rows = rows.set_index(["mechanism", "kind"])
     np.testing.assert_allclose(rows.loc[("all", "claimed"), ["value", "ci_low", "ci_high"]].astype(float), 1, atol=1e-4)
     np.testing.assert_allclose(rows.loc[("all", "matched-random"), ["value", "ci_low", "ci_high"]].astype(float), 0, atol=1e-4)
-    mean_ablated = at.loss(seen, held["z"][:, :, 1].mean((0, 1)).expand_as(seen["v"]))
-    impact = (mean_ablated - naive_loss(model, seen["idx"])).mean().item()
+    mean_ablated = at.loss(seen, held.z[:, :, 1].mean((0, 1)).expand_as(seen.value))
+    impact = (mean_ablated - naive_loss(model, seen.text.idx)).mean().item()
     assert math.isclose(rows["impact"].iloc[0], impact, abs_tol=1e-5)
 
 
 def test_all_kinds_of_keys_and_as_many_at_random():
     model = make_model()
     at = some_head(model, 0, 0)
-    seen = at.look(windows(model, 3))
-    one = seen | {"a": torch.ones_like(seen["a"]).tril(), "v": torch.ones_like(seen["v"])}  # counts keys
-    for kind, mask in hero.pattern_types(seen["idx"]).items():
+    seen = at.look(as_text(windows(model, 3)))
+    one = replace(seen, attention=torch.ones_like(seen.attention).tril(), value=torch.ones_like(seen.value))  # counts keys
+    kinds = [hero.first_position, hero.current_token, hero.previous_token, hero.up_to_5_back, hero.duplicate_token, hero.after_duplicate]
+    assert len(kinds) == len(hero.MECHANISMS)
+    for kind, mechanism in zip(kinds, hero.MECHANISMS, strict=True):
+        mask = kind(seen.text)
         assert not mask.triu(1).any()  # never the future
-        count = hero.keys_kept(one, kind)[..., 0]
+        count = mechanism.claimed(one)[..., 0]
         torch.testing.assert_close(count, mask.sum(-1).float())
-        torch.testing.assert_close(hero.keys_kept(one, kind, scatter=True)[..., 0], count)
-    assert not torch.allclose(hero.keys_kept(seen, "previous token"), hero.keys_kept(seen, "previous token", scatter=True))
+        torch.testing.assert_close(mechanism.control(one)[..., 0], count)
+    previous = hero.MECHANISMS[2]
+    assert previous.name == "keys: previous token" and not torch.allclose(previous.claimed(seen), previous.control(seen))
 
 
 # ------------------------------------------------------------------------------------------------------ matching
@@ -247,8 +262,8 @@ def test_control_head_is_matched_by_function_not_by_index():
     mine, theirs = (hero.head_writes(m, idx, 2) for m in (model, twin))
     for layer in range(3):
         for h in range(4):
-            l2, h2, cka, null = hero.match_by_function(mine[:, layer, h], theirs)
-            assert (l2, order[h2]) == (layer, h) and cka > 0.999 and null < 0.3
+            match = hero.match_by_function(mine[:, layer, h], theirs)
+            assert (match.layer, order[match.head]) == (layer, h) and match.cka > 0.999 and match.null < 0.3
 
 
 def test_head_writes_are_isometric_to_the_residual_writes():
@@ -256,7 +271,7 @@ def test_head_writes_are_isometric_to_the_residual_writes():
     idx = windows(model, 4)
     tap = {"z.1": None}
     model(idx, tap=tap)
-    o = tap["z.1"][:, :, 2].flatten(0, 1) @ some_head(model, 1, 2).weights()[3].T
+    o = tap["z.1"][:, :, 2].flatten(0, 1) @ some_head(model, 1, 2).weights().w_o.T
     y = hero.head_writes(model, idx, 1)[:, 1, 2]
     torch.testing.assert_close(y @ y.T, (o - o.mean(0)) @ (o - o.mean(0)).T, atol=1e-4, rtol=1e-4)
 
@@ -266,7 +281,7 @@ def test_mapped_share_ignores_the_value_basis_and_the_raw_share_does_not():
     model, change = make_model(), torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(5))
     decoder = torch.randn(50, 4, 6)
     before = hero.head_share(decoder, hero.write_basis(model, 1)), hero.head_share(decoder)
-    size = torch.stack([decoder[:, h] @ some_head(model, 1, h).weights()[3].T for h in range(4)], 1).norm(dim=-1)
+    size = torch.stack([decoder[:, h] @ some_head(model, 1, h).weights().w_o.T for h in range(4)], 1).norm(dim=-1)
     torch.testing.assert_close(before[0], size / size.sum(1, keepdim=True), atol=1e-5, rtol=1e-5)
     # z -> z M^T, W_O -> W_O M^-1: the same model; the SAE of the new z has the decoder rows mapped by M
     w_o = model.blocks[1].attn.w_o.weight.view(-1, 4, 6)
@@ -276,22 +291,23 @@ def test_mapped_share_ignores_the_value_basis_and_the_raw_share_does_not():
     assert (hero.head_share(decoder) - before[1]).abs().max() > 0.1
 
 
-def make_sae(arch: str, d_in: int, f: int, head: int | None = None, seed: int = 0) -> dict:
+def make_sae(arch: str, d_in: int, f: int, head: int | None = None, seed: int = 0) -> hero.SAE:
     torch.manual_seed(seed)
     w = torch.nn.functional.normalize(torch.randn(f, d_in), dim=1)
-    sae = dict(W_enc=w.T.clone(), W_dec=w, b_enc=0.1 * torch.randn(f), b_dec=0.1 * torch.randn(d_in))
-    sae |= dict(threshold=0.3 + 0.2 * torch.rand(f)) if arch == "jumprelu" else {}
+    weights = dict(W_enc=w.T.clone(), W_dec=w, b_enc=0.1 * torch.randn(f), b_dec=0.1 * torch.randn(d_in))
+    weights |= dict(threshold=0.3 + 0.2 * torch.rand(f)) if arch == "jumprelu" else {}
     if arch == "gated":
-        sae |= dict(b_gate=sae.pop("b_enc"), b_mag=0.1 * torch.randn(f), r_mag=0.3 * torch.randn(f))
-    return sae | dict(arch=arch, k=3 if arch == "topk" else None, head=head)
+        weights |= dict(b_gate=weights.pop("b_enc"), b_mag=0.1 * torch.randn(f), r_mag=0.3 * torch.randn(f))
+    return hero.SAE(arch, head, 3 if arch == "topk" else None, weights, Path("made"))
 
 
-def write_sae(folder: Path, sae: dict) -> None:
-    cfg = dict(architecture=sae["arch"], d_in=len(sae["b_dec"]), d_sae=len(sae["W_dec"]), dtype="float32", device="cpu")
-    cfg |= dict(k=sae["k"]) if sae["k"] else {}
+def write_sae(folder: Path, sae: hero.SAE) -> None:
+    d_in = len(sae.weights["b_dec"])
+    cfg = dict(architecture=sae.architecture, d_in=d_in, d_sae=sae.n_features, dtype="float32", device="cpu")
+    cfg |= dict(k=sae.k) if sae.k else {}
     folder.mkdir(parents=True)
     (folder / "cfg.json").write_text(json.dumps(cfg | {"metadata": {"sae_lens_version": "6.54.12"}}))
-    save_file({k: v.contiguous() for k, v in sae.items() if isinstance(v, torch.Tensor)}, folder / "sae_weights.safetensors")
+    save_file({k: v.contiguous() for k, v in sae.weights.items()}, folder / "sae_weights.safetensors")
 
 
 @pytest.mark.parametrize("arch", ["standard", "topk", "jumprelu", "gated"])
@@ -308,10 +324,11 @@ def test_features_are_ranked_by_written_share_with_naive_contexts_and_effects():
     model = make_model()
     idx = windows(model, 40)
     at, sae = some_head(model, 1, 2), make_sae("jumprelu", 24, 96)
-    seen, held = at.look(idx[-10:]), at.look(idx[-20:-10])
-    dump = at.look(idx)["z"].flatten(0, 1).flatten(1).numpy()
-    rows, contexts, parts = hero.describe_features(at, sae, dump, idx, seen, held, 5, lambda i: f"<{i}>")
-    rows, contexts = pd.DataFrame(rows), pd.DataFrame(contexts)
+    ablation = hero.ablate(at, as_text(idx[-10:]), as_text(idx[-20:-10]))
+    seen = ablation.seen
+    dump = at.look(as_text(idx)).z.flatten(0, 1).flatten(1).numpy()
+    found = hero.describe_features(at, hero.HarvestedSAE(sae, dump), as_text(idx), ablation, 5)
+    rows, contexts = pd.DataFrame(found.rows), pd.DataFrame(found.contexts)
     mine, other = (rows[rows["kind"] == kind] for kind in ("hero", "matched-random"))
     assert len(mine) == len(other) == 5 and not set(mine["feature"]) & set(other["feature"])
     assert mine["share"].is_monotonic_decreasing and mine["share"].min() > other["share"].max()
@@ -323,26 +340,27 @@ def test_features_are_ranked_by_written_share_with_naive_contexts_and_effects():
     row = int(acts.argmax())
     assert (top["window"], top["position"]) == divmod(row, 20) and f"«<{int(idx.flatten()[row])}>»" in top["context"]
     assert contexts.groupby("feature")["window"].nunique().min() == 8  # one place a window
-    z = seen["z"].clone()
-    z[:, :, 2] -= acts.view(40, 20)[-10:, :, None] * sae["W_dec"][f].view(4, 6)[2]
+    w_dec = sae.weights["W_dec"]
+    z = seen.z.clone()
+    z[:, :, 2] -= acts.view(40, 20)[-10:, :, None] * w_dec[f].view(4, 6)[2]
     effect = (at.loss(seen, z[:, :, 2]) - naive_loss(model, idx[-10:])).mean().item()
     assert math.isclose(mine["value"].iloc[0], effect, abs_tol=1e-5)
-    logits = hero.unembedding(model) @ (at.weights()[3] @ sae["W_dec"][f].view(4, 6)[2])
+    logits = hero.unembedding(model) @ (at.weights().w_o @ w_dec[f].view(4, 6)[2])
     assert mine["raises"].iloc[0].split()[0] == f"<{int(logits.argmax())}>"
-    every = [pair for name, pair in parts.items() if name.startswith("all")][0]
-    rebuilt = (hero.encode(sae, seen["z"]) @ sae["W_dec"]).view(10, 20, 4, 6)[:, :, 2]
-    torch.testing.assert_close(every[0](seen), rebuilt, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(every[1](seen), rebuilt)
+    every = [mechanism for mechanism in found.mechanisms if mechanism.name.startswith("all")][0]
+    rebuilt = (hero.encode(sae, seen.z) @ w_dec).view(10, 20, 4, 6)[:, :, 2]
+    torch.testing.assert_close(every.claimed(seen), rebuilt, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(every.control(seen), rebuilt)
 
 
 def test_features_of_a_one_head_sae():
     model = make_model()
     idx, at, sae = windows(model, 20), some_head(model, 1, 2), make_sae("topk", 6, 24, head=2)
-    seen, held = at.look(idx[-5:]), at.look(idx[:5])
-    dump = at.look(idx)["z"].flatten(0, 1).flatten(1).numpy()
-    rows, _, parts = hero.describe_features(at, sae, dump, idx, seen, held, 4, str)
-    assert {r["kind"] for r in rows} == {"hero", "matched-random"} and all(r["share"] == 1 for r in rows)
-    assert "its 4 SAE features" in parts
+    ablation = hero.ablate(at, as_text(idx[-5:]), as_text(idx[:5]))
+    dump = at.look(as_text(idx)).z.flatten(0, 1).flatten(1).numpy()
+    found = hero.describe_features(at, hero.HarvestedSAE(sae, dump), as_text(idx), ablation, 4)
+    assert {r["kind"] for r in found.rows} == {"hero", "matched-random"} and all(r["share"] == 1 for r in found.rows)
+    assert "its 4 SAE features" in [mechanism.name for mechanism in found.mechanisms]
 
 
 # ------------------------------------------------------------------------------------------------------ the page
@@ -438,7 +456,7 @@ def study(tmp_path_factory) -> Path:
     facts = dict(checkpoint=str(paths["adaptive"]), checkpoint_sha256=hero.sha256(paths["adaptive"]), site="z")
     dump.mkdir(parents=True)
     np.save(dump / "tokens.npy", idx.flatten().numpy().astype(np.uint16))
-    np.save(dump / "L1.z.npy", some_head(model, 1, 2).look(idx)["z"].flatten(0, 1).flatten(1).numpy().astype(np.float16))
+    np.save(dump / "L1.z.npy", some_head(model, 1, 2).look(as_text(idx)).z.flatten(0, 1).flatten(1).numpy().astype(np.float16))
     hero.write_sidecar(dump / "tokens.npy", "janus.tokens/1", [], **facts)
     hero.write_sidecar(dump / "L1.z.npy", "janus.activations/1", [], **facts)
     write_sae(root / "saes" / "adaptive" / "L1", make_sae("standard", 24, 48))
@@ -606,7 +624,8 @@ def test_memory_does_not_grow_with_the_windows_that_are_scored():
         model = hero.NewGPT(hero.GPTConfig(**sizes)).eval().requires_grad_(False)
         peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e3
         before = peak()
-        hero.score_table([hero.Head("hero", "adaptive", 1, 0, model)], torch.randint(100, (int(sys.argv[1]), 512)))
+        text = hero.Text(torch.randint(100, (int(sys.argv[1]), 512)), str)
+        hero.score_table([hero.Head("hero", "adaptive", 1, 0, model)], text)
         print(peak() - before)
     """
     root = Path(hero.__file__).parent

@@ -20,7 +20,6 @@ Shapes: N windows, T tokens a window, H heads, K d_head, D d_model, F latents, V
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,20 +27,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hero_head_analysis import (  # noqa: E402
+    SAE,
     HandoffError,
     NewGPT,
+    Say,
     atomic,
     encode,
     head_share,
     load_checkpoint,
     one_line_errors,
     open_dump,
+    open_sae,
     positive,
     read_sidecar,
     render_page,
@@ -67,29 +68,19 @@ class Source:
     """An SAE with the model and the harvested tokens behind it."""
 
     model: NewGPT
-    sae: dict[str, Any]  # as hero_head_analysis.encode takes it
+    sae: SAE
     layer: int
     z: np.ndarray  # [N, T, H, K]
     idx: Tensor  # [N, T]
-    say: Callable[[int], str]  # token id -> text
-
-    def by_head(self, weights: Tensor) -> Tensor:
-        """Weights [..., H K] of the SAE by head, [..., H, K]. An SAE of one head has [..., K]
-        and neither reads nor writes elsewhere."""
-        n_heads = self.model.cfg.n_heads
-        head = self.sae["head"]
-        if head is None:
-            return weights.unflatten(-1, (n_heads, -1))
-        heads_after = n_heads - 1 - head
-        return F.pad(weights.unsqueeze(-2), (0, 0, head, heads_after))
+    say: Say
 
     def decoder(self) -> Tensor:
         """What each feature writes, [F, H, K]."""
-        return self.by_head(self.sae["W_dec"])
+        return self.sae.by_head(self.sae.weights["W_dec"], self.model.cfg.n_heads)
 
     def encoder(self, feature: int) -> Tensor:
         """What one feature reads, [H, K]."""
-        return self.by_head(self.sae["W_enc"][:, feature])
+        return self.sae.by_head(self.sae.weights["W_enc"][:, feature], self.model.cfg.n_heads)
 
     def activations(self, features: list[int]) -> Tensor:
         """Activations of some features on every token, [N, T, features]."""
@@ -123,8 +114,7 @@ def open_source(
 
     harvest = f"python harvest_activations.py --model_path {path} --run_name {run_name}"
     harvest += f" --layers {layer}"
-    sae = open_dump(weights, "janus.sae/1", ckpt, train)
-    sae["head"] = side["head"]
+    sae = open_sae(weights, side["head"], ckpt, train)
     z = open_dump(dump, "janus.activations/1", ckpt, harvest)  # [tokens, H K]
     tokens = open_dump(dump.with_name("tokens.npy"), "janus.tokens/1", ckpt, harvest)  # [tokens]
     n_heads = model.cfg.n_heads
@@ -149,7 +139,7 @@ def open_source(
 @torch.no_grad()
 def strongest(source: Source, n: int) -> list[int]:
     """The n features that write most to the residual stream: mean activation x norm(W_dec W_O)."""
-    total = torch.zeros(len(source.sae["W_dec"]))  # [F], sum of the activations
+    total = torch.zeros(source.sae.n_features)  # [F], sum of the activations
     for part in np.array_split(source.z, max(1, len(source.z) // 8)):
         total += encode(source.sae, torch.from_numpy(part.astype(np.float32))).sum((0, 1))
     basis = write_basis(source.model, source.layer)  # [H, K, K]
@@ -357,7 +347,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     source = open_source(args.sae, args.activations_dir, args.model_path, args.tokens)
-    n_latents = len(source.sae["W_dec"])
+    n_latents = source.sae.n_features
     for feature in args.features or []:
         if not 0 <= feature < n_latents:
             fact = f"{args.sae} has features 0 to {n_latents - 1}"
