@@ -109,11 +109,14 @@ def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
     first_window = len(inputs.harvested) - n
     tables["tokens"] = tokens_that_need(hero, hero_ablation, attribution, first_window)
 
-    # 6. Its SAE features.
+    # 6. Its SAE features: those that write most are described.
     mechanisms = list(MECHANISMS)
     if inputs.sae is not None:
+        facts = feature_facts(hero, inputs.sae.sae, hero_ablation)
+        ranked = rank_features(hero, inputs.sae.sae, facts)
+        described = ranked[: args.n_features]
         features = describe_features(
-            hero, inputs.sae, inputs.harvested, hero_ablation, args.n_features
+            hero, inputs.sae, inputs.harvested, hero_ablation, facts, described
         )
         tables["features"] = features.rows
         tables["contexts"] = features.contexts
@@ -893,6 +896,10 @@ class SAE:
     def n_features(self) -> int:
         return len(self.weights["W_dec"])
 
+    def decoder(self, n_heads: int) -> Tensor:
+        """What each feature writes, [F, H, K]."""
+        return self.by_head(self.weights["W_dec"], n_heads)
+
     def by_head(self, weights: Tensor, n_heads: int) -> Tensor:
         """Weights [..., d_in] by head [..., H, K]; an SAE of one head has zeros for the others."""
         if self.head is None:
@@ -975,16 +982,17 @@ class FeatureFacts:
     share: Tensor  # [F, H] of each head in what it writes
     raw_share: Tensor  # [F, H] the same without W_O
     null_share: Tensor  # [F, H] of a random direction that is as large in every head
+    shuffled: Tensor  # [F] the features in a random order
 
     @property
     def live(self) -> Tensor:
         return self.frequency > 0
 
 
-def feature_facts(
-    hero: Head, sae: SAE, decoder: Tensor, ablation: Ablation, rng: torch.Generator
-) -> FeatureFacts:
-    """The facts about all features, from the decoder [F, H, K] and the windows of `ablation`."""
+def feature_facts(hero: Head, sae: SAE, ablation: Ablation) -> FeatureFacts:
+    """The facts about all features; frequencies from the analysed and the held-out windows."""
+    rng = torch.Generator().manual_seed(0)
+    decoder = sae.decoder(hero.model.cfg.n_heads)  # [F, H, K]
     by_window = []
     for z in torch.cat((ablation.seen.z, ablation.held.z)).split(1):  # [1, T, H, K]
         is_active = encode(sae, z) > 0  # [1, T, F]
@@ -999,12 +1007,12 @@ def feature_facts(
         share=head_share(decoder, basis).cpu(),
         raw_share=head_share(decoder).cpu(),
         null_share=head_share(random_decoder, basis).cpu(),
+        shuffled=torch.randperm(sae.n_features, generator=rng),
     )
 
 
 def rank_features(hero: Head, sae: SAE, facts: FeatureFacts) -> Tensor:
-    """The live features, those that write most through the hero first; the first --n_features of
-    them are described."""
+    """The live features, those that write most through the hero first."""
     write = facts.share[:, hero.head]  # [F], the hero's share of what a feature writes
     if not sae.reads_whole_layer:  # all shares are 1: how much it writes, over the whole text
         write = facts.frequency * facts.size  # [F]
@@ -1136,24 +1144,21 @@ class DescribedFeatures:
 
 
 def describe_features(
-    hero: Head, source: HarvestedSAE, harvested: Text, ablation: Ablation, n_features: int
+    hero: Head,
+    source: HarvestedSAE,
+    harvested: Text,
+    ablation: Ablation,
+    facts: FeatureFacts,
+    described: Tensor,
 ) -> DescribedFeatures:
-    """The first n_features of the ranking, each beside another head's feature of about the same
-    firing frequency: what it writes, where it is active, and what the loss loses without it."""
+    """What each of the `described` features writes, where it is active, and what the loss loses
+    without it; each beside a twin, another head's feature of about the same firing frequency."""
     sae = source.sae
     seen = ablation.seen
-    decoder = sae.by_head(sae.weights["W_dec"], hero.model.cfg.n_heads)  # [F, H, K]
-    hero_decoder = decoder[:, hero.head]  # [F, K]
-    rng = torch.Generator().manual_seed(0)
-    facts = feature_facts(hero, sae, decoder, ablation, rng)
-
-    # Which features are described, which are the hero's, and a twin for each of both.
-    described = rank_features(hero, sae, facts)[:n_features]
-    own = features_of_hero(hero, sae, facts, described)
+    hero_decoder = sae.decoder(hero.model.cfg.n_heads)[:, hero.head]  # [F, K]
+    own = features_of_hero(hero, sae, facts, described)  # [F], for the mechanisms
     twins = match_by_frequency(facts, own.index_fill(0, described, True))
     chosen = with_twins(described, twins)
-
-    # Each of them in turn.
     peaks = find_peaks(hero, source, harvested, [feature.number for feature in chosen])
     w_u_o = unembedding(hero.model) @ hero.weights().w_o  # [V, K]
     rows = []
@@ -1167,7 +1172,7 @@ def describe_features(
         rows.append(feature_row(hero, feature, facts, estimate, logits, harvested.say))
         activation = peaks.activation[:, i]  # [windows]
         contexts += top_contexts(feature, activation, peaks.position[:, i], harvested)
-    mechanisms = feature_mechanisms(sae, hero_decoder, own, twins, rng)
+    mechanisms = feature_mechanisms(sae, hero_decoder, own, twins, facts.shuffled)
     return DescribedFeatures(rows, contexts, mechanisms)
 
 
@@ -1225,13 +1230,12 @@ def written_by(sae: SAE, features: WhichFeatures, decoder: Tensor) -> Part:
 
 
 def feature_mechanisms(
-    sae: SAE, decoder: Tensor, own: Tensor, twins: dict[int, int], rng: torch.Generator
+    sae: SAE, decoder: Tensor, own: Tensor, twins: dict[int, int], shuffled: Tensor
 ) -> list[Mechanism]:
     """The hero's own features (mask [F]; control: their twins) and all features (control: each
-    writes with the decoder row [K] of another)."""
+    writes with another's row of the decoder [F, K])."""
     own_features = own.nonzero()[:, 0].tolist()
     their_twins = [twins[feature] for feature in own_features if feature in twins]
-    other_rows = torch.randperm(len(decoder), generator=rng).to(decoder.device)
     own_alone = Mechanism(
         f"its {len(own_features)} SAE features",
         written_by(sae, own_features, decoder),
@@ -1240,7 +1244,7 @@ def feature_mechanisms(
     all_alone = Mechanism(
         "all SAE features",
         written_by(sae, ALL_FEATURES, decoder),
-        written_by(sae, ALL_FEATURES, decoder[other_rows]),
+        written_by(sae, ALL_FEATURES, decoder[shuffled.to(decoder.device)]),
     )
     return [own_alone, all_alone]
 

@@ -327,7 +327,9 @@ def test_features_are_ranked_by_written_share_with_naive_contexts_and_effects():
     ablation = hero.ablate(at, as_text(idx[-10:]), as_text(idx[-20:-10]))
     seen = ablation.seen
     dump = at.look(as_text(idx)).z.flatten(0, 1).flatten(1).numpy()
-    found = hero.describe_features(at, hero.HarvestedSAE(sae, dump), as_text(idx), ablation, 5)
+    facts = hero.feature_facts(at, sae, ablation)
+    ranked = hero.rank_features(at, sae, facts)
+    found = hero.describe_features(at, hero.HarvestedSAE(sae, dump), as_text(idx), ablation, facts, ranked[:5])
     rows, contexts = pd.DataFrame(found.rows), pd.DataFrame(found.contexts)
     mine, other = (rows[rows["kind"] == kind] for kind in ("hero", "matched-random"))
     assert len(mine) == len(other) == 5 and not set(mine["feature"]) & set(other["feature"])
@@ -358,7 +360,9 @@ def test_features_of_a_one_head_sae():
     idx, at, sae = windows(model, 20), some_head(model, 1, 2), make_sae("topk", 6, 24, head=2)
     ablation = hero.ablate(at, as_text(idx[-5:]), as_text(idx[:5]))
     dump = at.look(as_text(idx)).z.flatten(0, 1).flatten(1).numpy()
-    found = hero.describe_features(at, hero.HarvestedSAE(sae, dump), as_text(idx), ablation, 4)
+    facts = hero.feature_facts(at, sae, ablation)
+    ranked = hero.rank_features(at, sae, facts)
+    found = hero.describe_features(at, hero.HarvestedSAE(sae, dump), as_text(idx), ablation, facts, ranked[:4])
     assert {r["kind"] for r in found.rows} == {"hero", "matched-random"} and all(r["share"] == 1 for r in found.rows)
     assert "its 4 SAE features" in [mechanism.name for mechanism in found.mechanisms]
 
