@@ -20,9 +20,30 @@ import feature_dashboard as fd  # noqa: E402
 def made(smoke_checkpoint, cache_dir, tmp_path_factory) -> Path:
     """A dump of layer 2 and its SAE, and one of head 1."""
     root = tmp_path_factory.mktemp("dashboard")
-    where = ["--save_dir", str(root / "activations"), "--cache_dir", str(cache_dir), "--dtype", "float32"]
-    assert harvest_activations.main(["--model_path", str(smoke_checkpoint), "--layers", "2", "--tokens", "6400", *where]) == 0
-    small = ["--activations_dir", str(root / "activations"), "--steps", "30", "--batch_size", "256", "--dtype", "float32"]
+    where = [
+        "--save_dir",
+        str(root / "activations"),
+        "--cache_dir",
+        str(cache_dir),
+        "--dtype",
+        "float32",
+    ]
+    assert (
+        harvest_activations.main(
+            ["--model_path", str(smoke_checkpoint), "--layers", "2", "--tokens", "6400", *where]
+        )
+        == 0
+    )
+    small = [
+        "--activations_dir",
+        str(root / "activations"),
+        "--steps",
+        "30",
+        "--batch_size",
+        "256",
+        "--dtype",
+        "float32",
+    ]
     assert train_sae.main([*small, "--save_dir", str(root / "saes")]) == 0
     assert train_sae.main([*small, "--unit", "head", "--save_dir", str(root / "heads")]) == 0
     return root
@@ -45,9 +66,13 @@ def test_activations_histogram_and_contexts_are_saelens(made, src):
     assert torch.allclose(src.activations(chosen), theirs[..., chosen], atol=1e-5)
     for f, row in zip(chosen, fd.describe(src, chosen), strict=True):
         a = theirs[..., f]
-        assert row.n_active == (a > 0).sum() == sum(row.counts) and row.largest == pytest.approx(a.max().item(), abs=1e-5)
+        assert row.n_active == (a > 0).sum() == sum(row.counts) and row.largest == pytest.approx(
+            a.max().item(), abs=1e-5
+        )
         peaks = [next(v for _, v, peak in c if peak) for c in row.contexts]
-        assert np.allclose(peaks, a.max(1).values.sort(descending=True).values[: len(peaks)], atol=1e-5)
+        assert np.allclose(
+            peaks, a.max(1).values.sort(descending=True).values[: len(peaks)], atol=1e-5
+        )
         best = row.contexts[0]
         window = int(a.max(1).values.argmax())
         assert "".join(t for t, *_ in best) in "".join(src.say(int(i)) for i in src.idx[window])
@@ -61,23 +86,35 @@ def test_sources_add_up_to_the_pre_activation(src):
     for f in fd.strongest(src, 3):
         part = fd.sources(src, f, 3, 40)
         z = tap["z.2"][0, 40].flatten()
-        assert part.shape == (3, 41) and part.sum().item() == pytest.approx((z @ sae["W_enc"][:, f]).item(), rel=1e-4, abs=1e-5)
+        assert part.shape == (3, 41) and part.sum().item() == pytest.approx(
+            (z @ sae.weights["W_enc"][:, f]).item(), rel=1e-4, abs=1e-5
+        )
         h, s = 1, 17
         block = src.model.blocks[2]
-        v = (block.norm_attn(tap["resid_pre.2"][0, s]) @ block.attn.w_qkv.weight.T).view(3, 3, 16)[2, h]
-        assert part[h, s].item() == pytest.approx((tap["pattern.2"][0, h, 40, s] * (v @ sae["W_enc"][16:32, f])).item(), rel=1e-4, abs=1e-6)
+        v = (block.norm_attn(tap["resid_pre.2"][0, s]) @ block.attn.w_qkv.weight.T).view(3, 3, 16)[
+            2, h
+        ]
+        assert part[h, s].item() == pytest.approx(
+            (tap["pattern.2"][0, h, 40, s] * (v @ sae.weights["W_enc"][16:32, f])).item(),
+            rel=1e-4,
+            abs=1e-6,
+        )
 
 
 def test_logit_effects_and_head_shares_are_plain_products(src):
-    model, w = src.model, src.sae["W_dec"]
+    model, w = src.model, src.sae.weights["W_dec"]
     f = fd.strongest(src, 1)[0]
     row = fd.describe(src, [f])[0]
     w_o = model.blocks[2].attn.w_o.weight
     with torch.no_grad():
         logits = (model.unembedding.weight * model.norm.weight) @ (w_o @ w[f])
         logits = logits - logits.mean()
-        norms = torch.stack([(w_o[:, 16 * h : 16 * h + 16] @ w[f, 16 * h : 16 * h + 16]).norm() for h in range(3)])
-    assert np.allclose([v for _, v, _ in row.raises], logits.sort(descending=True).values[:10], atol=1e-5)
+        norms = torch.stack(
+            [(w_o[:, 16 * h : 16 * h + 16] @ w[f, 16 * h : 16 * h + 16]).norm() for h in range(3)]
+        )
+    assert np.allclose(
+        [v for _, v, _ in row.raises], logits.sort(descending=True).values[:10], atol=1e-5
+    )
     assert np.allclose([v for _, v, _ in row.lowers], logits.sort().values[:10], atol=1e-5)
     assert np.allclose(row.heads, norms / norms.sum(), atol=1e-5)
 
@@ -85,7 +122,11 @@ def test_logit_effects_and_head_shares_are_plain_products(src):
 def test_an_sae_of_one_head_writes_and_reads_there_alone(made):
     src = fd.open_source(made / "heads/adaptive/L2/H1", None, None, 3200)
     row = fd.describe(src, fd.strongest(src, 1))[0]
-    assert row.heads == pytest.approx([0, 1, 0]) and row.origin.by_head[0] == row.origin.by_head[2] == 0 and row.origin.by_head[1] != 0
+    assert (
+        row.heads == pytest.approx([0, 1, 0])
+        and row.origin.by_head[0] == row.origin.by_head[2] == 0
+        and row.origin.by_head[1] != 0
+    )
 
 
 class Tags(HTMLParser):
@@ -107,8 +148,12 @@ def test_the_page_keeps_hostile_tokens_as_text_and_needs_no_network(src, monkeyp
     page = fd.render("<b>", "", fd.describe(src, fd.strongest(src, 2)))
     tags = Tags()
     tags.feed(page)
-    assert not {"script", "img", "b"} & set(tags.tags) - {"b"} and tags.tags.count("b") == 4, "raises and lowers, twice"
-    assert all(text in tags.text for text in bad) and not re.search(r"https?://|url\(|@import", page)
+    assert not {"script", "img", "b"} & set(tags.tags) - {"b"} and tags.tags.count("b") == 4, (
+        "raises and lowers, twice"
+    )
+    assert all(text in tags.text for text in bad) and not re.search(
+        r"https?://|url\(|@import", page
+    )
 
 
 def test_wrong_inputs_are_one_line(made, tmp_path, capsys):
@@ -125,4 +170,7 @@ def test_wrong_inputs_are_one_line(made, tmp_path, capsys):
     assert "does not exist" in says(str(tmp_path / "nothing"))
     assert "does not exist" in says(sae, "--activations_dir", str(tmp_path))
     assert "expected at least 64 rows" in says(sae, "--tokens", "10")
-    assert fd.main([sae, "--features", "3", "--tokens", "640", "--out", str(out)]) == 0 and "Feature 3:" in out.read_text()
+    assert (
+        fd.main([sae, "--features", "3", "--tokens", "640", "--out", str(out)]) == 0
+        and "Feature 3:" in out.read_text()
+    )
