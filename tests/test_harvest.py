@@ -31,15 +31,26 @@ def write_checkpoint(folder: Path, text: Path, cache: Path, edit=None) -> Path:
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
-                p.mul_(8)  # so that attention and residual stream differ visibly from layer to layer
+                p.mul_(
+                    8
+                )  # so that attention and residual stream differ visibly from layer to layer
         if edit:
             edit(model)
     data = h.HFWikiTextLoader(str(text), "train:300", T, "train", cache)
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     path = folder / "janus_control_final.pt"
-    ckpt = {"schema": h.CHECKPOINT_SCHEMA, "config": asdict(model.cfg), "model": model.state_dict(), "probe": h.golden_probe(model)}
-    torch.save(ckpt | {"preset": "smoke", "arm": "control", "dataset": str(text), "data": data.description}, path)
+    ckpt = {
+        "schema": h.CHECKPOINT_SCHEMA,
+        "config": asdict(model.cfg),
+        "model": model.state_dict(),
+        "probe": h.golden_probe(model),
+    }
+    torch.save(
+        ckpt
+        | {"preset": "smoke", "arm": "control", "dataset": str(text), "data": data.description},
+        path,
+    )
     h.write_sidecar(path, h.CHECKPOINT_SCHEMA, [])
     return path
 
@@ -56,9 +67,25 @@ def world(tmp_path_factory):
     return root
 
 
-def command(world: Path, save_dir: Path, *flags: str, ckpt: Path | None = None, tokens: int = N) -> list[str]:
-    fixed = ["--device", "cpu", "--dtype", "float32", "--batch_size", "1", "--cache_dir", str(world / "cache")]
-    model = ["--model_path", str(ckpt or world / "ck" / "janus_control_final.pt"), "--tokens", str(tokens)]
+def command(
+    world: Path, save_dir: Path, *flags: str, ckpt: Path | None = None, tokens: int = N
+) -> list[str]:
+    fixed = [
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--batch_size",
+        "1",
+        "--cache_dir",
+        str(world / "cache"),
+    ]
+    model = [
+        "--model_path",
+        str(ckpt or world / "ck" / "janus_control_final.pt"),
+        "--tokens",
+        str(tokens),
+    ]
     return [*model, "--save_dir", str(save_dir), *fixed, *flags]
 
 
@@ -96,7 +123,11 @@ def model(world):
 
 
 def digests(folder: Path, *patterns: str) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for pattern in patterns for p in sorted(folder.glob(pattern))}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for pattern in patterns
+        for p in sorted(folder.glob(pattern))
+    }
 
 
 def heads(folder: Path, l: int) -> np.ndarray:
@@ -120,18 +151,30 @@ def stat(folder: Path, l: int, metric: str) -> pd.Series:
 def test_dumps_equal_what_the_output_projection_is_given(finished, model):
     idx = torch.from_numpy(np.load(finished / "tokens.npy").astype(np.int64)).reshape(-1, T)
     seen = {}
-    hooks = [b.attn.w_o.register_forward_pre_hook(lambda _, x, l=l: seen.__setitem__(l, x[0])) for l, b in enumerate(model.blocks)]
+    hooks = [
+        b.attn.w_o.register_forward_pre_hook(lambda _, x, l=l: seen.__setitem__(l, x[0]))
+        for l, b in enumerate(model.blocks)
+    ]
     with torch.no_grad():
         model(idx)
     for hook in hooks:
         hook.remove()
     for l in range(L):
-        np.testing.assert_allclose(np.load(finished / f"L{l}.z.npy"), seen[l].reshape(N, H * K).numpy(), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            np.load(finished / f"L{l}.z.npy"),
+            seen[l].reshape(N, H * K).numpy(),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_tokens_are_the_stream_and_positions_count_in_windows(finished, world):
     tokenizer = h.Tokenizer.from_file(str(world / "ck" / "tokenizer.json"))
-    stream = [i for line in (world / "text.txt").read_text().splitlines() for i in tokenizer.encode(line + "\n\n").ids]
+    stream = [
+        i
+        for line in (world / "text.txt").read_text().splitlines()
+        for i in tokenizer.encode(line + "\n\n").ids
+    ]
     assert np.load(finished / "tokens.npy").tolist() == stream[:N]
     assert np.load(finished / "positions.npy").tolist() == [n % T for n in range(N)]
 
@@ -161,8 +204,12 @@ def test_float16_is_the_rounded_float32(run, tmp_path, finished):
 def test_what_comes_after_the_deepest_activation_never_runs(run, monkeypatch, site, mlps):
     heads, after = set(), set()
     forward, mlp = h.Attention.forward, h.Block.mlp
-    monkeypatch.setattr(h, "golden_probe", lambda _: {"loss": 0.0})  # it runs a whole model of its own
-    monkeypatch.setattr(h.Attention, "forward", lambda self, *a: heads.add(id(self)) or forward(self, *a))
+    monkeypatch.setattr(
+        h, "golden_probe", lambda _: {"loss": 0.0}
+    )  # it runs a whole model of its own
+    monkeypatch.setattr(
+        h.Attention, "forward", lambda self, *a: heads.add(id(self)) or forward(self, *a)
+    )
     monkeypatch.setattr(h.Block, "mlp", lambda self, x: after.add(id(self)) or mlp(self, x))
     assert run("--layers", "1", "--site", site, "--skip_probe")[0] == 0
     assert (len(heads), len(after)) == (2, mlps)
@@ -170,13 +217,27 @@ def test_what_comes_after_the_deepest_activation_never_runs(run, monkeypatch, si
 
 def test_sidecar_statistics_equal_numpy(finished):
     for l in range(L):
-        x, side = np.load(finished / f"L{l}.z.npy").astype(np.float64), json.loads((finished / f"L{l}.z.npy.json").read_text())
+        x, side = (
+            np.load(finished / f"L{l}.z.npy").astype(np.float64),
+            json.loads((finished / f"L{l}.z.npy.json").read_text()),
+        )
         np.testing.assert_allclose(side["mean"], x.mean(0), atol=1e-9)
         np.testing.assert_allclose(side["variance"], x.var(0), rtol=1e-6, atol=1e-12)
         assert side["mean_norm"] == pytest.approx(np.linalg.norm(x, axis=1).mean())
         assert side["gamma"] == pytest.approx(np.linalg.norm(x.mean(0)) / np.sqrt(x.var(0).sum()))
-        assert (side["schema"], side["shape"], side["dtype"], side["axes"]) == ("janus.activations/1", [N, H * K], "float32", "N D")
-        assert (side["layer"], side["site"], side["seq_len"], side["n_heads"], side["d_head"]) == (l, "z", T, H, K)
+        assert (side["schema"], side["shape"], side["dtype"], side["axes"]) == (
+            "janus.activations/1",
+            [N, H * K],
+            "float32",
+            "N D",
+        )
+        assert (side["layer"], side["site"], side["seq_len"], side["n_heads"], side["d_head"]) == (
+            l,
+            "z",
+            T,
+            H,
+            K,
+        )
         assert side["sha256"] == hashlib.sha256((finished / f"L{l}.z.npy").read_bytes()).hexdigest()
         assert side["checkpoint_sha256"] == side["inputs"][0]["sha256"]
 
@@ -187,30 +248,45 @@ def test_cosines_and_sigma_equal_numpy_of_the_dump(finished, model):
     for l in range(L):
         c = cosines(heads(finished, l))
         np.testing.assert_allclose(pairs[pairs["layer"] == l]["cosine"], c, atol=1e-6)
-        for metric, value in dict(mean_cosine=c.mean(), max_cosine=c.max(), max_abs_cosine=abs(c).max(), sigma_z=abs(c).mean()).items():
+        for metric, value in dict(
+            mean_cosine=c.mean(),
+            max_cosine=c.max(),
+            max_abs_cosine=abs(c).max(),
+            sigma_z=abs(c).mean(),
+        ).items():
             assert stat(finished, l, metric)["value"] == pytest.approx(value, abs=1e-6)
         w = model.blocks[l].attn.w_o.weight.detach().double().numpy().reshape(H * K, H, K)
         o = np.einsum("hnk,dhk->hnd", heads(finished, l), w)  # formed here, not in the script
-        assert stat(finished, l, "sigma_resid")["value"] == pytest.approx(abs(cosines(o)).mean(), abs=1e-6)
+        assert stat(finished, l, "sigma_resid")["value"] == pytest.approx(
+            abs(cosines(o)).mean(), abs=1e-6
+        )
 
 
 def test_effective_rank_equals_an_svd_and_cka_equals_its_kernel_form(finished):
     for l in range(L):
         z = heads(finished, l)
         s = np.linalg.svd(z.transpose(1, 0, 2).reshape(N, H * K), compute_uv=False)
-        assert stat(finished, l, "effective_rank")["value"] == pytest.approx(s.sum() ** 2 / (s**2).sum(), rel=1e-5)
-        assert stat(finished, l, "effective_rank_share")["value"] == pytest.approx(s.sum() ** 2 / (s**2).sum() / (H * K), rel=1e-5)
+        assert stat(finished, l, "effective_rank")["value"] == pytest.approx(
+            s.sum() ** 2 / (s**2).sum(), rel=1e-5
+        )
+        assert stat(finished, l, "effective_rank_share")["value"] == pytest.approx(
+            s.sum() ** 2 / (s**2).sum() / (H * K), rel=1e-5
+        )
         centre = np.eye(N) - 1 / N
         kernels = [centre @ x @ x.T @ centre for x in z]
         hsic = np.array([[(a * b).sum() for b in kernels] for a in kernels])
-        cka = (hsic / np.sqrt(np.outer(hsic.diagonal(), hsic.diagonal())))[np.triu_indices(H, 1)].mean()
+        cka = (hsic / np.sqrt(np.outer(hsic.diagonal(), hsic.diagonal())))[
+            np.triu_indices(H, 1)
+        ].mean()
         assert stat(finished, l, "linear_cka")["value"] == pytest.approx(cka, rel=1e-5)
 
 
 def test_interval_is_the_jackknife_over_blocks_of_windows(finished):
     z = heads(finished, 3).reshape(H, 20, -1)
     without = np.array([abs(cosines(np.delete(z, b, axis=1))).mean() for b in range(20)])
-    half = 2.093024 * np.sqrt(19 / 20 * ((without - without.mean()) ** 2).sum())  # Student's t, 19 degrees of freedom
+    half = 2.093024 * np.sqrt(
+        19 / 20 * ((without - without.mean()) ** 2).sum()
+    )  # Student's t, 19 degrees of freedom
     row = stat(finished, 3, "sigma_z")
     assert row["ci_hi"] - row["value"] == pytest.approx(half, rel=1e-3)
     assert row["value"] - row["ci_lo"] == pytest.approx(half, rel=1e-3)
@@ -219,13 +295,45 @@ def test_interval_is_the_jackknife_over_blocks_of_windows(finished):
 
 def test_sigma_equals_what_training_logged(smoke_checkpoint, cache_dir, tmp_path, capsys):
     """The whole validation split: janus_adaptive.py measured the same with code of its own, layer by layer."""
-    flags = ["--device", "cpu", "--dtype", "float32", "--cache_dir", str(cache_dir), "--split", "validation", "--layers", "0", "3", "9"]
-    assert h.main(["--model_path", str(smoke_checkpoint), "--save_dir", str(tmp_path), "--tokens", "10000000", *flags]) == 0
+    flags = [
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--cache_dir",
+        str(cache_dir),
+        "--split",
+        "validation",
+        "--layers",
+        "0",
+        "3",
+        "9",
+    ]
+    assert (
+        h.main(
+            [
+                "--model_path",
+                str(smoke_checkpoint),
+                "--save_dir",
+                str(tmp_path),
+                "--tokens",
+                "10000000",
+                *flags,
+            ]
+        )
+        == 0
+    )
     assert "tokens, not 10,000,000" in capsys.readouterr().out
-    logged = pd.read_csv(smoke_checkpoint.parent / "layers.csv").query("step == step.max()").set_index("layer")
+    logged = (
+        pd.read_csv(smoke_checkpoint.parent / "layers.csv")
+        .query("step == step.max()")
+        .set_index("layer")
+    )
     for l in (0, 3, 9):
         for metric in ("sigma_z", "sigma_resid"):
-            assert stat(tmp_path / "adaptive", l, metric)["value"] == pytest.approx(logged.loc[l, metric], rel=1e-3)
+            assert stat(tmp_path / "adaptive", l, metric)["value"] == pytest.approx(
+                logged.loc[l, metric], rel=1e-3
+            )
 
 
 def test_jackknife_covers_the_true_mean():
@@ -241,24 +349,38 @@ def test_jackknife_covers_the_true_mean():
 def test_null_equals_heads_whose_bases_are_turned_at_random(finished, model):
     z, rng = heads(finished, 1), np.random.default_rng(0)
     turns = np.linalg.qr(rng.normal(size=(2000, H, K, K)))[0]
-    c = np.array([cosines(np.einsum("hnk,hkm->hnm", z[:, ::4], t)) for t in turns])  # every 4th token: faster
+    c = np.array(
+        [cosines(np.einsum("hnk,hkm->hnm", z[:, ::4], t)) for t in turns]
+    )  # every 4th token: faster
     sub = torch.from_numpy(z[:, ::4].transpose(1, 0, 2).reshape(-1, H * K))
     w_o = model.blocks[1].attn.w_o.weight.detach().double()
     null = h.null_topology(len(sub), sub.T @ sub, w_o, H, seed=0)
     assert null["sigma_z"].mean().item() == pytest.approx(abs(c).mean(), rel=0.06)
     assert null["max_cosine"].mean().item() == pytest.approx(c.max(1).mean(), rel=0.08)
-    assert null["max_cosine"].quantile(0.975).item() == pytest.approx(np.quantile(c.max(1), 0.975), rel=0.08)
+    assert null["max_cosine"].quantile(0.975).item() == pytest.approx(
+        np.quantile(c.max(1), 0.975), rel=0.08
+    )
     o = np.einsum("hnk,dhk->hnd", z[:, ::4], w_o.numpy().reshape(H * K, H, K))
     turns = np.linalg.qr(rng.normal(size=(300, H, H * K, H * K)))[0]
     c = np.array([cosines(np.einsum("hnk,hkm->hnm", o, t)) for t in turns])
     assert null["sigma_resid"].mean().item() == pytest.approx(abs(c).mean(), rel=0.12)
-    assert null["effective_rank"].item() >= h.topology(len(sub), sub.sum(0), sub.T @ sub, w_o, H)["effective_rank"].item()
+    assert (
+        null["effective_rank"].item()
+        >= h.topology(len(sub), sub.sum(0), sub.T @ sub, w_o, H)["effective_rank"].item()
+    )
 
 
 def test_gauge_changes_sigma_z_and_nothing_else(finished, model):
     """Turning each head's value basis, undone by W_O, changes no output of the model: only sigma_z sees it."""
-    z, w_o = torch.from_numpy(np.load(finished / "L1.z.npy")).double(), model.blocks[1].attn.w_o.weight.detach().double()
-    turn = torch.block_diag(*torch.linalg.qr(torch.randn(H, K, K, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0])
+    z, w_o = (
+        torch.from_numpy(np.load(finished / "L1.z.npy")).double(),
+        model.blocks[1].attn.w_o.weight.detach().double(),
+    )
+    turn = torch.block_diag(
+        *torch.linalg.qr(
+            torch.randn(H, K, K, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        )[0]
+    )
     before = h.topology(N, z.sum(0), z.T @ z, w_o, H)
     z = z @ turn
     after = h.topology(N, z.sum(0), z.T @ z, w_o @ turn, H)
@@ -282,9 +404,17 @@ def test_planted_heads():
 # ------------------------------------------------------------------------------------------------ interrupted harvests
 def test_killed_harvest_goes_on_to_the_same_bytes(world, tmp_path, finished):
     flags = command(world, tmp_path, "--dump_dtype", "float32", "--run_name", "r")
-    process = subprocess.Popen([sys.executable, h.__file__, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, h.__file__, *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.time() + 60
-    while not (tmp_path / "r" / "block04.partial.npz").exists() and time.time() < deadline and process.poll() is None:
+    while (
+        not (tmp_path / "r" / "block04.partial.npz").exists()
+        and time.time() < deadline
+        and process.poll() is None
+    ):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -311,13 +441,18 @@ def test_stopped_at_any_batch(run, tmp_path, monkeypatch, finished, moment):
         m.setattr(h, "layer_activations", stop)
         assert run("--dump_dtype", "float32", "--run_name", "r")[0] == 1
         partial = list((tmp_path / "out" / "r").glob("L*.partial.npy"))
-        assert len(partial) == L and all(p.stat().st_blocks * 512 >= p.stat().st_size for p in partial)  # the disk is ours already
+        assert len(partial) == L and all(
+            p.stat().st_blocks * 512 >= p.stat().st_size for p in partial
+        )  # the disk is ours already
         assert not list((tmp_path / "out" / "r").glob("*.npy.json"))
     assert run("--dump_dtype", "float32", "--run_name", "r")[0] == 0
     assert digests(tmp_path / "out" / "r", "*.npy", "*.csv") == digests(finished, "*.npy", "*.csv")
 
 
-@pytest.mark.parametrize(("before", "moment"), [([], 1), ([], 3), ([], 4), ([], 6), ([], 8), (["0"], 1), (["0"], 2), (["0"], 4)])
+@pytest.mark.parametrize(
+    ("before", "moment"),
+    [([], 1), ([], 3), ([], 4), ([], 6), ([], 8), (["0"], 1), (["0"], 2), (["0"], 4)],
+)
 def test_stopped_while_finishing(run, tmp_path, monkeypatch, finished, before, moment):
     """Two CSVs, tokens, positions and the dumps: at no moment does a sidecar describe what is not there."""
     out, flags = tmp_path / "out" / "r", ["--dump_dtype", "float32", "--run_name", "r"]
@@ -335,7 +470,10 @@ def test_stopped_while_finishing(run, tmp_path, monkeypatch, finished, before, m
         m.setattr(h, "write_sidecar", stop)
         assert run(*flags)[0] == 1
         for side in set(out.glob("*.json")) - {out / "run.json", out / h.PROGRESS}:
-            assert hashlib.sha256(side.with_suffix("").read_bytes()).hexdigest() == json.loads(side.read_text())["sha256"]
+            assert (
+                hashlib.sha256(side.with_suffix("").read_bytes()).hexdigest()
+                == json.loads(side.read_text())["sha256"]
+            )
     assert run(*flags)[0] == 0
     assert digests(out, "*.npy", "*.csv") == digests(finished, "*.npy", "*.csv")
     assert len(list(out.glob("L*.npy.json"))) == L
@@ -345,7 +483,9 @@ def test_layers_asked_for_later_are_added(run, tmp_path, finished):
     out = tmp_path / "out" / "r"
     assert run("--layers", "3", "0", "--dump_dtype", "float32", "--run_name", "r")[0] == 0
     before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.npy*")}
-    assert sorted(before) == sorted(f"{n}.npy{s}" for n in ("L0.z", "L3.z", "tokens", "positions") for s in ("", ".json"))
+    assert sorted(before) == sorted(
+        f"{n}.npy{s}" for n in ("L0.z", "L3.z", "tokens", "positions") for s in ("", ".json")
+    )
     assert run("--layers", "1", "2", "3", "--dump_dtype", "float32", "--run_name", "r")[0] == 0
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     assert digests(out, "*.npy", "*.csv") == digests(finished, "*.npy", "*.csv")
@@ -353,7 +493,9 @@ def test_layers_asked_for_later_are_added(run, tmp_path, finished):
     assert status == 0 and "nothing to harvest" in text
 
 
-@pytest.mark.parametrize("flags", [["--split", "validation"], ["--dump_dtype", "float32"], ["--tokens", str(N // 2)]])
+@pytest.mark.parametrize(
+    "flags", [["--split", "validation"], ["--dump_dtype", "float32"], ["--tokens", str(N // 2)]]
+)
 def test_other_output_is_in_the_way(run, tmp_path, flags):
     assert run("--layers", "0", "1")[0] == 0
     before = digests(tmp_path / "out" / "control", "*.npy*", "*.csv*")
@@ -361,7 +503,9 @@ def test_other_output_is_in_the_way(run, tmp_path, flags):
     assert status == 1 and "--overwrite" in err and err.count("\n") == 1
     assert digests(tmp_path / "out" / "control", "*.npy*", "*.csv*") == before
     assert run("--layers", "0", *flags, "--overwrite")[0] == 0
-    assert not (tmp_path / "out" / "control" / "L1.z.npy").exists()  # it belonged to other tokens or another type
+    assert not (
+        tmp_path / "out" / "control" / "L1.z.npy"
+    ).exists()  # it belonged to other tokens or another type
     assert set(pd.read_csv(tmp_path / "out" / "control" / "topology_stats.csv")["layer"]) == {0}
 
 
@@ -392,23 +536,34 @@ def test_figure_and_table_come_from_the_csvs_alone(tmp_path, finished):
     for name in ("a", "control"):
         (tmp_path / "out" / name).mkdir(parents=True)
         for csv in ("head_cosines.csv", "topology_stats.csv"):
-            pd.read_csv(finished / csv).assign(run=name).query("layer > 1").to_csv(tmp_path / "out" / name / csv, index=False)
+            pd.read_csv(finished / csv).assign(run=name).query("layer > 1").to_csv(
+                tmp_path / "out" / name / csv, index=False
+            )
             h.write_sidecar(tmp_path / "out" / name / csv, h.TABLE_SCHEMA, [])
     redraw = ["--redraw", "--run_name", "a", "--save_dir", str(tmp_path / "out")]
     assert h.main(redraw) == 0
     first = digests(tmp_path / "out" / "a", "*.png", "*.txt")
     text = (tmp_path / "out" / "a" / "table1_topology.txt").read_text()
-    assert text.index("control") < text.index(" a\n") and f"{stat(finished, 2, 'max_cosine')['value']:.4g}" in text
+    assert (
+        text.index("control") < text.index(" a\n")
+        and f"{stat(finished, 2, 'max_cosine')['value']:.4g}" in text
+    )
     assert h.main(redraw) == 0 and digests(tmp_path / "out" / "a", "*.png", "*.txt") == first
     assert h.main([*redraw, "--compare", "a"]) == 0
-    assert "control  " not in (tmp_path / "out" / "a" / "table1_topology.txt").read_text().partition("Interval")[0]
+    assert (
+        "control  "
+        not in (tmp_path / "out" / "a" / "table1_topology.txt").read_text().partition("Interval")[0]
+    )
     (tmp_path / "out" / "control" / "head_cosines.csv.json").unlink()  # as if it were being written
     assert h.main(redraw) == 0 and h.main([*redraw, "--compare", "a", "control"]) == 1
     csv = tmp_path / "out" / "a" / "head_cosines.csv"
     pd.read_csv(csv).assign(cosine=0.1).to_csv(csv, index=False)
     h.write_sidecar(csv, h.TABLE_SCHEMA, [])
     assert h.main(redraw) == 0
-    assert digests(tmp_path / "out" / "a", "*.png")["figure1_head_cosines.png"] != first["figure1_head_cosines.png"]
+    assert (
+        digests(tmp_path / "out" / "a", "*.png")["figure1_head_cosines.png"]
+        != first["figure1_head_cosines.png"]
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- wrong inputs
@@ -467,14 +622,21 @@ def scale_values(model, factor: float) -> None:
 
 @pytest.mark.parametrize("probe", [[], ["--skip_probe"]])
 def test_weights_that_are_not_finite(run, world, tmp_path, probe):
-    path = write_checkpoint(tmp_path / "nan", world / "text.txt", world / "cache", lambda m: scale_values(m, float("nan")))
+    path = write_checkpoint(
+        tmp_path / "nan",
+        world / "text.txt",
+        world / "cache",
+        lambda m: scale_values(m, float("nan")),
+    )
     status, _, err = run(*probe, ckpt=path)
     assert status == 1 and "nan" in err and err.count("\n") == 1
     assert not list(tmp_path.glob("out/**/*.np*"))
 
 
 def test_overflow_of_float16_names_the_flag_that_helps(run, world, tmp_path):
-    path = write_checkpoint(tmp_path / "big", world / "text.txt", world / "cache", lambda m: scale_values(m, 1e5))
+    path = write_checkpoint(
+        tmp_path / "big", world / "text.txt", world / "cache", lambda m: scale_values(m, 1e5)
+    )
     status, _, err = run(ckpt=path)
     assert status == 1 and "--dump_dtype float32" in err and err.count("\n") == 1
     assert not list(tmp_path.glob("out/**/*.np*"))
@@ -483,7 +645,9 @@ def test_overflow_of_float16_names_the_flag_that_helps(run, world, tmp_path):
 
 
 def test_disk_too_small(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(h.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    monkeypatch.setattr(
+        h.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)
+    )
     status, _, err = run()
     assert status == 1 and "GB free" in err and err.count("\n") == 1
     assert not list(tmp_path.glob("out/**/*.np*"))
@@ -494,7 +658,9 @@ def test_disk_blocks_that_cannot_be_had(run, tmp_path):
     assert run("--layers", "0")[0] == 0
     before = digests(tmp_path / "out" / "control", "*.npy*", "*.csv*")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (N * H * K * 2 - 1000, limits[1]))  # a little less than one dump
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (N * H * K * 2 - 1000, limits[1])
+    )  # a little less than one dump
     try:
         status, _, err = run("--layers", "1")
     finally:
