@@ -24,10 +24,16 @@ import hero_head_analysis as hero
 def make_model(seed: int = 0, **changes) -> hero.NewGPT:
     """A small model with grouped queries, large weights and gains other than 1, so that nothing is trivially zero."""
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=40, n_layers=3, d_model=24, n_heads=4, n_kv_heads=2, d_head=6, d_ff=32, seq_len=20) | changes
+    shape = dict(n_layers=3, d_model=24, n_heads=4, n_kv_heads=2, d_head=6, d_ff=32)
+    sizes = dict(vocab_size=40, seq_len=20, **shape)
+    sizes.update(changes)
     model = hero.NewGPT(hero.GPTConfig(**sizes)).eval().requires_grad_(False)
     for name, p in model.named_parameters():
-        p.copy_(1 + 0.3 * torch.randn_like(p) if p.dim() == 1 else torch.randn_like(p) * (1.0 if "embedding" in name else 0.3))
+        p.copy_(
+            1 + 0.3 * torch.randn_like(p)
+            if p.dim() == 1
+            else torch.randn_like(p) * (1.0 if "embedding" in name else 0.3)
+        )
     return model
 
 
@@ -36,7 +42,9 @@ def some_head(model: hero.NewGPT, layer: int, head: int, role: str = "hero") -> 
 
 
 def windows(model: hero.NewGPT, n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(model.cfg.vocab_size, (n, model.cfg.seq_len), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        model.cfg.vocab_size, (n, model.cfg.seq_len), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def as_text(idx: torch.Tensor) -> hero.Text:
@@ -48,11 +56,17 @@ def test_direct_attribution_sums_to_every_logit():
     model = make_model()
     idx, u = windows(model, 1), hero.unembedding(model)
     v = model.cfg.vocab_size
-    parts, rms = hero.direct_attribution(model, idx.expand(v, -1), u[:, None].expand(-1, model.cfg.seq_len, -1))
+    parts, rms = hero.direct_attribution(
+        model, idx.expand(v, -1), u[:, None].expand(-1, model.cfg.seq_len, -1)
+    )
     assert parts.shape == (v, model.cfg.seq_len, 1 + model.cfg.n_layers * (model.cfg.n_heads + 1))
     logits = model(idx)[0][0]
-    torch.testing.assert_close(parts.sum(-1).T, logits - logits.mean(-1, keepdim=True), atol=1e-4, rtol=0)
-    torch.testing.assert_close(rms[0], model.run_blocks(model.embed(idx))[0].square().mean(-1).add(1e-5).sqrt())
+    torch.testing.assert_close(
+        parts.sum(-1).T, logits - logits.mean(-1, keepdim=True), atol=1e-4, rtol=0
+    )
+    torch.testing.assert_close(
+        rms[0], model.run_blocks(model.embed(idx))[0].square().mean(-1).add(1e-5).sqrt()
+    )
 
 
 def test_query_key_scores_are_the_models_own_in_layer_0():
@@ -63,8 +77,12 @@ def test_query_key_scores_are_the_models_own_in_layer_0():
     for h in range(model.cfg.n_heads):
         at = some_head(model, 0, h)
         x, t = at.inputs(idx[0]), 17
-        logits = torch.stack([hero.qk_by_band(at, x[t : t + 1], x[s : s + 1], t - s).sum() for s in range(t + 1)])
-        torch.testing.assert_close(logits.softmax(0), tap["pattern.0"][0, h, t, : t + 1], atol=1e-5, rtol=0)
+        logits = torch.stack(
+            [hero.qk_by_band(at, x[t : t + 1], x[s : s + 1], t - s).sum() for s in range(t + 1)]
+        )
+        torch.testing.assert_close(
+            logits.softmax(0), tap["pattern.0"][0, h, t, : t + 1], atol=1e-5, rtol=0
+        )
 
 
 def test_band_shares_add_up_to_one_and_pairs_are_the_largest_scores():
@@ -78,7 +96,9 @@ def test_band_shares_add_up_to_one_and_pairs_are_the_largest_scores():
     score = score - score.mean(1, keepdim=True)
     top = pairs[pairs["offset"] == 2].iloc[0]
     assert math.isclose(top["logits"], score.max().item(), rel_tol=1e-5)
-    assert math.isclose(score[int(top["query"]), int(top["key"])].item(), score.max().item(), rel_tol=1e-5)
+    assert math.isclose(
+        score[int(top["query"]), int(top["key"])].item(), score.max().item(), rel_tol=1e-5
+    )
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -101,7 +121,10 @@ def test_copying_score_and_written_tokens():
     for sign in (1, -1):
         w_o.copy_(sign * w_v.T)
         circuit = hero.ov_circuit(at, rms=1.0)
-        rows, score = hero.written_tokens(at, circuit, torch.arange(10), str), hero.copying_score(at, circuit)
+        rows, score = (
+            hero.written_tokens(at, circuit, torch.arange(10), str),
+            hero.copying_score(at, circuit),
+        )
         assert sign * score["value"] > 0.99 and score["null_max"] < 0.8
         effect = at.inputs(torch.arange(10)) @ w_v.T @ w_o.T @ hero.unembedding(model).T
         assert [int(r["raises"].split()[0]) for r in rows] == effect.argmax(1).tolist()
@@ -114,7 +137,17 @@ def planted_induction() -> hero.NewGPT:
     L1H0 looks there for its own token, so it finds the token after an earlier copy. Head 1 of each layer is random."""
     v, k = 32, 128
     torch.manual_seed(3)
-    cfg = hero.GPTConfig(vocab_size=v, n_layers=2, d_model=2 * v + 1, n_heads=2, n_kv_heads=2, d_head=k, d_ff=8, seq_len=49, tied=False)
+    cfg = hero.GPTConfig(
+        vocab_size=v,
+        n_layers=2,
+        d_model=2 * v + 1,
+        n_heads=2,
+        n_kv_heads=2,
+        d_head=k,
+        d_ff=8,
+        seq_len=49,
+        tied=False,
+    )
     model = hero.NewGPT(cfg).eval().requires_grad_(False)
     for block in model.blocks:
         block.w_down.weight.zero_()
@@ -123,35 +156,59 @@ def planted_induction() -> hero.NewGPT:
     model.embedding.weight[:, -1] = 1  # a constant that position can be read with
     q, key, value = (slice(i * 2 * k, i * 2 * k + k) for i in range(3))  # rows of head 0 in w_qkv
     for block in model.blocks:
-        block.attn.w_qkv.weight[q] = block.attn.w_qkv.weight[key] = block.attn.w_qkv.weight[value] = 0
+        block.attn.w_qkv.weight[q] = block.attn.w_qkv.weight[key] = block.attn.w_qkv.weight[
+            value
+        ] = 0
         block.attn.w_o.weight[:, :k] = 0
     w, every = model.blocks[0].attn.w_qkv.weight, torch.full((1, k), 3.0)
     w[key, -1] = every[0]
-    w[q, -1] = hero.apply_rope(every, model.rope_cos[1], -model.rope_sin[1])[0]  # largest at offset 1
+    w[q, -1] = hero.apply_rope(every, model.rope_cos[1], -model.rope_sin[1])[
+        0
+    ]  # largest at offset 1
     w[value, :v][:v] = torch.eye(v)
     model.blocks[0].attn.w_o.weight[v : 2 * v, :v] = torch.eye(v)
-    w, slow = model.blocks[1].attn.w_qkv.weight, torch.arange(v) + k // 4  # rotary pairs that hardly turn in 49 tokens
+    w, slow = (
+        model.blocks[1].attn.w_qkv.weight,
+        torch.arange(v) + k // 4,
+    )  # rotary pairs that hardly turn in 49 tokens
     w[q, :v][slow] = w[key, v : 2 * v][slow] = 8 * torch.eye(v)
     return model
 
 
 def test_planted_induction_head_is_found_and_a_random_head_is_not():
     model = planted_induction()
-    heads = [some_head(model, 1, 0), some_head(model, 1, 1, "random"), some_head(model, 0, 0, "previous")]
+    heads = [
+        some_head(model, 1, 0),
+        some_head(model, 1, 1, "random"),
+        some_head(model, 0, 0, "previous"),
+    ]
     table = pd.DataFrame(hero.score_table(heads, as_text(windows(model, 12))))
     score = table.set_index(["role", "score"])
     value, null = score["value"].unstack(), score["null"].unstack()
-    assert value.loc["hero", "induction, random tokens"] > 0.9 > 0.3 > value.loc["random", "induction, random tokens"]
+    assert (
+        value.loc["hero", "induction, random tokens"]
+        > 0.9
+        > 0.3
+        > value.loc["random", "induction, random tokens"]
+    )
     assert null.loc["hero", "induction, random tokens"] < 0.3
     assert value.loc["hero", "induction"] > 0.5 > value.loc["random", "induction"]
     assert value.loc["previous", "previous token"] > 0.9 and value.loc["previous", "entropy"] < 0.2
-    assert null.loc["previous", "previous token"] > 0.9  # a positional head does not care about the tokens
-    assert (table["n"] == 12).all() and (table["ci_low"] <= table["value"]).all() and (table["value"] <= table["ci_high"]).all()
+    assert (
+        null.loc["previous", "previous token"] > 0.9
+    )  # a positional head does not care about the tokens
+    assert (
+        (table["n"] == 12).all()
+        and (table["ci_low"] <= table["value"]).all()
+        and (table["value"] <= table["ci_high"]).all()
+    )
 
 
 def test_scores_with_fewer_kinds_of_token_than_half_a_window():
     model = make_model(vocab_size=6)  # a stretch of 9 tokens without repeats does not exist
-    table = pd.DataFrame(hero.score_table([some_head(model, 1, 0)], as_text(windows(model, 4)))).set_index("score")
+    table = pd.DataFrame(
+        hero.score_table([some_head(model, 1, 0)], as_text(windows(model, 4)))
+    ).set_index("score")
     assert np.isfinite(table.loc["induction, random tokens", ["value", "null"]].astype(float)).all()
 
 
@@ -163,11 +220,55 @@ def test_scores_of_known_patterns():
         previous[..., t, t - 1] = 1
     measures = {score.name: score.measure for score in hero.SCORES}
     score = {name: measure(previous, as_text(idx)).item() for name, measure in measures.items()}
-    assert score["previous token"] == 1 and score["current token"] == 0 and abs(score["entropy"]) < 1e-5
+    assert (
+        score["previous token"] == 1
+        and score["current token"] == 0
+        and abs(score["entropy"]) < 1e-5
+    )
     assert math.isclose(score["distance"], 1 / 5, rel_tol=1e-6) and score["first position"] == 0.25
     # queries with an earlier copy: t=2 (5 at 0) and t=4 (6 at 1); their inductive keys are 1 and 2: position 1 is the previous one of 2
     assert score["duplicate token"] == 0 and score["induction"] == 0.5
-    assert math.isnan(measures["duplicate token"](previous, as_text(torch.arange(5)[None])).item())  # no copies: not a number, not 0
+    assert math.isnan(
+        measures["duplicate token"](previous, as_text(torch.arange(5)[None])).item()
+    )  # no copies: not a number, not 0
+
+
+def test_a_new_score_is_one_function_and_one_entry_and_no_mechanism(monkeypatch):
+    def ends_in_7(text: hero.Text) -> torch.Tensor:
+        sevens = [token for token in range(40) if text.say(token).endswith("7>")]
+        is_seven = torch.isin(text.idx, torch.tensor(sevens))
+        return is_seven[:, None, :] & (hero.tokens_back(text) >= 0)
+
+    model, n_mechanisms = make_model(), len(hero.MECHANISMS)
+    idx, head = windows(model, 6), some_head(model, 1, 2)
+    before = pd.DataFrame(hero.score_table([head], as_text(idx))).set_index("score")
+    new = hero.Score("sevens", hero.mass_on(ends_in_7), hero.Reads.HARVESTED)
+    monkeypatch.setattr(hero, "SCORES", [*hero.SCORES, new])
+    after = pd.DataFrame(hero.score_table([head], as_text(idx))).set_index("score")
+    assert list(after.index) == [*before.index, "sevens"] and len(hero.MECHANISMS) == n_mechanisms
+    assert (after.loc[before.index, "value"] == before["value"]).all()
+    for width in (before["ci_low"] - after["ci_low"], after["ci_high"] - before["ci_high"]):
+        assert (width[before.index] >= 0).all() and width.max() > 0  # simultaneous for one more
+
+    tap = {"pattern.1": None}
+    model(idx, tap=tap)
+    masses = []
+    for window, attention in zip(idx.tolist(), tap["pattern.1"][:, 2], strict=True):
+        keys = [s for s, token in enumerate(window) if token % 10 == 7]
+        queries = [t for t in range(1, 20) if any(s <= t for s in keys)]
+        masses.append(np.mean([attention[t, keys].sum().item() for t in queries] or [math.nan]))
+    assert math.isclose(after.loc["sevens", "value"], np.nanmean(masses), rel_tol=1e-5)
+
+
+def test_features_are_ranked_by_what_they_write_and_dead_ones_are_left_out():
+    model = make_model()
+    at, sae = some_head(model, 1, 2), make_sae("jumprelu", 24, 96)
+    sae.weights["threshold"][:5] = 1e9  # never active
+    ablation = hero.ablate(at, as_text(windows(model, 4)), as_text(windows(model, 4, seed=1)))
+    facts = hero.feature_facts(at, sae, ablation)
+    ranked = hero.rank_features(at, sae, facts)
+    assert facts.share[ranked, 2].diff().max() <= 0 and not set(ranked.tolist()) & set(range(5))
+    assert sorted(ranked.tolist()) == facts.live.nonzero()[:, 0].tolist()
 
 
 def test_interval_covers_and_skips_missing():
@@ -178,7 +279,10 @@ def test_interval_covers_and_skips_missing():
         r = hero.interval(0.7 * den + rng.normal(size=60), den)
         hits += r.ci_low < 0.7 < r.ci_high
     assert hits >= 88  # 95 % nominal
-    assert hero.interval([1.0, math.nan, 3.0]).value == 2 and hero.interval([1.0, math.nan, 3.0]).n == 2
+    assert (
+        hero.interval([1.0, math.nan, 3.0]).value == 2
+        and hero.interval([1.0, math.nan, 3.0]).n == 2
+    )
     assert math.isnan(hero.interval([math.nan]).value)
     wide, narrow = (hero.interval(rng.normal(size=50), tests=k) for k in (20, 1))
     assert wide.ci_high - wide.ci_low > narrow.ci_high - narrow.ci_low
@@ -194,9 +298,16 @@ def test_replaced_z_equals_the_naive_forward():
     model = make_model()
     idx, at, scale = windows(model, 5), some_head(model, 1, 3), torch.ones(3, 4)
     seen = at.look(as_text(idx))
-    torch.testing.assert_close(at.loss(seen, seen.head_z), naive_loss(model, idx), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        at.loss(seen, seen.head_z), naive_loss(model, idx), atol=1e-5, rtol=0
+    )
     scale[1, 3] = 0
-    torch.testing.assert_close(at.loss(seen, torch.zeros_like(seen.value)), naive_loss(model, idx, head_scale=scale), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        at.loss(seen, torch.zeros_like(seen.value)),
+        naive_loss(model, idx, head_scale=scale),
+        atol=1e-5,
+        rtol=0,
+    )
     torch.testing.assert_close(seen.attention @ seen.value, seen.z[:, :, 3], atol=1e-5, rtol=1e-5)
 
 
@@ -209,11 +320,20 @@ def test_preserving_everything_explains_all_and_nothing_explains_nothing():
     def whole(seen: hero.Seen) -> torch.Tensor:
         return seen.attention @ seen.value
 
-    mechanisms = [hero.Mechanism("all", whole, hero.nothing), hero.Mechanism("half", lambda s: whole(s) / 2, hero.nothing)]
+    mechanisms = [
+        hero.Mechanism("all", whole, hero.nothing),
+        hero.Mechanism("half", lambda s: whole(s) / 2, hero.nothing),
+    ]
     rows = pd.DataFrame(hero.explained(at, ablation, mechanisms))
     rows = rows.set_index(["mechanism", "kind"])
-    np.testing.assert_allclose(rows.loc[("all", "claimed"), ["value", "ci_low", "ci_high"]].astype(float), 1, atol=1e-4)
-    np.testing.assert_allclose(rows.loc[("all", "matched-random"), ["value", "ci_low", "ci_high"]].astype(float), 0, atol=1e-4)
+    np.testing.assert_allclose(
+        rows.loc[("all", "claimed"), ["value", "ci_low", "ci_high"]].astype(float), 1, atol=1e-4
+    )
+    np.testing.assert_allclose(
+        rows.loc[("all", "matched-random"), ["value", "ci_low", "ci_high"]].astype(float),
+        0,
+        atol=1e-4,
+    )
     mean_ablated = at.loss(seen, held.z[:, :, 1].mean((0, 1)).expand_as(seen.value))
     impact = (mean_ablated - naive_loss(model, seen.text.idx)).mean().item()
     assert math.isclose(rows["impact"].iloc[0], impact, abs_tol=1e-5)
@@ -223,8 +343,17 @@ def test_all_kinds_of_keys_and_as_many_at_random():
     model = make_model()
     at = some_head(model, 0, 0)
     seen = at.look(as_text(windows(model, 3)))
-    one = replace(seen, attention=torch.ones_like(seen.attention).tril(), value=torch.ones_like(seen.value))  # counts keys
-    kinds = [hero.first_position, hero.current_token, hero.previous_token, hero.up_to_5_back, hero.duplicate_token, hero.after_duplicate]
+    one = replace(
+        seen, attention=torch.ones_like(seen.attention).tril(), value=torch.ones_like(seen.value)
+    )  # counts keys
+    kinds = [
+        hero.first_position,
+        hero.current_token,
+        hero.previous_token,
+        hero.up_to_5_back,
+        hero.duplicate_token,
+        hero.after_duplicate,
+    ]
     assert len(kinds) == len(hero.MECHANISMS)
     for kind, mechanism in zip(kinds, hero.MECHANISMS, strict=True):
         mask = kind(seen.text)
@@ -233,7 +362,9 @@ def test_all_kinds_of_keys_and_as_many_at_random():
         torch.testing.assert_close(count, mask.sum(-1).float())
         torch.testing.assert_close(mechanism.control(one)[..., 0], count)
     previous = hero.MECHANISMS[2]
-    assert previous.name == "keys: previous token" and not torch.allclose(previous.claimed(seen), previous.control(seen))
+    assert previous.name == "keys: previous token" and not torch.allclose(
+        previous.claimed(seen), previous.control(seen)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ matching
@@ -263,7 +394,11 @@ def test_control_head_is_matched_by_function_not_by_index():
     for layer in range(3):
         for h in range(4):
             match = hero.match_by_function(mine[:, layer, h], theirs)
-            assert (match.layer, order[match.head]) == (layer, h) and match.cka > 0.999 and match.null < 0.3
+            assert (
+                (match.layer, order[match.head]) == (layer, h)
+                and match.cka > 0.999
+                and match.null < 0.3
+            )
 
 
 def test_head_writes_are_isometric_to_the_residual_writes():
@@ -281,33 +416,51 @@ def test_mapped_share_ignores_the_value_basis_and_the_raw_share_does_not():
     model, change = make_model(), torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(5))
     decoder = torch.randn(50, 4, 6)
     before = hero.head_share(decoder, hero.write_basis(model, 1)), hero.head_share(decoder)
-    size = torch.stack([decoder[:, h] @ some_head(model, 1, h).weights().w_o.T for h in range(4)], 1).norm(dim=-1)
+    size = torch.stack(
+        [decoder[:, h] @ some_head(model, 1, h).weights().w_o.T for h in range(4)], 1
+    ).norm(dim=-1)
     torch.testing.assert_close(before[0], size / size.sum(1, keepdim=True), atol=1e-5, rtol=1e-5)
     # z -> z M^T, W_O -> W_O M^-1: the same model; the SAE of the new z has the decoder rows mapped by M
     w_o = model.blocks[1].attn.w_o.weight.view(-1, 4, 6)
     w_o.copy_(torch.einsum("dhk,hkj->dhj", w_o, torch.linalg.inv(change)))
     decoder = torch.einsum("fhk,hjk->fhj", decoder, change)
-    torch.testing.assert_close(hero.head_share(decoder, hero.write_basis(model, 1)), before[0], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        hero.head_share(decoder, hero.write_basis(model, 1)), before[0], atol=1e-4, rtol=1e-3
+    )
     assert (hero.head_share(decoder) - before[1]).abs().max() > 0.1
 
 
 def make_sae(arch: str, d_in: int, f: int, head: int | None = None, seed: int = 0) -> hero.SAE:
     torch.manual_seed(seed)
     w = torch.nn.functional.normalize(torch.randn(f, d_in), dim=1)
-    weights = dict(W_enc=w.T.clone(), W_dec=w, b_enc=0.1 * torch.randn(f), b_dec=0.1 * torch.randn(d_in))
+    weights = dict(
+        W_enc=w.T.clone(), W_dec=w, b_enc=0.1 * torch.randn(f), b_dec=0.1 * torch.randn(d_in)
+    )
     weights |= dict(threshold=0.3 + 0.2 * torch.rand(f)) if arch == "jumprelu" else {}
     if arch == "gated":
-        weights |= dict(b_gate=weights.pop("b_enc"), b_mag=0.1 * torch.randn(f), r_mag=0.3 * torch.randn(f))
+        weights |= dict(
+            b_gate=weights.pop("b_enc"), b_mag=0.1 * torch.randn(f), r_mag=0.3 * torch.randn(f)
+        )
     return hero.SAE(arch, head, 3 if arch == "topk" else None, weights, Path("made"))
 
 
 def write_sae(folder: Path, sae: hero.SAE) -> None:
     d_in = len(sae.weights["b_dec"])
-    cfg = dict(architecture=sae.architecture, d_in=d_in, d_sae=sae.n_features, dtype="float32", device="cpu")
+    cfg = dict(
+        architecture=sae.architecture,
+        d_in=d_in,
+        d_sae=sae.n_features,
+        dtype="float32",
+        device="cpu",
+    )
     cfg |= dict(k=sae.k) if sae.k else {}
     folder.mkdir(parents=True)
-    (folder / "cfg.json").write_text(json.dumps(cfg | {"metadata": {"sae_lens_version": "6.54.12"}}))
-    save_file({k: v.contiguous() for k, v in sae.weights.items()}, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(
+        json.dumps(cfg | {"metadata": {"sae_lens_version": "6.54.12"}})
+    )
+    save_file(
+        {k: v.contiguous() for k, v in sae.weights.items()}, folder / "sae_weights.safetensors"
+    )
 
 
 @pytest.mark.parametrize("arch", ["standard", "topk", "jumprelu", "gated"])
@@ -329,18 +482,24 @@ def test_features_are_ranked_by_written_share_with_naive_contexts_and_effects():
     dump = at.look(as_text(idx)).z.flatten(0, 1).flatten(1).numpy()
     facts = hero.feature_facts(at, sae, ablation)
     ranked = hero.rank_features(at, sae, facts)
-    found = hero.describe_features(at, hero.HarvestedSAE(sae, dump), as_text(idx), ablation, facts, ranked[:5])
+    found = hero.describe_features(
+        at, hero.HarvestedSAE(sae, dump), as_text(idx), ablation, facts, ranked[:5]
+    )
     rows, contexts = pd.DataFrame(found.rows), pd.DataFrame(found.contexts)
     mine, other = (rows[rows["kind"] == kind] for kind in ("hero", "matched-random"))
     assert len(mine) == len(other) == 5 and not set(mine["feature"]) & set(other["feature"])
     assert mine["share"].is_monotonic_decreasing and mine["share"].min() > other["share"].max()
-    assert (rows["frequency"] > 0).all() and ((mine["effective_heads"] >= 1) & (mine["effective_heads"] <= 4)).all()
+    assert (rows["frequency"] > 0).all() and (
+        (mine["effective_heads"] >= 1) & (mine["effective_heads"] <= 4)
+    ).all()
     f = int(mine["feature"].iloc[0])
     acts = hero.encode(sae, torch.from_numpy(dump).view(-1, 4, 6))[:, f]
     top = contexts[(contexts["feature"] == f)].iloc[0]
     assert math.isclose(top["activation"], acts.max().item(), rel_tol=1e-5)
     row = int(acts.argmax())
-    assert (top["window"], top["position"]) == divmod(row, 20) and f"«<{int(idx.flatten()[row])}>»" in top["context"]
+    assert (top["window"], top["position"]) == divmod(
+        row, 20
+    ) and f"«<{int(idx.flatten()[row])}>»" in top["context"]
     assert contexts.groupby("feature")["window"].nunique().min() == 8  # one place a window
     w_dec = sae.weights["W_dec"]
     z = seen.z.clone()
@@ -362,8 +521,12 @@ def test_features_of_a_one_head_sae():
     dump = at.look(as_text(idx)).z.flatten(0, 1).flatten(1).numpy()
     facts = hero.feature_facts(at, sae, ablation)
     ranked = hero.rank_features(at, sae, facts)
-    found = hero.describe_features(at, hero.HarvestedSAE(sae, dump), as_text(idx), ablation, facts, ranked[:4])
-    assert {r["kind"] for r in found.rows} == {"hero", "matched-random"} and all(r["share"] == 1 for r in found.rows)
+    found = hero.describe_features(
+        at, hero.HarvestedSAE(sae, dump), as_text(idx), ablation, facts, ranked[:4]
+    )
+    assert {r["kind"] for r in found.rows} == {"hero", "matched-random"} and all(
+        r["share"] == 1 for r in found.rows
+    )
     assert "its 4 SAE features" in [mechanism.name for mechanism in found.mechanisms]
 
 
@@ -390,16 +553,43 @@ class Page(HTMLParser):
 
 
 def test_page_keeps_hostile_tokens_as_text_and_needs_no_network():
-    bad = ["<script>alert(1)</script>", "</script><img src=x onerror=alert(1)>", "@DATA@", "@BODY@", "&lt;", "a|b`c", '"', "<!--"]
-    tables = {name: pd.DataFrame(dict(token=bad, value=1.5)) for name in hero.SECTIONS if name not in ("scores", "contexts")}
-    tables["scores"] = pd.DataFrame(dict(score=bad * 2, role=["hero"] * 8 + ["<b>"] * 8, value=1.0, ci_low=0.0, ci_high=1.0, null=0.5))
+    bad = [
+        "<script>alert(1)</script>",
+        "</script><img src=x onerror=alert(1)>",
+        "@DATA@",
+        "@BODY@",
+        "&lt;",
+        "a|b`c",
+        '"',
+        "<!--",
+    ]
+    tables = {
+        name: pd.DataFrame(dict(token=bad, value=1.5))
+        for name in hero.SECTIONS
+        if name not in ("scores", "contexts")
+    }
+    tables["scores"] = pd.DataFrame(
+        dict(
+            score=bad * 2,
+            role=["hero"] * 8 + ["<b>"] * 8,
+            value=1.0,
+            ci_low=0.0,
+            ci_high=1.0,
+            null=0.5,
+        )
+    )
     data = dict(tokens=bad, panels=[], grid=[])
     md, page = hero.render("<title> & more", bad[0], tables, "none: " + bad[1], data).values()
     parser = Page()
     parser.feed(page)
     assert parser.tags.count("script") == 2 and "img" not in parser.tags and "b" not in parser.tags
     assert not {"src", "href", "onerror", "action"} & set(parser.attributes)
-    assert "http://" not in page and "https://" not in page and "url(" not in page and "import" not in page
+    assert (
+        "http://" not in page
+        and "https://" not in page
+        and "url(" not in page
+        and "import" not in page
+    )
     assert json.loads(parser.data)["tokens"] == bad
     for text in (md, page):
         assert "<img" not in text and "alert(1)</script><" not in text
@@ -408,10 +598,17 @@ def test_page_keeps_hostile_tokens_as_text_and_needs_no_network():
 
 def test_both_reports_say_when_a_table_is_cut_and_attribution_has_its_largest_parts():
     parts = pd.DataFrame(dict(component=[f"L{i}" for i in range(50)], value=np.linspace(-1, 3, 50)))
-    scores = pd.DataFrame(dict(score=["a"], role=["hero"], value=1.0, ci_low=0.0, ci_high=1.0, null=0.5))
+    scores = pd.DataFrame(
+        dict(score=["a"], role=["hero"], value=1.0, ci_low=0.0, ci_high=1.0, null=0.5)
+    )
     tables = dict(dla=parts, ov=parts[:40], scores=scores)
-    for text in hero.render("hero", "", tables, "none", dict(tokens=[], panels=[], grid=[])).values():
-        assert text.count("The first 40 of 50 rows. All rows: hero_dla.csv.") == 1 and text.count("The first") == 1
+    for text in hero.render(
+        "hero", "", tables, "none", dict(tokens=[], panels=[], grid=[])
+    ).values():
+        assert (
+            text.count("The first 40 of 50 rows. All rows: hero_dla.csv.") == 1
+            and text.count("The first") == 1
+        )
         assert "All rows: hero_ov.csv." in text
         rows = text.partition("Direct logit attribution")[2].partition("Where in the text")[0]
         shown = [int(i) for i in re.findall(r"L(\d+)\b", rows)]
@@ -427,24 +624,52 @@ def write_checkpoint(folder: Path, model: hero.NewGPT, arm: str) -> Path:
     path = folder / f"janus_{arm}_final.pt"
     folder.mkdir(parents=True)
     facts = dict(preset="smoke", arm=arm, data={"tokenizer_hash": "words"}, step=1)
-    content = dict(schema=hero.CHECKPOINT_SCHEMA, config=asdict(model.cfg), model=model.state_dict(), probe=hero.golden_probe(model))
+    content = dict(
+        schema=hero.CHECKPOINT_SCHEMA,
+        config=asdict(model.cfg),
+        model=model.state_dict(),
+        probe=hero.golden_probe(model),
+    )
     torch.save(content | facts, path)
     hero.write_sidecar(path, hero.CHECKPOINT_SCHEMA, [], **facts)
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*WORDS, "[UNK]"])}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate([*WORDS, "[UNK]"])}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
     tokenizer.save(str(folder / "tokenizer.json"))
     return path
 
 
-def write_csv(path: Path, checkpoints: dict[str, Path], model: hero.NewGPT, best: dict[str, tuple[int, int]]) -> None:
+def write_csv(
+    path: Path, checkpoints: dict[str, Path], model: hero.NewGPT, best: dict[str, tuple[int, int]]
+) -> None:
     rows = []
     for run, checkpoint in checkpoints.items():
         for mode in ("zero", "mean"):
             places = [(l, h) for l in range(model.cfg.n_layers) for h in range(model.cfg.n_heads)]
-            for rank, (l, h) in enumerate(sorted(places, key=lambda p: p != best[run]) if mode == "mean" else places, 1):
+            for rank, (l, h) in enumerate(
+                sorted(places, key=lambda p: p != best[run]) if mode == "mean" else places, 1
+            ):
                 delta = 1 / rank
-                row = dict(run=run, checkpoint=checkpoint, ckpt_sha=hero.sha256(checkpoint)[:16], layer=l, head=h, mode=mode, delta=delta)
-                rows.append(row | dict(ci_lo=delta - 0.3, ci_hi=delta + 0.3, rank=rank, p_top1=float(rank == 1), p_maxT=0.001 * rank))
+                row = dict(
+                    run=run,
+                    checkpoint=checkpoint,
+                    ckpt_sha=hero.sha256(checkpoint)[:16],
+                    layer=l,
+                    head=h,
+                    mode=mode,
+                    delta=delta,
+                )
+                rows.append(
+                    row
+                    | dict(
+                        ci_lo=delta - 0.3,
+                        ci_hi=delta + 0.3,
+                        rank=rank,
+                        p_top1=float(rank == 1),
+                        p_maxT=0.001 * rank,
+                    )
+                )
     pd.DataFrame(rows).to_csv(path, index=False)
     hero.write_sidecar(path, "janus.ablation/1", [])
 
@@ -454,25 +679,54 @@ def study(tmp_path_factory) -> Path:
     """A folder with the hand-offs of phases 1-4 for a small model and its permuted twin as control; hero L1H2."""
     root = tmp_path_factory.mktemp("study")
     model = make_model(vocab_size=len(WORDS) + 1, n_kv_heads=4)
-    paths = {arm: write_checkpoint(root / arm, m, arm) for arm, m in (("adaptive", model), ("control", permuted(model, [2, 0, 3, 1])))}
+    paths = {
+        arm: write_checkpoint(root / arm, m, arm)
+        for arm, m in (("adaptive", model), ("control", permuted(model, [2, 0, 3, 1])))
+    }
     write_csv(root / "results_ablation.csv", paths, model, {"adaptive": (1, 2), "control": (0, 0)})
     idx, dump = windows(model, 24), root / "activations" / "adaptive"
-    facts = dict(checkpoint=str(paths["adaptive"]), checkpoint_sha256=hero.sha256(paths["adaptive"]), site="z")
+    facts = dict(
+        checkpoint=str(paths["adaptive"]),
+        checkpoint_sha256=hero.sha256(paths["adaptive"]),
+        site="z",
+    )
     dump.mkdir(parents=True)
     np.save(dump / "tokens.npy", idx.flatten().numpy().astype(np.uint16))
-    np.save(dump / "L1.z.npy", some_head(model, 1, 2).look(as_text(idx)).z.flatten(0, 1).flatten(1).numpy().astype(np.float16))
+    np.save(
+        dump / "L1.z.npy",
+        some_head(model, 1, 2)
+        .look(as_text(idx))
+        .z.flatten(0, 1)
+        .flatten(1)
+        .numpy()
+        .astype(np.float16),
+    )
     hero.write_sidecar(dump / "tokens.npy", "janus.tokens/1", [], **facts)
     hero.write_sidecar(dump / "L1.z.npy", "janus.activations/1", [], **facts)
     write_sae(root / "saes" / "adaptive" / "L1", make_sae("standard", 24, 48))
     facts |= dict(run="adaptive", layer=1, head=None)
-    hero.write_sidecar(root / "saes" / "adaptive" / "L1" / "sae_weights.safetensors", "janus.sae/1", [dump / "L1.z.npy"], **facts)
+    hero.write_sidecar(
+        root / "saes" / "adaptive" / "L1" / "sae_weights.safetensors",
+        "janus.sae/1",
+        [dump / "L1.z.npy"],
+        **facts,
+    )
     return root
 
 
 def run(root: Path, *flags: str) -> int:
-    places = ["--saes_dir", str(root / "saes"), "--activations_dir", str(root / "activations"), "--save_dir", str(root / "out")]
+    places = [
+        "--saes_dir",
+        str(root / "saes"),
+        "--activations_dir",
+        str(root / "activations"),
+        "--save_dir",
+        str(root / "out"),
+    ]
     sizes = ["--n_seqs", "8", "--n_features", "3", "--device", "cpu"]
-    return hero.main(["--ablation_csv", str(root / "results_ablation.csv"), *sizes, *places, *flags])
+    return hero.main(
+        ["--ablation_csv", str(root / "results_ablation.csv"), *sizes, *places, *flags]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -483,41 +737,76 @@ def done(study: Path) -> Path:
 
 def test_whole_analysis_writes_report_tables_figures_and_sidecars(done: Path):
     figures = ("attention", "importance", "scores", "preserving")
-    for name in [*(f"hero_{x}.csv" for x in {*hero.SECTIONS, *figures}), *(f"hero_{x}.png" for x in figures)]:
-        assert json.loads((done / f"{name}.json").read_text())["sha256"] == hero.sha256(done / name), name
+    for name in [
+        *(f"hero_{x}.csv" for x in {*hero.SECTIONS, *figures}),
+        *(f"hero_{x}.png" for x in figures),
+    ]:
+        assert json.loads((done / f"{name}.json").read_text())["sha256"] == hero.sha256(
+            done / name
+        ), name
     md, page = (done / f"hero_report.{x}" for x in ("md", "html"))
     text = md.read_text()
-    assert "L1H2" in text and "the unique hero" in text and "Match in control: L1H0" in text  # order[0] = 2: the permuted index
+    assert (
+        "L1H2" in text and "the unique hero" in text and "Match in control: L1H0" in text
+    )  # order[0] = 2: the permuted index
     assert "http" not in page.read_text() and "&lt;" in text and "<script" not in text
     record = json.loads((done / "run.json").read_text())
     assert record["exit_status"] == 0 and record["hero"]["layer"] == 1
     roles = set(pd.read_csv(done / "hero_scores.csv")["role"])
-    assert roles == {"hero", "match in control", "hero of control", *(f"random {i}" for i in range(1, 5))}
+    assert roles == {
+        "hero",
+        "match in control",
+        "hero of control",
+        *(f"random {i}" for i in range(1, 5)),
+    }
     section = text.split("## What it attends to")[1].split("##")[0]
-    shown = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")][2:]
-    assert sorted(shown) == sorted(pd.read_csv(done / "hero_scores.csv")["score"].unique())  # every score, once
+    shown = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")][
+        2:
+    ]
+    assert sorted(shown) == sorted(
+        pd.read_csv(done / "hero_scores.csv")["score"].unique()
+    )  # every score, once
     attention = pd.read_csv(done / "hero_attention.csv")
-    np.testing.assert_allclose(attention.groupby(["panel", "query"])["attention"].sum(), 1, atol=1e-5)
+    np.testing.assert_allclose(
+        attention.groupby(["panel", "query"])["attention"].sum(), 1, atol=1e-5
+    )
     parser = Page()
     parser.feed(page.read_text())
     data = json.loads(parser.data)
     packed = np.frombuffer(base64.b64decode(data["panels"][0]["a"]), "<f2").astype(float)
-    np.testing.assert_allclose(packed, attention[attention["panel"] == data["panels"][0]["name"]]["attention"], atol=1e-3)
+    np.testing.assert_allclose(
+        packed, attention[attention["panel"] == data["panels"][0]["name"]]["attention"], atol=1e-3
+    )
     assert data["tokens"][2] == "<" and len(data["grid"]) == 2 * 12
     studied = {(g["run"], g["layer"], g["head"]) for g in data["grid"] if g["studied"]}
-    assert {("adaptive", 1, 2), ("control", 1, 0), ("control", 0, 0)} < studied and len(studied) == 7
+    assert {("adaptive", 1, 2), ("control", 1, 0), ("control", 0, 0)} < studied and len(
+        studied
+    ) == 7
 
 
 def test_same_command_same_numbers_and_redraw_needs_no_model(study: Path, done: Path):
-    assert run(study, "--text", "the quick < script > fox jumps over the quick dog", "--save_dir", str(study / "again")) == 0
+    assert (
+        run(
+            study,
+            "--text",
+            "the quick < script > fox jumps over the quick dog",
+            "--save_dir",
+            str(study / "again"),
+        )
+        == 0
+    )
     for name in hero.SECTIONS:
-        assert (done / f"hero_{name}.csv").read_bytes() == (study / "again" / f"hero_{name}.csv").read_bytes(), name
+        assert (done / f"hero_{name}.csv").read_bytes() == (
+            study / "again" / f"hero_{name}.csv"
+        ).read_bytes(), name
     (study / "again" / "hero_attention.png").unlink()
     assert hero.main(["--redraw", "--save_dir", str(study / "again")]) == 0
     assert (study / "again" / "hero_attention.png").stat().st_size > 10_000
 
 
-def test_a_page_about_chosen_features_and_a_number_that_the_sae_does_not_have(study: Path, tmp_path: Path, capfd):
+def test_a_page_about_chosen_features_and_a_number_that_the_sae_does_not_have(
+    study: Path, tmp_path: Path, capfd
+):
     assert run(study, "--features", "3", "7", "--save_dir", str(tmp_path / "page")) == 0
     page = (tmp_path / "page" / "hero_features.html").read_text()
     assert [f"Feature {i}:" in page for i in (3, 7, 4)] == [True, True, False]
@@ -527,29 +816,68 @@ def test_a_page_about_chosen_features_and_a_number_that_the_sae_does_not_have(st
 
 
 def test_missing_sae_is_one_line_with_both_commands(study: Path, tmp_path: Path):
-    assert run(study, "--saes_dir", str(tmp_path / "none"), "--save_dir", str(tmp_path / "out")) == 0
-    line = [x for x in (tmp_path / "out" / "hero_report.md").read_text().splitlines() if "There is no SAE of layer 1" in x]
-    for command in ("`python harvest_activations.py --model_path", "`python train_sae.py --runs adaptive --layers 1"):
+    assert (
+        run(study, "--saes_dir", str(tmp_path / "none"), "--save_dir", str(tmp_path / "out")) == 0
+    )
+    line = [
+        x
+        for x in (tmp_path / "out" / "hero_report.md").read_text().splitlines()
+        if "There is no SAE of layer 1" in x
+    ]
+    for command in (
+        "`python harvest_activations.py --model_path",
+        "`python train_sae.py --runs adaptive --layers 1",
+    ):
         assert command in line[0]
     assert not (tmp_path / "out" / "hero_features.csv").exists()
     assert (tmp_path / "out" / "hero_preserving.csv").exists()
 
 
 def test_forced_head_and_text_longer_than_the_context(study: Path, tmp_path: Path, capsys):
-    assert run(study, "--force_layer", "0", "--force_head", "3", "--text", "the cat " * 30, "--save_dir", str(tmp_path)) == 0
+    assert (
+        run(
+            study,
+            "--force_layer",
+            "0",
+            "--force_head",
+            "3",
+            "--text",
+            "the cat " * 30,
+            "--save_dir",
+            str(tmp_path),
+        )
+        == 0
+    )
     assert "only the first 20" in capsys.readouterr().out
     text = (tmp_path / "hero_report.md").read_text()
     assert "L0H3" in text and "chosen with --force_layer" in text
-    assert len(pd.read_csv(tmp_path / "hero_attention.csv").query("panel.str.startswith('hero')")["query"].unique()) == 20
+    assert (
+        len(
+            pd.read_csv(tmp_path / "hero_attention.csv")
+            .query("panel.str.startswith('hero')")["query"]
+            .unique()
+        )
+        == 20
+    )
 
 
 def broken(study: Path, tmp_path: Path, what: str) -> list[str]:
     """Breaks one hand-off in a copy of the study; returns flags to run it with."""
-    csv, dump, sae = tmp_path / "results_ablation.csv", tmp_path / "activations/adaptive", tmp_path / "saes/adaptive/L1"
+    csv, dump, sae = (
+        tmp_path / "results_ablation.csv",
+        tmp_path / "activations/adaptive",
+        tmp_path / "saes/adaptive/L1",
+    )
     table = pd.read_csv(csv)
-    if path := {"other tokens": dump / "tokens.npy", "other z": dump / "L1.z.npy", "other sae": sae / "sae_weights.safetensors"}.get(what):
+    if path := {
+        "other tokens": dump / "tokens.npy",
+        "other z": dump / "L1.z.npy",
+        "other sae": sae / "sae_weights.safetensors",
+    }.get(what):
         side = hero.sidecar_path(path)
-        side.write_text(side.read_text().replace(json.loads(side.read_text())["checkpoint_sha256"], "0" * 64))
+        side.write_text(
+            side.read_text().replace(json.loads(side.read_text())["checkpoint_sha256"], "0" * 64)
+        )
     if what == "empty csv":
         csv.write_text("")
     if what == "no rows":
@@ -570,10 +898,24 @@ def broken(study: Path, tmp_path: Path, what: str) -> list[str]:
         table[table["run"] == "adaptive"].to_csv(csv, index=False)
     if what == "unknown sae":
         (sae / "cfg.json").write_text(json.dumps({"architecture": "temporal"}))
-    if what in ("empty csv", "no rows", "no column", "not a number", "other checkpoint", "no tokenizer"):
+    if what in (
+        "empty csv",
+        "no rows",
+        "no column",
+        "not a number",
+        "other checkpoint",
+        "no tokenizer",
+    ):
         hero.write_sidecar(csv, "janus.ablation/1", [])
     places = {"layer": (3, 0), "head": (0, -1)}
-    return ["--run", "x"] if what == "run" else [f"--force_{k}={i}" for k, i in zip(("layer", "head"), places.get(what, ()), strict=False)]
+    return (
+        ["--run", "x"]
+        if what == "run"
+        else [
+            f"--force_{k}={i}"
+            for k, i in zip(("layer", "head"), places.get(what, ()), strict=False)
+        ]
+    )
 
 
 @pytest.mark.usefixtures("done")
@@ -595,7 +937,9 @@ def test_broken_hand_offs_are_one_line(study: Path, tmp_path: Path, capsys, what
     assert run(copy, "--overwrite", *flags) == 1
     err = capsys.readouterr().err.strip().splitlines()
     assert len(err) == 1 and says in err[0] and "Traceback" not in err[0], err
-    assert {p: p.read_bytes() for p in sorted((copy / "out").iterdir())} == before  # what existed is untouched
+    assert {
+        p: p.read_bytes() for p in sorted((copy / "out").iterdir())
+    } == before  # what existed is untouched
 
 
 @pytest.mark.usefixtures("done")
@@ -604,7 +948,15 @@ def test_existing_report_is_refused(study: Path, capsys):
     assert "--overwrite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", ["", "--ablation_csv x --text=", "--ablation_csv x --force_layer 1", "--ablation_csv x --dtype bfloat16"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--ablation_csv x --text=",
+        "--ablation_csv x --force_layer 1",
+        "--ablation_csv x --dtype bfloat16",
+    ],
+)
 def test_wrong_command_lines_exit_2(flags: str):
     with pytest.raises(SystemExit) as e:
         hero.main(flags.split())
@@ -618,7 +970,9 @@ def test_missing_csv_is_one_line(tmp_path: Path, capsys):
     assert "hero_attention.csv" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc"
+)
 def test_memory_does_not_grow_with_the_windows_that_are_scored():
     """Small results that stay between large temporaries once pinned 20 GB of freed memory at full size."""
     code = """if True:
@@ -633,5 +987,11 @@ def test_memory_does_not_grow_with_the_windows_that_are_scored():
         print(peak() - before)
     """
     root = Path(hero.__file__).parent
-    few, many = (float(subprocess.check_output([sys.executable, "-c", code, n], cwd=root, text=True)) for n in ("8", "32"))
-    assert few > 100 and many < 1.5 * few, (few, many)  # MB; 2.5 times as much when freed memory was kept
+    few, many = (
+        float(subprocess.check_output([sys.executable, "-c", code, n], cwd=root, text=True))
+        for n in ("8", "32")
+    )
+    assert few > 100 and many < 1.5 * few, (
+        few,
+        many,
+    )  # MB; 2.5 times as much when freed memory was kept
