@@ -1,25 +1,37 @@
-"""Train sparse autoencoders (SAEs) on dumped activations and measure what they keep (phase 3 of Janus Arc).
+"""Train sparse autoencoders (SAEs) on dumped activations (phase 3 of Janus Arc).
 
-Question: into how many directions does what the heads compute decompose, at which reconstruction error, and how much of
-the model's behaviour survives when the reconstruction takes the place of the activation?
+Question: into how many directions does what the heads compute decompose, at which reconstruction
+error, and how much of the model's behaviour survives when the reconstruction takes the place of
+the activation?
 
-Reads   activations/<run>/L<layer>.<site>.npy [N, D] float16 or float32, raw units; for CE recovered tokens.npy and the checkpoint
-Writes  saes/<run>/L<layer>/ (--unit layer), saes/<run>/L<layer>/H<head>/ (--unit head); for a --site other than z L<layer>.<site>/:
-          cfg.json, sae_weights.safetensors (float32, folded: takes and gives raw activations), training_state.pt (for --resume),
-          --arch topk: ae.pt, config.json and sae.safetensors, for dictionary_learning and eai-sparsify,
-          training.csv, latent_frequencies.csv, and last, with all metrics, the sidecar sae_weights.safetensors.json
-        saes/sae_metrics.csv, table2.csv, table2.md, figure2_l0_by_depth.png, figure3_activation_frequency.png: every finished SAE
-SAELens' SAE.load_from_disk(folder) loads an export; it encodes flat [N, D]. To splice a layer's SAE into a HookedSAETransformer
-at hook_z [B, T, H, K], first call sae.turn_on_forward_pass_hook_z_reshaping(); a head's SAE takes its own [..., K] as it is.
+Reads   activations/<run>/L<layer>.<site>.npy [N, D] float16 or float32, raw units;
+        for CE recovered also tokens.npy and the checkpoint
+Writes  saes/<run>/L<layer>/ (--unit layer), saes/<run>/L<layer>/H<head>/ (--unit head);
+        for a --site other than z: L<layer>.<site>/. In it
+          cfg.json, sae_weights.safetensors   float32, folded: takes and gives raw activations
+          training_state.pt                   for --resume
+          ae.pt, config.json, sae.safetensors --arch topk: for dictionary_learning, eai-sparsify
+          training.csv, latent_frequencies.csv
+          sae_weights.safetensors.json        the sidecar: last, with all metrics
+        saes/: sae_metrics.csv, table2.csv, table2.md, figure2_l0_by_depth.png and
+        figure3_activation_frequency.png, of every finished SAE
+SAELens' SAE.load_from_disk(folder) loads an export; it encodes flat [N, D]. To splice a layer's SAE
+into a HookedSAETransformer at hook_z [B, T, H, K], first call
+sae.turn_on_forward_pass_hook_z_reshaping(); a head's SAE takes its own [..., K] as it is.
 
-Quick   python train_sae.py --runs adaptive --layers 3 6 9 --preset smoke      (3 s a layer on one CPU core)
-Full    python train_sae.py --runs adaptive --layers 3 6 9                     (10M tokens a layer: 40 min on one core of an AMD EPYC
-        with AVX512-BF16, 1.5 GB of memory, for D = 768, F = 12,288; the cost is printed first)
-Study   python train_sae.py --runs adaptive control --layers 3 6 9 --preset published --arch relu --unit head
-        (the study did not normalise its inputs: the same --l1 weighs differently here; it found L0 28 to 74)
+Quick   python train_sae.py --runs adaptive --layers 3 6 9 --preset smoke
+        (3 s a layer on one CPU core)
+Full    python train_sae.py --runs adaptive --layers 3 6 9
+        (10M tokens a layer: 40 min on one core of an AMD EPYC with AVX512-BF16, 1.5 GB of memory,
+        for D = 768, F = 12,288; the cost is printed first)
+Study   python train_sae.py --runs adaptive control --layers 3 6 9 --preset published \\
+          --arch relu --unit head
+        (the study did not normalise its inputs: the same --l1 weighs differently here; it found
+        L0 28 to 74)
 
-Shapes  N tokens (dumped, or of a batch), D width of the activation (d_in), F latents (d_sae), n active entries of a batch;
-        T tokens a window, W windows, B sequences, H heads, K d_head, V vocabulary.
+Shapes  N tokens (dumped, or of a batch), D width of the activation (d_in), F latents (d_sae),
+        n active entries of a batch, G groups of nested latents; T tokens a window, W windows,
+        B sequences, H heads, K d_head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -41,12 +53,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,591 +72,1201 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
-SAE_SCHEMA, WEIGHTS = "janus.sae/1", "sae_weights.safetensors"
-ARCHS = {
-    "batchtopk": "jumprelu",
-    "topk": "topk",
-    "relu": "standard",
-}  # and what SAELens calls the export
-ARCHS |= {"jumprelu": "jumprelu", "gated": "gated", "matryoshka": "jumprelu"}
-SPARSE_ARCHS = ("topk", "batchtopk", "matryoshka")  # the largest latents fire, k a token
-L1_ARCHS = ("relu", "gated")  # their L0 follows from --l1, not from --k or --target_l0
-TWINS = (
-    "sae.safetensors",
-    "ae.pt",
-    "config.json",
-)  # of a topk folder: what eai-sparsify and dictionary_learning read
+SAE_SCHEMA = "janus.sae/1"
+WEIGHTS = "sae_weights.safetensors"
+TWINS = ("sae.safetensors", "ae.pt", "config.json")  # beside WEIGHTS, for other libraries
 SITES = ["z", "attn_out", "mlp_out", "resid_pre", "resid_post"]
-BLOCK, POOL = (
-    256,
-    1 << 18,
-)  # rows read in one go, rows shuffled together: memory does not grow with the dump
-DOUBT = {
-    "bfloat16": (4, 4),
-    "int8": (1 << 30, 8),
-}  # latents a token above, below the cut that float32 must look at; int8: all above
+BLOCK = 256  # neighbouring rows of a dump that are read in one go
+POOL = 1 << 18  # rows that are shuffled together: memory does not grow with the dump
 CE_GAP = 0.02  # nats; where ablation costs less, "CE recovered" divides noise by noise
-GROUP = ["run", "unit", "arch", "site", "layer"]
+GROUP = ["run", "unit", "arch", "site", "layer"]  # what a row of table 2 stands for
+# fmt: off
 PHASE_PRESETS: dict[str, dict[str, Any]] = {
-    "full": dict(expansion=16, k=32, l1=5e-3, tokens=10_000_000, batch_size=4096, learning_rate=6e-4, dead_tokens=1_000_000,
-                 eval_tokens=200_000),
-    "published": dict(expansion=8, k=32, l1=3e-4, steps=5000, batch_size=4096, learning_rate=3e-4, dead_tokens=1_000_000,
-                      eval_tokens=200_000),
-    "demo": dict(expansion=8, k=16, l1=1e-2, steps=500, batch_size=2048, learning_rate=2e-3, dead_tokens=100_000, eval_tokens=20_000),
-    "smoke": dict(expansion=8, k=8, l1=2e-2, steps=150, batch_size=512, learning_rate=2e-3, dead_tokens=20_000, eval_tokens=8_000),
-}  # fmt: skip
+    "full": dict(
+        expansion=16, k=32, l1=5e-3, tokens=10_000_000, batch_size=4096,
+        learning_rate=6e-4, dead_tokens=1_000_000, eval_tokens=200_000),
+    "published": dict(
+        expansion=8, k=32, l1=3e-4, steps=5000, batch_size=4096,
+        learning_rate=3e-4, dead_tokens=1_000_000, eval_tokens=200_000),
+    "demo": dict(
+        expansion=8, k=16, l1=1e-2, steps=500, batch_size=2048,
+        learning_rate=2e-3, dead_tokens=100_000, eval_tokens=20_000),
+    "smoke": dict(
+        expansion=8, k=8, l1=2e-2, steps=150, batch_size=512,
+        learning_rate=2e-3, dead_tokens=20_000, eval_tokens=8_000),
+}
+# fmt: on
 
 
 # -------------------------------------------------------------------------------- method: edit here
+# An SAE is trained on x = scale * (raw - mean): `mean` [D] is that of the training rows, and
+# `scale` makes the mean norm of x sqrt(D). Everything here is in these trained units, unless it is
+# called raw: those are the units of the dump.
+#
+# To add an architecture, write its forward beside these six and enter it in ARCHITECTURES.
+# To change one that has a fast step (further below), change both, or train it with --plain.
+class Weights(SimpleNamespace):
+    """The parameters of an SAE by name: W_enc [F, D], b_enc [F], W_dec [F, D] with rows of norm 1,
+    b_dec [D], and what the architecture adds (Architecture.extra), each [F]."""
+
+
+class Now(argparse.Namespace):
+    """What a forward may look at beside the weights: all arguments (now.k, now.l1, now.steps, ...)
+
+    now.step: number of this step, from 1, of now.steps
+    now.dead: [F] bool, latents that have been silent for --dead_tokens tokens
+    now.cut: [], what `Output.cut` was on average in the last steps
+    """
+
+
+@dataclass
+class Output:
+    """What an architecture makes of a batch x [N, D].
+
+    latents: [N, F], 0 where a latent does not fire
+    reconstruction: [N, D], latents W_dec + b_dec
+    loss: [], a mean over tokens
+    cut: [], the smallest value that fires, where one cut serves all tokens; else None
+    """
+
+    latents: Tensor
+    reconstruction: Tensor
+    loss: Tensor
+    cut: Tensor | None = None
+
+
+def fires(latents: Tensor) -> Tensor:
+    """Whether each latent is active (bool): wherever it is not 0, so that latents may be negative.
+    L0, frequencies and dead latents all follow from this."""
+    return latents != 0
+
+
+# ---- the architectures, each as its paper writes it
+def l1_weight(now: Now) -> float:
+    """Weight of the L1 penalty at this step, here and in the fast steps."""
+    return now.l1
+
+
+def relu(x: Tensor, sae: Weights, now: Now) -> Output:
+    """ReLU and an L1 penalty (Bricken et al. 2023)."""
+    pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc  # [N, F]
+    latents = pre.relu()
+    reconstruction = latents @ sae.W_dec + sae.b_dec  # [N, D]
+    penalty = latents.sum(1).mean()  # W_dec has unit rows: no latent can shrink to evade it
+    loss = F.mse_loss(reconstruction, x) + l1_weight(now) * penalty
+    return Output(latents, reconstruction, loss)
+
+
+def topk(x: Tensor, sae: Weights, now: Now) -> Output:
+    """The k largest latents of each token (Gao et al. 2024)."""
+    pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc  # [N, F]
+    largest = pre.topk(now.k)  # [N, k]
+    latents = torch.zeros_like(pre).scatter(1, largest.indices, largest.values.relu())  # [N, F]
+    reconstruction = latents @ sae.W_dec + sae.b_dec  # [N, D]
+    loss = F.mse_loss(reconstruction, x) + auxiliary_loss(pre, reconstruction - x, sae, now)
+    return Output(latents, reconstruction, loss)
+
+
+def batchtopk(x: Tensor, sae: Weights, now: Now) -> Output:
+    """The N k largest latents of a batch of N tokens: k on average (Bussmann et al. 2024)."""
+    pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc  # [N, F]
+    latents, cut = largest_of_batch(pre, now.k)
+    reconstruction = latents @ sae.W_dec + sae.b_dec  # [N, D]
+    loss = F.mse_loss(reconstruction, x) + auxiliary_loss(pre, reconstruction - x, sae, now)
+    return Output(latents, reconstruction, loss, cut)
+
+
+def jumprelu(x: Tensor, sae: Weights, now: Now) -> Output:
+    """A learned threshold a latent, and an L0 to aim at (Rajamanoharan et al. 2024b)."""
+    pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc  # [N, F]
+    latents, active = Jump.apply(pre, sae.threshold)  # [N, F] each
+    reconstruction = latents @ sae.W_dec + sae.b_dec  # [N, D]
+    l0 = active.sum(1).mean()
+    loss = F.mse_loss(reconstruction, x) + (l0 / now.target_l0 - 1).square()
+    loss = loss + auxiliary_loss(pre, reconstruction - x, sae, now)
+    return Output(latents, reconstruction, loss, sae.threshold.mean())
+
+
+def gated(x: Tensor, sae: Weights, now: Now) -> Output:
+    """A gate says what fires, another scale and bias how much (Rajamanoharan et al. 2024a)."""
+    shared = (x - sae.b_dec) @ sae.W_enc.T  # [N, F]
+    gate = shared + sae.b_enc
+    magnitude = shared * sae.r_mag.exp() + sae.b_mag
+    latents = magnitude.relu() * (gate > 0)  # [N, F]
+    reconstruction = latents @ sae.W_dec + sae.b_dec  # [N, D]
+    # a step has no gradient: the gate learns by reconstructing x itself, with the decoder held
+    opened = gate.relu()
+    by_gate = opened @ sae.W_dec.detach() + sae.b_dec.detach()  # [N, D]
+    loss = F.mse_loss(reconstruction, x) + F.mse_loss(by_gate, x)
+    loss = loss + l1_weight(now) * opened.sum(1).mean()
+    return Output(latents, reconstruction, loss)
+
+
+def matryoshka(x: Tensor, sae: Weights, now: Now) -> Output:
+    """batchtopk whose first latents must also do without the others (Bussmann et al. 2025)."""
+    pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc  # [N, F]
+    latents, cut = largest_of_batch(pre, now.k)
+    losses = []
+    for end in prefix_ends(len(sae.b_enc)):
+        reconstruction = latents[:, :end] @ sae.W_dec[:end] + sae.b_dec  # [N, D]
+        losses.append(F.mse_loss(reconstruction, x))
+    # the last prefix is all latents
+    loss = torch.stack(losses).mean() + auxiliary_loss(pre, reconstruction - x, sae, now)
+    return Output(latents, reconstruction, loss, cut)
+
+
+# ---- what several of them share
+AUX = 1 / 32  # weight of the auxiliary loss
+AUX_TOKENS = 1 / 8  # share of the batch that it sees
+BANDWIDTH = 0.5  # jumprelu, in units of pre, whose standard deviation is 1 at the start
+PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)  # matryoshka, shares of the latents
+
+
+def auxiliary_loss(pre: Tensor, error: Tensor, sae: Weights, now: Now) -> Tensor:
+    """Dead latents fit what the others leave over, and so come back to life (Gao et al. 2024).
+
+    From pre [N, F] and the error [N, D] of the reconstruction, which is held:
+    AUX ||y_dead + error||^2 / ||error||^2, where y_dead is what the aux_k dead latents with the
+    largest pre decode to; 0 where no latent is dead.
+    """
+    n_dead = int(now.dead.sum())
+    if n_dead == 0 or now.aux_k == 0:
+        return pre.new_zeros(())
+    n_seen = math.ceil(len(pre) * AUX_TOKENS)  # a shuffled batch: its first rows are a sample
+    error = error[:n_seen].detach()  # [n_seen, D]
+    silent = pre[:n_seen, now.dead]  # [n_seen, n_dead]
+    largest = silent.topk(n_auxiliary(now, n_dead, error.shape[1]))  # [n_seen, aux_k]
+    latents = torch.zeros_like(silent).scatter(1, largest.indices, largest.values.relu())
+    y_dead = latents @ sae.W_dec[now.dead]  # [n_seen, D]
+    return AUX * (y_dead + error).square().sum() / error.square().sum().clamp(min=1e-9)
+
+
+def n_auxiliary(now: Now, n_dead: int, d_in: int) -> int:
+    """How many dead latents a token fit the error: --aux_k, by default half the dimensions."""
+    wanted = d_in // 2 if now.aux_k < 0 else now.aux_k
+    return min(n_dead, wanted)
+
+
+def largest_of_batch(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """pre [N, F] -> the latents [N, F] that keep the N k largest positive values, and the smallest
+    of these []: 0 where there are not as many."""
+    positive = pre.relu()
+    cut = positive.flatten().topk(k * len(pre)).values[-1]
+    return positive * (positive >= cut), cut
+
+
+def prefix_ends(n_latents: int) -> list[int]:
+    """Where each of the nested sets of latents ends [G]."""
+    return [round(n_latents * share) for share in PREFIXES]
+
+
+class Jump(torch.autograd.Function):
+    """pre [N, F], threshold [F] -> pre [pre > threshold] and [pre > threshold] as 0 or 1.
+
+    Both jump at the threshold. Their derivatives by it are those of a ramp: a rectangle of width
+    BANDWIDTH stands for the delta (Rajamanoharan et al. 2024b, equations 11 and 12).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor) -> Any:
+        ctx.save_for_backward(pre, threshold)
+        active = (pre > threshold).to(pre.dtype)
+        return pre * active, active
+
+    @staticmethod
+    def backward(ctx: Any, d_latents: Tensor, d_active: Tensor) -> Any:
+        pre, threshold = ctx.saved_tensors
+        near = (pre - threshold).abs() < BANDWIDTH / 2
+        d_threshold = near * (threshold * d_latents + d_active) / -BANDWIDTH  # [N, F]
+        return d_latents * (pre > threshold), d_threshold.sum(0)
+
+
+def start_at_target(x: Tensor, sae: Weights, now: Now) -> None:
+    """Sets all thresholds to where the L0 asked for comes out; then it is only held, as they move
+    slowly."""
+    pre = (x[:256] - sae.b_dec) @ sae.W_enc.T + sae.b_enc  # [256, F]
+    n_active = now.target_l0 * len(pre)
+    sae.threshold.fill_(nth_largest(pre[pre > 0], n_active))
+
+
+def keep_positive(sae: Weights) -> None:
+    """The rectangle around a threshold stays where pre is positive."""
+    sae.threshold.clamp_(min=BANDWIDTH / 2)
+
+
+# ---- how one of them is exported for other libraries
+@dataclass
+class Twins:
+    """cfg: further entries of cfg.json; files: name -> content, each name one of TWINS."""
+
+    cfg: dict[str, Any]
+    files: dict[str, bytes]
+
+
+def topk_twins(export: dict[str, Tensor], args: argparse.Namespace) -> Twins:
+    """One folder for three libraries: eai-sparsify reads cfg.json and sae.safetensors,
+    dictionary_learning config.json and ae.pt."""
+    cfg: dict[str, Any] = {
+        "k": args.k,
+        "activation": "topk",
+        "expansion_factor": args.expansion,
+        "num_latents": len(export["b_enc"]),
+        "normalize_decoder": True,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+    }
+    shared = {
+        "encoder.weight": export["W_enc"].T.contiguous(),  # [F, D]
+        "encoder.bias": export["b_enc"],
+        "b_dec": export["b_dec"],
+    }
+    sparsify = shared | {"W_dec": export["W_dec"]}
+    dictionary = shared | {
+        "decoder.weight": export["W_dec"].T.contiguous(),  # [D, F]
+        "k": torch.tensor(args.k, dtype=torch.int32),
+        "threshold": torch.tensor(-1.0),  # none
+    }
+    config = {"trainer": {"dict_class": "AutoEncoderTopK", "k": args.k}}
+    files = {
+        "sae.safetensors": safetensors.torch.save(sparsify),
+        "ae.pt": torch_bytes(dictionary),
+        "config.json": (json.dumps(config, indent=1) + "\n").encode(),
+    }
+    return Twins(cfg, files)
+
+
+# ---- the table
+@dataclass
+class Architecture:
+    """All that sets one --arch apart. Only the forward must be given.
+
+    forward: (x, weights, now) -> Output
+    l0_flag: the flag that asks for an L0, k or target_l0; None where L0 follows from a penalty
+    extra: further parameters, each [F], and where they start
+    unitless: those of them that do not scale with x, such as a gain
+    extra_rate: their learning rate over that of the weights
+    half_fires: half of the latents fire at the start; W_enc starts smaller, so that they sum to x
+    clip: whether the norm of the gradient is limited
+    start: sets weights before the first step, from its batch; constrain: mends them after each step
+    saelens: the one of ENCODERS that computes the same from the folded weights. Where there is
+        none, only load_sae reads the folder and runs the forward, a chunk of tokens at a time: the
+        latents of a token must not depend on other tokens
+    renamed: what that class calls a parameter, where it is not the name here
+    cut_as: what it calls the average cut, which serves single tokens; empty: it has none
+    twins: the same SAE for other libraries
+    fast: the same gradients by hand, see fast_step_of; int8: it can do with --int8
+    memory: bytes that the fast step takes for an entry of pre [N, F]
+    """
+
+    forward: Callable[[Tensor, Weights, Now], Output]
+    l0_flag: str | None = "k"
+    extra: dict[str, float] = field(default_factory=dict)
+    unitless: tuple[str, ...] = ()
+    extra_rate: float = 1.0
+    half_fires: bool = False
+    clip: bool = True
+    start: Callable[[Tensor, Weights, Now], None] | None = None
+    constrain: Callable[[Weights], None] | None = None
+    saelens: str | None = None
+    renamed: dict[str, str] = field(default_factory=dict)
+    cut_as: str = ""
+    twins: Callable[[dict[str, Tensor], argparse.Namespace], Twins] | None = None
+    fast: Callable[[Tensor, Weights, Now], Gradients] | None = None
+    int8: bool = False
+    memory: int = 12
+
+    @property
+    def about(self) -> str:
+        """The first line of the forward's docstring."""
+        return (self.forward.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+
+
+ARCHITECTURES = {
+    "relu": Architecture(relu, l0_flag=None, half_fires=True, clip=False, saelens="standard"),
+    "topk": Architecture(topk, saelens="topk", twins=topk_twins, int8=True),
+    "batchtopk": Architecture(batchtopk, saelens="jumprelu", cut_as="threshold", int8=True),
+    "jumprelu": Architecture(
+        jumprelu,
+        l0_flag="target_l0",
+        extra={"threshold": 0.0},
+        extra_rate=10,  # at 1, L0 stays far below its target for hundreds of steps
+        start=start_at_target,
+        constrain=keep_positive,
+        saelens="jumprelu",
+    ),
+    "gated": Architecture(
+        gated,
+        l0_flag=None,
+        extra={"r_mag": 0.0, "b_mag": 0.0},
+        unitless=("r_mag",),
+        half_fires=True,
+        clip=False,  # with it, planted atoms are recovered less well
+        saelens="gated",
+        renamed={"b_enc": "b_gate"},
+        memory=20,
+    ),
+    "matryoshka": Architecture(matryoshka, saelens="jumprelu", cut_as="threshold", int8=True),
+}
+
+
+# ---- training
+CLIP = 1.0  # norm of D times the gradient, as in SAELens; Adam remembers large early ones for long
+CUT_STEPS = 100  # memory of the moving average of the cut, at most a fifth of the steps so far
+
+
+@dataclass
+class Gradients:
+    """What a step needs to know of a batch.
+
+    by_name: of each parameter
+    error: [N, D], reconstruction - x
+    fired: [F] int64, tokens on which each latent fired
+    cut: as in Output
+    """
+
+    by_name: dict[str, Tensor]
+    error: Tensor
+    fired: Tensor
+    cut: Tensor | None = None
+
+
+def plain_gradients(x: Tensor, sae: Weights, now: Now) -> Gradients:
+    """By autograd, from the forward of now.arch on x [N, D], in float32."""
+    leaves = {name: weight.detach().requires_grad_() for name, weight in vars(sae).items()}
+    output = ARCHITECTURES[now.arch].forward(x, Weights(**leaves), now)
+    gradients = torch.autograd.grad(output.loss, list(leaves.values()), materialize_grads=True)
+    return Gradients(
+        by_name=dict(zip(leaves, gradients, strict=True)),
+        error=(output.reconstruction - x).detach(),
+        fired=fires(output.latents).sum(0),
+        cut=None if output.cut is None else output.cut.detach(),
+    )
+
+
+class Trainer:
+    """One SAE in training: Adam, on batches of raw rows, with rows of W_dec kept at norm 1.
+
+    sae: its Weights; scale, mean [D]: x = scale * (raw - mean)
+    idle: [F] int64, tokens since each latent fired
+    cut: [], moving average of Output.cut
+    history: a dict every 50 steps, the rows of training.csv
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        mean: Tensor,
+        norm: float,
+        device: torch.device,
+        plain: bool = False,
+    ) -> None:
+        """mean [D] and E||raw - mean|| of the training rows; plain: without the fast step."""
+        self.args = args
+        self.architecture = ARCHITECTURES[args.arch]
+        fast = None if plain else self.architecture.fast
+        self.take_gradients = fast or plain_gradients
+        self.mean = mean.to(device)
+        self.scale = math.sqrt(len(mean)) / norm
+        self.sae = self.initial_weights(len(mean), device)
+        self.params = list(vars(self.sae).values())
+        shared, extra = self.params[:4], self.params[4:]
+        groups = [{"params": group} for group in (shared, extra) if group]
+        fused = device.type != "mps"
+        self.optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-9, fused=fused)
+        n_latents = len(self.sae.b_enc)
+        self.step_count = 0
+        self.idle = torch.zeros(n_latents, dtype=torch.int64, device=device)
+        self.cut = torch.zeros((), device=device)
+        self.history: list[dict[str, Any]] = []
+
+    def initial_weights(self, d_in: int, device: torch.device) -> Weights:
+        """Random unit directions, read and written alike; b_dec at the mean of the data, 0 here."""
+        n_latents = d_in * self.args.expansion
+        generator = torch.Generator().manual_seed(self.args.seed)
+        w_dec = F.normalize(torch.randn(n_latents, d_in, generator=generator), dim=1)  # [F, D]
+        size = 2 / self.args.expansion if self.architecture.half_fires else 1
+        start = {
+            "W_enc": w_dec * size,
+            "b_enc": torch.zeros(n_latents),
+            "W_dec": w_dec,
+            "b_dec": torch.zeros(d_in),
+        }
+        for name, value in self.architecture.extra.items():
+            start[name] = torch.full((n_latents,), value)
+        return Weights(**{name: w.to(device, copy=True) for name, w in start.items()})
+
+    def now(self) -> Now:
+        """The moment of training, for forwards and fast steps."""
+        dead = self.idle > self.args.dead_tokens  # [F]
+        return Now(**vars(self.args), step=self.step_count, dead=dead, cut=self.cut)
+
+    def gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Sets .grad of every parameter for x [N, D] -> mean squared error [], firings [F]."""
+        found = self.take_gradients(x, self.sae, self.now())
+        for name, gradient in found.by_name.items():
+            getattr(self.sae, name).grad = gradient
+        if found.cut is not None:
+            memory = min(CUT_STEPS, max(1, self.step_count / 5))
+            self.cut = self.cut.lerp(found.cut, 1 / memory)
+        return found.error.square().mean(), found.fired
+
+    def step(self, raw: Tensor) -> None:
+        """One optimiser step on raw rows [N, D]. HandoffError if the error is no finite number."""
+        self.step_count += 1
+        x = (raw.to(self.mean.device).float() - self.mean) * self.scale  # [N, D], trained units
+        if self.step_count == 1 and self.architecture.start:
+            self.architecture.start(x, self.sae, self.now())
+        mse, fired = self.gradients(x)
+
+        # what may move, and how far
+        self.set_learning_rates()
+        if self.architecture.clip:
+            torch.nn.utils.clip_grad_norm_(self.params, CLIP / len(self.mean))
+        self.keep_decoder_gradient_on_sphere()
+        self.stop_resting_latents()
+
+        # Adam, and back to where weights are allowed
+        self.optimizer.step()
+        self.sae.W_dec /= self.sae.W_dec.norm(dim=1, keepdim=True)
+        if self.architecture.constrain:
+            self.architecture.constrain(self.sae)
+
+        # a latent that fired on any token of the batch is alive
+        self.idle = torch.where(fired > 0, 0, self.idle + len(raw))
+        if not math.isfinite(mse):
+            advice = f"try a --learning_rate below {self.args.learning_rate}"
+            raise HandoffError(f"step {self.step_count}: the error is {mse:g}; {advice}")
+        if self.step_count % 50 == 0 or self.step_count == self.args.steps:
+            self.note_progress(mse, fired.sum() / len(raw))
+
+    def set_learning_rates(self) -> None:
+        """Linear warm-up over --lr_warmup steps, linear fall to 0 over the last --lr_decay."""
+        a = self.args
+        warmup = self.step_count / max(1, a.lr_warmup)
+        decay = 1.0
+        if a.lr_decay:
+            decay = (a.steps + 1 - self.step_count) / (a.lr_decay * a.steps)
+        # the extra parameters of the architecture are the second group
+        rates = [a.learning_rate, self.architecture.extra_rate * a.learning_rate]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
+            group["lr"] = rate * min(1.0, warmup, decay)
+
+    def keep_decoder_gradient_on_sphere(self) -> None:
+        """Takes out what would only change the norm of W_dec's rows."""
+        w_dec = self.sae.W_dec
+        radial = (w_dec.grad * w_dec).sum(1, keepdim=True)  # [F, 1]
+        w_dec.grad.addcmul_(radial, w_dec, value=-1)
+
+    def stop_resting_latents(self) -> None:
+        """A latent without a gradient loses its momentum and stands still.
+
+        Adam would drag it on for some ten steps after it last fired: at a high learning rate far
+        enough for a rare latent to die of it. b_enc tells which have a gradient; an architecture
+        that has no use for b_enc keeps all momentum.
+        """
+        rests = self.sae.b_enc.grad == 0  # [F]
+        resting = rests.nonzero()[:, 0]
+        if len(resting) == len(rests):
+            return
+        for weight in (self.sae.W_enc, self.sae.b_enc, self.sae.W_dec):
+            state = self.optimizer.state.get(weight)
+            if state:
+                state["exp_avg"].index_fill_(0, resting, 0)
+
+    def note_progress(self, mse: Tensor, l0: Tensor) -> None:
+        """Adds a row to the history."""
+        dead_share = (self.idle > self.args.dead_tokens).float().mean()
+        row = {
+            "step": self.step_count,
+            "mse_normalised": mse.item(),  # trained units
+            "l0": l0.item(),
+            "dead_share": dead_share.item(),
+            "threshold": self.cut.item(),
+        }
+        self.history.append(row)
+
+    def weights(self, scale: float = 1.0, mean: Tensor | float = 0.0) -> dict[str, Tensor]:
+        """The weights under the names of the export, W_enc [D, F]. With the trainer's scale and
+        mean folded in they take and give raw activations, without them trained units."""
+        folded = {
+            "W_enc": self.sae.W_enc.T,
+            "b_enc": self.sae.b_enc / scale,
+            "W_dec": self.sae.W_dec,
+            "b_dec": self.sae.b_dec / scale + mean,
+        }
+        for name in self.architecture.extra:
+            weight = getattr(self.sae, name)
+            folded[name] = weight if name in self.architecture.unitless else weight / scale
+        if self.architecture.cut_as:
+            folded[self.architecture.cut_as] = self.cut.expand_as(self.sae.b_enc) / scale
+        exported = {}
+        for name, weight in folded.items():
+            name = self.architecture.renamed.get(name, name)
+            exported[name] = weight.clone(memory_format=torch.contiguous_format)
+        return exported
+
+
+# ---- fast steps: the same gradients by hand
+# Products leave out what is 0, all but the encoder's, and that one is in bfloat16 or int8. Which
+# latents fire, float32 still decides.
+def fast_step_of(name: str) -> Callable[[Any], Any]:
+    """Decorator: the function does for this architecture what plain_gradients does. It is used
+    unless --plain is given."""
+
+    def enter(step: Any) -> Any:
+        ARCHITECTURES[name].fast = step
+        return step
+
+    return enter
+
+
+@fast_step_of("relu")
+def fast_relu(x: Tensor, sae: Weights, now: Now) -> Gradients:
+    """Dense: half of the latents fire for a long time."""
+    batch = encode_batch(x, sae, now)
+    latents = batch.pre.relu()  # [N, F]
+    error = (latents @ batch.w_dec).float() + sae.b_dec - x  # [N, D]
+    dy = error * (2 / error.numel())  # [N, D]
+    back = dense_backward(batch.low, latents, dy, batch.w_dec, l1_weight(now) / len(x))
+    by_name = back._asdict()
+    # the decoder adds b_dec, the encoder subtracts it
+    by_name["b_dec"] = dy.sum(0) - back.b_enc @ sae.W_enc
+    return Gradients(by_name, error, fires(latents).sum(0))
+
+
+@fast_step_of("gated")
+def fast_gated(x: Tensor, sae: Weights, now: Now) -> Gradients:
+    """Dense, twice: through what fires and through the gate."""
+    batch = encode_batch(x, sae, now)
+    dtype = batch.low.dtype
+    gain = sae.r_mag.exp()  # [F]
+    # exp(r_mag) (pre - b_enc) + b_mag, from pre as it is
+    bias = (sae.b_mag - gain * sae.b_enc).to(dtype)
+    latents = torch.addcmul(bias, batch.pre, gain.to(dtype)).relu_()  # [N, F]
+    latents.mul_(batch.pre > 0)
+    error = (latents @ batch.w_dec).float() + sae.b_dec - x  # [N, D]
+    dy = error * (2 / error.numel())
+    magnitude = dense_backward(batch.low, latents, dy, batch.w_dec)
+
+    opened = batch.pre.relu()  # [N, F]
+    gate_error = (opened @ batch.w_dec).float() + sae.b_dec - x  # [N, D]
+    gate_dy = gate_error.mul_(2 / error.numel())
+    gate = dense_backward(batch.low, opened, gate_dy, batch.w_dec, l1_weight(now) / len(x))
+
+    by_magnitude = magnitude.W_enc * gain[:, None]  # [F, D]
+    by_shared = gain * magnitude.b_enc + gate.b_enc  # [F], by (x - b_dec) W_enc^T
+    by_name = {
+        "W_enc": by_magnitude + gate.W_enc,
+        "b_enc": gate.b_enc,
+        "W_dec": magnitude.W_dec,  # of the gate's own reconstruction the decoder is held
+        "b_dec": dy.sum(0) - by_shared @ sae.W_enc,
+        "r_mag": (by_magnitude * sae.W_enc).sum(1),
+        "b_mag": magnitude.b_enc,
+    }
+    return Gradients(by_name, error, fires(latents).sum(0))
+
+
+@fast_step_of("topk")
+def fast_topk(x: Tensor, sae: Weights, now: Now) -> Gradients:
+    """Sparse, k entries a token."""
+    batch = encode_batch(x, sae, now)
+    code = select_topk(batch.pre, now.k, batch.referee)
+    found, _ = sparse_gradients(x, code, batch, sae, now)
+    return found
+
+
+@fast_step_of("batchtopk")
+def fast_batchtopk(x: Tensor, sae: Weights, now: Now) -> Gradients:
+    """Sparse, k entries a token on average."""
+    batch = encode_batch(x, sae, now)
+    code, cut = select_batchtopk(batch.pre, now.k, 0.8 * now.cut, batch.referee)
+    found, _ = sparse_gradients(x, code, batch, sae, now)
+    found.cut = cut
+    return found
+
+
+@fast_step_of("jumprelu")
+def fast_jumprelu(x: Tensor, sae: Weights, now: Now) -> Gradients:
+    """Sparse, what fires and what is about to."""
+    batch = encode_batch(x, sae, now)
+    # what lies in the rectangle below its threshold is in the code, too, with a value of 0
+    code = select_above(batch.pre, sae.threshold - BANDWIDTH / 2)
+    threshold = sae.threshold[code.latent]  # [n]
+    over = code.value - threshold
+    code = code._replace(value=code.value * (over > 0))
+    found, d_value = sparse_gradients(x, code, batch, sae, now)
+
+    # (L0 / target - 1)^2 pulls at each active entry
+    l0 = found.fired.sum() / len(x)
+    pull = 2 * (l0 / now.target_l0 - 1) / (now.target_l0 * len(x))
+    near = over.abs() < BANDWIDTH / 2
+    d_threshold = (threshold * d_value.float() + pull) * near / -BANDWIDTH  # [n]
+    summed = torch.zeros_like(sae.threshold).index_add_(0, code.latent, d_threshold)  # [F]
+    found.by_name["threshold"] = summed
+    found.cut = sae.threshold.mean()
+    return found
+
+
+@fast_step_of("matryoshka")
+def fast_matryoshka(x: Tensor, sae: Weights, now: Now) -> Gradients:
+    """Sparse, each prefix a copy of the batch."""
+    batch = encode_batch(x, sae, now)
+    code, cut = select_batchtopk(batch.pre, now.k, 0.8 * now.cut, batch.referee)
+    fired = count_firings(code, len(sae.b_enc))
+    ends = torch.tensor(prefix_ends(len(sae.b_enc)), device=x.device)  # [G]
+    n_groups = len(ends)
+    code = nested(code.cast(batch.low.dtype), len(x), ends)
+
+    # what is written from one end to the next
+    parts = decode(code, batch.w_dec).view(n_groups, *x.shape)  # [G, N, D]
+    errors = parts.cumsum(0) + sae.b_dec - x  # [G, N, D], of each prefix
+    d_errors = errors * (2 / errors.numel())
+    # a latent serves its own and all longer prefixes
+    d_parts = d_errors.flip(0).cumsum(0).flip(0)  # [G, N, D]
+
+    copies = batch.low.expand(n_groups, *x.shape).flatten(0, 1)  # [G N, D]
+    d_flat = d_parts.flatten(0, 1)  # [G N, D]
+    back, _ = sparse_backward(copies, code, d_flat, batch.w_dec, slope=fires(code.value))
+    found = Gradients(back._asdict(), errors[-1], fired, cut)
+    add_auxiliary(found, batch, sae, now)
+    found.by_name["b_dec"] = d_parts[0].sum(0) - found.by_name["b_enc"] @ sae.W_enc
+    return found
+
+
+def sparse_gradients(
+    x: Tensor, code: Code, batch: Batch, sae: Weights, now: Now
+) -> tuple[Gradients, Tensor]:
+    """Of the mean squared error of what `code` decodes to and of the auxiliary loss; and the
+    gradient of each value of the code [n]."""
+    fired = count_firings(code, len(sae.b_enc))
+    code = code.cast(batch.low.dtype)
+    error = decode(code, batch.w_dec) + sae.b_dec - x  # [N, D]
+    dy = error * (2 / error.numel())  # [N, D]
+    back, d_value = sparse_backward(batch.low, code, dy, batch.w_dec, slope=fires(code.value))
+    found = Gradients(back._asdict(), error, fired)
+    add_auxiliary(found, batch, sae, now)
+    # the decoder adds b_dec, the encoder subtracts it
+    found.by_name["b_dec"] = dy.sum(0) - found.by_name["b_enc"] @ sae.W_enc
+    return found, d_value
+
+
+def add_auxiliary(found: Gradients, batch: Batch, sae: Weights, now: Now) -> None:
+    """Adds the gradients of auxiliary_loss, in place."""
+    dead = now.dead.nonzero().flatten()  # [n_dead]
+    if len(dead) == 0 or now.aux_k == 0:
+        return
+    n_tokens, d_in = found.error.shape
+    n_seen = math.ceil(n_tokens * AUX_TOKENS)
+    error = found.error[:n_seen]  # [n_seen, D]
+    low = batch.low[:n_seen]
+    w_dec = batch.w_dec[dead]  # [n_dead, D]
+    if batch.order_only:
+        silent = products(low, sae.W_enc[dead], sae.b_enc[dead])  # [n_seen, n_dead]
+    else:
+        silent = batch.pre[:n_seen, dead]
+    largest = silent.topk(n_auxiliary(now, len(dead), d_in))  # [n_seen, aux_k]
+    latents = torch.zeros_like(silent).scatter_(1, largest.indices, largest.values.relu())
+    d_y = (latents @ w_dec).float() + error
+    d_y *= 2 * AUX / error.square().sum().clamp(min=1e-9)
+    back = dense_backward(low, latents, d_y, w_dec)
+    for name, gradient in back._asdict().items():
+        found.by_name[name].index_add_(0, dead, gradient)
+
+
+# ---- the encoder's product
+@dataclass
+class Batch:
+    """A batch x [N, D] as the fast steps see it.
+
+    low: [N, D], x - b_dec in the dtype of products
+    pre: [N, F], in that dtype
+    order_only: pre comes from int8 products: only the order of its values counts
+    w_dec: [F, D], in that dtype
+    referee: what float32 must decide; None where pre is float32
+    """
+
+    low: Tensor
+    pre: Tensor
+    order_only: bool
+    w_dec: Tensor
+    referee: Referee | None
+
+
+def encode_batch(x: Tensor, sae: Weights, now: Now) -> Batch:
+    """pre = (x - b_dec) W_enc^T + b_enc in now.dtype: float32, bfloat16 or int8."""
+    is_int8 = now.dtype == "int8"
+    dtype = torch.float32 if now.dtype == "float32" else torch.bfloat16
+    centred = x - sae.b_dec  # [N, D]
+    low = centred.to(dtype)
+    if is_int8:
+        pre = int8_products(centred, sae.W_enc, sae.b_enc)  # [N, F]
+    else:
+        pre = products(low, sae.W_enc, sae.b_enc)  # [N, F]
+    referee = None
+    if now.dtype in DOUBT:
+        referee = Referee(*DOUBT[now.dtype], centred, sae)
+    return Batch(low, pre, is_int8, sae.W_dec.to(dtype), referee)
+
+
+def products(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """x [N, D] w [F, D]^T + b [F] -> [N, F] in the dtype of x."""
+    # the bias is one more input that is 1: addmm would first write it to all of the result
+    inputs = torch.cat([x, x.new_ones(len(x), 1)], 1)  # [N, D + 1]
+    weights = torch.cat([w.to(x.dtype), b[:, None].to(x.dtype)], 1)  # [F, D + 1]
+    return inputs @ weights.T
+
+
+def int8_products(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """x [N, D] w [F, D]^T + b [F] -> [N, F] in bfloat16, from rows rounded to 255 levels each.
+
+    On CPUs with VNNI twice as fast as bfloat16. The error is 1 % of |x| |w| / sqrt(D) where the
+    entries of a row are alike, more where few of them are large.
+    """
+    x_levels, x_step = in_levels(x)
+    w_levels, w_step = in_levels(w)
+    sums = torch._int_mm(x_levels, w_levels.T).bfloat16().mul_(x_step)  # [N, F]
+    return torch.addcmul(b.bfloat16(), sums, w_step.T, out=sums)
+
+
+def in_levels(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows [n, D] as int8 multiples of a step of their own, and the steps [n, 1] in bfloat16."""
+    largest = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))  # [n, 1]
+    step = (largest / 127).clamp(min=1e-30)
+    return (rows / step).round_().to(torch.int8), step.bfloat16()
+
+
+# ---- which latents fire
+# how many latents a token float32 must look at, above the cut and below it; int8: all above
+DOUBT = {"bfloat16": (4, 4), "int8": (1 << 30, 8)}
+
+
 class Code(NamedTuple):
-    """The latents that fire in a batch, sparse and sorted by token: entry e says that latent[e] fires with value[e] at token[e]."""
+    """The latents that fire in a batch, sparse, sorted by token: latent[e] fires with value[e] at
+    token[e]."""
 
     latent: Tensor  # [n]
     value: Tensor  # [n]
     token: Tensor  # [n]
     start: Tensor  # [N], where the entries of each token begin
 
+    def cast(self, dtype: torch.dtype) -> Code:
+        return self._replace(value=self.value.to(dtype))
+
+
+@dataclass
+class Referee:
+    """Decides in float32 between latents that pre, in bfloat16 or int8, may order wrongly.
+
+    above, below: latents a token that it looks at: just large enough to fire, and just too small
+    centred: [N, D] float32, x - b_dec
+    """
+
+    above: int
+    below: int
+    centred: Tensor
+    sae: Weights
+
+    def value(self, latent: Tensor, token: Tensor) -> Tensor:
+        """pre [n] of these pairs in float32."""
+        return pair_products(self.centred, self.sae.W_enc, latent, token) + self.sae.b_enc[latent]
+
+
+def select_topk(pre: Tensor, k: int, referee: Referee | None = None) -> Code:
+    """The positive ones among each token's k largest of pre [N, F]."""
+    n_tokens, n_latents = pre.shape
+    if referee is None:
+        value, latent = row_topk(pre, k)  # [N, k]
+    else:
+        below = min(referee.below, n_latents - k)
+        value, latent = row_topk(pre, k + below)  # [N, k + below]
+        value, latent = settle_rows(value.float(), latent, k, referee)  # [N, k]
+    token = torch.arange(n_tokens, device=pre.device).repeat_interleave(k)  # [N k]
+    value = value.flatten()  # [N k]
+    return sparse_code(latent.flatten(), value, token, value > 0, n_tokens)
+
+
+def settle_rows(value: Tensor, latent: Tensor, k: int, referee: Referee) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of candidates [N, k + below], where the referee decides between
+    those that are not sure -> values, latents [N, k]."""
+    n_sure = max(k - referee.above, 0)
+    if n_sure:
+        value, order = value.sort(1, descending=True)
+        latent = latent.gather(1, order)
+    close = latent[:, n_sure:]  # [N, above + below]
+    token = torch.arange(len(close), device=close.device).repeat_interleave(close.shape[1])
+    exact = referee.value(close.flatten(), token).view_as(close)
+    best, place = exact.topk(k - n_sure)  # [N, above]
+    value = torch.cat([value[:, :n_sure], best], 1)  # [N, k]
+    latent = torch.cat([latent[:, :n_sure], close.gather(1, place)], 1)
+    return value, latent
+
+
+def select_batchtopk(
+    pre: Tensor, k: int, guess: Tensor | float = 0.0, referee: Referee | None = None
+) -> tuple[Code, Tensor]:
+    """The positive ones among the N k largest of pre [N, F], and the cut, the smallest of them.
+    Exact whatever the `guess`, which is a fast lower bound of the cut."""
+    n_tokens, n_latents = pre.shape
+    below = min(referee.below, n_latents - k) if referee else 0
+    token, latent = (pre > guess).nonzero(as_tuple=True)  # [n] each
+    if len(token) < (k + below) * n_tokens:  # guessed too high
+        token, latent = (pre > 0).nonzero(as_tuple=True)
+    value = pre[token, latent]  # [n]
+    if referee:
+        value = value.float()
+        n_sure = max(k - referee.above, 0)
+        smallest = nth_largest(value, (k + below) * n_tokens)
+        largest = nth_largest(value, n_sure * n_tokens)
+        close = ((value >= smallest) & (value <= largest)).nonzero()[:, 0]
+        value[close] = referee.value(latent[close], token[close])
+    cut = nth_largest(value, k * n_tokens)
+    fire = (value > 0) & (value >= cut)
+    return sparse_code(latent, value, token, fire, n_tokens), cut.float()
+
+
+def select_above(pre: Tensor, least: Tensor) -> Code:
+    """All of pre [N, F] that exceed `least` [F], which is not negative; float32."""
+    token, latent = (pre > least.to(pre.dtype)).nonzero(as_tuple=True)  # [n] each
+    value = pre[token, latent].float()
+    return sparse_code(latent, value, token, value > 0, len(pre))
+
+
+def sparse_code(latent: Tensor, value: Tensor, token: Tensor, keep: Tensor, n_tokens: int) -> Code:
+    """The entries [n] where `keep` is true, in order of their tokens."""
+    count = torch.bincount(token[keep], minlength=n_tokens)  # [N]
+    return Code(latent[keep], value[keep], token[keep], count.cumsum(0) - count)
+
+
+def nested(code: Code, n_tokens: int, ends: Tensor) -> Code:
+    """The code of G copies of the batch: what fires below ends[0] [G] at token t stays there, what
+    fires below ends[g] goes to token g N + t."""
+    group = torch.bucketize(code.latent, ends, right=True)  # [n]
+    token, order = (group * n_tokens + code.token).sort(stable=True)
+    count = torch.bincount(token, minlength=n_tokens * len(ends))  # [G N]
+    return Code(code.latent[order], code.value[order], token, count.cumsum(0) - count)
+
+
+def count_firings(code: Code, n_latents: int) -> Tensor:
+    """On how many tokens each latent fires [F]."""
+    return torch.bincount(code.latent[fires(code.value)], minlength=n_latents)
+
 
 def row_topk(pre: Tensor, k: int, members: int = 16) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of pre [N, F] -> values, latents [N, k]. Exact and faster than topk: they lie in the k groups of
-    `members` latents that have the largest maxima (strided groups, so that the maximum vectorises)."""
-    groups = pre.shape[1] // members
-    if pre.shape[1] % members or groups < 2 * k:
+    """The k largest of each row of pre [N, F] -> values, latents [N, k]. Exact, faster than topk.
+
+    They lie in the k groups of `members` latents that have the largest maxima. Groups are strided,
+    so that the maximum vectorises.
+    """
+    n_groups = pre.shape[1] // members
+    if pre.shape[1] % members or n_groups < 2 * k:
         value, latent = pre.topk(k, sorted=False)
         return value, latent
-    best = pre.view(len(pre), members, groups).amax(1).topk(k, sorted=False).indices
-    latent = (best[:, None] + torch.arange(members, device=pre.device)[:, None] * groups).flatten(1)
-    value, at = pre.gather(1, latent).topk(k, sorted=False)
-    return value, latent.gather(1, at)
+    maxima = pre.view(len(pre), members, n_groups).amax(1)  # [N, groups]
+    best = maxima.topk(k, sorted=False).indices  # [N, k]
+    offsets = torch.arange(members, device=pre.device) * n_groups
+    latent = (best[:, None] + offsets[:, None]).flatten(1)  # [N, members k]
+    value, place = pre.gather(1, latent).topk(k, sorted=False)  # [N, k]
+    return value, latent.gather(1, place)
 
 
 def nth_largest(value: Tensor, n: int) -> Tensor:
     """The n-th largest of value [any]: infinity for n = 0, and 0 where there are not as many."""
     if n == 0:
         return value.new_full((), math.inf)
-    return value.kthvalue(len(value) - n + 1).values if len(value) >= n else value.new_zeros(())
+    if len(value) < n:
+        return value.new_zeros(())
+    return value.kthvalue(len(value) - n + 1).values
 
 
-def products(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """x [N, D] w [F, D]^T + b [F] -> [N, F] in the dtype of x. The bias is one more input that is 1: addmm would first write it."""
-    ones = x.new_ones(len(x), 1)
-    return torch.cat([x, ones], 1) @ torch.cat([w.to(x.dtype), b[:, None].to(x.dtype)], 1).T
+# ---- decoding and the way back
+class Backward(NamedTuple):
+    """Gradients in float32, but for b_dec."""
+
+    W_enc: Tensor  # [F, D]
+    b_enc: Tensor  # [F]
+    W_dec: Tensor  # [F, D]
 
 
-def int8_products(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    """x [N, D] w [F, D]^T + b [F] -> [N, F] in bfloat16, from rows of x and w rounded to 255 levels each. On CPUs with VNNI twice as
-    fast as bfloat16; the error is 1 % of |x| |w| / sqrt(D) where entries of a row are alike, more where few of them are large."""
-
-    def levels(rows: Tensor) -> tuple[Tensor, Tensor]:
-        scale = (
-            torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True)) / 127
-        ).clamp(min=1e-30)
-        return (rows / scale).round_().to(torch.int8), scale.bfloat16()
-
-    (x8, x_scale), (w8, w_scale) = levels(x), levels(w)
-    sums = torch._int_mm(x8, w8.T).bfloat16().mul_(x_scale)
-    return torch.addcmul(b.bfloat16(), sums, w_scale.T, out=sums)
-
-
-def select(
-    pre: Tensor,
-    k: int,
-    arch: str,
-    guess: Tensor | float = 0.0,
-    exact: Callable[[Tensor, Tensor], Tensor] | None = None,
-    doubt: tuple[int, int] = (0, 0),
-) -> tuple[Code, Tensor]:
-    """pre [N, F] -> the positive ones among each token's k largest (topk), or the batch's N k largest (batchtopk, Bussmann et al.
-    2024); and tau, the smallest value that fires (batchtopk). Exact whatever the `guess`, which is a fast lower bound of tau.
-    jumprelu: all that exceed `guess` [F].
-
-    pre in bfloat16 or int8 orders close values wrongly: where `exact` (latent [n], token [n] -> float32 values [n]) is given, it
-    decides between the doubt[0] a token that are just large enough and the doubt[1] that are just too small."""
-    n, sure, spare = len(pre), max(k - doubt[0], 0), min(doubt[1], pre.shape[1] - k)
-    if arch == "topk":
-        value, latent = row_topk(pre, k + spare)
-        if exact:
-            value = value.float()
-            if sure:
-                value, order = value.sort(1, descending=True)
-                latent = latent.gather(1, order)
-            close = latent[:, sure:]
-            token = torch.arange(n, device=pre.device).repeat_interleave(close.shape[1])
-            best, at = exact(close.flatten(), token).view_as(close).topk(k - sure)
-            value, latent = (
-                torch.cat([value[:, :sure], best], 1),
-                torch.cat([latent[:, :sure], close.gather(1, at)], 1),
-            )
-        value, latent, token = (
-            value.flatten(),
-            latent.flatten(),
-            torch.arange(n, device=pre.device).repeat_interleave(k),
-        )
-        tau = value.new_zeros(())
-    else:
-        token, latent = (pre > guess).nonzero(as_tuple=True)
-        if arch != "jumprelu" and len(token) < (k + spare) * n:  # guessed too high
-            token, latent = (pre > 0).nonzero(as_tuple=True)
-        value, tau = pre[token, latent].to(torch.float32 if exact else pre.dtype), pre.new_zeros(())
-        if arch != "jumprelu":
-            if exact:
-                close = (
-                    (value >= nth_largest(value, (k + spare) * n))
-                    & (value <= nth_largest(value, sure * n))
-                ).nonzero()[:, 0]
-                value[close] = exact(latent[close], token[close])
-            tau = nth_largest(value, k * n)
-    fires = (value > 0) & (value >= tau)
-    count = torch.bincount(token[fires], minlength=n)
-    return Code(latent[fires], value[fires], token[fires], count.cumsum(0) - count), tau.float()
-
-
-def nested(code: Code, n: int, ends: Tensor) -> Code:
-    """The code of G copies of the batch of n tokens: what fires below ends[0] [G] at token t stays, below ends[g] goes to g n + t."""
-    token, order = (torch.bucketize(code.latent, ends, right=True) * n + code.token).sort(
-        stable=True
-    )
-    count = torch.bincount(token, minlength=n * len(ends))
-    return Code(code.latent[order], code.value[order], token, count.cumsum(0) - count)
-
-
-def pair_products(x: Tensor, w: Tensor, latent: Tensor, token: Tensor) -> Tensor:
-    """x[token] . w[latent] [n] for x [N, D], w [F, D], tokens in order: without gathering rows, of which there are n D numbers."""
-    count = torch.bincount(token, minlength=len(x))
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x, w, latent, count.cumsum(0) - count, token, 0, -1
-    )
+def decode(code: Code, w_dec: Tensor) -> Tensor:
+    """What the code writes, without b_dec: [N, D] float32."""
+    return F.embedding_bag(
+        code.latent, w_dec, code.start, per_sample_weights=code.value, mode="sum"
+    ).float()
 
 
 def sparse_backward(
-    x: Tensor, code: Code, dy: Tensor, w_dec: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of W_enc [F, D], b_enc [F], W_dec [F, D] and of the values [n] from dy [N, D], that at the reconstruction of x [N, D].
+    x: Tensor, code: Code, dy: Tensor, w_dec: Tensor, slope: Tensor
+) -> tuple[Backward, Tensor]:
+    """Gradients, and those of the values [n], from that of the reconstruction of x, dy [N, D].
 
-    dvalue = dy . w_dec[latent];  dW_dec[f] = sum of value dy, dW_enc[f] = sum of dvalue x over the tokens where f fires. A sum over
-    tokens grouped by latent is an embedding bag: no atomics, nothing of size [n, D] or [N, F]. A value of 0 did not fire.
+    slope [n]: derivative of each value by its pre; for a ReLU 1 where it fires, else 0.
+    d_value = dy . w_dec[latent];  dW_dec[f] = sum of value dy and dW_enc[f] = sum of d_pre x, over
+    the tokens where f fires. A sum over tokens grouped by latent is an embedding bag: no atomics,
+    nothing of size [n, D] or [N, F].
     """
-    d_value = pair_products(dy, w_dec, code.latent, code.token)
-    order, count = (
-        code.latent.argsort(stable=True),
-        torch.bincount(code.latent, minlength=len(w_dec)),
-    )
-    token, start = code.token[order], count.cumsum(0) - count
+    low_dy = dy.to(x.dtype)
+    d_value = pair_products(low_dy, w_dec, code.latent, code.token)  # [n]
+    d_pre = d_value * slope  # [n]
+    by_latent = code.latent.argsort(stable=True)  # [n]
+    count = torch.bincount(code.latent, minlength=len(w_dec))  # [F]
+    token = code.token[by_latent]
+    start = count.cumsum(0) - count  # [F], where the entries of each latent begin
 
-    def bag(rows: Tensor, weight: Tensor) -> Tensor:
-        return F.embedding_bag(
-            token, rows, start, per_sample_weights=weight[order], mode="sum"
-        ).float()
+    def sum_over_tokens(rows: Tensor, weight: Tensor) -> Tensor:  # [N, D], [n] -> [F, D]
+        weight = weight[by_latent]
+        return F.embedding_bag(token, rows, start, per_sample_weights=weight, mode="sum").float()
 
-    d_pre = d_value * (code.value > 0)
-    d_bias = torch.zeros(len(w_dec), device=x.device).index_add_(0, code.latent, d_pre.float())
-    return bag(x, d_pre), d_bias, bag(dy, code.value), d_value
+    b_enc = torch.zeros(len(w_dec), device=x.device).index_add_(0, code.latent, d_pre.float())
+    back = Backward(sum_over_tokens(x, d_pre), b_enc, sum_over_tokens(low_dy, code.value))
+    return back, d_value
 
 
 def dense_backward(
-    x: Tensor, acts: Tensor, dy: Tensor, w_dec: Tensor, l1: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As sparse_backward, for dense acts = relu(pre) [N, F] with an L1 penalty of weight l1 on each."""
-    d_pre = (dy @ w_dec.T + l1) * (acts > 0)
-    return (d_pre.T @ x).float(), d_pre.sum(0, dtype=torch.float32), (acts.T @ dy).float()
+    x: Tensor, latents: Tensor, dy: Tensor, w_dec: Tensor, l1: float = 0.0
+) -> Backward:
+    """The same for dense latents = relu(pre) [N, F], with an L1 penalty of weight l1 on each."""
+    low_dy = dy.to(x.dtype)
+    d_pre = (low_dy @ w_dec.T + l1) * fires(latents)  # [N, F]
+    w_enc = (d_pre.T @ x).float()
+    return Backward(w_enc, d_pre.sum(0, dtype=torch.float32), (latents.T @ low_dy).float())
 
 
-class Trainer:
-    """One SAE in training, on x = scale * (raw - mean), with the scale that makes E||x|| = sqrt(D); rows of W_dec have unit norm.
-
-    pre = (x - b_dec) W_enc^T + b_enc;   f = relu(pre) (relu), or its largest (select);   y = f W_dec + b_dec
-    loss = ||y - x||^2 / D, + l1 sum(f) (relu), + AUX ||y_dead - (x - y)||^2 / ||x - y||^2 (topk, batchtopk; Gao et al. 2024), where
-    y_dead is what the aux_k dead latents with the largest pre decode to. Means over tokens; gradients by hand, not by autograd.
-    matryoshka (Bussmann et al. 2025): batchtopk, whose squared error is the mean over the PREFIXES of the latents, each alone.
-    jumprelu (Rajamanoharan et al. 2024b): batchtopk with f = pre [pre > threshold] and + (L0 / target - 1)^2; a threshold learns
-    through a rectangle of width BANDWIDTH in place of the step's delta, nothing else does.
-    gated (Rajamanoharan et al. 2024a): with gate = pre, f = [gate > 0] relu(exp(r_mag) (x - b_dec) W_enc^T + b_mag) and
-    + l1 sum(relu(gate)) + ||relu(gate) W_dec + b_dec - x||^2 / D, the decoder of this last term held.
-    """
-
-    AUX, AUX_TOKENS = 1 / 32, 1 / 8  # weight of the auxiliary loss, share of the batch that it sees
-    CLIP = 1.0  # norm of D times the gradient, as in SAELens: large early gradients would stay in Adam's second moment for long
-    BANDWIDTH = 0.5  # in units of pre; at the start a latent's pre has standard deviation 1
-    THRESHOLD_RATE = 10  # learning rate of thresholds over that of weights; at 1, L0 stays far below its target for hundreds of steps
-    PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)  # shares of the latents
-    TAU_STEPS = 100  # memory of tau's moving average, at most a fifth of the steps so far
-
-    def __init__(
-        self, args: argparse.Namespace, mean: Tensor, norm: float, device: torch.device
-    ) -> None:
-        d, f = len(mean), len(mean) * args.expansion
-        self.args, self.int8, self.step_count = args, args.dtype == "int8", 0
-        self.dtype = torch.bfloat16 if self.int8 else getattr(torch, args.dtype)
-        self.mean, self.scale = mean.to(device), math.sqrt(d) / norm
-        w_dec = F.normalize(
-            torch.randn(f, d, generator=torch.Generator().manual_seed(args.seed)), dim=1
-        )
-        w_enc = w_dec * (
-            2 / args.expansion if args.arch in L1_ARCHS else 1
-        )  # there the half that fires then adds up to x
-        # b_dec starts at the mean of the data, which is 0 in these coordinates
-        more = {"jumprelu": 1, "gated": 2}.get(args.arch, 0)  # threshold; r_mag, b_mag
-        self.params = [
-            t.to(device, copy=True)
-            for t in (w_enc, torch.zeros(f), w_dec, torch.zeros(d), *[torch.zeros(f)] * more)
-        ]
-        self.W_enc, self.b_enc, self.W_dec, self.b_dec, *self.more = self.params
-        shares = self.PREFIXES if args.arch == "matryoshka" else (1,)
-        self.ends = torch.tensor([round(f * share) for share in shares], device=device)
-        groups = [{"params": p} for p in (self.params[:4], self.more) if p]
-        self.optimizer = torch.optim.Adam(
-            groups, lr=args.learning_rate, eps=1e-9, fused=device.type != "mps"
-        )
-        self.idle = torch.zeros(f, dtype=torch.int64, device=device)  # tokens since a latent fired
-        self.tau = torch.zeros((), device=device)
-        self.history: list[dict[str, Any]] = []
-
-    def gradients(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Sets .grad of every parameter for the batch x [N, D] -> squared error a dimension, and firings [F]."""
-        (n, d), a = x.shape, self.args
-        w_dec, full = self.W_dec.to(self.dtype), x - self.b_dec
-        low = full.to(self.dtype)
-        pre = (
-            int8_products(full, self.W_enc, self.b_enc)
-            if self.int8
-            else products(low, self.W_enc, self.b_enc)
-        )
-        more: tuple[Tensor, ...] = ()
-        if a.arch == "gated":
-            (r_mag, b_mag), gate = self.more, pre.relu()
-            gain = r_mag.exp()
-            acts = (
-                torch.addcmul((b_mag - gain * self.b_enc).to(self.dtype), pre, gain.to(self.dtype))
-                .relu_()
-                .mul_(pre > 0)
-            )
-            error, gate_error = ((f @ w_dec).float() + self.b_dec - x for f in (acts, gate))
-            dy, fired = error * (2 / (n * d)), (acts > 0).sum(0)
-            d_mag, d_b_mag, d_dec = dense_backward(low, acts, dy.to(self.dtype), w_dec)
-            d_gate, d_b_gate, _ = dense_backward(
-                low, gate, gate_error.mul_(2 / (n * d)).to(self.dtype), w_dec, a.l1 / n
-            )
-            d_mag *= gain[:, None]
-            grads, more = [d_mag + d_gate, d_b_gate, d_dec], ((d_mag * self.W_enc).sum(1), d_b_mag)
-            d_shared = gain * d_b_mag + d_b_gate
-        elif a.arch == "relu":
-            acts = pre.relu()
-            error = (acts @ w_dec).float() + self.b_dec - x
-            dy, fired = error * (2 / (n * d)), (acts > 0).sum(0)
-            grads = [*dense_backward(low, acts, dy.to(self.dtype), w_dec, a.l1 / n)]
-            d_shared = grads[1]
-        else:
-            jump = a.arch == "jumprelu"
-            guess = (self.more[0] - self.BANDWIDTH / 2).to(self.dtype) if jump else 0.8 * self.tau
-
-            def exact(latent: Tensor, token: Tensor) -> Tensor:
-                return pair_products(full, self.W_enc, latent, token) + self.b_enc[latent]
-
-            doubt = (exact, DOUBT[a.dtype]) if a.dtype in DOUBT else ()
-            code, tau = select(pre, a.k, a.arch, guess, *doubt)
-            if jump:  # what the kernel reaches below the threshold is in the code with a value of 0
-                threshold, tau = self.more[0][code.latent], self.more[0].mean()
-                over = code.value.float() - threshold
-                code = code._replace(value=code.value * (over > 0))
-            self.tau = self.tau.lerp(tau, 1 / min(self.TAU_STEPS, max(1, self.step_count / 5)))
-            fired = torch.bincount(code.latent[code.value > 0], minlength=len(w_dec))
-            code = code._replace(value=code.value.to(self.dtype))
-            code = nested(code, n, self.ends) if len(self.ends) > 1 else code
-            y = (
-                F.embedding_bag(
-                    code.latent, w_dec, code.start, per_sample_weights=code.value, mode="sum"
-                )
-                .float()
-                .view(-1, n, d)
-            )
-            errors = (
-                (y.cumsum(0) if len(y) > 1 else y) + self.b_dec - x
-            )  # [G, N, D], of each prefix
-            dy = errors * (2 / errors.numel())
-            dy = (
-                dy.flip(0).cumsum(0).flip(0) if len(dy) > 1 else dy
-            )  # a latent serves its own and all longer prefixes
-            copies = low.expand(len(dy), n, d).flatten(0, 1)
-            *grads, d_value = sparse_backward(copies, code, dy.flatten(0, 1).to(self.dtype), w_dec)
-            d_shared, dy, error = grads[1], dy[0], errors[-1]
-            if jump:
-                pull = 2 * (fired.sum() / n / a.target_l0 - 1) / (a.target_l0 * n)
-                slope = (
-                    (threshold * d_value.float() + pull)
-                    * (over.abs() < self.BANDWIDTH / 2)
-                    / -self.BANDWIDTH
-                )
-                more = (torch.zeros_like(self.b_enc).index_add_(0, code.latent, slope),)
-            if len(dead := (self.idle > a.dead_tokens).nonzero().flatten()) and a.aux_k:
-                m = math.ceil(
-                    n * self.AUX_TOKENS
-                )  # the batch is shuffled: its first rows are a random sample
-                # of int8 products only the order counts, here the values do
-                silent = (
-                    products(low[:m], self.W_enc[dead], self.b_enc[dead])
-                    if self.int8
-                    else pre[:m, dead]
-                )
-                top = silent.topk(min(len(dead), d // 2 if a.aux_k < 0 else a.aux_k))
-                acts = torch.zeros_like(silent).scatter_(1, top.indices, top.values.relu())
-                d_aux = ((acts @ w_dec[dead]).float() + error[:m]) * (
-                    2 * self.AUX / error[:m].square().sum().clamp(min=1e-9)
-                )
-                for grad, part in zip(
-                    grads,
-                    dense_backward(low[:m], acts, d_aux.to(self.dtype), w_dec[dead]),
-                    strict=True,
-                ):
-                    grad.index_add_(0, dead, part)
-        # the decoder adds b_dec, the encoder subtracts it
-        for p, grad in zip(
-            self.params, (*grads, dy.sum(0) - d_shared @ self.W_enc, *more), strict=True
-        ):
-            p.grad = grad
-        return error.square().mean(), fired
-
-    def step(self, raw: Tensor) -> None:
-        """One optimiser step on raw rows [N, D]: Adam, with the decoder's gradient kept along the sphere and its norm at 1.
-
-        A latent without a gradient loses its momentum and stands still. Adam would drag it on for some ten steps after it last
-        fired: at a high learning rate far enough for a rare latent to die of it."""
-        a, self.step_count = self.args, self.step_count + 1
-        x = (raw.to(self.mean.device).float() - self.mean) * self.scale
-        if (
-            a.arch == "jumprelu" and self.step_count == 1
-        ):  # at the L0 asked for, which is then only held: the rate moves them little
-            self.more[0].fill_(
-                select(
-                    (x[:256] - self.b_dec) @ self.W_enc.T + self.b_enc, a.target_l0, "batchtopk"
-                )[1]
-            )
-        mse, fired = self.gradients(x)
-        decay = (a.steps + 1 - self.step_count) / (a.lr_decay * a.steps) if a.lr_decay else 1.0
-        for group, speed in zip(
-            self.optimizer.param_groups,
-            (1, self.THRESHOLD_RATE if a.arch == "jumprelu" else 1),
-            strict=False,
-        ):
-            group["lr"] = (
-                speed * a.learning_rate * min(1.0, self.step_count / max(1, a.lr_warmup), decay)
-            )
-        if a.arch not in L1_ARCHS:  # gated recovers planted atoms less well with it
-            torch.nn.utils.clip_grad_norm_(self.params, self.CLIP / len(self.mean))
-        grad = self.W_dec.grad
-        assert grad is not None
-        grad.addcmul_((grad * self.W_dec).sum(1, keepdim=True), self.W_dec, value=-1)
-        still = (self.b_enc.grad == 0).nonzero()[:, 0]
-        for p in self.params[:3]:
-            if state := self.optimizer.state.get(p):
-                state["exp_avg"].index_fill_(0, still, 0)
-        self.optimizer.step()
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
-        if a.arch == "jumprelu":
-            self.more[0].clamp_(min=self.BANDWIDTH / 2)  # the kernel stays where pre is positive
-        self.idle = torch.where(fired > 0, 0, self.idle + len(raw))
-        if not math.isfinite(mse):
-            raise HandoffError(
-                f"step {self.step_count}: the error is {mse:g}; try a --learning_rate below {a.learning_rate}"
-            )
-        if self.step_count % 50 == 0 or self.step_count == a.steps:
-            dead = (self.idle > a.dead_tokens).float().mean()
-            facts = {
-                "mse_normalised": mse,
-                "l0": fired.sum() / len(raw),
-                "dead_share": dead,
-                "threshold": self.tau,
-            }
-            self.history.append({"step": self.step_count} | {k: v.item() for k, v in facts.items()})
-
-    def weights(self, scale: float = 1.0, mean: Tensor | float = 0.0) -> dict[str, Tensor]:
-        """The weights in SAELens' layout; with the trainer's scale and mean folded in they take and give raw activations."""
-        out = {
-            "W_enc": self.W_enc.T,
-            "b_enc": self.b_enc / scale,
-            "W_dec": self.W_dec,
-            "b_dec": self.b_dec / scale + mean,
-        }
-        if self.args.arch == "gated":
-            out |= {
-                "b_gate": out.pop("b_enc"),
-                "r_mag": self.more[0],
-                "b_mag": self.more[1] / scale,
-            }
-        elif ARCHS[self.args.arch] == "jumprelu":
-            out["threshold"] = (
-                self.more[0] if self.more else self.tau.expand_as(self.b_enc)
-            ) / scale
-        return {name: t.clone(memory_format=torch.contiguous_format) for name, t in out.items()}
+def pair_products(x: Tensor, w: Tensor, latent: Tensor, token: Tensor) -> Tensor:
+    """x[token] . w[latent] [n] for x [N, D], w [F, D], tokens in order: without gathering rows, of
+    which there are n D numbers."""
+    count = torch.bincount(token, minlength=len(x))  # [N]
+    start = count.cumsum(0) - count
+    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return backward(x, w, latent, start, token, 0, -1)
 
 
+# ---- the finished SAE
 class SparseAutoencoder(NamedTuple):
-    """An SAE in plain torch, as SAELens would run it: x [..., D] -> latents f [..., F] -> reconstruction [..., D]."""
+    """An SAE in plain torch, as SAELens runs it: x [..., D] -> latents [..., F] -> x [..., D], in
+    the units of its weights: raw where they are those of an export."""
 
     cfg: dict[str, Any]
     weights: dict[str, Tensor]
 
     def encode(self, x: Tensor) -> Tensor:
-        pre = (x - self.weights["b_dec"]) @ self.weights["W_enc"]
-        if self.cfg["architecture"] == "gated":
-            magnitude = pre * self.weights["r_mag"].exp() + self.weights["b_mag"]
-            return magnitude.relu() * (pre + self.weights["b_gate"] > 0)
-        pre = pre + self.weights["b_enc"]
-        if self.cfg["architecture"] == "topk":
-            top = pre.topk(self.cfg["k"], sorted=False)
-            return torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
-        return (
-            pre.relu() * (pre > self.weights["threshold"])
-            if self.cfg["architecture"] == "jumprelu"
-            else pre.relu()
-        )
+        return ENCODERS.get(self.cfg["architecture"], own_latents)(self, x)
 
-    def decode(self, f: Tensor) -> Tensor:
-        return f @ self.weights["W_dec"] + self.weights["b_dec"]
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents @ self.weights["W_dec"] + self.weights["b_dec"]
+
+
+def standard_latents(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    w = sae.weights
+    return ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+
+
+def topk_latents(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    w = sae.weights
+    pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]  # [..., F]
+    top = pre.topk(sae.cfg["k"], sorted=False)
+    return torch.zeros_like(pre).scatter_(-1, top.indices, top.values.relu())
+
+
+def jumprelu_latents(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    w = sae.weights
+    pre = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]  # [..., F]
+    return pre.relu() * (pre > w["threshold"])
+
+
+def gated_latents(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    w = sae.weights
+    pre = (x - w["b_dec"]) @ w["W_enc"]  # [..., F]
+    magnitude = pre * w["r_mag"].exp() + w["b_mag"]
+    return magnitude.relu() * (pre + w["b_gate"] > 0)
+
+
+def own_latents(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    """Of an architecture that SAELens does not have: its forward, on the folded weights."""
+    w_enc = sae.weights["W_enc"].T  # [F, D], as the forward has it
+    weights = Weights(**sae.weights | {"W_enc": w_enc})
+    arguments = sae.cfg["arguments"]
+    dead = torch.zeros(len(w_enc), dtype=torch.bool, device=x.device)
+    now = Now(**arguments, step=arguments["steps"], dead=dead, cut=x.new_zeros(()))
+    name = sae.cfg["architecture"].removeprefix(OWN)
+    output = ARCHITECTURES[name].forward(x.flatten(0, -2), weights, now)
+    return output.latents.view(*x.shape[:-1], -1)  # [..., F]
+
+
+OWN = "janus."  # before the name of an architecture in cfg.json, so that SAELens cannot mistake it
+# what SAELens calls an architecture -> what it does for it
+ENCODERS = {
+    "standard": standard_latents,
+    "topk": topk_latents,
+    "jumprelu": jumprelu_latents,
+    "gated": gated_latents,
+}
 
 
 def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SparseAutoencoder:
-    """Reads an exported SAE folder; HandoffError if it is missing or damaged."""
+    """Reads an exported SAE folder; HandoffError if it is missing or damaged, or if this script has
+    no architecture of its name."""
+    folder = Path(folder)
     try:
-        cfg = json.loads((Path(folder) / "cfg.json").read_text(encoding="utf-8"))
-        return SparseAutoencoder(
-            cfg, safetensors.torch.load_file(Path(folder) / WEIGHTS, device=str(device))
-        )
+        cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        weights = safetensors.torch.load_file(folder / WEIGHTS, device=str(device))
     except (OSError, ValueError, safetensors.SafetensorError) as e:
-        raise HandoffError(
-            f"{folder} is not a readable SAE ({str(e)[:120]}); make it with: python train_sae.py"
-        ) from None
+        fact = f"{folder} is not a readable SAE ({str(e)[:120]})"
+        raise HandoffError(f"{fact}; make it with: python train_sae.py") from None
+    name = cfg.get("architecture")
+    known = [*ENCODERS, *(OWN + own for own in ARCHITECTURES)]
+    if name not in known:
+        raise HandoffError(f"{folder} is of architecture {name}, not of {', '.join(known)}")
+    return SparseAutoencoder(cfg, weights)
 
 
 # ---------------------------------------------------------------------------------------------- run
+class Layout(NamedTuple):
+    """How the training rows of a dump are dealt out."""
+
+    block: int  # rows
+    n_blocks: int
+    n_pools: int  # an epoch
+    batches_per_pool: int
+
+
 class Dump:
-    """A dumped layer, or one head of it: `array` [N, D] memory-mapped, `n_train` training rows, then the `held_out` windows (5 %)."""
+    """A dumped layer, or one head of it, in raw units.
+
+    array: [N, D], memory-mapped; side: its sidecar
+    n_train: rows to train on, the first ones; held_out: the numbers of the windows after them, 5 %
+    columns: which columns of the dump D is
+    """
 
     def __init__(self, folder: Path, layer: int, site: str, head: int | None = None) -> None:
-        self.run, self.layer, self.site, self.head, path = (
-            folder.name,
-            layer,
-            site,
-            head,
-            folder / f"L{layer}.{site}.npy",
-        )
-        self.path, self.remedy = (
-            path,
-            f"python harvest_activations.py --run_name {self.run} --layers {layer}",
-        )
-        self.side = read_sidecar(path, "janus.activations/1", self.remedy)
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            self.seq_len, self.d_head = self.side["seq_len"], self.side["d_head"]
-            if list(array.shape) != self.side["shape"] or array.dtype not in (
-                np.float16,
-                np.float32,
-            ):
-                raise ValueError(
-                    f"found {array.dtype} {list(array.shape)}, expected {self.side['dtype']} {self.side['shape']}"
-                )
-        except (ValueError, KeyError, EOFError) as e:
-            raise HandoffError(
-                f"{path} does not agree with its sidecar ({e}); remake it with: {self.remedy}"
-            ) from None
-        self.columns = (
-            slice(None) if head is None else slice(head * self.d_head, (head + 1) * self.d_head)
-        )
-        self.array, n = array[:, self.columns], len(array) // self.seq_len
-        if n < 2:
-            raise HandoffError(
-                f"{path} has {n} windows of {self.seq_len} tokens, expected at least 2 (one is held out): harvest more"
-            )
-        self.held_out = range(n - max(1, round(0.05 * n)), n)
+        self.run = folder.name
+        self.layer = layer
+        self.site = site
+        self.head = head
+        self.path = folder / f"L{layer}.{site}.npy"
+        self.remedy = f"python harvest_activations.py --run_name {self.run} --layers {layer}"
+        self.side = read_sidecar(self.path, "janus.activations/1", self.remedy)
+        whole = self.open_array()
+        self.columns = slice(None)
+        if head is not None:
+            self.columns = slice(head * self.d_head, (head + 1) * self.d_head)
+        self.array = whole[:, self.columns]
+        n_windows = len(whole) // self.seq_len
+        if n_windows < 2:
+            found = f"{self.path} has {n_windows} windows of {self.seq_len} tokens"
+            raise HandoffError(f"{found}, expected at least 2 (one is held out): harvest more")
+        n_held_out = max(1, round(0.05 * n_windows))
+        self.held_out = range(n_windows - n_held_out, n_windows)
         self.n_train = self.held_out.start * self.seq_len
-        self.pool: tuple[Any, Tensor] = (None, torch.empty(0))
+        self.pool: tuple[Any, Tensor] = (None, torch.empty(0))  # the last one, and what it is
+
+    def open_array(self) -> np.ndarray:
+        """All columns [N, H*K]; also reads seq_len and d_head. HandoffError if the sidecar says
+        something else."""
+        try:
+            array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            self.seq_len, self.d_head = self.side["seq_len"], self.side["d_head"]
+            known_type = array.dtype in (np.float16, np.float32)
+            if list(array.shape) != self.side["shape"] or not known_type:
+                found = f"found {array.dtype} {list(array.shape)}"
+                raise ValueError(f"{found}, expected {self.side['dtype']} {self.side['shape']}")
+        except (ValueError, KeyError, EOFError) as e:
+            fact = f"{self.path} does not agree with its sidecar ({e})"
+            raise HandoffError(f"{fact}; remake it with: {self.remedy}") from None
+        return array
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop-1 [n, D] in the type of the dump. Raises HandoffError, naming the first that is not finite."""
-        x = torch.from_numpy(np.array(self.array[start:stop]))
-        if not math.isfinite(x.sum(dtype=torch.float64)):
-            row = start + int((~x.isfinite().all(1)).nonzero()[0])
-            raise HandoffError(
-                f"layer {self.layer}, row {row} of {self.path} is NaN or infinite; remake it with: {self.remedy}"
-            )
-        return x
+        """Rows start..stop-1 [n, D] in the type of the dump. HandoffError that names the first row
+        that is not finite."""
+        raw = torch.from_numpy(np.array(self.array[start:stop]))
+        if not math.isfinite(raw.sum(dtype=torch.float64)):
+            bad = (~raw.isfinite().all(1)).nonzero()
+            fact = f"layer {self.layer}, row {start + int(bad[0])} of {self.path}"
+            raise HandoffError(f"{fact} is NaN or infinite; remake it with: {self.remedy}")
+        return raw
 
     def evaluation(self, n_tokens: int) -> list[int]:
         """Held-out windows, evenly spaced, at most n_tokens tokens of them."""
         n = max(1, min(n_tokens // self.seq_len, len(self.held_out)))
-        return [self.held_out[i] for i in np.linspace(0, len(self.held_out) - 1, n).astype(int)]
+        places = np.linspace(0, len(self.held_out) - 1, n).astype(int)
+        return [self.held_out[place] for place in places]
 
     def windows(self, numbers: list[int]) -> Iterator[Tensor]:
         """The rows of these windows, float32 [n * T, D], a few windows at a time."""
-        per = max(1, 4096 // self.seq_len)
-        for i in range(0, len(numbers), per):
-            yield torch.cat(
-                [self.rows(w * self.seq_len, (w + 1) * self.seq_len) for w in numbers[i : i + per]]
-            ).float()
+        at_once = max(1, 4096 // self.seq_len)
+        for i in range(0, len(numbers), at_once):
+            chunk = numbers[i : i + at_once]
+            rows = [self.rows(w * self.seq_len, (w + 1) * self.seq_len) for w in chunk]
+            yield torch.cat(rows).float()
 
     def moments(self) -> tuple[Tensor, float]:
-        """Mean [D] and E||x - mean|| of the training rows. Reads every row once, so that a bad one is found before training."""
+        """Mean [D] and E||raw - mean|| of the training rows, the latter from a sample of them.
+        Reads every row once, so that a bad one is found before training."""
         total = torch.zeros(self.array.shape[1], dtype=torch.float64)
         for start in range(0, len(self.array), 4096):
-            total += self.rows(start, start + 4096)[: max(0, self.n_train - start)].sum(
-                0, dtype=torch.float64
-            )
-        mean, starts = (
-            (total / self.n_train).float(),
-            np.linspace(0, max(0, self.n_train - BLOCK), 256).astype(int),
-        )
-        norm = float(
-            np.mean(
-                [
-                    (self.rows(s, min(s + BLOCK, self.n_train)).float() - mean).norm(dim=1).mean()
-                    for s in starts
-                ]
-            )
-        )
+            rows = self.rows(start, start + 4096)
+            train = rows[: max(0, self.n_train - start)]
+            total += train.sum(0, dtype=torch.float64)
+        mean = (total / self.n_train).float()
+        norms = []
+        for start in np.linspace(0, max(0, self.n_train - BLOCK), 256).astype(int):
+            rows = self.rows(start, min(start + BLOCK, self.n_train)).float()
+            norms.append((rows - mean).norm(dim=1).mean())
+        norm = float(np.mean(norms))
         if norm == 0:
-            raise HandoffError(
-                f"{self.path} is the same in every row: nothing to decompose; remake it with: {self.remedy}"
-            )
+            fact = f"{self.path} is the same in every row: nothing to decompose"
+            raise HandoffError(f"{fact}; remake it with: {self.remedy}")
         return mean, norm
 
-    def layout(self, size: int) -> tuple[int, int, int, int]:
-        """Rows a block, blocks, pools an epoch, and batches of `size` rows a pool."""
-        block, pools = min(BLOCK, size), math.ceil(self.n_train / POOL)
-        blocks = self.n_train // block
-        if not (per_pool := blocks // pools * block // size):
-            raise HandoffError(
-                f"--batch_size {size} is too large for the {self.n_train} training rows of {self.path}: harvest more"
-            )
-        return block, blocks, pools, per_pool
+    def layout(self, batch_size: int) -> Layout:
+        """HandoffError if there are not enough rows for one batch a pool."""
+        block = min(BLOCK, batch_size)
+        n_blocks = self.n_train // block
+        n_pools = math.ceil(self.n_train / POOL)
+        batches_per_pool = n_blocks // n_pools * block // batch_size
+        if batches_per_pool == 0:
+            fact = f"the {self.n_train} training rows of {self.path}: harvest more"
+            raise HandoffError(f"--batch_size {batch_size} is too large for {fact}")
+        return Layout(block, n_blocks, n_pools, batches_per_pool)
 
     def batch(self, number: int, size: int, seed: int) -> Tensor:
-        """Batch `number` [size, D] of an endless shuffled stream: a pure function of its arguments, so a run's cursor is one number.
+        """Batch `number` [size, D] of an endless shuffled stream.
 
-        Every epoch deals blocks of neighbouring rows at random into pools; within a pool single rows are shuffled.
+        A pure function of its arguments, so that the cursor of a run is one number. Every epoch
+        deals blocks of neighbouring rows at random into pools; within a pool rows are shuffled.
         """
-        (block, blocks, pools, per_pool), seed = (
-            self.layout(size),
-            seed % 2**32,
-        )  # NumPy takes no negative seed
-        if self.pool[0] != (number // per_pool, size, seed):
-            epoch, at = divmod(number // per_pool, pools)
-            chosen = np.array_split(
-                np.random.default_rng([seed, epoch]).permutation(blocks), pools
-            )[at]
-            x = torch.cat([self.rows(b * block, (b + 1) * block) for b in np.sort(chosen)])
-            shuffle = torch.from_numpy(np.random.default_rng([seed, epoch, at]).permutation(len(x)))
-            self.pool = (number // per_pool, size, seed), x[shuffle]
-        return self.pool[1][number % per_pool * size :][:size]
+        layout = self.layout(size)
+        seed = seed % 2**32  # NumPy takes no negative seed
+        pool, place = divmod(number, layout.batches_per_pool)
+        if self.pool[0] != (pool, size, seed):
+            self.pool = (pool, size, seed), self.shuffled_pool(pool, layout, seed)
+        return self.pool[1][place * size :][:size]
+
+    def shuffled_pool(self, number: int, layout: Layout, seed: int) -> Tensor:
+        """All rows of a pool, shuffled; pools are counted over all epochs."""
+        epoch, place = divmod(number, layout.n_pools)
+        dealt = np.random.default_rng([seed, epoch]).permutation(layout.n_blocks)
+        blocks = np.sort(np.array_split(dealt, layout.n_pools)[place])
+        pool = torch.cat([self.rows(b * layout.block, (b + 1) * layout.block) for b in blocks])
+        order = np.random.default_rng([seed, epoch, place]).permutation(len(pool))
+        return pool[torch.from_numpy(order)]
 
 
+# ---- measures, all of raw activations
 def ratio_interval(
     name: str, top: np.ndarray, bottom: np.ndarray | float = 1.0
 ) -> dict[str, float]:
-    """sum(top) / sum(bottom) over windows [W], and its 95 % percentile interval under resampling of windows (NaN below two)."""
+    """sum(top) / sum(bottom) over windows [W], and its 95 % percentile interval under resampling of
+    windows (NaN below two)."""
+    n = len(top)
     bottom = np.broadcast_to(np.asarray(bottom, float), top.shape)
-    pick = np.random.default_rng(0).integers(len(top), size=(2000, len(top)))
+    pick = np.random.default_rng(0).integers(n, size=(2000, n))
     with np.errstate(divide="ignore", invalid="ignore"):
-        value, draws = top.sum() / bottom.sum(), top[pick].sum(1) / bottom[pick].sum(1)
-    low, high = np.nanquantile(draws, [0.025, 0.975]) if len(top) > 1 else (math.nan, math.nan)
+        value = top.sum() / bottom.sum()
+        draws = top[pick].sum(1) / bottom[pick].sum(1)  # [2000]
+    low, high = math.nan, math.nan
+    if n > 1:
+        low, high = np.nanquantile(draws, [0.025, 0.975])
     return {name: float(value), f"{name}_lo": float(low), f"{name}_hi": float(high)}
 
 
@@ -651,49 +1274,55 @@ def ratio_interval(
 def evaluate(
     sae: SparseAutoencoder, dump: Dump, chosen: list[int]
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """L0, reconstruction error and firing on the windows `chosen` -> metrics, and each latent's number of firings [F]."""
+    """L0, reconstruction error and firing on the windows `chosen` -> metrics, and each latent's
+    number of firings [F]."""
     device = sae.weights["W_dec"].device
-    mean = torch.stack([x.mean(0) for w in chosen for x in dump.windows([w])]).mean(0).to(device)
-    parts, fired = [], torch.zeros(len(sae.weights["W_dec"]), dtype=torch.int64, device=device)
-    for x in (x.to(device) for x in dump.windows(chosen)):
-        f = sae.encode(x)
-        fired += (f > 0).sum(0)
-        parts.append(
-            torch.stack(
-                [(f > 0).sum(1), (sae.decode(f) - x).square().sum(1), (x - mean).square().sum(1)]
-            )
-            .double()
-            .cpu()
-        )
-    l0, error, variance = torch.cat(parts, 1).view(3, len(chosen), -1).numpy()  # each [W, T]
-    out = ratio_interval("l0", l0.mean(1)) | {
-        f"l0_p{q:02d}": float(np.percentile(l0, q)) for q in (5, 50, 95)
-    }
-    out |= ratio_interval("fvu", error.sum(1), variance.sum(1)) | ratio_interval(
-        "mse", error.mean(1) / len(mean)
-    )
-    out |= {
-        "ev_legacy": float((1 - error / variance).mean()),
-        "dead_share_eval": float((fired == 0).float().mean()),
-    }
-    return out | {"n_windows": len(l0), "n_rows": l0.size}, fired.cpu().numpy()
+    means = [next(dump.windows([w])).mean(0) for w in chosen]
+    mean = torch.stack(means).mean(0).to(device)  # [D]
+    fired = torch.zeros(len(sae.weights["W_dec"]), dtype=torch.int64, device=device)  # [F]
+    chunks = []
+    for rows in dump.windows(chosen):
+        raw = rows.to(device)  # [n, D]
+        latents = sae.encode(raw)  # [n, F]
+        active = fires(latents)
+        fired += active.sum(0)
+        error = (sae.decode(latents) - raw).square().sum(1)  # [n]
+        variance = (raw - mean).square().sum(1)
+        chunks.append(torch.stack([active.sum(1), error, variance]).double().cpu())  # [3, n]
+    by_window = torch.cat(chunks, 1).view(3, len(chosen), -1).numpy()  # [3, W, T]
+    l0 = by_window[0]  # [W, T] each
+    error = by_window[1]
+    variance = by_window[2]
+
+    metrics: dict[str, Any] = ratio_interval("l0", l0.mean(1))
+    for q in (5, 50, 95):
+        metrics[f"l0_p{q:02d}"] = float(np.percentile(l0, q))
+    metrics |= ratio_interval("fvu", error.sum(1), variance.sum(1))
+    metrics |= ratio_interval("mse", error.mean(1) / len(mean))
+    metrics["ev_legacy"] = float((1 - error / variance).mean())
+    metrics["dead_share_eval"] = float((fired == 0).float().mean())
+    metrics["n_windows"] = len(l0)
+    metrics["n_rows"] = l0.size
+    return metrics, fired.cpu().numpy()
 
 
 def spliced(
     model: NewGPT, resid: Tensor, layer: int, site: str, edit: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Logits [B, T, V] when `edit` replaces activation `site` of block `layer`, which reads resid [B, T, D]."""
-    rope, swap = (model.rope_cos[: resid.shape[1]], model.rope_sin[: resid.shape[1]]), {site: edit}
+    """Logits [B, T, V] when `edit` replaces activation `site` of block `layer`, which reads resid
+    [B, T, D]."""
+    n_tokens = resid.shape[1]
+    rope = model.rope_cos[:n_tokens], model.rope_sin[:n_tokens]
     block: Any = model.blocks[layer]
 
     def at(name: str, value: Tensor) -> Tensor:
-        return swap[name](value) if name in swap else value
+        return edit(value) if name == site else value
 
-    x = at("resid_pre", resid)
-    mid = x + at("attn_out", block.write(at("z", block.attn(block.norm_attn(x), *rope)[0])))
-    return model.unembed(
-        model.run_blocks(at("resid_post", mid + at("mlp_out", block.mlp(mid))), layer + 1)
-    )
+    x = at("resid_pre", resid)  # [B, T, D]
+    z = at("z", block.attn(block.norm_attn(x), *rope)[0])  # [B, T, H, K]
+    middle = x + at("attn_out", block.write(z))
+    x = at("resid_post", middle + at("mlp_out", block.mlp(middle)))
+    return model.unembed(model.run_blocks(x, layer + 1))
 
 
 @torch.no_grad()
@@ -705,69 +1334,103 @@ def ce_recovered(
     mean: Tensor,
     chosen: list[int],
 ) -> dict[str, Any]:
-    """What the model loses (nats a token) when the reconstruction replaces the activation, against zero and mean ablation.
+    """What the model loses (nats a token) when the reconstruction replaces the activation, against
+    zero and mean ablation, on the windows `chosen`.
 
-    recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean); KL is KL(clean || edited). Float32; the mean is that of training rows.
+    recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean); KL is KL(clean || edited). Float32;
+    `mean` [D] is that of the training rows.
     """
-    edits = {
-        "clean": lambda v: v,
-        "sae": lambda v: sae.decode(sae.encode(v)),
+    edits: dict[str, Callable[[Tensor], Tensor]] = {
+        "clean": lambda raw: raw,
+        "sae": lambda raw: sae.decode(sae.encode(raw)),
         "zero": torch.zeros_like,
-        "mean": lambda v: 0 * v + mean,
+        "mean": lambda raw: 0 * raw + mean,
     }
-    ce: dict[str, list] = {name: [] for name in edits}
-    kl: dict[str, list] = {name: [] for name in edits}
-    per = max(1, (1 << 24) // (dump.seq_len * model.cfg.vocab_size))
-    for i in range(0, len(chosen), per):
-        windows = [tokens[w * dump.seq_len : (w + 1) * dump.seq_len] for w in chosen[i : i + per]]
-        idx = torch.from_numpy(np.stack(windows).astype(np.int64)).to(mean.device)
-        resid, clean = model.run_blocks(model.embed(idx), 0, dump.layer), None
-        for name, new in edits.items():
+    ce: dict[str, list[float]] = {name: [] for name in edits}  # by window
+    kl: dict[str, list[float]] = {name: [] for name in edits}
+    at_once = max(1, (1 << 24) // (dump.seq_len * model.cfg.vocab_size))
+    for i in range(0, len(chosen), at_once):
+        starts = [w * dump.seq_len for w in chosen[i : i + at_once]]
+        windows = np.stack([tokens[start : start + dump.seq_len] for start in starts])
+        idx = torch.from_numpy(windows.astype(np.int64)).to(mean.device)  # [B, T]
+        for name, loss in edited_losses(model, dump, idx, edits).items():
+            ce[name] += loss.ce
+            kl[name] += loss.kl
 
-            def edit(value: Tensor, new: Callable[[Tensor], Tensor] = new) -> Tensor:
-                flat = value.flatten(
-                    2
-                ).clone()  # z [B, T, H, K] -> [B, T, D], heads side by side as in the dump
-                flat[..., dump.columns] = new(flat[..., dump.columns])
-                return flat.view_as(value)
-
-            logp = spliced(model, resid, dump.layer, dump.site, edit)[:, :-1].log_softmax(-1)
-            clean = logp if clean is None else clean
-            ce[name] += (-logp.gather(2, idx[:, 1:, None]).mean((1, 2))).tolist()
-            kl[name] += (clean.exp() * (clean - logp)).sum(-1).mean(1).tolist()
-    loss = {name: np.array(v) for name, v in ce.items()}
-    out = {f"ce_{n}": loss[n].mean() for n in edits} | {
-        f"kl_{n}": np.mean(kl[n]) for n in ("sae", "zero", "mean")
-    }
+    losses = {name: np.array(values) for name, values in ce.items()}  # [W] each
+    metrics: dict[str, Any] = {f"ce_{name}": losses[name].mean() for name in edits}
+    for name in ("sae", "zero", "mean"):
+        metrics[f"kl_{name}"] = np.mean(kl[name])
     for base in ("zero", "mean"):
-        out |= ratio_interval(
-            f"ce_recovered_{base}", loss[base] - loss["sae"], loss[base] - loss["clean"]
-        )
-    return out | {
-        "ce_informative": bool(out["ce_mean"] - out["ce_clean"] >= CE_GAP),
-        "n_ce_windows": len(chosen),
-    }
+        kept = losses[base] - losses["sae"]
+        lost = losses[base] - losses["clean"]
+        metrics |= ratio_interval(f"ce_recovered_{base}", kept, lost)
+    metrics["ce_informative"] = bool(metrics["ce_mean"] - metrics["ce_clean"] >= CE_GAP)
+    metrics["n_ce_windows"] = len(chosen)
+    return metrics
 
 
-def find_model(
+class EditedLoss(NamedTuple):
+    """Of every window, in nats a token, and KL(clean || edited)."""
+
+    ce: list[float]
+    kl: list[float]
+
+
+def edited_losses(
+    model: NewGPT, dump: Dump, idx: Tensor, edits: dict[str, Callable[[Tensor], Tensor]]
+) -> dict[str, EditedLoss]:
+    """Losses on idx [B, T] by the name of an edit; the first one must be clean."""
+    losses = {}
+    clean = None
+    resid = model.run_blocks(model.embed(idx), 0, dump.layer)  # [B, T, D]
+    for name, edit in edits.items():
+        replace = on_columns(edit, dump.columns)
+        # the last token has no next one
+        logp = spliced(model, resid, dump.layer, dump.site, replace)[:, :-1].log_softmax(-1)
+        if clean is None:
+            clean = logp
+        ce = -logp.gather(2, idx[:, 1:, None]).mean((1, 2))  # [B]
+        kl = (clean.exp() * (clean - logp)).sum(-1).mean(1)  # [B]
+        losses[name] = EditedLoss(ce.tolist(), kl.tolist())
+    return losses
+
+
+def on_columns(edit: Callable[[Tensor], Tensor], columns: slice) -> Callable[[Tensor], Tensor]:
+    """`edit` on these columns of an activation only, heads side by side as in the dump."""
+
+    def replace(value: Tensor) -> Tensor:  # z [B, T, H, K], or [B, T, D]
+        flat = value.flatten(2).clone()  # [B, T, D]
+        flat[..., columns] = edit(flat[..., columns])
+        return flat.view_as(value)
+
+    return replace
+
+
+# ---- what there is to do
+class Origin(NamedTuple):
+    """Where a dump comes from."""
+
+    model: NewGPT
+    tokens: np.ndarray  # [N]
+
+
+def find_origin(
     dump: Dump, given: Path | None, device: torch.device, skip_probe: bool
-) -> tuple[NewGPT, np.ndarray] | None:
-    """The model and the tokens behind a dump; None, and a line that says so, if the checkpoint it names is gone or changed."""
-    path, expected, file = (
-        given or Path(dump.side["checkpoint"]),
-        dump.side["checkpoint_sha256"],
-        dump.path.with_name("tokens.npy"),
-    )
+) -> Origin | None:
+    """The model and the tokens behind a dump; None, and a line that says so, if the checkpoint that
+    it names is gone or changed."""
+    path = given or Path(dump.side["checkpoint"])
+    expected = dump.side["checkpoint_sha256"]
     found = sha256(path) if path.is_file() else "no such file"
     if found != expected and given:
-        raise HandoffError(
-            f"--model_path {path} ({found[:12]}) is not the checkpoint of run {dump.run} (sha256 {expected[:12]})"
-        )
+        fact = f"the checkpoint of run {dump.run} (sha256 {expected[:12]})"
+        raise HandoffError(f"--model_path {path} ({found[:12]}) is not {fact}")
     if found != expected:
-        print(
-            f"{dump.run}: CE recovered and KL stay empty, as {path} is gone or not what was dumped; --model_path names another"
-        )
+        fact = f"{path} is gone or not what was dumped"
+        print(f"{dump.run}: CE recovered and KL stay empty, as {fact}; --model_path names another")
         return None
+    file = dump.path.with_name("tokens.npy")
     read_sidecar(file, "janus.tokens/1", dump.remedy)
     try:
         tokens = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -775,289 +1438,377 @@ def find_model(
         tokens = np.zeros(0)
     model, _ = load_checkpoint(path, device, skip_probe)
     if len(tokens) != len(dump.array) or tokens.max() >= model.cfg.vocab_size:
-        raise HandoffError(
-            f"{file} does not fit {dump.path.name} ({len(dump.array)} rows) or the model; remake both with: {dump.remedy}"
-        )
-    return model, tokens
+        fact = f"{file} does not fit {dump.path.name} ({len(dump.array)} rows) or the model"
+        raise HandoffError(f"{fact}; remake both with: {dump.remedy}")
+    return Origin(model, tokens)
+
+
+# what --resume may change; every other argument, known today or not, decides the weights
+# fmt: off
+MAY_DIFFER = [
+    "runs", "activations_dir", "layers", "site", "unit",  # hash of the dump and head stand for them
+    "model_path", "skip_probe", "eval_tokens",  # only measure
+    "save_dir", "save_interval", "tensorboard", "overwrite", "resume", "redraw", "cache_dir",
+    "device", "int8",  # dtype says int8, too
+    "preset", "tokens", "epochs",  # the sizes and steps that they stand for are there
+]
+# fmt: on
 
 
 class Job(NamedTuple):
+    """An SAE to train."""
+
     args: argparse.Namespace  # with the sizes filled in
     dump: Dump
     folder: Path
 
+    @property
+    def trajectory(self) -> dict[str, Any]:
+        """All that decides the weights, by name; without a decay of the learning rate, steps may be
+        added."""
+        differ = MAY_DIFFER if self.args.lr_decay else [*MAY_DIFFER, "steps"]
+        kept: dict[str, Any] = {}
+        for name, value in vars(self.args).items():
+            if name not in differ:
+                kept[name] = str(value) if isinstance(value, Path) else value
+        kept["dump"] = self.dump.side["sha256"]
+        kept["head"] = self.dump.head
+        return kept
+
 
 def find_jobs(args: argparse.Namespace) -> list[Job]:
     """One job an SAE. Opens every dump, so that a broken hand-off is found before any work."""
+    dumped_runs = sorted(path.parent.name for path in args.activations_dir.glob("*/tokens.npy"))
     jobs = []
-    for run in (
-        args.runs
-        or sorted(p.parent.name for p in args.activations_dir.glob("*/tokens.npy"))
-        or ["adaptive"]
-    ):
-        folder = args.activations_dir / run
-        found = sorted(
-            int(n[1:])
-            for p in folder.glob(f"L*.{args.site}.npy")
-            if (n := p.name.partition(".")[0])[1:].isdigit()
-        )
-        for layer in args.layers or found or [None]:
-            if layer not in found:
-                have = f"dumps of {args.site} of layers {', '.join(map(str, found)) or 'none'}" + (
-                    "" if layer is None else f", not {layer}"
-                )
-                remedy = f"python harvest_activations.py --run_name {run} --layers LAYERS --model_path CHECKPOINT"
-                raise HandoffError(f"{folder} has {have}; make more with: {remedy}")
-            dump = Dump(folder, layer, args.site)
-            out = (
-                args.save_dir
-                / dump.run
-                / (f"L{layer}" if args.site == "z" else f"L{layer}.{args.site}")
-            )
-            heads = range(dump.array.shape[1] // dump.d_head) if args.unit == "head" else []
-            jobs += [
-                Job(fill_in(args, d := Dump(folder, layer, args.site, h)), d, out / f"H{h}")
-                for h in heads
-            ]
-            jobs += [] if heads else [Job(fill_in(args, dump), dump, out)]
+    for run_name in args.runs or dumped_runs or ["adaptive"]:
+        folder = args.activations_dir / run_name
+        dumped = dumped_layers(folder, args.site)
+        for layer in args.layers or dumped or [None]:
+            if layer not in dumped:
+                have = ", ".join(map(str, dumped)) or "none"
+                absent = "" if layer is None else f", not {layer}"
+                remedy = f"python harvest_activations.py --run_name {run_name}"
+                remedy += " --layers LAYERS --model_path CHECKPOINT"
+                fact = f"{folder} has dumps of {args.site} of layers {have}{absent}"
+                raise HandoffError(f"{fact}; make more with: {remedy}")
+            jobs += jobs_of_layer(args, folder, layer)
+    for job in jobs:
+        check_sizes(job)
+    return jobs
+
+
+def dumped_layers(folder: Path, site: str) -> list[int]:
+    """The layers of which a run's folder has a dump, in order."""
+    layers = []
+    for path in folder.glob(f"L*.{site}.npy"):
+        number = path.name.partition(".")[0].removeprefix("L")
+        if number.isdigit():
+            layers.append(int(number))
+    return sorted(layers)
+
+
+def jobs_of_layer(args: argparse.Namespace, folder: Path, layer: int) -> list[Job]:
+    """One job, or one a head."""
+    dump = Dump(folder, layer, args.site)
+    name = f"L{layer}" if args.site == "z" else f"L{layer}.{args.site}"
+    out = args.save_dir / dump.run / name
+    if args.unit == "layer":
+        return [Job(fill_in(args, dump), dump, out)]
+    jobs = []
+    for head in range(dump.array.shape[1] // dump.d_head):
+        part = Dump(folder, layer, args.site, head)
+        jobs.append(Job(fill_in(args, part), part, out / f"H{head}"))
     return jobs
 
 
 def fill_in(args: argparse.Namespace, dump: Dump) -> argparse.Namespace:
-    """The arguments with the sizes of the preset, --tokens or --epochs as steps, and `trajectory`: all that decides the weights."""
-    preset, given = dump.side.get("preset") if args.preset == "auto" else args.preset, vars(args)
-    sizes = {**PHASE_PRESETS[preset if preset in PHASE_PRESETS else "full"]}
-    if given.keys() & {"steps", "tokens", "epochs"}:
-        sizes = {k: v for k, v in sizes.items() if k not in ("steps", "tokens")}
+    """The arguments with the sizes of the preset, and --tokens or --epochs as steps."""
+    given = vars(args)
+    preset = dump.side.get("preset") if args.preset == "auto" else args.preset
+    sizes = dict(PHASE_PRESETS[preset if preset in PHASE_PRESETS else "full"])
+    if given.keys() & {"steps", "tokens", "epochs"}:  # one of them replaces the preset's
+        sizes.pop("steps", None)
+        sizes.pop("tokens", None)
     a = argparse.Namespace(**sizes | given | {"preset": preset})
     if "steps" not in a:
-        a.steps = max(
-            1, round((a.tokens if "tokens" in a else a.epochs * dump.n_train) / a.batch_size)
-        )
-    a.tokens, d_in = a.steps * a.batch_size, dump.array.shape[1]
-    a.target_l0 = given.get("target_l0", a.k)
-    flag = "target_l0" if a.arch == "jumprelu" else "k"
-    if a.arch not in L1_ARCHS and (k := getattr(a, flag)) > a.expansion * d_in:
-        raise HandoffError(
-            f"--{flag} {k} is more than the {a.expansion * d_in} latents that --expansion {a.expansion} gives {dump.path}"
-        )
-    dump.layout(a.batch_size)
-    names = [
-        "arch",
-        "expansion",
-        "k",
-        "l1",
-        "aux_k",
-        "dead_tokens",
-        "batch_size",
-        "learning_rate",
-        "lr_warmup",
-        "lr_decay",
-    ]
-    names += [
-        "seed",
-        "dtype",
-        *(["steps"] if a.lr_decay else []),
-        *(["target_l0"] if a.arch == "jumprelu" else []),
-    ]
-    a.trajectory = {n: getattr(a, n) for n in names} | {
-        "dump": dump.side["sha256"],
-        "head": dump.head,
-    }
+        n_tokens = a.tokens if "tokens" in a else a.epochs * dump.n_train
+        a.steps = max(1, round(n_tokens / a.batch_size))
+    a.tokens = a.steps * a.batch_size
+    flag = ARCHITECTURES[a.arch].l0_flag
+    if flag and flag not in a:  # --target_l0, which no preset has
+        setattr(a, flag, a.k)
     return a
 
 
+def check_sizes(job: Job) -> None:
+    """HandoffError if more latents should fire than there are, or if a batch is too large."""
+    a = job.args
+    flag = ARCHITECTURES[a.arch].l0_flag
+    n_latents = a.expansion * job.dump.array.shape[1]
+    if flag and getattr(a, flag) > n_latents:
+        fact = f"the {n_latents} latents that --expansion {a.expansion} gives {job.dump.path}"
+        raise HandoffError(f"--{flag} {getattr(a, flag)} is more than {fact}")
+    job.dump.layout(a.batch_size)
+
+
+def takes_fast_step(args: argparse.Namespace) -> bool:
+    """Whether gradients come from the fast step of --arch, not from autograd."""
+    return ARCHITECTURES[args.arch].fast is not None and not args.plain
+
+
+def check_fast_step(job: Job, device: torch.device) -> None:
+    """HandoffError if the fast step is not what the forward says, as after an edit of only one.
+
+    Compares gradients in float32 on a few rows of the first batch, with half of the latents dead.
+    Where a latent is about to fire, rounding may decide: a few percent of difference are nothing.
+    """
+    if not takes_fast_step(job.args):
+        return
+    a = argparse.Namespace(**vars(job.args) | {"dtype": "float32"})
+    raw = job.dump.batch(0, a.batch_size, a.seed)[:256].float()  # [256, D]
+    mean = raw.mean(0)  # [D]
+    norm = (raw - mean).norm(dim=1).mean().clamp(min=1e-30)
+    trainer = Trainer(a, mean, norm.item(), device)
+    x = (raw.to(device) - trainer.mean) * trainer.scale  # [256, D], trained units
+    trainer.step_count = 1
+    trainer.idle[::2] = a.dead_tokens + 1
+    if trainer.architecture.start:
+        trainer.architecture.start(x, trainer.sae, trainer.now())
+    plain = plain_gradients(x, trainer.sae, trainer.now()).by_name
+    fast = trainer.take_gradients(x, trainer.sae, trainer.now()).by_name
+    largest = max(gradient.norm().item() for gradient in plain.values())
+    for name, gradient in plain.items():
+        # b_dec may have next to none: what is noise beside the largest does not count
+        size = max(gradient.norm().item(), 1e-3 * largest, 1e-30)
+        gap = (fast[name] - gradient).norm().item() / size
+        if not gap < 0.05:
+            fact = f"the gradient of {name} from its fast step is {gap:.0%} off that of its forward"
+            raise HandoffError(f"--arch {a.arch}: {fact}; change both, or train with --plain")
+
+
 def announce_cost(jobs: list[Job], device: torch.device) -> None:
-    """Prints sizes and cost, measured on three steps that leave no trace; refuses to start if the disk is too small."""
-    a, dump, _ = jobs[0]
-    d, n, seconds = dump.array.shape[1], len(jobs), 0.0
-    trainer = Trainer(a, torch.zeros(d), math.sqrt(d), device)
+    """Prints sizes and cost, measured on three steps that leave no trace; refuses to start if the
+    disk is too small."""
+    a, dump = jobs[0].args, jobs[0].dump
+    architecture = ARCHITECTURES[a.arch]
+    n_saes = len(jobs)
+    d_in = dump.array.shape[1]
+    trainer = Trainer(a, torch.zeros(d_in), math.sqrt(d_in), device, a.plain)
+    seconds = 0.0  # of the last of them: the first ones are slower
     for _ in range(3):
         start = time.perf_counter()
         trainer.step(dump.batch(0, a.batch_size, a.seed))
         seconds = time.perf_counter() - start
-    copies = 6 if a.arch == "topk" else 4  # training state 3, exports
-    minutes = seconds * a.steps * math.ceil(n / rank_and_world()[1]) / 60
-    weights, pool = 8 * a.expansion * d * d, 2 * dump.array.itemsize * d * min(POOL, dump.n_train)
-    need_disk(a.save_dir, weights * (copies * n + 3))
-    print(
-        f"{n} SAE{'s' * (n > 1)} ({a.arch}, of a {a.unit}): D = {d}, F = {a.expansion * d}, on {device} in {a.dtype}, preset {a.preset}"
-    )
-    memory = 8 * weights + pool + (20 if a.arch == "gated" else 12) * a.batch_size * a.expansion * d
-    print(
-        f"cost: {a.tokens:,} tokens in {a.steps} steps each, about {minutes:.1f} min in all",
-        end="; ",
-    )
-    print(
-        f"{weights * copies * n / 1e9:.2f} GB in {a.save_dir}, about {memory / 1e9:.1f} GB of memory",
-        flush=True,
-    )
+    n_here = math.ceil(n_saes / rank_and_world()[1])
+    minutes = seconds * a.steps * n_here / 60
+
+    n_latents = a.expansion * d_in
+    weights = 8 * n_latents * d_in  # bytes of W_enc and W_dec
+    copies = 3 + 1  # the training state with both moments of Adam; the export
+    if architecture.twins:
+        copies += 2
+    need_disk(a.save_dir, weights * (copies * n_saes + 3))  # a file is written beside the old one
+    pool = 2 * dump.array.itemsize * d_in * min(POOL, dump.n_train)
+    # of pre [N, F] and what has its shape; autograd keeps more of them
+    entry = architecture.memory if takes_fast_step(a) else 32
+    memory = 8 * weights + pool + entry * a.batch_size * n_latents
+
+    what = f"{n_saes} SAE{'s' * (n_saes > 1)} ({a.arch}, of a {a.unit})"
+    where = f"on {device} in {a.dtype}, preset {a.preset}"
+    print(f"{what}: D = {d_in}, F = {n_latents}, {where}")
+    tokens = f"{a.tokens:,} tokens in {a.steps} steps each, about {minutes:.1f} min in all"
+    disk = f"{weights * copies * n_saes / 1e9:.2f} GB in {a.save_dir}"
+    print(f"cost: {tokens}; {disk}, about {memory / 1e9:.1f} GB of memory", flush=True)
+    if architecture.saelens is None:
+        print(f"SAELens has no class for {a.arch}: its folders load with train_sae.load_sae only")
 
 
-def save_sae(job: Job, t: Trainer) -> None:
-    """Training state, folded export and its cfg.json, training.csv. From here on the folder is unfinished, so a sidecar goes first."""
-    a, dump, folder = job
+# ---- one SAE
+def run_training(job: Job, device: torch.device, stop: list[int]) -> Trainer | None:
+    """Trains one SAE, or goes on with it; None if it is finished already, or if a signal (in
+    `stop`) ended it."""
+    a, dump = job.args, job.dump
+    folder = job.folder
+    trainer = resume_sae(job, device) if a.resume else None
+    if trainer is None:
+        mean, norm = dump.moments()
+        trainer = Trainer(a, mean, norm, device, a.plain)
+    if trainer.step_count >= a.steps and sidecar_path(folder / WEIGHTS).exists():
+        print(f"{folder} is finished; there is nothing to resume")
+        return None
+    board = None
+    if a.tensorboard:
+        module = import_module("torch.utils.tensorboard")
+        board = module.SummaryWriter(str(folder / "tensorboard"))
+    done = trainer.step_count
+    name = "/".join(folder.parts[-3:])  # run, layer, head
+    steps = range(done, a.steps)
+    for step in tqdm(steps, name, initial=done, total=a.steps, unit="step", disable=None):
+        trainer.step(dump.batch(step, a.batch_size, a.seed))
+        # the history has a row every 50 steps
+        if board and trainer.history and trainer.history[-1]["step"] == step + 1:
+            show_progress(board, trainer)
+        if stop or (step + 1) % a.save_interval == 0 or step + 1 == a.steps:
+            save_sae(job, trainer)
+        if stop:
+            return None
+    return trainer
+
+
+def show_progress(board: Any, trainer: Trainer) -> None:
+    """The last row of the history in tensorboard."""
+    for name, value in trainer.history[-1].items():
+        board.add_scalar(name, value, trainer.step_count)
+    board.add_histogram("tokens since a latent fired", trainer.idle, trainer.step_count)
+    board.flush()
+
+
+def save_sae(job: Job, trainer: Trainer) -> None:
+    """Training state, folded export and its cfg.json, training.csv."""
+    folder = job.folder
+    # from here on the folder is unfinished, so the sidecar goes first
     for old in (f"{WEIGHTS}.json", *TWINS):
         (folder / old).unlink(missing_ok=True)
-    state = {
+    weights = trainer.weights(trainer.scale, trainer.mean)
+    export = {name: weight.cpu() for name, weight in weights.items()}
+    files = {
+        "training_state.pt": torch_bytes(training_state(job, trainer)),
+        WEIGHTS: safetensors.torch.save(export),
+    }
+    cfg = saelens_config(job, trainer)
+    twins = trainer.architecture.twins
+    if twins:
+        made = twins(export, job.args)
+        cfg |= made.cfg
+        files |= made.files
+    for name, content in files.items():
+        with atomic(folder / name) as temporary:
+            temporary.write_bytes(content)
+    write_json(folder / "cfg.json", cfg | {"metadata": saelens_metadata(job, trainer)})
+    write_csv(folder / "training.csv", pd.DataFrame(trainer.history))
+
+
+def torch_bytes(record: dict[str, Any]) -> bytes:
+    """What torch.save would write."""
+    buffer = io.BytesIO()
+    torch.save(record, buffer)
+    return buffer.getvalue()
+
+
+def training_state(job: Job, trainer: Trainer) -> dict[str, Any]:
+    """All that resume_sae needs; weights in trained units."""
+    return {
         "schema": SAE_SCHEMA,
-        "trajectory": a.trajectory,
-        "step": t.step_count,
-        "history": t.history,
-        "scale": t.scale,
-        "mean": t.mean,
+        "trajectory": job.trajectory,
+        "step": trainer.step_count,
+        "history": trainer.history,
+        "scale": trainer.scale,
+        "mean": trainer.mean,
+        "params": trainer.params,
+        "idle": trainer.idle,
+        "tau": trainer.cut,
+        "optimizer": trainer.optimizer.state_dict(),
     }
-    state |= {
-        "params": t.params,
-        "idle": t.idle,
-        "tau": t.tau,
-        "optimizer": t.optimizer.state_dict(),
-    }
-    torch.save(state, buffer := io.BytesIO())
-    export = {name: w.cpu() for name, w in t.weights(t.scale, t.mean).items()}
-    files = {"training_state.pt": buffer.getvalue(), WEIGHTS: safetensors.torch.save(export)}
-    if a.arch == "topk":  # one folder for three libraries
-        twin = {
-            "encoder.weight": export["W_enc"].T.contiguous(),
-            "encoder.bias": export["b_enc"],
-            "b_dec": export["b_dec"],
-        }
-        files["sae.safetensors"] = safetensors.torch.save(twin | {"W_dec": export["W_dec"]})
-        twin |= {
-            "decoder.weight": export["W_dec"].T.contiguous(),
-            "k": torch.tensor(a.k, dtype=torch.int32),
-        }
-        torch.save(twin | {"threshold": torch.tensor(-1.0)}, buffer := io.BytesIO())
-        files["ae.pt"] = buffer.getvalue()
-    for name, data in files.items():
-        with atomic(folder / name) as tmp:
-            tmp.write_bytes(data)
-    hook = f"blocks.{dump.layer}." + ("attn.hook_z" if dump.site == "z" else f"hook_{dump.site}")
-    # without a version, SAELens takes the file for an old one and drops the metadata
-    metadata: dict[str, Any] = {
-        "sae_lens_version": "6.54.12",
-        "sae_lens_training_version": "6.54.12",
-        "hook_name": hook,
-    }
-    metadata |= {
-        "model_name": f"janus/{dump.run}",
-        "hook_head_index": dump.head,
-        "context_size": dump.seq_len,
-        "prepend_bos": False,
-    }
-    metadata |= {
-        "dataset_path": dump.side.get("dataset"),
-        "training_architecture": a.arch,
-        "training_tokens": t.step_count * a.batch_size,
-    }
-    cfg = {
-        "architecture": ARCHS[a.arch],
-        "d_in": len(t.mean),
-        "d_sae": len(t.b_enc),
+
+
+def saelens_config(job: Job, trainer: Trainer) -> dict[str, Any]:
+    """cfg.json of an export, but for its metadata."""
+    known_as = trainer.architecture.saelens
+    cfg: dict[str, Any] = {
+        "architecture": known_as or OWN + job.args.arch,
+        "d_in": len(trainer.mean),
+        "d_sae": len(trainer.sae.b_enc),
         "dtype": "float32",
         "device": "cpu",
-    }
-    cfg |= {
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
     }
-    if a.arch == "topk":
-        cfg |= {
-            "k": a.k,
-            "activation": "topk",
-            "expansion_factor": a.expansion,
-            "num_latents": len(t.b_enc),
-            "normalize_decoder": True,
-        }
-        cfg |= dict.fromkeys(["multi_topk", "skip_connection", "transcode"], False)
-        write_json(folder / "config.json", {"trainer": {"dict_class": "AutoEncoderTopK", "k": a.k}})
-    write_json(folder / "cfg.json", cfg | {"metadata": metadata})
-    write_csv(folder / "training.csv", pd.DataFrame(t.history))
+    if known_as is None:  # load_sae runs the forward, which looks at them
+        cfg["arguments"] = job.trajectory | {"steps": job.args.steps}
+    return cfg
+
+
+def saelens_metadata(job: Job, trainer: Trainer) -> dict[str, Any]:
+    """Where an SAE belongs, for SAELens."""
+    a, dump = job.args, job.dump
+    hook = "attn.hook_z" if dump.site == "z" else f"hook_{dump.site}"
+    return {
+        # without a version, SAELens takes the file for an old one and drops the metadata
+        "sae_lens_version": "6.54.12",
+        "sae_lens_training_version": "6.54.12",
+        "hook_name": f"blocks.{dump.layer}.{hook}",
+        "model_name": f"janus/{dump.run}",
+        "hook_head_index": dump.head,
+        "context_size": dump.seq_len,
+        "prepend_bos": False,
+        "dataset_path": dump.side.get("dataset"),
+        "training_architecture": a.arch,
+        "training_tokens": trainer.step_count * a.batch_size,
+    }
 
 
 def resume_sae(job: Job, device: torch.device) -> Trainer | None:
-    """The trainer as training_state.pt left it; None if there is none. Raises HandoffError if --resume would change the trajectory."""
-    a, dump, folder = job
-    if not (path := folder / "training_state.pt").exists():
+    """The trainer as training_state.pt left it; None if there is none. HandoffError if --resume
+    would change the trajectory."""
+    path = job.folder / "training_state.pt"
+    if not path.exists():
         return None
     try:
-        s = torch.load(path, map_location="cpu", weights_only=True)
-        then, t = s["trajectory"], Trainer(a, s["mean"], 1.0, device)
-        if then == a.trajectory:
-            for mine, saved in zip(
-                [*t.params, t.idle, t.tau], [*s["params"], s["idle"], s["tau"]], strict=True
-            ):
-                mine.copy_(saved)
-            t.optimizer.load_state_dict(s["optimizer"])
-            t.scale, t.step_count, t.history = s["scale"], s["step"], s["history"]
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        trainer = Trainer(job.args, state["mean"], 1.0, device, job.args.plain)
+        change = first_change(job, state["trajectory"])
+        if not change:
+            restore(trainer, state)
     except Exception as e:  # torch raises many types for a damaged file
-        raise HandoffError(
-            f"{path} cannot be read ({str(e).strip()[:100]}); train anew with --overwrite"
-        ) from None
-    if differ := [n for n in {**a.trajectory, **then} if a.trajectory.get(n) != then.get(n)]:
-        was, now = then.get(differ[0]), a.trajectory.get(differ[0])
-        raise HandoffError(
-            f"--resume would change {differ[0]} of {folder} from {was} to {now}; use the same arguments"
-        )
-    return t
+        fact = f"{path} cannot be read ({str(e).strip()[:100]})"
+        raise HandoffError(f"{fact}; train anew with --overwrite") from None
+    if change:
+        fact = f"--resume would change {change}"
+        raise HandoffError(f"{fact}; use the same arguments")
+    return trainer
 
 
-def run_training(job: Job, device: torch.device, stop: list[int]) -> Trainer | None:
-    """Trains one SAE, or goes on with it; None if it is finished already, or if a signal stopped it."""
-    a, dump, folder = job
-    t = (resume_sae(job, device) if a.resume else None) or Trainer(a, *dump.moments(), device)
-    if t.step_count >= a.steps and sidecar_path(folder / WEIGHTS).exists():
-        print(f"{folder} is finished; there is nothing to resume")
-        return None
-    board = (
-        import_module("torch.utils.tensorboard").SummaryWriter(str(folder / "tensorboard"))
-        if a.tensorboard
-        else None
-    )
-    bar = tqdm(
-        range(t.step_count, a.steps),
-        initial=t.step_count,
-        total=a.steps,
-        desc="/".join(folder.parts[-3:]),
-        unit="step",
-        disable=None,
-    )
-    for step in bar:
-        t.step(dump.batch(step, a.batch_size, a.seed))
-        if board and t.history and t.history[-1]["step"] == step + 1:
-            for name, value in t.history[-1].items():
-                board.add_scalar(name, value, step + 1)
-            board.add_histogram("tokens since a latent fired", t.idle, step + 1)
-            board.flush()
-        if stop or (step + 1) % a.save_interval == 0 or step + 1 == a.steps:
-            save_sae(job, t)
-        if stop:
-            return None
-    return t
+def first_change(job: Job, then: dict[str, Any]) -> str:
+    """The first argument that is not what it was then, in words; empty if there is none. An
+    argument that an older checkpoint does not know had its default."""
+    defaults = parse_args([])
+    defaults.preset = job.args.preset
+    default = Job(fill_in(defaults, job.dump), job.dump, job.folder).trajectory
+    now = job.trajectory
+    for name in {**now, **then}:
+        was = then[name] if name in then else default.get(name)
+        if was != now.get(name):
+            return f"{name} of {job.folder} from {was} to {now.get(name)}"
+    return ""
 
 
-def finish_sae(job: Job, t: Trainer, model: tuple[NewGPT, np.ndarray] | None) -> str:
-    """Reads the export back, compares it with what was trained, measures it, writes the sidecar -> one line for the user."""
-    a, dump, folder = job
-    sae, chosen = load_sae(folder, t.mean.device), dump.evaluation(a.eval_tokens)
-    x = next(dump.windows(chosen)).to(t.mean.device)
-    twin, x_in = SparseAutoencoder(sae.cfg, t.weights()), (x - t.mean) * t.scale
-    wrong = (twin.decode(twin.encode(x_in)) - (sae.decode(sae.encode(x)) - t.mean) * t.scale).norm(
-        dim=1
-    ) > 1e-3 * x_in.norm(dim=1)
-    if (
-        not wrong.float().mean() <= 0.01
-    ):  # within rounding of a threshold a latent may fall on either side
-        raise HandoffError(
-            f"{folder} is not finished: {int(wrong.sum())} of {len(x)} rows come out of the export unlike the SAE trained"
-        )
-    m, fired = evaluate(sae, dump, chosen)
-    m["dead_share_window"] = t.history[-1]["dead_share"]
-    if model:
-        m |= ce_recovered(
-            model[0], sae, dump, model[1], t.mean, dump.evaluation(a.eval_tokens // 6)
-        )
+def restore(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Puts what training_state saved into a new trainer."""
+    for weight, saved in zip(trainer.params, state["params"], strict=True):
+        weight.copy_(saved)
+    trainer.idle.copy_(state["idle"])
+    trainer.cut.copy_(state["tau"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.scale = state["scale"]
+    trainer.step_count = state["step"]
+    trainer.history = state["history"]
+
+
+def finish_sae(job: Job, trainer: Trainer, origin: Origin | None) -> str:
+    """Reads the export back, compares it with what was trained, measures it, writes the sidecar ->
+    one line for the user."""
+    a, dump = job.args, job.dump
+    folder = job.folder
+    sae = load_sae(folder, trainer.mean.device)
+    chosen = dump.evaluation(a.eval_tokens)
+    check_export(job, trainer, sae, next(dump.windows(chosen)))
+    metrics, fired = evaluate(sae, dump, chosen)  # fired [F]
+    metrics["dead_share_window"] = trainer.history[-1]["dead_share"]
+    if origin:
+        few = dump.evaluation(a.eval_tokens // 6)
+        metrics |= ce_recovered(origin.model, sae, dump, origin.tokens, trainer.mean, few)
+    # which SAE it is, in the columns that all tables have
     names = {
         "run": dump.run,
         "unit": a.unit,
@@ -1069,494 +1820,483 @@ def finish_sae(job: Job, t: Trainer, model: tuple[NewGPT, np.ndarray] | None) ->
     latents = {
         "latent": np.arange(len(fired)),
         "n_fired": fired,
-        "n_rows": m["n_rows"],
-        "frequency": fired / m["n_rows"],
+        "n_rows": metrics["n_rows"],
+        "frequency": fired / metrics["n_rows"],
     }
     write_csv(folder / "latent_frequencies.csv", pd.DataFrame(names | latents))
-    mean, variance = (
-        np.asarray(dump.side[key], float)[dump.columns] for key in ("mean", "variance")
-    )
-    inherited = (
-        "checkpoint",
-        "checkpoint_sha256",
-        "arm",
-        "seq_len",
-        "n_heads",
-        "d_head",
-        "tokenizer_hash",
-        "dataset",
-    )
-    facts = {key: dump.side.get(key) for key in inherited} | {
+    facts = names | facts_of(job, trainer)
+    write_sidecar(folder / WEIGHTS, SAE_SCHEMA, [dump.path], **facts, metrics=metrics)
+    return summary(folder, metrics)
+
+
+def check_export(job: Job, trainer: Trainer, sae: SparseAutoencoder, rows: Tensor) -> None:
+    """HandoffError if the export does not make of raw rows [n, D] what the trained weights do."""
+    raw = rows.to(trainer.mean.device)
+    x = (raw - trainer.mean) * trainer.scale  # [n, D], trained units
+    trained = SparseAutoencoder(sae.cfg, trainer.weights())
+    expected = trained.decode(trained.encode(x))
+    found = (sae.decode(sae.encode(raw)) - trainer.mean) * trainer.scale
+    wrong = (expected - found).norm(dim=1) > 1e-3 * x.norm(dim=1)  # [n]
+    # within rounding of a threshold a latent may fall on either side
+    if not wrong.float().mean() <= 0.01:
+        fact = f"{int(wrong.sum())} of {len(x)} rows come out of the export unlike the SAE trained"
+        raise HandoffError(f"{job.folder} is not finished: {fact}")
+
+
+def facts_of(job: Job, trainer: Trainer) -> dict[str, Any]:
+    """What the sidecar says of an SAE beside its names and metrics."""
+    a, dump = job.args, job.dump
+    inherited = ["checkpoint", "checkpoint_sha256", "arm", "seq_len", "n_heads", "d_head"]
+    inherited += ["tokenizer_hash", "dataset"]
+    facts = {key: dump.side.get(key) for key in inherited}
+    mean = np.asarray(dump.side["mean"], float)[dump.columns]  # [D]
+    variance = np.asarray(dump.side["variance"], float)[dump.columns]
+    flag = trainer.architecture.l0_flag
+    facts |= {
         "gamma": np.linalg.norm(mean) / math.sqrt(variance.sum()),
-        "scale": t.scale,
-    }
-    facts |= {
-        "k": {"relu": None, "gated": None, "jumprelu": a.target_l0}.get(a.arch, a.k),
+        "scale": trainer.scale,
+        "k": getattr(a, flag) if flag else None,
         "d_in": len(mean),
-        "d_sae": len(fired),
-    }
-    facts |= {
+        "d_sae": len(trainer.sae.b_enc),
         "steps": a.steps,
         "tokens": a.tokens,
         "seed": a.seed,
         "preset": a.preset,
-        "trajectory": a.trajectory,
+        "trajectory": job.trajectory,
         "latent_frequencies": "latent_frequencies.csv",
     }
-    write_sidecar(folder / WEIGHTS, SAE_SCHEMA, [dump.path], **names, **facts, metrics=m)
-    line = f"{folder}: L0 {m['l0']:.1f}, FVU {m['fvu']:.3f} [{m['fvu_lo']:.3f}, {m['fvu_hi']:.3f}], never fired {m['dead_share_eval']:.1%}"
-    if model:
-        line += f", CE recovered {m['ce_recovered_zero']:.1%} (zero), {m['ce_recovered_mean']:.1%} (mean), KL {m['kl_sae']:.2g} nats"
-        line += (
-            ""
-            if m["ce_informative"]
-            else f"; mean ablation costs under {CE_GAP} nats, so CE recovered says little"
-        )
+    return facts
+
+
+def summary(folder: Path, metrics: dict[str, Any]) -> str:
+    """One line for the user."""
+    m = metrics
+    fvu = f"FVU {m['fvu']:.3f} [{m['fvu_lo']:.3f}, {m['fvu_hi']:.3f}]"
+    line = f"{folder}: L0 {m['l0']:.1f}, {fvu}, never fired {m['dead_share_eval']:.1%}"
+    if "kl_sae" not in m:
+        return line
+    recovered = f"{m['ce_recovered_zero']:.1%} (zero), {m['ce_recovered_mean']:.1%} (mean)"
+    line += f", CE recovered {recovered}, KL {m['kl_sae']:.2g} nats"
+    if not m["ce_informative"]:
+        line += f"; mean ablation costs under {CE_GAP} nats, so CE recovered says little"
     return line
 
 
+# ---- all of them
 def collect_metrics(save_dir: Path) -> None:
     """sae_metrics.csv: one row for every finished SAE under save_dir."""
-    columns, rows = (
-        [*GROUP, "head", "arm", "seed", "k", "d_in", "d_sae", "steps", "tokens", "gamma"],
-        [],
-    )
+    columns = [*GROUP, "head", "arm", "seed", "k", "d_in", "d_sae", "steps", "tokens", "gamma"]
+    rows = []
     for side in sorted(save_dir.glob(f"*/L*/**/{WEIGHTS}.json")):
+        remedy = "python train_sae.py --overwrite"
         with contextlib.suppress(HandoffError):  # another process is just replacing it
-            record = read_sidecar(
-                side.with_suffix(""), SAE_SCHEMA, "python train_sae.py --overwrite"
-            )
-            rows.append(
-                {c: record[c] for c in columns}
-                | {"folder": side.parent.relative_to(save_dir).as_posix()}
-                | record["metrics"]
-            )
+            record = read_sidecar(side.with_suffix(""), SAE_SCHEMA, remedy)
+            row = {column: record[column] for column in columns}
+            row["folder"] = side.parent.relative_to(save_dir).as_posix()
+            rows.append(row | record["metrics"])
     frame = pd.DataFrame(rows).sort_values([*GROUP, "head"])
-    absent = [
-        c for c in ("ce_recovered_zero", "ce_recovered_mean", "kl_sae") if c not in frame
-    ]  # empty columns where no model was there
-    write_csv(save_dir / "sae_metrics.csv", frame.assign(**dict.fromkeys(absent, math.nan)))
-    write_sidecar(
-        save_dir / "sae_metrics.csv",
-        "janus.sae_metrics/1",
-        [save_dir / f / f"{WEIGHTS}.json" for f in frame["folder"]],
-    )
+    for column in ("ce_recovered_zero", "ce_recovered_mean", "kl_sae"):
+        if column not in frame:  # no model was there
+            frame[column] = math.nan
+    path = save_dir / "sae_metrics.csv"
+    write_csv(path, frame)
+    sidecars = [save_dir / folder / f"{WEIGHTS}.json" for folder in frame["folder"]]
+    write_sidecar(path, "janus.sae_metrics/1", sidecars)
+
+
+def products_in(args: argparse.Namespace, bfloat16: bool) -> str:
+    """What a training step multiplies in; bfloat16: whether that is wanted. Autograd: float32."""
+    if args.int8:
+        return "int8"
+    return "bfloat16" if bfloat16 and takes_fast_step(args) else "float32"
+
+
+def find_origins(
+    jobs: list[Job], args: argparse.Namespace, device: torch.device
+) -> dict[str, Origin | None]:
+    """By the name of a run."""
+    given = dict(zip(args.runs or [], args.model_path or [], strict=False))
+    dumps = {job.dump.run: job.dump for job in jobs}
+    origins = {}
+    for name, dump in dumps.items():
+        origins[name] = find_origin(dump, given.get(name), device, args.skip_probe)
+    return origins
+
+
+def train_all(
+    jobs: list[Job], origins: dict[str, Origin | None], device: torch.device, stop: list[int]
+) -> bool:
+    """Trains and measures one SAE after the other -> whether all are finished: not if a signal in
+    `stop` ended one."""
+    for job in jobs:
+        trainer = run_training(job, device, stop)
+        if stop:
+            return False
+        if trainer:
+            print(finish_sae(job, trainer, origins[job.dump.run]), flush=True)
+        job.dump.pool = (None, torch.empty(0))  # frees its rows
+    return True
+
+
+def report(save_dir: Path) -> None:
+    """Table and figures of all that is there; runs trained side by side report one after the
+    other."""
+    with open(save_dir / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        collect_metrics(save_dir)
+        draw_report(save_dir)
+
+
+def catch_signals() -> list[int]:
+    """From now on SIGINT and SIGTERM only go into this list: a step is finished, then saved."""
+    caught: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: caught.append(n))
+    return caught
 
 
 def run(args: argparse.Namespace) -> int:
+    """Exit status: 0, or 128 + the number of the signal that stopped it."""
     if args.redraw:
         draw_report(args.save_dir)
         return 0
     keep_memory()
-    (rank, world), (device, autocast) = rank_and_world(), set_up(args)
-    args.dtype = "int8" if args.int8 else "bfloat16" if autocast._enabled else "float32"
+    rank, world = rank_and_world()
+    device, autocast = set_up(args)
+    args.dtype = products_in(args, autocast._enabled)
     if args.int8 and device.type != "cpu":
-        raise HandoffError(
-            f"--int8 runs on a CPU, found {device.type}; give --device cpu, or leave --int8 out"
-        )
+        advice = "give --device cpu, or leave --int8 out"
+        raise HandoffError(f"--int8 runs on a CPU, found {device.type}; {advice}")
+
+    # all that can be wrong is found before anything is written
     jobs = find_jobs(args)
     if not args.resume:
-        refuse_overwrite(
-            [job.folder / name for job in jobs for name in (WEIGHTS, "training_state.pt")],
-            args.overwrite,
-        )
-    given = dict(zip(args.runs or [], args.model_path or [], strict=False))
-    models = {
-        run: find_model(dump, given.get(run), device, args.skip_probe)
-        for run, dump in {j.dump.run: j.dump for j in jobs}.items()
-    }
+        names = (WEIGHTS, "training_state.pt")
+        refuse_overwrite([job.folder / n for job in jobs for n in names], args.overwrite)
+    origins = find_origins(jobs, args, device)
+    check_fast_step(jobs[0], device)
     announce_cost(jobs, device)
-    all_sum(stopped := torch.zeros(()))  # nobody writes before all have looked at what is there
-    stop: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: stop.append(n))
+
+    n_stopped = torch.zeros(())  # processes
+    all_sum(n_stopped)  # nobody writes before all have looked at what is there
+    stop = catch_signals()
     runs = {job.dump.run for job in jobs}
-    recording: Any = run_record(
-        args.save_dir / runs.pop() if len(runs) == 1 else args.save_dir, args
-    )
-    with contextlib.nullcontext({}) if rank else recording as record:
+    place = args.save_dir / runs.pop() if len(runs) == 1 else args.save_dir
+    recording: Any = contextlib.nullcontext({}) if rank else run_record(place, args)
+    with recording as record:
         record["settings"] = {str(job.folder): vars(job.args) for job in jobs}
-        for job in jobs[rank::world]:  # several processes deal the jobs out
-            trainer = run_training(job, device, stop)
-            if stop:
-                stopped += 1
-                break
-            if trainer:
-                print(finish_sae(job, trainer, models[job.dump.run]), flush=True)
-            job.dump.pool = (None, torch.empty(0))
-        all_sum(stopped)
-        if stopped:
-            status = 128 + (stop or [signal.SIGTERM])[0]
-            print(
-                f"signal {status - 128}: what is unfinished in {args.save_dir} is saved; continue with the same command and --resume"
-            )
-            record["exit_status"] = status
-            return status
+        # several processes deal the jobs out
+        mine = jobs[rank::world]
+        n_stopped += not train_all(mine, origins, device, stop)
+        all_sum(n_stopped)
+        if n_stopped:
+            number = stop[0] if stop else int(signal.SIGTERM)  # another process was stopped
+            fact = f"what is unfinished in {args.save_dir} is saved"
+            print(f"signal {number}: {fact}; continue with the same command and --resume")
+            record["exit_status"] = 128 + number
+            return record["exit_status"]
         if rank:
             return 0
-        with open(
-            args.save_dir / ".lock", "w"
-        ) as lock:  # runs trained side by side report one after the other
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            collect_metrics(args.save_dir)
-            draw_report(args.save_dir)
-    print(
-        f"see {args.save_dir / 'table2.md'}, and figure2_l0_by_depth.png and figure3_activation_frequency.png beside it"
-    )
+        report(args.save_dir)
+    figures = "figure2_l0_by_depth.png and figure3_activation_frequency.png"
+    print(f"see {args.save_dir / 'table2.md'}, and {figures} beside it")
     return 0
 
 
 # ------------------------------------------------------------------------------- tables and figures
-STUDY = """Published (ReLU + L1, one SAE a head; control -> adaptive): L0 L3 32.4 -> 28.4, L6 39.7 -> 45.5, L9 58.9 -> 73.9;
-MSE L3 .022 -> .020, L6 .029 -> .031, L9 .041 -> .051. (Batch)TopK fixes L0 by construction: compare its FVU."""
+STUDY = """Published (ReLU + L1, one SAE a head; control -> adaptive): L0 L3 32.4 -> 28.4, \
+L6 39.7 -> 45.5, L9 58.9 -> 73.9;
+MSE L3 .022 -> .020, L6 .029 -> .031, L9 .041 -> .051. \
+(Batch)TopK fixes L0 by construction: compare its FVU."""
+COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+KIND = GROUP[:-1]  # what a curve stands for
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> pd.DataFrame:
-    with atomic(path) as tmp:
-        frame.to_csv(tmp, index=False)
+    with atomic(path) as temporary:
+        frame.to_csv(temporary, index=False)
     return frame
 
 
 def read_csv(path: Path, needs: list[str]) -> pd.DataFrame:
     """A CSV of this script, checked for columns and rows."""
+    remedy = "it is written by: python train_sae.py"
     try:
         frame = pd.read_csv(path)
     except (OSError, ValueError) as e:
-        raise HandoffError(
-            f"{path} cannot be read ({str(e)[:100]}); it is written by: python train_sae.py"
-        ) from None
-    if missing := [c for c in needs if c not in frame] or ([] if len(frame) else ["any row"]):
-        raise HandoffError(
-            f"{path} lacks {', '.join(missing)}; it is written by: python train_sae.py"
-        )
+        raise HandoffError(f"{path} cannot be read ({str(e)[:100]}); {remedy}") from None
+    missing = [column for column in needs if column not in frame]
+    if not missing and len(frame) == 0:
+        missing = ["any row"]
+    if missing:
+        raise HandoffError(f"{path} lacks {', '.join(missing)}; {remedy}")
     return frame
 
 
 def table2(metrics: pd.DataFrame) -> pd.DataFrame:
-    """A row a run and layer; 95 % intervals over heads (Student's t) or, where one SAE serves the layer, held-out windows."""
+    """A row a run and layer; 95 % intervals over heads (Student's t) or, where one SAE serves the
+    layer, those over held-out windows."""
     rows = []
-    for key, g in metrics.groupby(GROUP):
-        n, over = (len(g), "heads") if len(g) > 1 else (g["n_windows"].iloc[0], "windows")
-        row = dict(zip(GROUP, key, strict=True)) | {"interval_over": f"{n} {over}"}
+    for key, saes in metrics.groupby(GROUP):
+        row = dict(zip(GROUP, key, strict=True))
+        n = len(saes)
+        over_heads = n > 1
+        n_windows = saes["n_windows"].iloc[0]
+        row["interval_over"] = f"{n} heads" if over_heads else f"{n_windows} windows"
         for name in ("l0", "mse", "fvu"):
-            half = (
-                stats.t.ppf(0.975, len(g) - 1) * g[name].std() / math.sqrt(len(g))
-                if len(g) > 1
-                else 0
-            )
-            low, high = (
-                (g[name] - half, g[name] + half) if half else (g[f"{name}_lo"], g[f"{name}_hi"])
-            )
-            row |= {name: g[name].mean(), f"{name}_lo": low.mean(), f"{name}_hi": high.mean()}
-        others = (
-            "ce_recovered_zero",
-            "ce_recovered_mean",
-            "ce_informative",
-            "kl_sae",
-            "dead_share_eval",
-        )
-        rows.append(row | {c: g[c].astype(float).mean() for c in others if c in g})
+            low, high = saes[f"{name}_lo"], saes[f"{name}_hi"]
+            half = 0.0
+            if over_heads:
+                half = stats.t.ppf(0.975, n - 1) * saes[name].std() / math.sqrt(n)
+            if half:
+                low, high = saes[name] - half, saes[name] + half
+            row[name] = saes[name].mean()
+            row[f"{name}_lo"] = low.mean()
+            row[f"{name}_hi"] = high.mean()
+        others = ["ce_recovered_zero", "ce_recovered_mean", "ce_informative", "kl_sae"]
+        for name in [*others, "dead_share_eval"]:
+            if name in saes:
+                row[name] = saes[name].astype(float).mean()
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
+def write_table2(path: Path, table: pd.DataFrame) -> None:
+    """As Markdown."""
+    lines = [list(table.columns), ["---"] * table.shape[1]]
+    for row in table.to_numpy():
+        lines.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    with atomic(path) as temporary:
+        note = f"\n\nMSE in squared raw units.\n{STUDY}\n"
+        temporary.write_text(text + note, encoding="utf-8")
+
+
 def draw_report(save_dir: Path) -> None:
-    """Table 2 and figures 2 and 3, from sae_metrics.csv and the latent_frequencies.csv beside each SAE that it lists."""
+    """Table 2 and figures 2 and 3, from sae_metrics.csv and the latent_frequencies.csv beside each
+    SAE that it lists."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    metrics = read_csv(
-        save_dir / "sae_metrics.csv",
-        [*GROUP, "folder", "l0", "l0_lo", "mse", "mse_lo", "fvu", "fvu_lo", "n_windows"],
-    )
+    needs = [*GROUP, "folder", "l0", "l0_lo", "mse", "mse_lo", "fvu", "fvu_lo", "n_windows"]
+    metrics = read_csv(save_dir / "sae_metrics.csv", needs)
     table = write_csv(save_dir / "table2.csv", table2(metrics))
-    cells = [
-        [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row] for row in table.to_numpy()
-    ]
-    cells = [list(table.columns), ["---"] * table.shape[1], *cells]
-    with atomic(save_dir / "table2.md") as tmp:
-        tmp.write_text(
-            "\n".join(f"| {' | '.join(row)} |" for row in cells)
-            + f"\n\nMSE in squared raw units.\n{STUDY}\n",
-            encoding="utf-8",
-        )
-    kinds = {
-        kind: f"{kind[0]} ({kind[2]}, {kind[3]} of a {kind[1]})"
-        for kind in table.groupby(GROUP[:-1]).groups
+    write_table2(save_dir / "table2.md", table)
+    figures = {
+        "figure2_l0_by_depth.png": draw_depth(table),
+        "figure3_activation_frequency.png": draw_frequencies(save_dir, metrics, table),
     }
-    color = dict(
-        zip(
-            kinds,
-            ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"] * len(kinds),
-            strict=False,
-        )
-    )
+    for name, figure in figures.items():
+        with atomic(save_dir / name) as temporary:
+            figure.savefig(temporary, dpi=130)
+    plt.close("all")
+    for name in ("table2.csv", "table2.md", *figures):
+        write_sidecar(save_dir / name, "janus.report/1", [save_dir / "sae_metrics.csv"])
 
-    fig, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
-    for i, (kind, t) in enumerate(table.groupby(GROUP[:-1])):
+
+def kinds_of(table: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
+    """Label and colour of every curve: an architecture, of a run, a unit and a site."""
+    kinds = {}
+    for i, kind in enumerate(table.groupby(KIND).groups):
+        label = f"{kind[0]} ({kind[2]}, {kind[3]} of a {kind[1]})"
+        kinds[kind] = {"label": label, "color": COLORS[i % len(COLORS)]}
+    return kinds
+
+
+def draw_depth(table: pd.DataFrame) -> Any:
+    """Figure 2: L0 and FVU by layer, from table 2."""
+    import matplotlib.pyplot as plt
+
+    kinds = kinds_of(table)
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
+    for i, (kind, rows) in enumerate(table.groupby(KIND)):
+        # side by side, so that intervals do not hide each other
+        x = rows["layer"] + 0.12 * (i - (len(kinds) - 1) / 2)
         for ax, name in zip(axes, ("l0", "fvu"), strict=True):
-            bars = (
-                (t[[f"{name}_lo", f"{name}_hi"]].sub(t[name], axis=0) * [-1, 1])
-                .clip(lower=0)
-                .to_numpy()
-                .T
-            )
-            x = t["layer"] + 0.12 * (
-                i - (len(kinds) - 1) / 2
-            )  # side by side, so that intervals do not hide each other
-            ax.errorbar(
-                x,
-                t[name],
-                yerr=bars,
-                marker="o",
-                ms=5,
-                capsize=3,
-                lw=1.4,
-                color=color[kind],
-                label=kinds[kind],
-            )
-    for ax, label in zip(
-        axes,
-        ["L0: active latents a token", "FVU: share of the variance not explained"],
-        strict=True,
-    ):
-        ax.set(xlabel="layer", ylabel=label, xticks=sorted(table["layer"].unique()), ylim=(0, None))
+            ends = rows[[f"{name}_lo", f"{name}_hi"]].sub(rows[name], axis=0) * [-1, 1]
+            bars = ends.clip(lower=0).to_numpy().T  # [2, layers]
+            style: dict[str, Any] = {"marker": "o", "ms": 5, "capsize": 3, "lw": 1.4}
+            ax.errorbar(x, rows[name], yerr=bars, **style, **kinds[kind])
+    layers = sorted(table["layer"].unique())
+    labels = ["L0: active latents a token", "FVU: share of the variance not explained"]
+    for ax, label in zip(axes, labels, strict=True):
+        ax.set(xlabel="layer", ylabel=label, xticks=layers, ylim=(0, None))
     axes[0].legend(fontsize=8)
-    fig.suptitle("Sparsity and reconstruction error by depth, held-out tokens", fontsize=11)
-    fig.supxlabel(
-        f"Bars: 95 % intervals over {', '.join(sorted(table['interval_over'].unique()))}; a run is one training seed.\n{STUDY}",
-        fontsize=7.5,
-    )
-    with atomic(save_dir / "figure2_l0_by_depth.png") as tmp:
-        fig.savefig(tmp, dpi=130)
+    figure.suptitle("Sparsity and reconstruction error by depth, held-out tokens", fontsize=11)
+    over = ", ".join(sorted(table["interval_over"].unique()))
+    note = f"Bars: 95 % intervals over {over}; a run is one training seed.\n{STUDY}"
+    figure.supxlabel(note, fontsize=7.5)
+    return figure
 
+
+def draw_frequencies(save_dir: Path, metrics: pd.DataFrame, table: pd.DataFrame) -> Any:
+    """Figure 3: how often latents fire, a panel a layer."""
+    import matplotlib.pyplot as plt
+
+    kinds = kinds_of(table)
     layers = sorted(metrics["layer"].unique())
-    n_cols, n_rows = min(3, len(layers)), math.ceil(len(layers) / 3)
-    fig, grid = plt.subplots(
-        n_rows,
-        n_cols,
-        figsize=(max(6, 4 * n_cols), 3.6 * n_rows),
-        layout="constrained",
-        squeeze=False,
-        sharey=True,
+    n_columns = min(3, len(layers))
+    n_rows = math.ceil(len(layers) / 3)
+    size = (max(6, 4 * n_columns), 3.6 * n_rows)
+    figure, grid = plt.subplots(
+        n_rows, n_columns, figsize=size, layout="constrained", squeeze=False, sharey=True
     )
     for ax, layer in zip(grid.flat, layers, strict=False):
-        for kind, g in metrics[metrics["layer"] == layer].groupby(GROUP[:-1]):
-            latents = pd.concat(
-                read_csv(save_dir / f / "latent_frequencies.csv", ["frequency", "n_rows"])
-                for f in g["folder"]
-            )
+        for kind, saes in metrics[metrics["layer"] == layer].groupby(KIND):
+            latents = read_frequencies(save_dir, saes["folder"])
+            # from below one firing to every token; what never fires is in the legend
             edges = np.geomspace(0.7 / latents["n_rows"].max(), 1, 19)
             share = np.histogram(latents["frequency"], edges)[0] / len(latents)
-            label = (
-                f"{kinds[kind]}: {(latents['frequency'] == 0).mean():.1%} of {len(latents)} never"
-            )
-            ax.stairs(
-                share,
-                edges,
-                lw=1.6,
-                ls=["-", "--", ":"][list(kinds).index(kind) % 3],
-                color=color[kind],
-                label=label,
-            )
-        ax.set(
-            xscale="log",
-            yscale="log",
-            xlabel="activation frequency (share of tokens)",
-            title=f"layer {layer}",
-        )
+            silent = (latents["frequency"] == 0).mean()
+            label = f"{kinds[kind]['label']}: {silent:.1%} of {len(latents)} never"
+            dashes = ["-", "--", ":"][list(kinds).index(kind) % 3]
+            color = kinds[kind]["color"]
+            ax.stairs(share, edges, lw=1.6, ls=dashes, color=color, label=label)
+        ax.set(xscale="log", yscale="log", title=f"layer {layer}")
+        ax.set_xlabel("activation frequency (share of tokens)")
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False)
     for ax in grid[:, 0]:
         ax.set_ylabel("share of latents in a bin")
-    fig.suptitle(
-        f"How often latents fire ({metrics['n_rows'].max():,} held-out tokens)", fontsize=11
-    )
-    with atomic(save_dir / "figure3_activation_frequency.png") as tmp:
-        fig.savefig(tmp, dpi=130)
-    plt.close("all")
-    for name in (
-        "table2.csv",
-        "table2.md",
-        "figure2_l0_by_depth.png",
-        "figure3_activation_frequency.png",
-    ):
-        write_sidecar(save_dir / name, "janus.report/1", [save_dir / "sae_metrics.csv"])
+    n_tokens = metrics["n_rows"].max()
+    figure.suptitle(f"How often latents fire ({n_tokens:,} held-out tokens)", fontsize=11)
+    return figure
+
+
+def read_frequencies(save_dir: Path, folders: pd.Series) -> pd.DataFrame:
+    """The latents of several SAEs in one table."""
+    parts = []
+    for folder in folders:
+        path = save_dir / folder / "latent_frequencies.csv"
+        parts.append(read_csv(path, ["frequency", "n_rows"]))
+    return pd.concat(parts)
 
 
 # ------------------------------------------------------------------------------------- command line
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    description = (__doc__ or "").partition("\n")[0]
-    p = argparse.ArgumentParser(
-        description=description,
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    count, real, by_preset = positive(int), positive(float), argparse.SUPPRESS
-    g = p.add_argument_group("inputs")
-    g.add_argument(
-        "--runs",
-        nargs="+",
-        help="run names, folders under --activations_dir; default: all that are there",
-    )
-    g.add_argument(
-        "--activations_dir",
-        type=Path,
-        default=Path("activations"),
-        help="where harvest_activations.py wrote",
-    )
-    g.add_argument(
-        "--layers",
-        type=int,
-        nargs="+",
-        help="layers, counted from 0; default: all that were dumped for --site",
-    )
-    g.add_argument(
-        "--site", choices=SITES, default="z", help="activation; z: the heads' outputs, before W_O"
-    )
-    g.add_argument(
-        "--model_path",
-        type=Path,
-        nargs="+",
-        help="checkpoint of each of --runs; default: the dump's, if unchanged",
-    )
-    g.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with unfinished SAEs, keep finished ones; equals an uninterrupted run",
-    )
-    g.add_argument(
-        "--redraw",
-        action="store_true",
-        help="only rebuild table 2 and the figures from the CSVs in --save_dir",
-    )
-    g = p.add_argument_group("outputs")
-    g.add_argument("--save_dir", type=Path, default=Path("saes"), help="output folder")
-    g.add_argument(
-        "--tensorboard",
-        action="store_true",
-        help="also log to <SAE folder>/tensorboard (needs the package tensorboard)",
-    )
-    g.add_argument(
-        "--save_interval",
-        type=count,
-        default=500,
-        help="steps between saves of training state and export",
-    )
-    g = p.add_argument_group("method")
-    g.add_argument(
-        "--arch",
-        choices=ARCHS,
-        default="batchtopk",
-        help="k on average, exactly k, L1, learned threshold, gated L1, nested k",
-    )
-    g.add_argument(
-        "--unit",
-        choices=["layer", "head"],
-        default="layer",
-        help="one SAE for all heads of a layer together, or one a head",
-    )
-    g.add_argument(
-        "--aux_k",
-        type=int,
-        default=-1,
-        help="not relu, gated: dead latents a token that fit the residual; 0: off, -1: D / 2",
-    )
-    g.add_argument(
-        "--int8",
-        action="store_true",
-        help="CPU, archs with --k: int8 products propose, float32 decides; faster from D = 384 on",
-    )
-    g.add_argument(
-        "--lr_warmup", type=int, default=50, help="steps of linear learning-rate warm-up"
-    )
-    g.add_argument(
-        "--lr_decay",
-        type=float,
-        default=0.2,
-        help="last share of the steps, where the rate falls to 0; 0: --resume may add steps",
-    )
-    g = p.add_argument_group("sizes", "the preset's, unless given")
-    g.add_argument(
-        "--preset",
-        choices=["auto", *PHASE_PRESETS],
-        default="auto",
-        help="auto: the preset of the model behind the dump",
-    )
-    g.add_argument(
-        "--expansion", type=count, default=by_preset, help="latents per input dimension, F / D"
-    )
-    g.add_argument(
-        "--k",
-        type=count,
-        default=by_preset,
-        help="active latents a token (topk, batchtopk, matryoshka)",
-    )
-    g.add_argument(
-        "--target_l0",
-        type=count,
-        default=by_preset,
-        help="jumprelu: active latents a token to aim at; default: --k",
-    )
-    g.add_argument(
-        "--l1",
-        type=real,
-        default=by_preset,
-        help="relu, gated: weight of sum(f) against squared error / D, norms sqrt(D)",
-    )
-    length = g.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=count, default=by_preset, help="optimiser steps")
-    length.add_argument(
-        "--tokens", type=count, default=by_preset, help="training tokens, instead of --steps"
-    )
-    length.add_argument(
-        "--epochs",
-        type=real,
-        default=by_preset,
-        help="passes over the training tokens, instead of --steps",
-    )
-    g.add_argument("--batch_size", type=count, default=by_preset, help="tokens a step")
-    g.add_argument(
-        "--learning_rate", type=real, default=by_preset, help="peak rate of Adam, per step"
-    )
-    g.add_argument(
-        "--dead_tokens",
-        type=count,
-        default=by_preset,
-        help="tokens without firing after which a latent counts as dead",
-    )
-    g.add_argument(
-        "--eval_tokens",
-        type=count,
-        default=by_preset,
-        help="held-out tokens for the metrics; a sixth of them for CE recovered",
-    )
-    add_runtime_flags(p)
-    args = p.parse_args(argv)
-    if args.unit == "head" and args.site != "z":
-        p.error(f"--unit head splits z by head; --site {args.site} has no heads")
-    if args.model_path and len(args.model_path) != len(args.runs or []):
-        p.error(
-            f"--model_path names {len(args.model_path)} files for {len(args.runs or [])} --runs: give one each, in the same order"
-        )
-    if not 0 <= args.lr_decay < 1 or args.lr_warmup < 0 or args.aux_k < -1:
-        p.error(
-            "--lr_decay must lie in [0, 1), --lr_warmup must not be negative, --aux_k must be -1 or more"
-        )
-    if args.int8 and (
-        args.arch not in SPARSE_ARCHS
-        or args.device not in ("auto", "cpu")
-        or args.dtype == "float32"
-    ):
-        found = f"found --arch {args.arch} --device {args.device} --dtype {args.dtype}"
-        p.error(f"--int8 takes one of {', '.join(SPARSE_ARCHS)}, a CPU and bfloat16; {found}")
-    if args.resume and args.overwrite:
-        p.error("--resume goes on with what --overwrite replaces: give one of them")
-    if args.tensorboard and find_spec("tensorboard") is None:
-        p.error(
-            "--tensorboard needs a package: pip install tensorboard (the CSVs have the same numbers without it)"
-        )
+    add_input_flags(parser)
+    add_output_flags(parser)
+    add_method_flags(parser)
+    add_size_flags(parser)
+    add_runtime_flags(parser)
+    args = parser.parse_args(argv)
+    check_args(parser, args)
     return args
+
+
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    runs_help = "run names, folders under --activations_dir; default: all that are there"
+    layers_help = "layers, counted from 0; default: all that were dumped for --site"
+    site_help = "activation; z: the heads' outputs, before W_O"
+    model_help = "checkpoint of each of --runs; default: the dump's, if unchanged"
+    resume_help = "go on with unfinished SAEs, keep finished ones; equals an uninterrupted run"
+    redraw_help = "only rebuild table 2 and the figures from the CSVs in --save_dir"
+    dumps = Path("activations")
+    add = parser.add_argument_group("inputs").add_argument
+    add("--runs", nargs="+", help=runs_help)
+    add("--activations_dir", type=Path, default=dumps, help="where harvest_activations.py wrote")
+    add("--layers", type=int, nargs="+", help=layers_help)
+    add("--site", choices=SITES, default="z", help=site_help)
+    add("--model_path", type=Path, nargs="+", help=model_help)
+    add("--resume", action="store_true", help=resume_help)
+    add("--redraw", action="store_true", help=redraw_help)
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    board_help = "also log to <SAE folder>/tensorboard (needs the package tensorboard)"
+    save_help = "steps between saves of training state and export"
+    add = parser.add_argument_group("outputs").add_argument
+    add("--save_dir", type=Path, default=Path("saes"), help="output folder")
+    add("--tensorboard", action="store_true", help=board_help)
+    add("--save_interval", type=positive(int), default=500, help=save_help)
+
+
+def add_method_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag entered here or among the sizes is in `now` by its name, and --resume keeps it."""
+    arch_help = "; ".join(f"{name}: {arch.about}" for name, arch in ARCHITECTURES.items())
+    unit_help = "one SAE for all heads of a layer together, or one a head"
+    plain_help = "by autograd in float32, from the forward alone; slower"
+    aux_help = "not relu, gated: dead latents a token that fit the residual; 0: off, -1: D / 2"
+    int8_help = (
+        "CPU, archs with --k: int8 products propose, float32 decides; faster from D = 384 on"
+    )
+    decay_help = "last share of the steps, where the rate falls to 0; 0: --resume may add steps"
+    warmup_help = "steps of linear learning-rate warm-up"
+    add = parser.add_argument_group("method").add_argument
+    add("--arch", choices=ARCHITECTURES, default="batchtopk", help=arch_help)
+    add("--unit", choices=["layer", "head"], default="layer", help=unit_help)
+    add("--plain", action="store_true", help=plain_help)
+    add("--aux_k", type=int, default=-1, help=aux_help)
+    add("--int8", action="store_true", help=int8_help)
+    add("--lr_warmup", type=int, default=50, help=warmup_help)
+    add("--lr_decay", type=float, default=0.2, help=decay_help)
+
+
+def add_size_flags(parser: argparse.ArgumentParser) -> None:
+    count, real = positive(int), positive(float)
+    absent = argparse.SUPPRESS  # then fill_in takes the preset's
+    auto_help = "auto: the preset of the model behind the dump"
+    takes_k = [name for name, arch in ARCHITECTURES.items() if arch.l0_flag == "k"]
+    k_help = f"active latents a token ({', '.join(takes_k)})"
+    l0_help = "jumprelu: active latents a token to aim at; default: --k"
+    l1_help = "relu, gated: weight of sum(f) against squared error / D, norms sqrt(D)"
+    tokens_help = "training tokens, instead of --steps"
+    epochs_help = "passes over the training tokens, instead of --steps"
+    dead_help = "tokens without firing after which a latent counts as dead"
+    eval_help = "held-out tokens for the metrics; a sixth of them for CE recovered"
+    group = parser.add_argument_group("sizes", "the preset's, unless given")
+    add = group.add_argument
+    add("--preset", choices=["auto", *PHASE_PRESETS], default="auto", help=auto_help)
+    add("--expansion", type=count, default=absent, help="latents per input dimension, F / D")
+    add("--k", type=count, default=absent, help=k_help)
+    add("--target_l0", type=count, default=absent, help=l0_help)
+    add("--l1", type=real, default=absent, help=l1_help)
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=count, default=absent, help="optimiser steps")
+    length.add_argument("--tokens", type=count, default=absent, help=tokens_help)
+    length.add_argument("--epochs", type=real, default=absent, help=epochs_help)
+    add("--batch_size", type=count, default=absent, help="tokens a step")
+    add("--learning_rate", type=real, default=absent, help="peak rate of Adam, per step")
+    add("--dead_tokens", type=count, default=absent, help=dead_help)
+    add("--eval_tokens", type=count, default=absent, help=eval_help)
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits 2 where flags do not go together."""
+    if args.unit == "head" and args.site != "z":
+        parser.error(f"--unit head splits z by head; --site {args.site} has no heads")
+    runs, paths = args.runs or [], args.model_path or []
+    if paths and len(paths) != len(runs):
+        found = f"--model_path names {len(paths)} files for {len(runs)} --runs"
+        parser.error(f"{found}: give one each, in the same order")
+    if not 0 <= args.lr_decay < 1 or args.lr_warmup < 0 or args.aux_k < -1:
+        limits = "--lr_decay must lie in [0, 1), --lr_warmup must not be negative"
+        parser.error(f"{limits}, --aux_k must be -1 or more")
+    check_products(parser, args)
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with what --overwrite replaces: give one of them")
+    if args.tensorboard and find_spec("tensorboard") is None:
+        advice = "pip install tensorboard (the CSVs have the same numbers without it)"
+        parser.error(f"--tensorboard needs a package: {advice}")
+
+
+def check_products(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exits 2 if the training step cannot multiply in what is asked for."""
+    on_cpu = args.device in ("auto", "cpu")
+    arch = ARCHITECTURES[args.arch]
+    if args.int8 and not (arch.int8 and on_cpu and args.dtype != "float32"):
+        able = ", ".join(name for name, arch in ARCHITECTURES.items() if arch.int8)
+        found = f"found --arch {args.arch} --device {args.device} --dtype {args.dtype}"
+        parser.error(f"--int8 takes one of {able}, a CPU and bfloat16; {found}")
+    if not takes_fast_step(args) and (args.int8 or args.dtype == "bfloat16"):
+        what = "--plain" if args.plain else f"--arch {args.arch}, which has no fast step,"
+        parser.error(f"{what} computes in float32: leave --int8 and --dtype bfloat16 out")
 
 
 # ----------------------------------------------------------------------------------- shared regions

@@ -40,10 +40,10 @@ def trainer(d: int = 16, **more) -> ts.Trainer:
     """A trainer away from its start: all biases and scales differ from their defaults."""
     t = ts.Trainer(settings(**more), torch.zeros(d), math.sqrt(d), CPU)
     g = torch.Generator().manual_seed(3)
-    t.W_enc += 0.2 * torch.randn(t.W_enc.shape, generator=g)
-    t.b_enc += 0.1 * torch.randn(t.b_enc.shape, generator=g)
-    t.b_dec += 0.3 * torch.randn(t.b_dec.shape, generator=g)
-    for p in t.more:  # a threshold is positive; r_mag and b_mag need not be
+    t.sae.W_enc += 0.2 * torch.randn(t.sae.W_enc.shape, generator=g)
+    t.sae.b_enc += 0.1 * torch.randn(t.sae.b_enc.shape, generator=g)
+    t.sae.b_dec += 0.3 * torch.randn(t.sae.b_dec.shape, generator=g)
+    for p in t.params[4:]:  # a threshold is positive; r_mag and b_mag need not be
         p += 1 + 0.5 * torch.rand(p.shape, generator=g) if t.args.arch == "jumprelu" else 0.3 * torch.randn(p.shape, generator=g)
     return t
 
@@ -62,16 +62,16 @@ def test_topk_keeps_k_a_token_and_batchtopk_the_largest_of_the_batch():
     g = torch.Generator().manual_seed(0)
     # rows of very different size: some must get more than 2 k entries, others none
     pre = torch.randn(64, 160, generator=g) * torch.linspace(0.01, 5, 64)[:, None] + 0.3
-    code, _ = ts.select(pre, 6, "topk")
+    code = ts.select_topk(pre, 6)
     assert torch.bincount(code.token, minlength=64).eq(6).all()
     for guess in (0.5, 0.0, 1e9):
-        code, tau = ts.select(pre, 6, "batchtopk", guess)
+        code, tau = ts.select_batchtopk(pre, 6, guess)
         assert len(code.value) == 6 * 64
     assert torch.bincount(code.token, minlength=64).max() > 12
     assert torch.equal(code.value.sort(descending=True).values, pre.flatten().topk(6 * 64).values) and tau == code.value.min()
     assert torch.equal(pre[code.token, code.latent], code.value)
     assert torch.equal(code.start, torch.searchsorted(code.token, torch.arange(64)))
-    code, tau = ts.select(pre - 100, 6, "batchtopk")
+    code, tau = ts.select_batchtopk(pre - 100, 6)
     assert len(code.value) == 0 and tau == 0
 
 
@@ -96,7 +96,7 @@ def dense_loss(t: ts.Trainer, x: torch.Tensor, params: list[torch.Tensor]) -> tu
     a, (w_enc, b_enc, w_dec, b_dec, *more) = t.args, params
     pre = (x - b_dec) @ w_enc.T + b_enc
     if a.arch == "jumprelu":
-        f, step = Jump.apply(pre, more[0], t.BANDWIDTH)
+        f, step = Jump.apply(pre, more[0], ts.BANDWIDTH)
     elif a.arch == "gated":
         f = (pre > 0) * (((x - b_dec) @ w_enc.T) * more[0].exp() + more[1]).relu()
     else:
@@ -182,7 +182,7 @@ def test_int8_also_fits_the_residual_with_dead_latents():
     """The auxiliary loss takes its values from bfloat16, not from int8."""
     t = trainer(d=64, expansion=8, k=8, aux_k=5, dead_tokens=50, dtype="int8")
     x = 2 * torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
-    t.idle[::3], t.b_enc[::3] = 51, -4
+    t.idle[::3], t.sae.b_enc[::3] = 51, -4
     params = [p.clone().requires_grad_() for p in t.params]
     _, fired = t.gradients(x)
     dense_loss(t, x, params)[0].backward()
@@ -203,10 +203,11 @@ def test_training_gradients_in_low_precision_are_within_one_percent_of_dense_flo
     params = [p.clone().requires_grad_() for p in t.params]
     loss, f, _ = dense_loss(t, x, params)
     loss.backward()
-    low = x - t.b_dec
-    pre = ts.int8_products(low, t.W_enc, t.b_enc) if t.int8 else low.bfloat16() @ t.W_enc.bfloat16().T + t.b_enc
+    sae, low = t.sae, x - t.sae.b_dec
+    pre = ts.int8_products(low, sae.W_enc, sae.b_enc) if dtype == "int8" else low.bfloat16() @ sae.W_enc.bfloat16().T + sae.b_enc
     pre = pre.float()
-    assert not torch.equal((f > 0).sum(0), torch.bincount(ts.select(pre, 16, arch)[0].latent, minlength=1024)), "a test of nothing"
+    code = ts.select_topk(pre, 16) if arch == "topk" else ts.select_batchtopk(pre, 16)[0]
+    assert not torch.equal((f > 0).sum(0), torch.bincount(code.latent, minlength=1024)), "a test of nothing"
     _, fired = t.gradients(x)
     assert torch.equal(fired, (f > 0).sum(0))
     for ours, reference in zip(t.params, params, strict=True):
@@ -217,10 +218,11 @@ def test_bfloat16_gradients_are_within_one_percent():
     t = trainer(d=64, expansion=8, k=8)
     g = torch.Generator().manual_seed(1)
     x, dy = torch.randn(256, 64, generator=g), torch.randn(256, 64, generator=g)
-    code, _ = ts.select(x @ t.W_enc.T, 8, "topk")
-    low = [v.bfloat16() for v in (x, code.value, dy, t.W_dec)]
-    exact = ts.sparse_backward(x, code, dy, t.W_dec)
-    for a, b in zip(ts.sparse_backward(low[0], code._replace(value=low[1]), *low[2:]), exact, strict=True):
+    code = ts.select_topk(x @ t.sae.W_enc.T, 8)
+    slope = torch.ones_like(code.value)
+    exact, exact_value = ts.sparse_backward(x, code, dy, t.sae.W_dec, slope)
+    found, found_value = ts.sparse_backward(x.bfloat16(), code.cast(torch.bfloat16), dy.bfloat16(), t.sae.W_dec.bfloat16(), slope.bfloat16())
+    for a, b in zip((*found, found_value), (*exact, exact_value), strict=True):
         assert (a - b).norm() < 0.01 * b.norm()
 
 
@@ -248,18 +250,19 @@ def test_relu_equals_a_plain_autograd_loop():
 def test_a_latent_that_does_not_fire_stands_still(arch):
     t, g = trainer(arch=arch), torch.Generator().manual_seed(5)
     if arch == "relu":
-        t.b_enc -= 1.6  # else all latents fire in every batch
+        t.sae.b_enc -= 1.6  # else all latents fire in every batch
     for _ in range(6):
         t.step(torch.randn(24, 16, generator=g))
     x = torch.randn(24, 16, generator=g)
     w_enc, b_enc, w_dec, _ = params = [p.clone().requires_grad_() for p in t.params]
     fires = (dense_loss(t, x, params)[1] > 0).any(0)
-    momentum = t.optimizer.state[t.W_enc]["exp_avg"].abs().sum(1) > 0
+    sae = t.sae
+    momentum = t.optimizer.state[sae.W_enc]["exp_avg"].abs().sum(1) > 0
     assert fires.sum() > 5 and (momentum & ~fires).sum() > 5  # those would be dragged along
     t.step(x)
-    assert torch.equal(t.W_enc[~fires], w_enc[~fires]) and torch.equal(t.b_enc[~fires], b_enc[~fires])
-    torch.testing.assert_close(t.W_dec[~fires], w_dec[~fires], rtol=1e-6, atol=1e-7)  # its norm is set to 1 again
-    assert (t.W_enc != w_enc)[fires].any(1).all() and (t.W_dec != w_dec)[fires].any(1).all()
+    assert torch.equal(sae.W_enc[~fires], w_enc[~fires]) and torch.equal(sae.b_enc[~fires], b_enc[~fires])
+    torch.testing.assert_close(sae.W_dec[~fires], w_dec[~fires], rtol=1e-6, atol=1e-7)  # its norm is set to 1 again
+    assert (sae.W_enc != w_enc)[fires].any(1).all() and (sae.W_dec != w_dec)[fires].any(1).all()
 
 
 @pytest.mark.parametrize("arch", ["topk", "batchtopk", "jumprelu", "matryoshka", "gated"])
@@ -289,17 +292,17 @@ def test_a_planted_dictionary_is_recovered(arch):
             fvu += [(error.square().sum() / (held_out - held_out.mean(0)).square().sum()).item()]
             l0 = (f > 0).sum(1).float().mean().item()
     assert fvu[1] < 0.1 and fvu[1] < fvu[0] / 2
-    assert abs(l0 - active) < 0.2 if arch != "gated" else l0 < 0.25 * len(t.W_dec)
-    cosine = planted @ t.W_dec.T
+    assert abs(l0 - active) < 0.2 if arch != "gated" else l0 < 0.25 * len(t.sae.W_dec)
+    cosine = planted @ t.sae.W_dec.T
     assert cosine.max(1).values.mean() > 0.9
-    control = planted @ F.normalize(torch.randn(t.W_dec.shape, generator=g), dim=1).T
+    control = planted @ F.normalize(torch.randn(t.sae.W_dec.shape, generator=g), dim=1).T
     assert control.max(1).values.mean() < 0.7  # what as many random directions reach
 
 
 @pytest.mark.parametrize("arch", SAELENS)
 def test_folding_changes_nothing_but_the_units(arch):
     t = trainer(arch=arch)
-    t.tau += 0.4
+    t.cut += 0.4
     cfg = {"architecture": SAELENS[arch], "k": 4}
     raw = torch.randn(200, 16, generator=torch.Generator().manual_seed(5))
     scale, mean = 7.3, torch.linspace(-2, 3, 16)
@@ -592,7 +595,7 @@ def test_batches_are_the_training_rows_each_once_an_epoch(tmp_path, monkeypatch)
     ts.write_sidecar(tmp_path / "L0.z.npy", "janus.activations/1", [], shape=[n, 2], dtype="float32", seq_len=16, d_head=1)
     dump = ts.Dump(tmp_path, 0, "z")
     assert dump.n_train == 380 * 16 and dump.held_out == range(380, 400)
-    _, _, pools, per_pool = dump.layout(64)
+    pools, per_pool = dump.layout(64).n_pools, dump.layout(64).batches_per_pool
     epoch = torch.cat([dump.batch(i, 64, 7)[:, 0] for i in range(pools * per_pool)])
     assert len(set(epoch.tolist())) == len(epoch) >= 0.9 * dump.n_train and epoch.max() < dump.n_train
     assert epoch.diff().eq(1).float().mean() < 0.05  # shuffled within blocks
