@@ -125,7 +125,8 @@ def sigma_of(grams: Tensor) -> Tensor:
     return head_cosines(grams).abs().mean(-1)
 
 
-# ---- the penalty: a function of the cosines and an entry in the table; --penalty takes its name
+# ---- the penalty: a function of the cosines and an entry in the table; --penalty takes its name.
+# The cosines come from head_cosines: every pair of heads once, without the diagonal.
 def mean_square(cosines: Tensor) -> Tensor:
     """Mean cos^2: cosines [L, P] -> [L]. The derivative vanishes where heads are orthogonal."""
     return cosines.square().mean(-1)
@@ -137,8 +138,8 @@ def mean_absolute(cosines: Tensor) -> Tensor:
 
 
 def frobenius_norm(cosines: Tensor) -> Tensor:
-    """||cosines - I||_F, the published penalty: cosines [L, P] -> [L]."""
-    sum_of_squares = 2 * cosines.square().sum(-1)  # every pair stands twice in the matrix
+    """Frobenius norm ||C - I||_F, as published, of the cosine matrix C: cosines [L, P] -> [L]."""
+    sum_of_squares = 2 * cosines.square().sum(-1)  # each pair stands twice in C
     return sum_of_squares.clamp_min(1e-20).sqrt()  # the root has no derivative at 0
 
 
@@ -170,11 +171,11 @@ class Homeostat:
 
         u = k_p e + I + k_d de/dt,   I += k_i e dt,   u clipped to the limits
 
-    The derivative acts on the measurement (no kick on a setpoint step); a first-order filter
-    smooths the measurement; back-calculation ("tracking") or clamping of I prevents wind-up; a
-    sample that is not finite is held, not integrated. Gains are per optimiser step, dt is in
-    steps. All state is Python floats: in bfloat16 a slow integral rounds to nothing. (Astrom &
-    Hagglund 2006; as a Lagrange multiplier: Stooke et al. 2020.)
+    The derivative acts on the measurement (D does not kick on a setpoint step); a first-order
+    filter smooths the measurement; back-calculation ("tracking") or clamping of I prevents
+    wind-up; a sample that is not finite is held, not integrated. Gains are per optimiser step, dt
+    is in steps. All state is Python floats: in bfloat16 a slow integral rounds to nothing.
+    (Astrom & Hagglund 2006; as a Lagrange multiplier: Stooke et al. 2020.)
     """
 
     def __init__(
@@ -236,8 +237,8 @@ class Homeostat:
         self.value = value
 
     def update(self, sigma: float, integrate: bool = True) -> float:
-        """One sample of sigma -> lambda for the next dt steps. `integrate` False freezes the
-        integral."""
+        """One sample of sigma -> lambda for the next dt steps. Without `integrate` I does not
+        grow; at a limit it still gives back."""
         slope = self.measure(sigma)
         if slope is None or self.filtered is None:
             return self.value  # hold
@@ -257,8 +258,8 @@ class Homeostat:
         return self.value
 
 
-def target_sigma(step: int, args: argparse.Namespace) -> float:  # noqa: ARG001 -- for a schedule
-    """The setpoint at `step` (counted from 1)."""
+def setpoint(step: int, args: argparse.Namespace) -> float:  # noqa: ARG001 -- a schedule needs it
+    """The sigma that the loop should hold at `step` (from 1 to --steps)."""
     return args.target_sigma
 
 
@@ -287,7 +288,7 @@ class Pressure:
         self.loops = []
         for _ in range(args.n_layers if args.per_layer else 1):
             loop = Homeostat(
-                target_sigma(1, args),
+                setpoint(1, args),
                 *gains,
                 law=args.law,
                 dt=args.control_interval,
@@ -323,7 +324,7 @@ class Pressure:
             # With a small learning rate the heads hardly respond, and the integral would wind up.
             self.phase = "auto" if lr_share >= 0.2 else "hold"
         for loop, sample, value in zip(self.loops, samples, lambdas, strict=True):
-            loop.set_target(target_sigma(step, self.args))
+            loop.set_target(setpoint(step, self.args))
             if is_ramping:  # open loop, ready to take over at the lambda in use
                 loop.measure(sample)
                 loop.hand_over(value)
@@ -981,7 +982,7 @@ def telemetry_row(
         "D": mean_term("d"),
         "saturated": int(any(loop.saturated for loop in loops)),
         "phase": pressure.phase,
-        # What it sees of this step
+        # What it sees of this step; sigma_filtered is from before it
         "sigma_z": mean_sigma if args.sigma_space == "z" else math.nan,
         "sigma_resid": mean_sigma if args.sigma_space == "resid" else math.nan,
         "max_layer_sigma": max(sigmas),
@@ -1168,7 +1169,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     pressure = "adaptive, control, constant:LAMBDA or replay:TELEMETRY.csv"
     target = "setpoint of sigma, mean absolute cosine between heads"
     space = "where: head outputs, or what heads write to the stream"
-    penalty = "mean cos^2, mean |cos|, or Frobenius norm"
+    penalty = "; ".join(f"{name}: {first_words(f)}" for name, f in PENALTIES.items())
     # Gains are per step, so they do not change with --control_interval
     law = "control law, on logarithms of sigma and lambda or on them"
     k_p = "proportional gain (log: per e-fold of sigma; linear: lambda per unit of sigma)"
@@ -1192,6 +1193,11 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--lambda_start", type=float, default=1.0, help="lambda at the end of the ramp")
     add("--lambda_max", type=real, default=1e4, help=limit)
     add("--per_layer", action="store_true", help="one loop and one lambda a layer")
+
+
+def first_words(function: Callable) -> str:
+    """What the docstring of an entry of a table says before its colon."""
+    return (function.__doc__ or "").partition(":")[0]
 
 
 def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
