@@ -1,17 +1,28 @@
-"""Energy-Lens on a small Energy Transformer: is a sparse feature aligned with the energy, and does that mean anything?
+"""Energy-Lens on a small Energy Transformer: are sparse features aligned with the energy?
 
-Trains an Energy Transformer by masked-token denoising, sparse autoencoders (SAE) on its states, and measures for every
-feature k   EFAS_k = Pearson(f_k, A_k),  A = -<dE/dx, d_k>   over tokens: f_k the feature's activation, d_k its decoder
-direction (unit norm). EFAS > 0 is amplification (the pull along d_k grows with f_k), EFAS < 0 restoring; it is not "the
-feature lowers the energy", which is the attribution f*A. Two nulls, interventions and the attractors say what that is worth.
+Question: does the alignment of a sparse feature with the gradient of an energy mean anything? An
+Energy Transformer is trained by masked-token denoising, and sparse autoencoders (SAE) on its
+states. For every feature k
 
-Reads   text: --corpus (`builtin`: documentation on this machine; `topics`; or a text file), plus templated lines
-Writes  <save_dir>/research_report.md, .html (self-contained), raw_results.json, *.csv (tidy), *.png, run.json
+    EFAS_k = Pearson(f_k, A_k),  A_k = -<dE/dx, d_k>    over tokens
 
-Quick   python energy_lens_minimal.py --preset smoke       (under 30 s on two CPU cores; too small for conclusions)
-Full    python energy_lens_minimal.py                      (under 5 minutes and 2 GB on two CPU cores; run.json keeps both)
+with f_k the feature's activation and d_k its decoder direction (unit norm). EFAS > 0 is
+amplification (the pull along d_k grows with f_k), EFAS < 0 restoring. It is not "the feature lowers
+the energy", which is the attribution f*A. Two nulls, interventions and the attractors say what EFAS
+is worth.
 
-Shapes  S sequences (one a held-out document), L tokens, D state, H heads, Z d_head, M memories, K SAE features, V vocabulary.
+Reads   text: --corpus (`builtin`: documentation on this machine; `topics`; or a text file), plus
+        templated lines
+Writes  <save_dir>/research_report.md, .html (self-contained), raw_results.json, *.csv (tidy),
+        *.png, run.json
+
+Quick   python energy_lens_minimal.py --preset smoke
+        (under 30 s on two CPU cores; too small for conclusions)
+Full    python energy_lens_minimal.py
+        (under 5 minutes and 2 GB on two CPU cores; run.json keeps both)
+
+Shapes  S sequences (one a held-out document), L tokens, D state, H heads, Z d_head, M memories,
+        K SAE features, V vocabulary, P permutations or rows of a clamp, B bootstrap draws.
 """
 
 from __future__ import annotations
@@ -22,9 +33,11 @@ import base64
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -44,7 +57,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -54,19 +67,17 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
+UNK = 0
+MASK = 1
 TOKEN = re.compile(r"[a-z]+|\d+|[^\sa-z\d]")  # of lower-cased text
-CLASSES = {
-    "word": r"[a-z]+",
-    "number": r"\d+",
-    "regex": r"[\\^$|?*+()\[\]{}]",
-}  # concept classes, by the token's form
-UNK, MASK = 0, 1
-MIN_ACTIVE, MIN_SEQUENCES = (
-    30,
-    10,
-)  # a feature is tested if it is active on 30 tokens in 10 sequences
+# The letters whose lower case would be two characters, or would be the k of another alphabet.
+KEEPS_ITS_LENGTH = str.maketrans({"\u0130": "i\u0307", "\u212a": "K"})
+# A feature is tested if it is active on 30 tokens in 10 sequences.
+MIN_ACTIVE = 30
+MIN_SEQUENCES = 10
 RULE = 0.1  # the original study called a feature aligned when |EFAS| exceeded this
 ALPHA = 0.05  # false discovery rate
+N_BOOT = 200  # bootstrap draws of an interval
 # Sizes only: both take the same code path; a flag given explicitly beats the preset.
 PRESETS: dict[str, dict[str, Any]] = {
     "full": dict(
@@ -99,15 +110,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # -------------------------------------------------------------------------------- method: edit here
+# ---- the energy and its model ----
 class EnergyTransformer(nn.Module):
-    """An Energy Transformer (Hoover et al. 2023, arXiv 2302.07253) as a full hierarchical associative memory (HAM).
+    """An Energy Transformer (Hoover et al. 2023, arXiv 2302.07253) as a full hierarchical
+    associative memory (HAM).
 
-    State x [S, L, D], activation g = dL/dx = LayerNorm(x), input field b [S, L, D]. The energy of a sequence is
-        E = sum_l <x_l, g_l> - L(x_l)                                               neuron (Legendre) term, dE/dg = x
-          - (1/beta) sum_{h, q} log sum_{k != q} exp(beta <Wq_h g_q, Wk_h g_k>)     attention, no token attends to itself
-          - 1/2 sum_{l, m} relu(<Xi_m, g_l>)^2                                      Hopfield memories
-          - sum_l <b_l, g_l>                                                        input field
-    and the descent is x <- x - alpha v with v = dE/dg = x - b + d(E_att + E_hn)/dg, so that dE/dt = -v^T J v <= 0, J = dg/dx >= 0.
+    State x [S, L, D], activation g = dL/dx = LayerNorm(x), input field b [S, L, D]. The energy of a
+    sequence is
+
+        E = sum_l <x_l, g_l> - L(x_l)                        neuron (Legendre) term, dE/dg = x
+          - (1/beta) sum_{h, q} log sum_{k != q} exp(beta <Wq_h g_q, Wk_h g_k>)
+                                                             attention: no token attends to itself
+          - 1/2 sum_{l, m} relu(<Xi_m, g_l>)^2               Hopfield memories
+          - sum_l <b_l, g_l>                                 input field
+
+    The descent is x <- x - alpha v with v = dE/dg = x - b + d(E_att + E_hn)/dg. With J = dg/dx >= 0
+    it follows that dE/dt = -v^T J v <= 0.
     """
 
     def __init__(
@@ -120,90 +138,123 @@ class EnergyTransformer(nn.Module):
         memories: int = 256,
     ) -> None:
         super().__init__()
-        self.emb = nn.Parameter(torch.randn(vocab, d) * 0.5)
-        self.pos = nn.Parameter(torch.randn(seq_len, d) * 0.1)
-        self.wq, self.wk = (nn.Parameter(torch.randn(heads, d_head, d) * 0.04) for _ in range(2))
-        self.xi = nn.Parameter(torch.randn(d, memories) * 0.04)
-        self.gamma, self.delta = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(d))
-        self.bias, self.readout = (
-            nn.Parameter(torch.zeros(vocab)),
-            nn.Parameter(torch.tensor(d**-0.5)),
-        )
-        self.beta, self.eps, self.field_scale = d_head**-0.5, 1e-5, 8.0
+        self.emb = nn.Parameter(torch.randn(vocab, d) * 0.5)  # [V, D]
+        self.pos = nn.Parameter(torch.randn(seq_len, d) * 0.1)  # [L, D]
+        self.wq = nn.Parameter(torch.randn(heads, d_head, d) * 0.04)  # [H, Z, D]
+        self.wk = nn.Parameter(torch.randn(heads, d_head, d) * 0.04)  # [H, Z, D]
+        self.xi = nn.Parameter(torch.randn(d, memories) * 0.04)  # [D, M]
+        self.gamma = nn.Parameter(torch.ones(()))  # one number, so that g is a gradient
+        self.delta = nn.Parameter(torch.zeros(d))  # [D]
+        self.bias = nn.Parameter(torch.zeros(vocab))  # [V]
+        self.readout = nn.Parameter(torch.tensor(d**-0.5))
+        self.beta = d_head**-0.5
+        self.eps = 1e-5
+        self.field_scale = 8.0  # the field must outweigh the synapses, else all inputs end alike
 
     def field(self, ids: Tensor) -> Tensor:
         """Token ids [S, L] -> input field b [S, L, D], which is also the start of the descent."""
         return self.field_scale * (F.embedding(ids, self.emb) + self.pos[: ids.shape[1]])
 
     def activation(self, x: Tensor) -> Tensor:
-        """g = gamma (x - mean) / sqrt(var + eps) + delta, per token; gamma is one number, so that g is a gradient."""
-        c = x - x.mean(-1, keepdim=True)
-        return self.gamma * c * (c.square().mean(-1, keepdim=True) + self.eps).rsqrt() + self.delta
+        """g = gamma (x - mean) / sqrt(var + eps) + delta of every token, [S, L, D]."""
+        centred = x - x.mean(-1, keepdim=True)
+        variance = centred.square().mean(-1, keepdim=True)  # [S, L, 1]
+        return self.gamma * centred * (variance + self.eps).rsqrt() + self.delta
 
     def lagrangian(self, x: Tensor) -> Tensor:
         """L(x) [S, L], the potential whose gradient is the activation."""
-        c = x - x.mean(-1, keepdim=True)
-        return x.shape[-1] * self.gamma * (c.square().mean(-1) + self.eps).sqrt() + x @ self.delta
+        centred = x - x.mean(-1, keepdim=True)
+        deviation = (centred.square().mean(-1) + self.eps).sqrt()  # [S, L]
+        return x.shape[-1] * self.gamma * deviation + x @ self.delta
 
-    def keys(self, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """g [S, L, D] -> queries, keys [S, H, L, Z] and the masked scores beta Q K^T [S, H, L, L]."""
-        q, k = (torch.einsum("sld,hzd->shlz", g, w) for w in (self.wq, self.wk))
-        diagonal = torch.eye(g.shape[1], dtype=torch.bool, device=g.device)
-        return q, k, (self.beta * q @ k.mT).masked_fill(diagonal, -torch.inf)
+    def queries_and_keys(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Wq g and Wk g of every head, each [S, H, L, Z]."""
+        queries = torch.einsum("sld,hzd->shlz", g, self.wq)  # [S, H, L, Z]
+        keys = torch.einsum("sld,hzd->shlz", g, self.wk)  # [S, H, L, Z]
+        return queries, keys
+
+    def attention_scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """beta Q K^T [S, H, L, L], -inf where a token would attend to itself."""
+        length = queries.shape[2]
+        diagonal = torch.eye(length, dtype=torch.bool, device=queries.device)
+        return (self.beta * queries @ keys.mT).masked_fill(diagonal, -torch.inf)
 
     def energy_terms(self, x: Tensor, b: Tensor) -> dict[str, Tensor]:
-        """Each term's share of every token, [S, L]; attention counts for its query. Shares are for plots, derivatives are of the sum."""
+        """Each term's share of every token, [S, L]; attention counts for its query.
+
+        The shares are for plots. Derivatives are of the sum.
+        """
         g = self.activation(x)
-        return {
-            "neuron": (x * g).sum(-1) - self.lagrangian(x),
-            "attention": -self.keys(g)[2].logsumexp(-1).sum(1) / self.beta,
-            "hopfield": -0.5 * (g @ self.xi).relu().square().sum(-1),
-            "field": -(b * g).sum(-1),
-        }
+        neuron = (x * g).sum(-1) - self.lagrangian(x)
+        queries, keys = self.queries_and_keys(g)  # [S, H, L, Z] each
+        scores = self.attention_scores(queries, keys)  # [S, H, L, L]
+        attention = -scores.logsumexp(-1).sum(1) / self.beta  # [S, L], keys, then heads summed
+        hopfield = -0.5 * (g @ self.xi).relu().square().sum(-1)  # [S, L], memories summed
+        field = -(b * g).sum(-1)
+        return {"neuron": neuron, "attention": attention, "hopfield": hopfield, "field": field}
 
     def energy(self, x: Tensor, b: Tensor) -> Tensor:
         """Total energy of each sequence, [S]."""
         return torch.stack(list(self.energy_terms(x, b).values())).sum((0, 2))
 
+    def token_energy(self, x: Tensor, b: Tensor) -> Tensor:
+        """All terms' share of every token, [S, L]."""
+        return torch.stack(list(self.energy_terms(x, b).values())).sum(0)
+
+    def autograd_x(self, x: Tensor, b: Tensor) -> Tensor:
+        """dE/dx [S, L, D] by differentiating the energy itself: the plain twin of grad_x."""
+        with torch.enable_grad():
+            state = x.detach().clone().requires_grad_()
+            return torch.autograd.grad(self.energy(state, b).sum(), state)[0]
+
     def grad_g(self, x: Tensor, b: Tensor) -> Tensor:
-        """v = dE/dg [S, L, D] in closed form: a token acts as query and, unlike in ordinary attention, as key."""
+        """v = dE/dg [S, L, D] in closed form: a token acts as query and, unlike in ordinary
+        attention, as key."""
         g = self.activation(x)
-        q, k, score = self.keys(g)
-        p = score.softmax(-1)
-        attention = torch.einsum("shlz,hzd->sld", p @ k, self.wq) + torch.einsum(
-            "shlz,hzd->sld", p.mT @ q, self.wk
-        )
+        queries, keys = self.queries_and_keys(g)  # [S, H, L, Z] each
+        weights = self.attention_scores(queries, keys).softmax(-1)  # [S, H, L, L]
+        as_query = torch.einsum("shlz,hzd->sld", weights @ keys, self.wq)  # [S, L, D]
+        as_key = torch.einsum("shlz,hzd->sld", weights.mT @ queries, self.wk)  # [S, L, D]
+        attention = as_query + as_key
         return x - b - attention - (g @ self.xi).relu() @ self.xi.T
 
     def grad_x(self, x: Tensor, b: Tensor) -> Tensor:
-        """dE/dx = J v [S, L, D] with J = (gamma / sigma)(I - 11^T/D - c c^T/D), c = (x - mean) / sigma."""
-        c = x - x.mean(-1, keepdim=True)
-        sigma = (c.square().mean(-1, keepdim=True) + self.eps).sqrt()
-        c, v = c / sigma, self.grad_g(x, b)
-        return (
-            self.gamma / sigma * (v - v.mean(-1, keepdim=True) - c * (c * v).mean(-1, keepdim=True))
-        )
+        """dE/dx = J v [S, L, D] in closed form.
+
+        J = (gamma / sigma)(I - 11^T/D - c c^T/D) with c = (x - mean) / sigma.
+        """
+        centred = x - x.mean(-1, keepdim=True)
+        sigma = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()  # [S, L, 1]
+        c = centred / sigma  # [S, L, D]
+        v = self.grad_g(x, b)  # [S, L, D]
+        along_ones = v.mean(-1, keepdim=True)  # [S, L, 1]
+        along_c = c * (c * v).mean(-1, keepdim=True)
+        return self.gamma / sigma * (v - along_ones - along_c)
 
     def logits(self, x: Tensor) -> Tensor:
         """State [..., D] -> scores of the tokens [..., V]."""
-        return self.activation(x) @ self.emb.T * self.readout + self.bias
-
-
-def mask_tokens(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Hides 20 % of the tokens [S, L] -> masked ids, and which of them are to be predicted (not the unknown ones)."""
-    hidden = torch.rand(ids.shape, generator=generator) < 0.2
-    return ids.masked_fill(hidden, MASK), hidden & (ids != UNK)
+        return self.activation(x) @ self.emb.T * self.readout + self.bias  # tied to the embedding
 
 
 def descend(
     et: EnergyTransformer, ids: Tensor, steps: int, alpha: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """The field of the tokens [S, L] and the states x_0 = b, x_1 .. x_steps of the descent, each [S, L, D]."""
+    """The field of the tokens [S, L], and the states x_0 = b, x_1 .. x_steps of the descent.
+
+    The field and each state are [S, L, D].
+    """
     b = et.field(ids)
     xs = [b]
     for _ in range(steps):
         xs.append(xs[-1] - alpha * et.grad_g(xs[-1], b))
     return b, xs
+
+
+def mask_tokens(ids: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Hides 20 % of the tokens [S, L] -> masked ids, and which of them are to be predicted (not the
+    unknown ones)."""
+    hidden = torch.rand(ids.shape, generator=generator) < 0.2  # [S, L]
+    return ids.masked_fill(hidden, MASK), hidden & (ids != UNK)
 
 
 def train_denoiser(
@@ -214,30 +265,36 @@ def train_denoiser(
     seed: int,
     name: str,
 ) -> None:
-    """AdamW on the masked-token cross-entropy; predict(ids [S, L]) -> logits [S, L, V]. Warm-up 30 steps, then linear to 5 %."""
+    """AdamW on the masked-token cross-entropy; predict(ids [S, L]) -> logits [S, L, V].
+
+    The learning rate warms up over 30 steps, then falls linearly to 5 % of its peak.
+    """
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    peaks, generator = (
-        [g["lr"] for g in optimizer.param_groups],
-        torch.Generator().manual_seed(seed),
-    )
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    parameters = []
+    for group in groups:
+        parameters += group["params"]
+    generator = torch.Generator().manual_seed(seed)
     for step in tqdm(range(steps), desc=name, unit="step", disable=None):
-        for g, peak in zip(optimizer.param_groups, peaks, strict=True):
-            g["lr"] = peak * min(1, (step + 1) / 30) * max(0.05, 1 - step / steps)
-        ids = train[torch.randint(len(train), (32,), generator=generator)]
+        # Every group keeps its own peak.
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * min(1, (step + 1) / 30) * max(0.05, 1 - step / steps)
+        # 32 windows, drawn with replacement; a fifth of their tokens is hidden.
+        ids = train[torch.randint(len(train), (32,), generator=generator)]  # [32, L]
         seen, asked = mask_tokens(ids, generator)
-        loss = F.cross_entropy(predict(seen)[asked], ids[asked])
+        loss = F.cross_entropy(predict(seen)[asked], ids[asked])  # nats a hidden token
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
     if not math.isfinite(loss.item()):
-        raise HandoffError(
-            f"{name}: the loss is {loss.item()} after {steps} steps; use a smaller --step_size"
-        )
+        advice = "use a smaller --step_size"
+        raise HandoffError(f"{name}: the loss is {loss.item()} after {steps} steps; {advice}")
 
 
 def untrained(corpus: Corpus, seed: int) -> EnergyTransformer:
-    """The Energy Transformer as it starts. The mask token has no field, so that its context decides."""
+    """The Energy Transformer as it starts. The mask token has no field, so that its context
+    decides."""
     torch.manual_seed(seed)
     et = EnergyTransformer(len(corpus.vocab), corpus.train.shape[1])
     et.emb.data[MASK] = 0
@@ -247,56 +304,60 @@ def untrained(corpus: Corpus, seed: int) -> EnergyTransformer:
 def train_energy_transformer(
     corpus: Corpus, steps: int, alpha: float, seed: int
 ) -> EnergyTransformer:
-    """Plain first-order training through 3 to 6 descent steps: the energy's gradient is closed form, so no double backward.
-
-    The synaptic energies are of second degree in the weights: at the others' learning rate Adam inflates them until every
-    input shares one attractor. They get a fifth of it and more decay.
-    """
+    """Plain first-order training through 3 to 6 descent steps: the energy's gradient is closed
+    form, so there is no double backward."""
     et = untrained(corpus, seed)
-    synapses = [et.wq, et.wk, et.xi]
-    rest = [p for p in et.parameters() if all(p is not q for q in synapses)]
     rng = np.random.default_rng(seed)
 
     def predict(ids: Tensor) -> Tensor:
-        return et.logits(descend(et, ids, int(rng.integers(3, 7)), alpha)[1][-1])
+        # A random depth: the states must be good wherever the descent is read.
+        _, xs = descend(et, ids, int(rng.integers(3, 7)), alpha)
+        return et.logits(xs[-1])
 
+    # The synaptic energies are of second degree in the weights: at the others' learning rate Adam
+    # inflates them until every input shares one attractor. They get a fifth of it and more decay.
+    synapses: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in et.named_parameters():
+        group = synapses if name in ("wq", "wk", "xi") else others
+        group.append(parameter)
     groups = [
-        dict(params=rest, lr=5e-3, weight_decay=0.1),
-        dict(params=synapses, lr=1e-3, weight_decay=1.0),
+        {"params": others, "lr": 5e-3, "weight_decay": 0.1},
+        {"params": synapses, "lr": 1e-3, "weight_decay": 1.0},
     ]
     train_denoiser(predict, groups, corpus.train, steps, seed, "Energy Transformer")
     if et.gamma <= 0:
-        raise HandoffError(
-            f"training made gamma {et.gamma.item():.3f}: the activation is no longer monotone; use a smaller --step_size"
-        )
+        found = f"training made gamma {et.gamma.item():.3f}"
+        advice = "use a smaller --step_size"
+        raise HandoffError(f"{found}: the activation is no longer monotone; {advice}")
     return et.requires_grad_(False)
 
 
 def train_transformer(corpus: Corpus, steps: int, seed: int) -> Callable[[Tensor], Tensor]:
     """An ordinary two-layer transformer of the same width, on the same batches, for comparison."""
     torch.manual_seed(seed)
-    d, vocab, length = 128, len(corpus.vocab), corpus.train.shape[1]
+    d = 128  # the width of the Energy Transformer
     layer = nn.TransformerEncoderLayer(d, 4, 2 * d, dropout=0.0, batch_first=True, norm_first=True)
-    net = nn.ModuleDict(
-        dict(
-            emb=nn.Embedding(vocab, d),
-            pos=nn.Embedding(length, d),
-            enc=nn.TransformerEncoder(layer, 2, nn.LayerNorm(d), False),
-        )
-    )
+    emb = nn.Embedding(len(corpus.vocab), d)
+    pos = nn.Embedding(corpus.train.shape[1], d)
+    encoder = nn.TransformerEncoder(layer, 2, nn.LayerNorm(d), False)
 
     def predict(ids: Tensor) -> Tensor:
-        return net["enc"](net["emb"](ids) + net["pos"].weight) @ net["emb"].weight.T / d**0.5  # type: ignore[operator]
+        hidden = encoder(emb(ids) + pos.weight)  # [S, L, D]
+        return hidden @ emb.weight.T / d**0.5  # [S, L, V]
 
-    train_denoiser(
-        predict,
-        [dict(params=list(net.parameters()), lr=2e-3, weight_decay=0.02)],
-        corpus.train,
-        steps,
-        seed,
-        "transformer",
-    )
+    parameters = [*emb.parameters(), *pos.parameters(), *encoder.parameters()]
+    groups = [{"params": parameters, "lr": 2e-3, "weight_decay": 0.02}]
+    train_denoiser(predict, groups, corpus.train, steps, seed, "transformer")
     return predict
+
+
+def unigram_logits(corpus: Corpus) -> Tensor:
+    """Log frequency of every token in the training windows, [V]."""
+    counts = torch.bincount(corpus.train.flatten(), minlength=len(corpus.vocab)) + 1.0
+    # Never asked for: without their mass the baseline is as strong as it can be.
+    counts[[UNK, MASK]] = 1e-3
+    return (counts / counts.sum()).log()
 
 
 @torch.no_grad()
@@ -307,386 +368,607 @@ def compare_models(
     alpha: float,
     seed: int,
 ) -> pd.DataFrame:
-    """Held-out masked cross-entropy (nats) and accuracy; for the ET also signs of collapse: decoded tokens, unmasked ones kept."""
-    ids = corpus.test[::3]
+    """Held-out masked cross-entropy (nats) and accuracy, a row a model.
+
+    For the Energy Transformer also the signs of collapse: distinct decoded tokens, and the share of
+    the unmasked tokens that are decoded as themselves.
+    """
+    ids = corpus.test[::3]  # [S', L]
     seen, asked = mask_tokens(ids, torch.Generator().manual_seed(seed))
-    counts = torch.bincount(corpus.train.flatten(), minlength=len(corpus.vocab)) + 1.0
-    counts[[UNK, MASK]] = (
-        1e-3  # never asked for; without their mass the baseline is as strong as it can be
-    )
+    unmasked = ~asked & (seen != MASK)  # [S', L]
+    _, xs = descend(et, seen, 100, alpha)
+    logits = {"unigram": unigram_logits(corpus).expand(*seen.shape, -1)}  # [S', L, V] each
+    for steps in (4, 20, 100):
+        logits[f"Energy Transformer, {steps} steps"] = et.logits(xs[steps])
+    logits["ordinary transformer, 2 layers"] = transformer(seen)
     rows = []
-
-    def row(name: str, logits: Tensor) -> None:
-        best, kept = logits.argmax(-1), ~asked & (seen != MASK)
-        scores = dict(
-            masked_nats=F.cross_entropy(logits[asked], ids[asked]).item(),
-            accuracy=(best == ids)[asked].float().mean().item(),
-        )
+    for model, scores in logits.items():
+        decoded = scores.argmax(-1)  # [S', L]
         rows.append(
-            dict(
-                model=name,
-                **scores,
-                n_masked=int(asked.sum()),
-                distinct_decoded=len(best.unique()),
-                unmasked_kept=(best == seen)[kept].float().mean().item(),
-            )
+            {
+                "model": model,
+                "masked_nats": F.cross_entropy(scores[asked], ids[asked]).item(),
+                "accuracy": (decoded == ids)[asked].float().mean().item(),
+                "n_masked": int(asked.sum()),
+                "distinct_decoded": len(decoded.unique()),
+                "unmasked_kept": (decoded == seen)[unmasked].float().mean().item(),
+            }
         )
-
-    row("unigram", (counts / counts.sum()).log().expand(*seen.shape, -1))
-    xs = descend(et, seen, 100, alpha)[1]
-    for t in (4, 20, 100):
-        row(f"Energy Transformer, {t} steps", et.logits(xs[t]))
-    row("ordinary transformer, 2 layers", transformer(seen))
     return pd.DataFrame(rows)
+
+
+def check_invariants(et: EnergyTransformer, ids: Tensor, alpha: float) -> dict[str, float]:
+    """What must hold in float64: the largest errors of the closed forms against autograd, and dE of
+    a small step beside -step v^T J v."""
+    b = et.field(ids)
+    x = b - alpha * et.grad_g(b, b)  # [S, L, D]
+    auto = et.autograd_x(x, b)
+    state = x.clone().requires_grad_()
+    gradient_of_lagrangian = torch.autograd.grad(et.lagrangian(state).sum(), state)[0]
+    v = et.grad_g(x, b)
+    jv = et.grad_x(x, b)
+    step = 1e-4  # small enough for first order, large enough for float64
+    change = (et.energy(x - step * v, b) - et.energy(x, b)).sum()
+    return {
+        "grad_x_error": (jv - auto).abs().max().item(),
+        "grad_scale": auto.abs().max().item(),
+        "activation_error": (et.activation(x) - gradient_of_lagrangian).abs().max().item(),
+        "energy_change": change.item(),
+        "predicted_change": (-step * (v * jv).sum()).item(),
+    }
 
 
 @torch.no_grad()
 def largest_step(et: EnergyTransformer, ids: Tensor) -> tuple[float, pd.DataFrame]:
-    """The largest alpha of a grid at which no energy rises in 60 steps (float64), and the share of rising steps for each."""
+    """The largest alpha of a grid at which no energy rises in 60 steps (float64), NaN if there is
+    none; and the share of rising steps for each."""
     rows = []
     for alpha in (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0):
         b, xs = descend(et, ids, 60, alpha)
-        e = torch.stack([et.energy(x, b) for x in xs])
-        rows.append(
-            dict(
-                alpha=alpha, rising=(~(e.diff(dim=0) <= 1e-9 * e[:-1].abs())).double().mean().item()
-            )
-        )
+        # Rising beyond rounding, 1e-9 of the energy, counts.
+        energies = torch.stack([et.energy(x, b) for x in xs])  # [61, S]
+        falling = energies.diff(dim=0) <= 1e-9 * energies[:-1].abs()
+        rising = (~falling).double().mean().item()  # so a step to NaN counts as rising
+        rows.append({"alpha": alpha, "rising": rising})
     table = pd.DataFrame(rows)
-    good = table.alpha[(table.rising > 0).cumsum() == 0]
-    return float(good.max()) if len(good) else math.nan, table
+    none_so_far = (table.rising > 0).cumsum() == 0
+    stable = table.alpha[none_so_far]
+    return float(stable.max()) if len(stable) else math.nan, table
 
 
-@torch.no_grad()
-def relax(
-    et: EnergyTransformer,
-    x: Tensor,
-    b: Tensor,
-    alpha: float,
-    tol: float = 1e-3,
-    max_steps: int = 1500,
-    hold: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Descends each sequence until no token moves faster than `tol` (|v|, or its analogue under `hold`).
-
-    hold(x, i) is applied to the states of sequences i after every step: a persistent clamp. Returns x* [S, L, D], residual [S].
-    """
-    x, residual = x.clone(), torch.full((len(x),), math.inf, dtype=x.dtype)
-    i = torch.arange(len(x))
-    for _ in range(max_steps):
-        new = x[i] - alpha * et.grad_g(x[i], b[i])
-        new = hold(new, i) if hold else new
-        residual[i] = (new - x[i]).norm(dim=-1).amax(1) / alpha
-        x[i] = new
-        i = i[residual[i] > tol]
-        if not len(i):
-            break
-    return x, residual
+def descent_table(
+    et: EnergyTransformer, ids: Tensor, alpha: float, steps: int = 60
+) -> pd.DataFrame:
+    """Energy per token and its terms along the descent: a row a (step, term), mean and 5-95 % range
+    over sequences."""
+    b, xs = descend(et, ids, steps, alpha)
+    rows = []
+    for step, x in enumerate(xs):
+        # Means over tokens, so that sequences can be compared.
+        terms = {term: share.mean(1) for term, share in et.energy_terms(x, b).items()}  # [S] each
+        total = torch.stack(list(terms.values())).sum(0)
+        for term, energies in {"total": total, **terms}.items():
+            rows.append(
+                {
+                    "step": step,
+                    "term": term,
+                    "mean": energies.mean().item(),
+                    "q05": energies.quantile(0.05).item(),
+                    "q95": energies.quantile(0.95).item(),
+                    "n_seq": len(energies),
+                }
+            )
+    return pd.DataFrame(rows)
 
 
+# ---- the sparse autoencoder ----
 @dataclass
 class SAE:
-    """f = relu((x - mean) @ w_enc + b_enc) [.., K], reconstruction b_dec + f @ w_dec. In raw state units, unit-norm w_dec rows."""
+    """f = relu((x - b_dec) @ w_enc + b_enc) [.., K], reconstruction b_dec + f @ w_dec, in raw state
+    units."""
 
     w_enc: Tensor  # [D, K]
     b_enc: Tensor  # [K]
-    w_dec: Tensor  # [K, D]
+    w_dec: Tensor  # [K, D] the directions d_k, unit norm
     b_dec: Tensor  # [D]
-    limit: float = math.inf  # a state further than this from b_dec is outside the dictionary ("massive activations"): f = 0
+    # A state further than this from b_dec is outside the dictionary ("massive activations"): f = 0.
+    limit: float = math.inf
 
     def encode(self, x: Tensor, features: Tensor | slice = slice(None)) -> Tensor:
         """States [..., D] -> activations [..., K] of the chosen features, in state units."""
-        f = ((x - self.b_dec) @ self.w_enc[:, features] + self.b_enc[features]).relu()
-        return f if math.isinf(self.limit) else f * self.covers(x)[..., None]
+        f = ((x - self.b_dec) @ self.w_enc[:, features] + self.b_enc[features]).relu()  # [..., K]
+        if math.isinf(self.limit):
+            return f
+        return f * self.covers(x)[..., None]
 
     def covers(self, x: Tensor) -> Tensor:
         """Which states [..., D] the dictionary applies to, [...] bool."""
         return (x - self.b_dec).norm(dim=-1) <= self.limit
 
     def score(self, x: Tensor) -> dict[str, float]:
-        """x [N, D] -> fraction of variance unexplained, active latents a token, share of latents never active, share of tokens outside."""
-        inside = self.covers(x)
-        x, outside = x[inside], 1 - inside.float().mean().item()
-        f = self.encode(x)
-        error, spread = (
-            (x - self.b_dec - f @ self.w_dec).square().sum(),
-            (x - x.mean(0)).square().sum(),
-        )
-        alive = dict(
-            l0=(f > 0).sum(-1).float().mean().item(),
-            dead=(f <= 0).all(0).float().mean().item(),
-            outside=outside,
-        )
-        return dict(fvu=(error / spread).item()) | alive
+        """x [N, D] -> fraction of variance unexplained, active latents a token, share of latents
+        never active, share of tokens outside."""
+        inside = self.covers(x)  # [N]
+        covered = x[inside]
+        f = self.encode(covered)  # [N', K]
+        error = (covered - self.b_dec - f @ self.w_dec).square().sum()
+        spread = (covered - covered.mean(0)).square().sum()
+        return {
+            "fvu": (error / spread).item(),
+            "l0": (f > 0).sum(-1).float().mean().item(),
+            "dead": (f <= 0).all(0).float().mean().item(),
+            "outside": 1 - inside.float().mean().item(),
+        }
 
 
 def train_sae(
     x: Tensor, n_latents: int, l1: float, iterations: int, optimiser: str, seed: int
 ) -> SAE:
-    """ReLU + L1 autoencoder of x [N, D] on one fixed batch: sum-of-squares error + l1 * sum_k f_k |d_k|, per token, whitened scale.
+    """ReLU + L1 autoencoder of the states x [N, D]; `optimiser` is one of OPTIMISERS.
 
-    L-BFGS with strong Wolfe needs a deterministic, smooth objective: hence a fixed batch, a penalty that carries |d_k| instead
-    of renormalising between iterations (which would invalidate the curvature pairs), and a short history for memory.
+    Raises HandoffError for states that are not finite and for a dictionary smaller than the state.
     """
+    d = x.shape[1]
     if not x.isfinite().all():
         raise HandoffError("the states hold NaN or infinity: the model's weights are damaged")
-    if n_latents < x.shape[1]:
-        raise HandoffError(
-            f"a dictionary of {n_latents} latents is smaller than the state ({x.shape[1]} dimensions); use a larger --sae_dict_size"
-        )
+    if n_latents < d:
+        found = f"a dictionary of {n_latents} latents is smaller than the state ({d} dimensions)"
+        raise HandoffError(f"{found}; use a larger --sae_dict_size")
     generator = torch.Generator().manual_seed(seed)
-    distance = (x - x.median(0).values).norm(dim=-1)
-    x = x[
-        distance <= 5 * distance.median()
-    ]  # a few massive tokens would otherwise set the scale and be all of the loss
+
+    # A few massive tokens would otherwise set the scale and be all of the loss.
+    distance = (x - x.median(0).values).norm(dim=-1)  # [N]
+    x = x[distance <= 5 * distance.median()]  # [N', D]
     mean = x.mean(0)
     scale = (x - mean).square().mean().sqrt().clamp_min(1e-12)
-    z = (x - mean) / scale
-    atoms = z[torch.randint(len(z), (n_latents,), generator=generator)] + 0.1 * torch.randn(
-        n_latents, x.shape[1], generator=generator
-    )
-    w_dec = F.normalize(atoms, dim=-1).requires_grad_()
-    w_enc, b_enc, b_dec = (
-        w_dec.detach().T.contiguous().clone().requires_grad_(),
-        torch.zeros(n_latents, requires_grad=True),
-        torch.zeros(x.shape[1], requires_grad=True),
-    )
-    params = [w_enc, b_enc, w_dec, b_dec]
+    z = (x - mean) / scale  # [N', D] whitened: variance 1 on average over the dimensions
 
-    def loss(batch: Tensor) -> Tensor:
-        f = ((batch - b_dec) @ w_enc + b_enc).relu()
-        return (
-            (batch - b_dec - f @ w_dec).square().sum() + l1 * (f * w_dec.norm(dim=-1)).sum()
-        ) / len(batch)
+    # The dictionary starts at random tokens, the encoder as its transpose.
+    tokens = z[torch.randint(len(z), (n_latents,), generator=generator)]  # [K, D]
+    atoms = tokens + 0.1 * torch.randn(n_latents, d, generator=generator)
+    w_dec = F.normalize(atoms, dim=-1).requires_grad_()  # [K, D]
+    w_enc = w_dec.detach().T.contiguous().clone().requires_grad_()  # [D, K]
+    b_enc = torch.zeros(n_latents, requires_grad=True)  # [K]
+    b_dec = torch.zeros(d, requires_grad=True)  # [D]
+    sae = SAE(w_enc, b_enc, w_dec, b_dec)
+    OPTIMISERS[optimiser](sae, z, l1, iterations, generator)
 
-    if optimiser == "lbfgs":
-        opt: torch.optim.Optimizer = torch.optim.LBFGS(
-            params,
-            max_iter=iterations,
-            max_eval=2 * iterations,
-            history_size=10,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure() -> Tensor:
-            opt.zero_grad()
-            value = loss(z)
-            value.backward()
-            return value
-
-        opt.step(closure)
-    else:
-        opt = torch.optim.Adam(params, lr=2e-3, fused=True)
-        for _ in range(20 * iterations):
-            opt.zero_grad()
-            loss(z[torch.randint(len(z), (min(512, len(z)),), generator=generator)]).backward()
-            opt.step()
-    norm = (
-        w_dec.detach().norm(dim=-1).clamp_min(1e-12)
-    )  # fold the scale and the norms in, once, at the end
-    centre = mean + scale * b_dec.detach()
-    limit = 5 * (x - centre).norm(dim=-1).median().item()
+    # Fold the scale and the norms in, once, at the end: back to raw state units.
+    norm = w_dec.detach().norm(dim=-1).clamp_min(1e-12)  # [K]
+    centre = mean + scale * b_dec.detach()  # [D]
     return SAE(
-        w_enc.detach() * norm,
-        b_enc.detach() * norm * scale,
-        w_dec.detach() / norm[:, None],
-        centre,
-        limit,
+        w_enc=w_enc.detach() * norm,
+        b_enc=b_enc.detach() * norm * scale,
+        w_dec=w_dec.detach() / norm[:, None],
+        b_dec=centre,
+        limit=5 * (x - centre).norm(dim=-1).median().item(),
     )
 
 
+def sae_loss(sae: SAE, batch: Tensor, l1: float) -> Tensor:
+    """Sum-of-squares error + l1 * sum_k f_k |d_k|, mean over the tokens of batch [n, D].
+
+    The penalty carries |d_k|, so that the directions need no renormalising while they are fitted:
+    that would invalidate the curvature pairs of L-BFGS.
+    """
+    f = ((batch - sae.b_dec) @ sae.w_enc + sae.b_enc).relu()  # [n, K]
+    error = (batch - sae.b_dec - f @ sae.w_dec).square().sum()
+    penalty = (f * sae.w_dec.norm(dim=-1)).sum()
+    return (error + l1 * penalty) / len(batch)
+
+
+def fit_lbfgs(sae: SAE, z: Tensor, l1: float, iterations: int, _generator: torch.Generator) -> None:
+    """L-BFGS with strong Wolfe, in place. It needs a deterministic objective: all of z [N, D] is
+    one fixed batch. The short history is for memory."""
+    optimizer = torch.optim.LBFGS(
+        [sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec],
+        max_iter=iterations,
+        max_eval=2 * iterations,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = sae_loss(sae, z, l1)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def fit_adam(sae: SAE, z: Tensor, l1: float, iterations: int, generator: torch.Generator) -> None:
+    """Adam, in place: 20 steps an iteration, on 512 random tokens of z [N, D] each."""
+    parameters = [sae.w_enc, sae.b_enc, sae.w_dec, sae.b_dec]
+    optimizer = torch.optim.Adam(parameters, lr=2e-3, fused=True)
+    size = min(512, len(z))
+    for _ in range(20 * iterations):
+        optimizer.zero_grad()
+        batch = z[torch.randint(len(z), (size,), generator=generator)]  # [size, D]
+        sae_loss(sae, batch, l1).backward()
+        optimizer.step()
+
+
+OPTIMISERS = {"lbfgs": fit_lbfgs, "adam": fit_adam}
+
+
+def token_dictionary(train_x: Tensor, train_ids: Tensor, x: Tensor, ids: Tensor) -> float:
+    """FVU of the trivial dictionary, one atom a token id plus one a position: train_x [n, L, D] ->
+    its score on x [S, L, D]."""
+    mean = train_x.mean((0, 1))  # [D]
+    position = train_x.mean(0)  # [L, D] the atoms of the positions
+    rest = (train_x - position).flatten(0, 1)  # [n L, D]
+    flat_ids = train_ids.flatten()  # [n L]
+    n_ids = int(max(flat_ids.max(), ids.max())) + 1
+    total = torch.zeros(n_ids, x.shape[-1]).index_add_(0, flat_ids, rest)  # [V, D]
+    count = torch.bincount(flat_ids, minlength=n_ids).clamp_min(1)[:, None]  # [V, 1]
+    # The atom of a token is the mean of what its position leaves.
+    error = x - position - (total / count)[ids]  # [S, L, D]
+    return (error.square().sum() / (x - mean).square().sum()).item()
+
+
+def dictionary_learning(train: Tensor, test: Tensor, l0: float, seed: int) -> dict[str, float]:
+    """MiniBatchDictionaryLearning (256 atoms, OMP with the SAE's L0 rounded) of train [N, D]: its
+    FVU on `test`."""
+    n_active = max(1, round(l0))
+    mean = train.mean(0)
+    scale = train.std()
+    model = import_module("sklearn.decomposition").MiniBatchDictionaryLearning(
+        256,
+        alpha=2,
+        batch_size=256,
+        max_iter=2,
+        transform_algorithm="omp",
+        transform_n_nonzero_coefs=n_active,
+        random_state=seed,
+    )
+    with warnings.catch_warnings(action="ignore"):
+        model.fit(((train - mean) / scale).numpy())
+        code = model.transform(((test - mean) / scale).numpy())  # [N', 256]
+    error = test - mean - torch.from_numpy(code @ model.components_).float() * scale
+    fvu = (error.square().sum() / (test - mean).square().sum()).item()
+    return {"fvu": fvu, "l0": n_active}
+
+
+# ---- EFAS and its two nulls ----
 def feature_gradient(gx: Tensor, directions: Tensor) -> Tensor:
-    """A = -<dE/dx, d_k>: gx [S, L, D], directions [K, D] in state units -> [S, L, K], energy units per state unit."""
+    """A = -<dE/dx, d_k>: gx [S, L, D], directions [K, D] in state units -> [S, L, K], energy units
+    per state unit."""
     return -(gx @ directions.T)
 
 
 def finite_difference(
     energy: Callable[[Tensor], Tensor], x: Tensor, directions: Tensor, h: float = 1e-5
 ) -> Tensor:
-    """The same A by central differences along each direction, one token at a time: energy(x [n, L, D]) -> [n]. Use float64."""
-    out = torch.empty(*x.shape[:2], len(directions), dtype=x.dtype)
+    """The plain twin of feature_gradient: central differences along each direction, one token at a
+    time. energy(x [n, L, D]) -> [n]. Use float64."""
+    pull = torch.empty(*x.shape[:2], len(directions), dtype=x.dtype)  # [S, L, K]
     step = h * x.norm(dim=-1).mean()
-    for k, d in enumerate(directions.to(x.dtype)):
+    for k, direction in enumerate(directions.to(x.dtype)):
         for l in range(x.shape[1]):
-            move = torch.zeros_like(x[0])
-            move[l] = step * d
-            out[:, l, k] = -(energy(x + move) - energy(x - move)) / (2 * step)
-    return out
+            # Forward and back, for all sequences at once.
+            move = torch.zeros_like(x[0])  # [L, D]
+            move[l] = step * direction
+            pull[:, l, k] = -(energy(x + move) - energy(x - move)) / (2 * step)
+    return pull
 
 
-def sequence_sums(f: Tensor, a: Tensor) -> Tensor:
-    """Sufficient statistics of Pearson(f, A) for every sequence: n, f, A, f^2, A^2, fA summed over tokens, [6, S, K] float64."""
-    f, a = f.double(), a.double()
-    n = torch.full_like(f[:, 0], f.shape[1])
-    return torch.stack([n, f.sum(1), a.sum(1), (f * f).sum(1), (a * a).sum(1), (f * a).sum(1)])
+@dataclass
+class SequenceSums:
+    """What Pearson(f, A) needs of every sequence: sums over its tokens, each [S, K] float64."""
+
+    n: Tensor  # of ones: the number of tokens
+    f: Tensor  # of f
+    a: Tensor  # of A
+    ff: Tensor  # of f^2
+    aa: Tensor  # of A^2
+    fa: Tensor  # of f A
 
 
-def pearson(sums: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Pearson correlation from sequence_sums [6, S, K] under sequence weights [B, S] (default: one row of ones) -> [B, K]."""
-    weights = torch.ones(1, sums.shape[1], dtype=sums.dtype) if weights is None else weights
-    n, f, a, ff, aa, fa = (weights @ s for s in sums)
-    r = (n * fa - f * a) / ((n * ff - f * f).clamp_min(0) * (n * aa - a * a).clamp_min(0)).sqrt()
+def sequence_sums(f: Tensor, a: Tensor) -> SequenceSums:
+    """f, A [S, L, K] -> their sums over the tokens of every sequence."""
+    f = f.double()
+    a = a.double()
+    return SequenceSums(
+        n=torch.full_like(f[:, 0], f.shape[1]),
+        f=f.sum(1),
+        a=a.sum(1),
+        ff=(f * f).sum(1),
+        aa=(a * a).sum(1),
+        fa=(f * a).sum(1),
+    )
+
+
+def pearson(sums: SequenceSums, weights: Tensor | None = None) -> Tensor:
+    """Pearson(f, A) under sequence weights [B, S] (default: one row of ones) -> [B, K]; NaN where f
+    or A is constant."""
+    if weights is None:
+        weights = torch.ones(1, len(sums.n), dtype=sums.n.dtype)
+    n = weights @ sums.n  # [B, K]
+    f = weights @ sums.f
+    a = weights @ sums.a
+    covariance = n * (weights @ sums.fa) - f * a
+    variance_f = (n * (weights @ sums.ff) - f * f).clamp_min(0)
+    variance_a = (n * (weights @ sums.aa) - a * a).clamp_min(0)
+    r = covariance / (variance_f * variance_a).sqrt()
     return torch.where(r.isfinite(), r.clamp(-1, 1), torch.nan)
 
 
 def efas(f: Tensor, a: Tensor) -> dict[str, Tensor]:
-    """f >= 0 and A, both [S, L, K] -> per feature [K]: n_active (tokens), n_seq (sequences), eligible, efas, efas_on, attribution.
+    """f >= 0 and A, both [S, L, K] -> per feature [K]: n_active (tokens), n_seq (sequences),
+    eligible, efas, efas_on, attribution.
 
-    efas_on: over active tokens only. attribution: mean of f*A over active tokens, energy units; > 0: the feature's presence
-    lowers the energy to first order. Features that are dead, constant or active too rarely are not eligible; theirs are NaN.
+    efas_on: over active tokens only. attribution: mean of f*A over active tokens, energy units; > 0
+    says that the feature's presence lowers the energy to first order. Features that are dead,
+    constant or active too rarely are not eligible; theirs are NaN.
     """
-    on = f > 0
-    n_active, n_seq = on.sum((0, 1)), on.any(1).sum(0)
-    eligible = (
-        (n_active >= MIN_ACTIVE) & (n_seq >= MIN_SEQUENCES) & (n_active < f.shape[0] * f.shape[1])
-    )
+    active = f > 0
+    n_active = active.sum((0, 1))  # [K] tokens
+    n_seq = active.any(1).sum(0)  # [K] sequences
+    n_tokens = f.shape[0] * f.shape[1]
+    eligible = (n_active >= MIN_ACTIVE) & (n_seq >= MIN_SEQUENCES) & (n_active < n_tokens)
     sums = sequence_sums(f, a)
-    on_sums = sequence_sums(f, a * on)
-    on_sums[0] = on.sum(1)
-    values = dict(
-        efas=pearson(sums)[0], efas_on=pearson(on_sums)[0], attribution=sums[5].sum(0) / n_active
-    )
-    eligible &= values["efas"].isfinite()
-    return dict(n_active=n_active, n_seq=n_seq, eligible=eligible) | {
-        k: v.masked_fill(~eligible, torch.nan) for k, v in values.items()
+    active_sums = sequence_sums(f, a * active)
+    active_sums.n = active.sum(1).double()  # [S, K]; f and A are zero at the other tokens
+    values = {
+        "efas": pearson(sums)[0],
+        "efas_on": pearson(active_sums)[0],
+        "attribution": sums.fa.sum(0) / n_active,
     }
+    eligible &= values["efas"].isfinite()
+    found = {"n_active": n_active, "n_seq": n_seq, "eligible": eligible}
+    for name, value in values.items():
+        found[name] = value.masked_fill(~eligible, torch.nan)
+    return found
+
+
+# The first null, permuted sequences: is there an association beyond the structure of a sequence?
+def permutations(strata: Tensor, n: int, rng: np.random.Generator) -> Tensor:
+    """n permutations of the sequences within their strata [S], [n, S] int32."""
+    orders = np.tile(np.arange(len(strata), dtype=np.int32), (n, 1))  # [n, S] in order
+    for stratum in strata.unique():
+        members = (strata == stratum).nonzero()[:, 0].numpy()
+        orders[:, members] = rng.permuted(orders[:, members], axis=1)
+    return torch.from_numpy(orders)
 
 
 def rank_normal(a: Tensor) -> Tensor:
-    """Ranks of each feature's A over all tokens, mapped to normal scores: heavy tails would make the normal theory too liberal."""
-    flat = a.reshape(-1, a.shape[-1])
-    ranks = flat.argsort(0).argsort(0).double()
+    """Ranks of each feature's A over all tokens, mapped to normal scores [S, L, K]: heavy tails
+    would make the normal theory too liberal."""
+    flat = a.reshape(-1, a.shape[-1])  # [S L, K]
+    ranks = flat.argsort(0).argsort(0).double()  # 0 to S L - 1 in each column
     return torch.special.ndtri((ranks + 0.5) / len(flat)).reshape(a.shape).to(a.dtype)
 
 
-def seqperm_moments(f: Tensor, y: Tensor, strata: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """T = sum f*y and its exact mean and variance when whole sequences of y are permuted within strata; f, y [S, L, K] -> three [K].
-
-    mean = sum_l S fbar_l ybar_l;  var = <Fc^T Fc, Yc^T Yc>_F / (S - 1), Fc and Yc centred per position (Hoeffding 1951).
-    """
-    observed, mean, var = (
-        (f.double() * y.double()).sum((0, 1)),
-        torch.zeros(f.shape[-1]).double(),
-        torch.zeros(f.shape[-1]).double(),
-    )
-    for g in strata.unique():
-        fg, yg = f[strata == g], y[strata == g]
-        mean += len(fg) * (fg.mean(0).double() * yg.mean(0).double()).sum(0)
-        if len(fg) > 1:
-            fc, yc = (
-                (fg - fg.mean(0)).permute(2, 1, 0),
-                (yg - yg.mean(0)).permute(2, 1, 0),
-            )  # [K, L, S]
-            var += ((fc @ fc.mT) * (yc @ yc.mT)).sum((1, 2), dtype=torch.float64) / (len(fg) - 1)
-    return observed, mean, var
-
-
-def permutations(strata: Tensor, n: int, rng: np.random.Generator) -> Tensor:
-    """n permutations of the sequences within their strata, [n, S] int32."""
-    out = np.tile(np.arange(len(strata), dtype=np.int32), (n, 1))
-    for g in strata.unique():
-        i = (strata == g).nonzero()[:, 0].numpy()
-        out[:, i] = rng.permuted(out[:, i], axis=1)
-    return torch.from_numpy(out)
+def permuted_sums(f: Tensor, y: Tensor, perms: Tensor) -> Tensor:
+    """T = sum f*y with the sequences of y in each permuted order: f, y [S, L, K], perms [P, S] ->
+    [P, K]. The plain twin of seqperm_mc and of seqperm_moments."""
+    return torch.stack([(f * y[order.long()]).sum((0, 1)) for order in perms])
 
 
 def seqperm_mc(f: Tensor, y: Tensor, perms: Tensor, chunk: int = 32, block: int = 8) -> Tensor:
-    """T of every permutation: f, y [S, L, K], perms [P, S] -> [P, K].
+    """The sums T of permuted_sums, fast: f, y [S, L, K], perms [P, S] -> [P, K].
 
-    T_p = sum_s M[s, perm_p(s)] with M_k = F_k Y_k^T [S, S]: one small matrix product a feature, then sums of gathered rows. Eight
-    sequences and 32 features at a time keep the table in the cache: a fifth of the time of one big gather.
+    T_p = sum_s M[s, perm_p(s)] with M_k = F_k Y_k^T [S, S]: one small matrix product a feature,
+    then sums of gathered rows. Eight sequences and 32 features at a time keep the table in the
+    cache: a fifth of the time of one big gather.
     """
-    n, features = len(f), f.shape[-1]
-    out = torch.zeros(len(perms), features)
-    offset = torch.arange(n, dtype=torch.int32) % block * n
-    index = (perms + offset).contiguous()
-    for c in range(0, features, chunk):
-        fc, yc = (
-            f[..., c : c + chunk].permute(2, 0, 1).contiguous(),
-            y[..., c : c + chunk].permute(2, 1, 0).contiguous(),
-        )
-        table = (fc.float() @ yc.float()).permute(1, 2, 0).contiguous()  # [S, S, chunk]
-        for s in range(0, n, block):
-            out[:, c : c + chunk] += F.embedding_bag(
-                index[:, s : s + block].contiguous(), table[s : s + block].flatten(0, 1), mode="sum"
-            )
-    return out
-
-
-def mi_binned(f: Tensor, score: Tensor, bins: int = 8) -> tuple[Tensor, Tensor]:
-    """Mutual information (nats) of f in {0, low, high} and the octile of A, Miller-Madow corrected, and the entropy of f's bins.
-
-    f and A's normal scores [N, K] -> [K] each.
-    """
-    n = len(f)
-    split = torch.where(f > 0, f, torch.nan).nanmedian(0).values
-    fb, ab = (
-        (f > 0).long() + (f > split),
-        (torch.special.ndtr(score.double()) * bins).clamp(0, bins - 1).long(),
-    )
-    cell = fb * bins + ab + 3 * bins * torch.arange(f.shape[1])
-    joint = (
-        torch.bincount(cell.flatten(), minlength=3 * bins * f.shape[1])
-        .reshape(-1, 3, bins)
-        .permute(1, 2, 0)
-        .double()
-        / n
-    )
-
-    def entropy(p: Tensor) -> Tensor:
-        return -torch.special.xlogy(p, p).sum(0) + ((p > 0).sum(0) - 1) / (2 * n)
-
-    h_f = entropy(joint.sum(1))
-    return h_f + entropy(joint.sum(0)) - entropy(joint.flatten(0, 1)), h_f
-
-
-def direction_null(
-    x: Tensor, gx: Tensor, rates: Tensor, n: int, rng: np.random.Generator, n_bins: int = 8
-) -> tuple[Tensor, Tensor]:
-    """EFAS of n random directions u ~ N(0, cov x), f = relu(<u, x> - threshold), decoder u: [bins, n]; and each feature's bin [K].
-
-    x, gx [N, D]. The thresholds give the firing rates of the bins, which are quantiles of the features' `rates` [K].
-    """
-    edges = torch.quantile(rates.double(), torch.linspace(0, 1, n_bins + 1, dtype=torch.float64))
-    bins = torch.searchsorted(edges[1:-1].contiguous(), rates.double())
-    centre = torch.stack(
-        [
-            rates[bins == b].double().log().mean().exp() if (bins == b).any() else edges[b]
-            for b in range(n_bins)
-        ]
-    )
-    xc = x - x.mean(0)
-    u = F.normalize(
-        torch.from_numpy(rng.standard_normal((n, len(x)), dtype=np.float32)) @ xc, dim=-1
-    )  # a random mix of the data has their covariance
-    out = torch.empty(n_bins, n)
-    for c in range(0, n, 200):
-        p, a = xc @ u[c : c + 200].T, -(gx @ u[c : c + 200].T)
-        a = F.normalize(a - a.mean(0), dim=0)
-        ordered = p.sort(0, descending=True).values
-        for b, rate in enumerate(centre):
-            f = (p - ordered[min(len(p) - 1, max(1, round(rate.item() * len(p))))]).relu()
-            f = f - f.mean(0)
-            out[b, c : c + 200] = (f * a).sum(0) / f.norm(dim=0)
-    return out.nan_to_num(0.0), bins
-
-
-def fdr(p: np.ndarray, method: str = "bh") -> np.ndarray:
-    """Adjusted p-values of the finite entries; the others stay NaN (dead features are dropped from the family, not filled with 1)."""
-    q, ok = np.full(len(p), np.nan), np.isfinite(p)
-    if ok.any():
-        q[ok] = stats.false_discovery_control(p[ok], method=method)
-    return q
+    n_seq = len(f)
+    n_features = f.shape[-1]
+    sums = torch.zeros(len(perms), n_features)
+    # Row of the pair (s, perm_p(s)) in a table of `block` sequences, [P, S].
+    offset = torch.arange(n_seq, dtype=torch.int32) % block * n_seq
+    row = (perms + offset).contiguous()
+    # Features are independent of each other; sequences add up.
+    for first in range(0, n_features, chunk):
+        some = slice(first, first + chunk)
+        f_some = f[..., some].permute(2, 0, 1).contiguous().float()  # [chunk, S, L]
+        y_some = y[..., some].permute(2, 1, 0).contiguous().float()  # [chunk, L, S]
+        pairs = (f_some @ y_some).permute(1, 2, 0).contiguous()  # [S, S, chunk]
+        for s in range(0, n_seq, block):
+            rows = row[:, s : s + block].contiguous()  # [P, block]
+            table = pairs[s : s + block].flatten(0, 1)  # [block S, chunk]
+            sums[:, some] += F.embedding_bag(rows, table, mode="sum")
+    return sums
 
 
 @dataclass
-class Layer:
-    """EFAS of one layer (or descent step): a row a feature, what both nulls look like, and scalars."""
+class Moments:
+    """T = sum f*y of every feature, and its moments over all permutations of the sequences."""
 
-    features: pd.DataFrame
+    observed: Tensor  # [K] float64
+    mean: Tensor  # [K] float64, exact
+    var: Tensor  # [K] float64, exact
+
+    def z(self) -> Tensor:
+        """How far T lies from its mean, in standard deviations, [K]."""
+        return (self.observed - self.mean) / self.var.sqrt()
+
+
+def seqperm_moments(f: Tensor, y: Tensor, strata: Tensor) -> Moments:
+    """The moments of T when whole sequences of y are permuted within strata [S]; f, y [S, L, K].
+
+    mean = sum_l S fbar_l ybar_l and var = <Fc^T Fc, Yc^T Yc>_F / (S - 1), Fc and Yc centred per
+    position (Hoeffding 1951).
+    """
+    observed = (f.double() * y.double()).sum((0, 1))
+    mean = torch.zeros(f.shape[-1]).double()
+    var = torch.zeros(f.shape[-1]).double()
+    for stratum in strata.unique():
+        f_own = f[strata == stratum]  # [S', L, K]
+        y_own = y[strata == stratum]
+        n = len(f_own)
+        # Any sequence of y meets any of f equally often.
+        mean += n * (f_own.mean(0).double() * y_own.mean(0).double()).sum(0)
+        if n > 1:
+            f_centred = (f_own - f_own.mean(0)).permute(2, 1, 0)  # [K, L, S']
+            y_centred = (y_own - y_own.mean(0)).permute(2, 1, 0)  # [K, L, S']
+            f_gram = f_centred @ f_centred.mT  # [K, L, L]
+            y_gram = y_centred @ y_centred.mT  # [K, L, L]
+            var += (f_gram * y_gram).sum((1, 2), dtype=torch.float64) / (n - 1)
+    return Moments(observed, mean, var)
+
+
+# The second null, random directions: is this dictionary special?
+def direction_null(
+    x: Tensor, gx: Tensor, rates: Tensor, n: int, rng: np.random.Generator, n_bins: int = 8
+) -> tuple[Tensor, Tensor]:
+    """EFAS of n random directions u ~ N(0, cov x), f = relu(<u, x> - threshold), decoder u: [bins,
+    n]; and each feature's bin [K].
+
+    x, gx [N, D]. The thresholds give the firing rates of the bins, which are quantiles of the
+    features' `rates` [K].
+    """
+    rates = rates.double()
+    edges = torch.quantile(rates, torch.linspace(0, 1, n_bins + 1, dtype=torch.float64))
+    bins = torch.searchsorted(edges[1:-1].contiguous(), rates)  # [K]
+    n_tokens = len(x)
+    threshold_ranks = []  # how many tokens a direction fires on, by bin
+    # A bin stands for its features with their geometric mean rate; an empty bin with its edge.
+    for b in range(n_bins):
+        own = rates[bins == b]
+        rate = own.log().mean().exp() if len(own) else edges[b]
+        n_active = round(rate.item() * n_tokens)
+        threshold_ranks.append(min(n_tokens - 1, max(1, n_active)))
+
+    centred = x - x.mean(0)  # [N, D]
+    # A random mix of the states has their covariance.
+    mix = torch.from_numpy(rng.standard_normal((n, n_tokens), dtype=np.float32))
+    directions = F.normalize(mix @ centred, dim=-1)  # [n, D]
+    null = torch.empty(n_bins, n)
+    for first in range(0, n, 200):  # 200 directions at a time, for memory
+        some = directions[first : first + 200]
+        projection = centred @ some.T  # [N, 200]
+        pull = -(gx @ some.T)  # [N, 200]
+        pull = F.normalize(pull - pull.mean(0), dim=0)  # centred, of length 1
+        ordered = projection.sort(0, descending=True).values  # [N, 200]
+        for b, rank in enumerate(threshold_ranks):
+            # So many tokens lie above the threshold; what is left is Pearson's formula.
+            f = (projection - ordered[rank]).relu()  # [N, 200]
+            f = f - f.mean(0)
+            null[b, first : first + 200] = (f * pull).sum(0) / f.norm(dim=0)
+    return null.nan_to_num(0.0), bins
+
+
+def mi_binned(f: Tensor, score: Tensor, bins: int = 8) -> tuple[Tensor, Tensor]:
+    """Mutual information (nats) of f in {0, low, high} and the octile of A, Miller-Madow corrected,
+    and the entropy of f's bins; f and A's normal scores [N, K] -> [K] each."""
+    n, n_features = f.shape
+    median_of_active = torch.where(f > 0, f, torch.nan).nanmedian(0).values  # [K]
+    f_bin = (f > 0).long() + (f > median_of_active)  # [N, K] 0, 1, 2
+    a_bin = (torch.special.ndtr(score.double()) * bins).clamp(0, bins - 1).long()  # [N, K]
+    # One count of all cells of all features: 3 x bins each.
+    bin_of_feature = f_bin * bins + a_bin + 3 * bins * torch.arange(n_features)  # [N, K]
+    counts = torch.bincount(bin_of_feature.flatten(), minlength=3 * bins * n_features)
+    joint = counts.reshape(-1, 3, bins).permute(1, 2, 0).double() / n  # [3, bins, K]
+
+    def entropy(p: Tensor) -> Tensor:
+        """Of p [bins, K], with the Miller-Madow correction for the bins in use."""
+        return -torch.special.xlogy(p, p).sum(0) + ((p > 0).sum(0) - 1) / (2 * n)
+
+    entropy_f = entropy(joint.sum(1))
+    information = entropy_f + entropy(joint.sum(0)) - entropy(joint.flatten(0, 1))
+    return information, entropy_f
+
+
+def fdr(p: np.ndarray, method: str = "bh") -> np.ndarray:
+    """Adjusted p-values of the finite entries; the others stay NaN: dead features are dropped from
+    the family, not filled with 1."""
+    q = np.full(len(p), np.nan)
+    finite = np.isfinite(p)
+    if finite.any():
+        q[finite] = stats.false_discovery_control(p[finite], method=method)
+    return q
+
+
+# EFAS of a layer, and what both nulls say of it.
+@dataclass
+class Layer:
+    """EFAS of one layer (or descent step)."""
+
+    features: pd.DataFrame  # a row a feature
     null: Tensor  # [bins, n] EFAS of random directions
-    facts: dict[str, Any]
-    boot: np.ndarray  # [B, K] EFAS under the sequence bootstrap
+    facts: dict[str, Any]  # scalars of the layer
+    boot: np.ndarray  # [B, K'] EFAS of the eligible features under the sequence bootstrap
+
+
+def bootstrap_counts(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each of n units is drawn when n are drawn with replacement, [draws, n]."""
+    return rng.multinomial(n, np.full(n, 1 / n), draws)
+
+
+@dataclass
+class Resampling:
+    """How the sequences of a layer are permuted and weighted, for all features alike."""
+
+    strata: Tensor  # [S] permutations stay within one
+    perms: Tensor  # [P, S] int32
+    weights: Tensor  # [2 + B, S] float64: discovery half, replication half, bootstrap counts
+
+
+def resample(strata: Tensor, n_permutations: int, rng: np.random.Generator) -> Resampling:
+    """Permutations, halves and bootstrap of the sequences, which are in random order."""
+    n_seq = len(strata)
+    perms = permutations(strata, n_permutations, rng)
+    halves = torch.zeros(2, n_seq, dtype=torch.float64)
+    halves[0, ::2] = 1  # discovery
+    halves[1, 1::2] = 1  # replication, and every intervention
+    counts = bootstrap_counts(n_seq, N_BOOT, rng)  # [B, S]
+    return Resampling(strata, perms, torch.cat([halves, torch.from_numpy(counts).double()]))
+
+
+@dataclass
+class FeatureStatistics:
+    """What is known of some eligible features."""
+
+    columns: dict[str, Tensor]  # name -> [K], in the order of the table
+    boot: Tensor  # [B, K] EFAS under the sequence bootstrap
+    max_z: Tensor  # [P] the largest |z| of any of them, by permutation
+
+
+def feature_statistics(
+    f: Tensor, a: Tensor, legacy: Tensor, draws: Resampling
+) -> FeatureStatistics:
+    """Both halves' EFAS, the token null and the mutual information of eligible features: f, A
+    [S, L, K]; legacy [S, L] is what the original study correlated f with."""
+    # The token null is tested on normal scores, whose moments are exact and whose tails are light.
+    score = rank_normal(a)  # [S, L, K]
+    null = seqperm_moments(f, score, draws.strata)
+    z = null.z()  # [K]
+    permuted = seqperm_mc(f, score, draws.perms)  # [P, K]
+    z_permuted = ((permuted - null.mean) / null.var.sqrt()).abs().float()
+    n_perms = len(draws.perms)
+
+    # The same moments of the raw A, in units of EFAS, are for the figure and the original's rule.
+    raw = seqperm_moments(f, a, draws.strata)
+    sd_f = f.std((0, 1), correction=0).double()  # [K]
+    sd_a = a.std((0, 1), correction=0).double()  # [K]
+    spread = sd_f * sd_a * (f.shape[0] * f.shape[1])
+    product_of_means = f.double().sum((0, 1)) * a.double().mean((0, 1))
+
+    # What else is known: the halves and bootstrap draws, f against another feature's direction,
+    # and the mutual information beside that of one permutation.
+    r = pearson(sequence_sums(f, a), draws.weights)  # [2 + B, K]
+    other_direction = a.roll(1, -1)
+    flat_f = f.flatten(0, 1)  # [S L, K]
+    information, entropy = mi_binned(flat_f, score.flatten(0, 1))
+    one_permuted = rank_normal(a[draws.perms[0].long()]).flatten(0, 1)
+    columns = {
+        "z_token": z,
+        "p_token": 2 * torch.special.ndtr(-z.abs()),
+        "p_mc": (1 + (z_permuted >= z.abs()).sum(0)) / (1 + n_perms),
+        "null_mean": (raw.mean - product_of_means) / spread,
+        "null_sd": raw.var.sqrt() / spread,
+        "mc_sd_ratio": z_permuted.square().mean(0).sqrt(),
+        "efas_a": r[0],
+        "efas_b": r[1],
+        "efas_shuffled": pearson(sequence_sums(f, other_direction))[0],
+        "legacy": pearson(sequence_sums(f, legacy[..., None].expand_as(f)))[0],
+        "mi": information,
+        "mi_share": information / entropy,
+        "mi_permuted": mi_binned(flat_f, one_permuted)[0],
+    }
+    return FeatureStatistics(columns, r[2:], z_permuted.amax(1))
 
 
 def analyse_layer(
@@ -702,199 +984,238 @@ def analyse_layer(
 ) -> Layer:
     """EFAS with both nulls for the SAE's features at one layer.
 
-    x, gx = dE/dx [S, L, D] and e_token [S, L] (each token's energy, for the legacy score) over valid tokens only; strata [S]; args
-    has permutations, directions and seed. slope(directions [k, D]) -> A [S, L, k] replaces the gradient; `features` limits the family.
+    x, gx = dE/dx [S, L, D] and e_token [S, L] (each token's energy, for the legacy score) over
+    valid tokens only; strata [S]; args has permutations, directions and seed. slope(directions
+    [k, D]) -> A [S, L, k] replaces the gradient; `features` limits the family.
     """
-    rng, n_seq = np.random.default_rng(args.seed), len(x)
-    perms = permutations(strata, args.permutations, rng)
-    halves = torch.zeros(
-        2, n_seq, dtype=torch.float64
-    )  # discovery: even rows; replication, and every intervention: odd rows
-    halves[0, ::2] = halves[1, 1::2] = 1  # the rows are in random order
-    weights = torch.cat(
-        [halves, torch.from_numpy(rng.multinomial(n_seq, np.full(n_seq, 1 / n_seq), 200)).double()]
-    )
-    legacy = -torch.gradient(e_token, dim=1)[0][..., None]
-    rows, boots, max_z, todo = (
-        [],
-        [],
-        torch.zeros(len(perms)),
-        torch.arange(len(sae.b_enc)) if features is None else features,
-    )
-    for index in tqdm(todo.split(256), desc=f"EFAS, layer {layer}", unit="chunk", disable=None):
-        f = sae.encode(x, index)
+    rng = np.random.default_rng(args.seed)
+    draws = resample(strata, args.permutations, rng)
+    legacy = -torch.gradient(e_token, dim=1)[0]  # [S, L]
+    if features is None:
+        features = torch.arange(len(sae.b_enc))
+    tables = []
+    boots = []
+    max_z = torch.zeros(args.permutations)
+    # 256 features at a time, for memory; nothing but max_z joins them.
+    for index in tqdm(features.split(256), desc=f"EFAS, layer {layer}", unit="chunk", disable=None):
+        f = sae.encode(x, index)  # [S, L, 256]
         a = slope(sae.w_dec[index]).to(f.dtype) if slope else feature_gradient(gx, sae.w_dec[index])
-        row = (
-            dict(feature=index) | efas(f, a) | dict(mean_active=f.sum((0, 1)) / (f > 0).sum((0, 1)))
-        )
-        keep = row["eligible"].nonzero()[:, 0]
-        table = pd.DataFrame({k: v.numpy() for k, v in row.items()})
-        rows.append(table)
-        if not len(keep):
-            continue
-        f, a = f[..., keep], a[..., keep]
-        score = rank_normal(a)
-        observed, mean, var = seqperm_moments(f, score, strata)
-        z = (observed - mean) / var.sqrt()
-        z_mc = ((seqperm_mc(f, score, perms) - mean) / var.sqrt()).abs().float()
-        max_z = torch.maximum(max_z, z_mc.amax(1))
-        _, raw_mean, raw_var = seqperm_moments(f, a, strata)
-        spread = (
-            f.std((0, 1), correction=0).double()
-            * a.std((0, 1), correction=0).double()
-            * e_token.numel()
-        )
-        r = pearson(sequence_sums(f, a), weights)
-        boots.append(r[2:].numpy())
-        flat, shuffled = f.flatten(0, 1), rank_normal(a[perms[0].long()]).flatten(0, 1)
-        mi, entropy = mi_binned(flat, score.flatten(0, 1))
-        found = dict(
-            z_token=z,
-            p_token=2 * torch.special.ndtr(-z.abs()),
-            p_mc=(1 + (z_mc >= z.abs()).sum(0)) / (1 + len(perms)),
-            null_mean=(raw_mean - f.double().sum((0, 1)) * a.double().mean((0, 1))) / spread,
-            null_sd=raw_var.sqrt() / spread,
-            mc_sd_ratio=z_mc.square().mean(0).sqrt(),
-            efas_a=r[0],
-            efas_b=r[1],
-            efas_shuffled=pearson(sequence_sums(f, a.roll(1, -1)))[
-                0
-            ],  # with another feature's direction
-            legacy=pearson(sequence_sums(f, legacy.expand_as(f)))[0],
-            mi=mi,
-            mi_share=mi / entropy,
-            mi_permuted=mi_binned(flat, shuffled)[0],
-        )
-        for name, value in found.items():
-            table.loc[keep.numpy(), name] = value.double().numpy()
-    t = pd.concat(rows, ignore_index=True).assign(layer=layer)
-    ok = t.eligible.to_numpy()
-    null = torch.zeros(1, 0)
-    facts: dict[str, Any] = dict(
-        layer=layer, n_tokens=e_token.numel(), n_seq=n_seq, latents=len(t), eligible=int(ok.sum())
-    )
-    if not ok.any():
-        return Layer(t, null, facts, np.zeros((200, 0)))
-    t.loc[ok, "p_maxt"] = [
-        (1 + (max_z >= abs(z)).sum().item()) / (1 + len(perms)) for z in t.z_token[ok]
-    ]
-    inside, rates = sae.covers(x), torch.tensor(t.n_active[ok].to_numpy() / e_token.numel())
-    null, bins = direction_null(x[inside], gx[inside], rates, args.directions, rng)
-    own, r = null[bins], torch.tensor(t.efas[ok].to_numpy())[:, None]
-    tail = torch.minimum((own >= r).sum(1), (own <= r).sum(1))
-    t.loc[ok, "p_direction"] = (2 * (1 + tail) / (1 + args.directions)).clamp(max=1).numpy()
-    t.loc[ok, "z_direction"] = ((r[:, 0] - own.mean(1)) / own.std(1)).numpy()
-    sd, mean = t.null_sd[ok].to_numpy(), t.null_mean[ok].to_numpy()
-    facts |= dict(
-        rule_passes=int((t.efas[ok].abs() > RULE).sum()),
-        rule_false_permuted=float(
-            (stats.norm.sf((RULE - mean) / sd) + stats.norm.cdf((-RULE - mean) / sd)).sum()
-        ),
-        rule_false_directions=float((own.abs() > RULE).double().mean(1).sum()),
-        random_directions_positive=float((null > 0).double().mean()),
-        random_directions_q95=float(null.abs().quantile(0.95))
-        if null.numel() < 2**24
-        else math.nan,
-        shuffled_pairing_q95=float(t.efas_shuffled[ok].abs().quantile(0.95)),
-        split_half_r=float(np.corrcoef(t.efas_a[ok], t.efas_b[ok])[0, 1]),
-        legacy_max=float(t.legacy[ok].abs().max()),
-        mc_sd_over_analytic=float(t.mc_sd_ratio[ok].median()),
-    )
-    return Layer(t, null, facts, np.concatenate(boots, axis=1))
+        table = efas_table(index, f, a)
+        eligible = np.flatnonzero(table.eligible)
+        if len(eligible):
+            statistics = feature_statistics(f[..., eligible], a[..., eligible], legacy, draws)
+            for name, value in statistics.columns.items():
+                table.loc[eligible, name] = value.double().numpy()
+            boots.append(statistics.boot.numpy())
+            max_z = torch.maximum(max_z, statistics.max_z)
+        tables.append(table)
+
+    table = pd.concat(tables, ignore_index=True).assign(layer=layer)
+    n_eligible = int(table.eligible.sum())
+    facts: dict[str, Any] = {
+        "layer": layer,
+        "n_tokens": e_token.numel(),
+        "n_seq": len(x),
+        "latents": len(table),
+        "eligible": n_eligible,
+    }
+    if not n_eligible:
+        return Layer(table, torch.zeros(1, 0), facts, np.zeros((N_BOOT, 0)))
+    table.loc[table.eligible, "p_maxt"] = familywise_p(table.z_token[table.eligible], max_z)
+    null, bins = compare_with_directions(table, x, gx, sae, args.directions, rng)
+    facts |= layer_facts(table[table.eligible], null, bins)
+    return Layer(table, null, facts, np.concatenate(boots, axis=1))
+
+
+def efas_table(index: Tensor, f: Tensor, a: Tensor) -> pd.DataFrame:
+    """What `efas` finds of f and A [S, L, K] of the features `index` [K], a row a feature."""
+    mean_active = f.sum((0, 1)) / (f > 0).sum((0, 1))  # [K]
+    columns = {"feature": index, **efas(f, a), "mean_active": mean_active}
+    return pd.DataFrame({name: value.numpy() for name, value in columns.items()})
+
+
+def familywise_p(z: pd.Series, max_z: Tensor) -> list[float]:
+    """Westfall-Young p of every z: how often the largest |z| of all features reaches it, by
+    permutation."""
+    adjusted = []
+    for value in z:
+        n_reached = (max_z >= abs(value)).sum().item()
+        adjusted.append((1 + n_reached) / (1 + len(max_z)))
+    return adjusted
+
+
+def compare_with_directions(
+    table: pd.DataFrame, x: Tensor, gx: Tensor, sae: SAE, n: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Adds p_direction and z_direction to the eligible rows of `table`; the null [bins, n], and the
+    bin of each eligible feature [K']."""
+    eligible = table.eligible
+    inside = sae.covers(x)  # [S, L]
+    rates = torch.tensor(table.n_active[eligible].to_numpy() / inside.numel())
+    null, bins = direction_null(x[inside], gx[inside], rates, n, rng)
+    own = null[bins]  # [K', n] directions that fire as often as the feature
+    r = torch.tensor(table.efas[eligible].to_numpy())  # [K']
+    n_above = (own >= r[:, None]).sum(1)  # [K']
+    n_below = (own <= r[:, None]).sum(1)  # [K']
+    two_sided = 2 * (1 + torch.minimum(n_above, n_below)) / (1 + n)
+    table.loc[eligible, "p_direction"] = two_sided.clamp(max=1).numpy()
+    table.loc[eligible, "z_direction"] = ((r - own.mean(1)) / own.std(1)).numpy()
+    return null, bins
+
+
+def layer_facts(eligible: pd.DataFrame, null: Tensor, bins: Tensor) -> dict[str, Any]:
+    """Scalars of a layer from the rows of its eligible features: what the original's rule passes
+    and what it would pass of either null, and how EFAS replicates."""
+    mean = eligible.null_mean.to_numpy()
+    sd = eligible.null_sd.to_numpy()
+    passes_above = stats.norm.sf((RULE - mean) / sd)
+    passes_below = stats.norm.cdf((-RULE - mean) / sd)
+    own = null[bins]  # [K', n]
+    small_enough = null.numel() < 2**24  # for torch's quantile
+    return {
+        "rule_passes": int((eligible.efas.abs() > RULE).sum()),
+        "rule_false_permuted": float((passes_above + passes_below).sum()),
+        "rule_false_directions": float((own.abs() > RULE).double().mean(1).sum()),
+        "random_directions_positive": float((null > 0).double().mean()),
+        "random_directions_q95": float(null.abs().quantile(0.95)) if small_enough else math.nan,
+        "shuffled_pairing_q95": float(eligible.efas_shuffled.abs().quantile(0.95)),
+        "split_half_r": float(np.corrcoef(eligible.efas_a, eligible.efas_b)[0, 1]),
+        "legacy_max": float(eligible.legacy.abs().max()),
+        "mc_sd_over_analytic": float(eligible.mc_sd_ratio.median()),
+    }
+
+
+# fmt: off
+TESTED_COLUMNS = (
+    "z_token", "p_token", "p_mc", "p_maxt", "p_direction", "z_direction",
+    "efas_a", "efas_b", "mi", "legacy",
+)
+# fmt: on
 
 
 def call_aligned(layers: list[Layer]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One family over all layers -> every feature, with q-values and `aligned`; and a summary row a layer."""
-    t = pd.concat([layer.features for layer in layers], ignore_index=True)
-    for name in (
-        "z_token",
-        "p_token",
-        "p_mc",
-        "p_maxt",
-        "p_direction",
-        "z_direction",
-        "efas_a",
-        "efas_b",
-        "mi",
-        "legacy",
-    ):
-        t[name] = t.get(name, pd.Series(np.nan, t.index)).astype(float)
-    t["q_token"], t["q_token_by"], t["q_direction"] = (
-        fdr(t.p_token.to_numpy()),
-        fdr(t.p_token.to_numpy(), "by"),
-        fdr(t.p_direction.to_numpy()),
-    )
-    t["replicates"] = np.sign(t.efas_a) == np.sign(t.efas_b)
-    t["aligned"] = (t.q_token < ALPHA) & (t.q_direction < ALPHA) & t.replicates & t.eligible
+    """One family over all layers -> every feature, with q-values and `aligned`; and a summary row a
+    layer."""
+    features = pd.concat([layer.features for layer in layers], ignore_index=True)
+    nothing = pd.Series(np.nan, features.index)
+    for name in TESTED_COLUMNS:  # where no layer has an eligible feature, nothing was tested
+        features[name] = features.get(name, nothing).astype(float)
+    # One family: the false discovery rate is that of all layers together.
+    features["q_token"] = fdr(features.p_token.to_numpy())
+    features["q_token_by"] = fdr(features.p_token.to_numpy(), "by")
+    features["q_direction"] = fdr(features.p_direction.to_numpy())
+    features["replicates"] = np.sign(features.efas_a) == np.sign(features.efas_b)
+    passes_both = (features.q_token < ALPHA) & (features.q_direction < ALPHA)
+    features["aligned"] = passes_both & features.replicates & features.eligible
     rows = []
     for layer in layers:
-        own = t[(t.layer == layer.facts["layer"]) & t.eligible]
-        medians = (
-            np.nanmedian(np.abs(layer.boot), axis=1)
-            if layer.boot.shape[1]
-            else np.full(200, np.nan)
-        )
-        medians += (
-            own.efas.abs().median() - medians.mean()
-        )  # resampling adds noise, which raises |EFAS|: the interval is shifted back
-        rows.append(
-            layer.facts
-            | dict(
-                token_null=int((own.q_token < ALPHA).sum()),
-                token_null_by=int((own.q_token_by < ALPHA).sum()),
-                token_null_maxt=int((own.p_maxt < ALPHA).sum()),
-                direction_null=int((own.q_direction < ALPHA).sum()),
-                aligned=int(own.aligned.sum()),
-                aligned_positive=int((own.aligned & (own.efas > 0)).sum()),
-                median_abs_efas=own.efas.abs().median(),
-                median_ci_lo=np.quantile(medians, 0.025),
-                median_ci_hi=np.quantile(medians, 0.975),
-                median_mi_nats=own.mi.median(),
-                median_mi_permuted=own.mi_permuted.median() if len(own) else np.nan,
-            )
-        )
-    return t, pd.DataFrame(rows)
+        own = features[(features.layer == layer.facts["layer"]) & features.eligible]
+        rows.append(layer.facts | summarise(own, layer.boot))
+    return features, pd.DataFrame(rows)
+
+
+def summarise(own: pd.DataFrame, boot: np.ndarray) -> dict[str, Any]:
+    """How many eligible features of a layer pass what; the median |EFAS| with its interval from the
+    bootstrap [B, K']."""
+    median = own.efas.abs().median()
+    medians = np.full(N_BOOT, np.nan)
+    if boot.shape[1]:
+        medians = np.nanmedian(np.abs(boot), axis=1)
+    # Resampling adds noise, which raises |EFAS|: the interval is shifted back.
+    medians += median - medians.mean()
+    return {
+        "token_null": int((own.q_token < ALPHA).sum()),
+        "token_null_by": int((own.q_token_by < ALPHA).sum()),
+        "token_null_maxt": int((own.p_maxt < ALPHA).sum()),
+        "direction_null": int((own.q_direction < ALPHA).sum()),
+        "aligned": int(own.aligned.sum()),
+        "aligned_positive": int((own.aligned & (own.efas > 0)).sum()),
+        "median_abs_efas": median,
+        "median_ci_lo": np.quantile(medians, 0.025),
+        "median_ci_hi": np.quantile(medians, 0.975),
+        "median_mi_nats": own.mi.median(),
+        "median_mi_permuted": own.mi_permuted.median() if len(own) else np.nan,
+    }
+
+
+# ---- attractors, basins, concepts ----
+@torch.no_grad()
+def relax(
+    et: EnergyTransformer,
+    x: Tensor,
+    b: Tensor,
+    alpha: float,
+    tol: float = 1e-3,
+    max_steps: int = 1500,
+    hold: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Descends each sequence until no token moves faster than `tol` (|v|, or its analogue under
+    `hold`). Returns x* [S, L, D] and the residual speed [S].
+
+    hold(x, i) is applied to the states of sequences i after every step: a persistent clamp.
+    """
+    x = x.clone()
+    residual = torch.full((len(x),), math.inf, dtype=x.dtype)
+    moving = torch.arange(len(x))  # the sequences that have not arrived
+    for _ in range(max_steps):
+        moved = x[moving] - alpha * et.grad_g(x[moving], b[moving])
+        if hold:
+            moved = hold(moved, moving)
+        residual[moving] = (moved - x[moving]).norm(dim=-1).amax(1) / alpha
+        x[moving] = moved
+        moving = moving[residual[moving] > tol]
+        if not len(moving):
+            break
+    return x, residual
+
+
+def relative_distance(g: Tensor, g_star: Tensor) -> Tensor:
+    """|g - g*| / |g*| of every sequence, [S]."""
+    return (g - g_star).norm(dim=(1, 2)) / g_star.norm(dim=(1, 2))
 
 
 @torch.no_grad()
 def attractors(
     et: EnergyTransformer, b: Tensor, alpha: float, rng: np.random.Generator
 ) -> tuple[pd.DataFrame, Tensor]:
-    """Fixed points from five starts under the same field b [S, L, D] -> a row a start, and x* from the own field.
+    """Fixed points from five starts under the same field b [S, L, D] -> a row a start, and x* from
+    the own field.
 
-    Relaxed in float32; the residual |v| is then measured in float64. converged: share of sequences with |v| <= 1e-3 at every token.
+    Relaxed in float32; the residual |v| is then measured in float64. converged: share of sequences
+    with |v| <= 1e-3 at every token.
     """
-    exact, noise = (
-        copy.deepcopy(et).double(),
-        torch.from_numpy(rng.standard_normal(b.shape)).to(b.dtype) * b.std(),
-    )
+    exact = copy.deepcopy(et).double()
+    noise = torch.from_numpy(rng.standard_normal(b.shape)).to(b.dtype)
     starts = {
         "own field": b,
         "another sequence's field": b.roll(1, 0),
-        "noise": noise,
+        "noise": noise * b.std(),
         "zero": torch.zeros_like(b),
         "twice the field": 2 * b,
     }
-    found = relax(
-        et, torch.cat(list(starts.values())), b.repeat(len(starts), 1, 1), alpha, tol=5e-4
-    )[0].split(len(b))
-    rows, g0, first = [], et.activation(found[0]), et.logits(found[0]).argmax(-1)
-    for name, x in zip(starts, found, strict=True):
-        residual = exact.grad_g(x.double(), b.double()).norm(dim=-1).amax(1)
-        gap = (et.activation(x) - g0).norm(dim=(1, 2)) / g0.norm(dim=(1, 2))
+    every_start = torch.cat(list(starts.values()))  # [5 S, L, D]
+    relaxed, _ = relax(et, every_start, b.repeat(len(starts), 1, 1), alpha, tol=5e-4)
+    ends = dict(zip(starts, relaxed.split(len(b)), strict=True))
+    star = ends["own field"]
+    g_star = et.activation(star)
+    decoded = et.logits(star).argmax(-1)  # [S, L]
+    rows = []
+    for name, x in ends.items():
+        residual = exact.grad_g(x.double(), b.double()).norm(dim=-1).amax(1)  # [S]
+        distance = relative_distance(et.activation(x), g_star)
         rows.append(
-            dict(
-                start=name,
-                n_seq=len(x),
-                converged=(residual <= 1e-3).double().mean().item(),
-                max_residual=residual.max().item(),
-                energy_per_token=(et.energy(x, b) / x.shape[1]).mean().item(),
-                distance_from_own=gap.mean().item(),
-                max_distance=gap.max().item(),
-                decoded_differs=(et.logits(x).argmax(-1) != first).double().mean().item(),
-            )
+            {
+                "start": name,
+                "n_seq": len(x),
+                "converged": (residual <= 1e-3).double().mean().item(),
+                "max_residual": residual.max().item(),
+                "energy_per_token": (et.energy(x, b) / x.shape[1]).mean().item(),
+                "distance_from_own": distance.mean().item(),
+                "max_distance": distance.max().item(),
+                "decoded_differs": (et.logits(x).argmax(-1) != decoded).double().mean().item(),
+            }
         )
-    return pd.DataFrame(rows), found[0]
+    return pd.DataFrame(rows), star
 
 
 @torch.no_grad()
@@ -906,25 +1227,30 @@ def basins(
     rng: np.random.Generator,
     draws: int = 2,
 ) -> pd.DataFrame:
-    """How often x* + sigma |x*| noise relaxes back to within 1 % of g*: a row a sigma (sigma 1: the noise is as long as the state)."""
-    rows, g0 = [], et.activation(star)
+    """How often x* + sigma |x*| noise relaxes back to within 1 % of g*: a row a sigma.
+
+    At sigma 1 the noise is as long as the state; star, b [S, L, D].
+    """
+    g_star = et.activation(star)
+    length = star.norm(dim=-1, keepdim=True)  # [S, L, 1]
+    rows = []
     for sigma in tqdm((0.1, 0.25, 0.5, 1.0, 2.0), desc="basins", unit="sigma", disable=None):
-        back = []
+        returned = []
         for _ in range(draws):
-            noise = F.normalize(
-                torch.from_numpy(rng.standard_normal(star.shape)).to(star.dtype), dim=-1
-            ) * star.norm(dim=-1, keepdim=True)
+            direction = torch.from_numpy(rng.standard_normal(star.shape)).to(star.dtype)
+            noise = F.normalize(direction, dim=-1) * length
             x, _ = relax(et, star + sigma * noise, b, alpha, tol=1e-2, max_steps=600)
-            back += ((et.activation(x) - g0).norm(dim=(1, 2)) / g0.norm(dim=(1, 2)) < 0.01).tolist()
-        ci = stats.binomtest(sum(back), len(back)).proportion_ci(method="wilson")
+            returned += (relative_distance(et.activation(x), g_star) < 0.01).tolist()
+        n_back = sum(returned)
+        interval = stats.binomtest(n_back, len(returned)).proportion_ci(method="wilson")
         rows.append(
-            dict(
-                sigma=sigma,
-                returned=sum(back) / len(back),
-                ci_lo=ci.low,
-                ci_hi=ci.high,
-                n=len(back),
-            )
+            {
+                "sigma": sigma,
+                "returned": n_back / len(returned),
+                "ci_lo": interval.low,
+                "ci_hi": interval.high,
+                "n": len(returned),
+            }
         )
     return pd.DataFrame(rows)
 
@@ -938,129 +1264,306 @@ def merge_tree(
     starts: int = 12,
     neighbours: int = 6,
 ) -> pd.DataFrame:
-    """H0 persistence of the sublevel sets of one sequence's energy: b [L, D] -> birth and death (energy a token) of every component.
+    """H0 persistence of the sublevel sets of one sequence's energy: b [L, D] -> birth, death and
+    depth (energy a token) of every component.
 
-    Points: the descents from noisy starts. Edges: successive states, and nearest neighbours in g; an edge is as high as the
-    higher of its ends and its midpoint, so that depths are upper bounds of what a finer path would find.
+    Points: the descents from noisy starts. Edges: successive states, and nearest neighbours in g.
+    An edge is as high as the higher of its ends and its midpoint, so that depths are upper bounds
+    of what a finer path would find.
     """
-    l, d = b.shape
-    field, x = (
-        b.expand(starts, l, d),
-        b
-        + torch.from_numpy(
-            rng.uniform(0, 2, (starts, 1, 1)) * rng.standard_normal((starts, l, d))
-        ).to(b.dtype)
-        * b.std(),
-    )
+    points = descent_points(et, b, alpha, rng, starts)  # [P, L, D]
+    edges = neighbour_edges(et.activation(points).flatten(1), starts, neighbours)  # [n, 2]
+    length = len(b)
+    energy = et.energy(points, b.expand_as(points)) / length  # [P]
+    midpoints = points[edges].mean(1)  # [n, L, D]
+    midpoint_energy = et.energy(midpoints, b.expand_as(midpoints)) / length
+    height = torch.maximum(energy[edges].amax(1), midpoint_energy)  # [n]
+    tree = sublevel_components(energy, edges, height)
+    tree["depth"] = tree.death - tree.birth
+    return tree.query("depth > 1e-6").sort_values("depth", ascending=False)
+
+
+def descent_points(
+    et: EnergyTransformer, b: Tensor, alpha: float, rng: np.random.Generator, starts: int
+) -> Tensor:
+    """Eight states of each descent from b [L, D] plus noise of random strength: [8 starts, L, D],
+    all starts of a step together."""
+    strength = rng.uniform(0, 2, (starts, 1, 1))
+    noise = torch.from_numpy(strength * rng.standard_normal((starts, *b.shape))).to(b.dtype)
+    x = b + noise * b.std()  # [starts, L, D]
     points = []
-    for t in range(201):
-        if t in (1, 2, 4, 8, 16, 40, 100, 200):
+    for step in range(201):
+        if step in (1, 2, 4, 8, 16, 40, 100, 200):
             points.append(x)
-        x = x - alpha * et.grad_g(x, field)
-    cloud = torch.cat(points)
-    chain = [(i, i + starts) for i in range(len(cloud) - starts)]
-    gap = torch.cdist(*[et.activation(cloud).flatten(1)] * 2)
-    near = [
-        (i, int(j))
-        for i, row in enumerate(gap.topk(neighbours + 1, largest=False).indices)
-        for j in row
-        if j > i
-    ]
-    edges = torch.tensor(sorted(set(chain + near)))
-    e = et.energy(cloud, b.expand_as(cloud)) / l
-    middle = cloud[edges].mean(1)
-    height = torch.maximum(e[edges].amax(1), et.energy(middle, b.expand_as(middle)) / l)
-    parent, rows = list(range(len(cloud))), []
+        x = x - alpha * et.grad_g(x, b.expand_as(x))
+    return torch.cat(points)
+
+
+def neighbour_edges(g: Tensor, starts: int, neighbours: int) -> Tensor:
+    """Pairs of points g [P, L D] that are successive states of a descent or near each other, each
+    once: [n, 2]."""
+    edges = {(i, i + starts) for i in range(len(g) - starts)}
+    distance = torch.cdist(g, g)  # [P, P]
+    nearest = distance.topk(neighbours + 1, largest=False).indices  # [P, neighbours + 1]
+    for i, row in enumerate(nearest.tolist()):
+        edges |= {(i, j) for j in row if j > i}
+    return torch.tensor(sorted(edges))
+
+
+def sublevel_components(energy: Tensor, edges: Tensor, height: Tensor) -> pd.DataFrame:
+    """Birth and death of every connected component as the level rises over a graph: energy of its
+    points [P], edges [n, 2], height of its edges [n]."""
+    parent = list(range(len(energy)))  # union-find: points of a component share a root
 
     def root(i: int) -> int:
         while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
+            parent[i] = parent[parent[i]]
+            i = parent[i]
         return i
 
+    rows = []
     for n in height.argsort().tolist():
-        lo, hi = sorted((root(i) for i in edges[n].tolist()), key=lambda i: e[i].item())
-        if lo != hi:  # the younger component (higher minimum) dies
-            parent[hi] = lo
-            rows.append(dict(birth=e[hi].item(), death=height[n].item()))
-    rows.append(dict(birth=e.min().item(), death=math.inf))
-    return (
-        pd.DataFrame(rows)
-        .assign(depth=lambda t: t.death - t.birth)
-        .query("depth > 1e-6")
-        .sort_values("depth", ascending=False)
-    )
+        roots = [root(i) for i in edges[n].tolist()]
+        older, younger = sorted(roots, key=lambda i: energy[i].item())
+        if older != younger:  # the edge joins two components: the one with the higher minimum dies
+            parent[younger] = older
+            rows.append({"birth": energy[younger].item(), "death": height[n].item()})
+    rows.append({"birth": energy.min().item(), "death": math.inf})
+    return pd.DataFrame(rows)
+
+
+# Concept classes: the form of a token, as it is written in the text, before it is lower-cased. A
+# class more is an entry more. A token may belong to several classes.
+CLASSES = {
+    "word": r"[A-Za-z]+",
+    "number": r"\d+",
+    "regex": r"[\\^$|?*+()\[\]{}]",
+}
+
+
+def class_members(ids: Tensor, written: np.ndarray) -> dict[str, np.ndarray]:
+    """Which tokens belong to each class: ids and written forms [S, L] -> {class: [S, L] bool}. An
+    unknown token, of whose form the model sees nothing, belongs to none."""
+    known = (ids > MASK).numpy()
+    members = {}
+    for name, pattern in CLASSES.items():
+        fits = [re.fullmatch(pattern, form) is not None for form in written.ravel()]
+        members[name] = known & np.array(fits).reshape(written.shape)
+    return members
 
 
 def concept_features(
-    f: Tensor, classes: np.ndarray, strata: Tensor, features: np.ndarray
+    f: Tensor, members: dict[str, np.ndarray], strata: Tensor, features: np.ndarray
 ) -> pd.DataFrame:
-    """f [S, L, K'] of eligible features and token classes [S, L] -> a row a (feature, class): AUROC, precision, lift over the
-    base rate, p, q."""
-    ranks = stats.rankdata(f.flatten(0, 1).numpy(), axis=0)
-    rows = []
-    for name in CLASSES:
-        of = classes == name
-        n, m = of.sum(), of.size
-        if not 0 < n < m:
+    """f [S, L, K'] of eligible features and the members [S, L] of each class -> a row a (feature,
+    class): AUROC, precision, lift over the base rate, p, q."""
+    names = ["feature", "token_class", "base_rate", "precision", "lift", "auroc", "p", "q"]
+    ranks = stats.rankdata(f.flatten(0, 1).numpy(), axis=0)  # [S L, K']
+    active = f > 0
+    tables = []
+    for name, member in members.items():
+        n = member.sum()
+        n_others = member.size - n
+        if n == 0 or n_others == 0:
             continue
-        inside = torch.from_numpy(of)
-        observed, mean, var = seqperm_moments(f, inside[..., None].expand_as(f).float(), strata)
-        hits = ((f > 0) & inside[..., None]).sum((0, 1)) / (f > 0).sum((0, 1))
-        rows.append(
-            pd.DataFrame(
-                dict(
-                    feature=features,
-                    token_class=name,
-                    base_rate=n / m,
-                    precision=hits.numpy(),
-                    lift=hits.numpy() / (n / m),
-                    auroc=(ranks[of.ravel()].sum(0) - n * (n + 1) / 2) / (n * (m - n)),
-                    p=torch.special.ndtr(-(observed - mean) / var.sqrt()).numpy(),
-                )
-            )
-        )
-    if not rows:
-        return pd.DataFrame(
-            columns=["feature", "token_class", "base_rate", "precision", "lift", "auroc", "p", "q"]
-        )
-    return pd.concat(rows, ignore_index=True).assign(q=lambda t: fdr(t.p.to_numpy()))
+        inside = torch.from_numpy(member)[..., None]  # [S, L, 1]
+        z = seqperm_moments(f, inside.expand_as(f).float(), strata).z()  # [K']
+        precision = ((active & inside).sum((0, 1)) / active.sum((0, 1))).numpy()
+        base_rate = n / member.size
+        rank_sum = ranks[member.ravel()].sum(0)  # Mann and Whitney: AUROC from the ranks inside
+        columns = {
+            "feature": features,
+            "token_class": name,
+            "base_rate": base_rate,
+            "precision": precision,
+            "lift": precision / base_rate,
+            "auroc": (rank_sum - n * (n + 1) / 2) / (n * n_others),
+            "p": torch.special.ndtr(-z).numpy(),
+        }
+        tables.append(pd.DataFrame(columns))
+    if not tables:
+        return pd.DataFrame(columns=names)
+    table = pd.concat(tables, ignore_index=True)
+    table["q"] = fdr(table.p.to_numpy())
+    return table[names]
 
 
 def attractor_clusters(
-    et: EnergyTransformer, star: Tensor, b: Tensor, classes: np.ndarray, seed: int
+    et: EnergyTransformer, star: Tensor, b: Tensor, members: dict[str, np.ndarray], seed: int
 ) -> pd.DataFrame:
-    """Adjusted mutual information of token clusters with token classes: attractors, against permuted labels and the input itself."""
-    cluster, score = (
-        import_module("sklearn.cluster").KMeans,
-        import_module("sklearn.metrics").adjusted_mutual_info_score,
-    )
-    labels, rng, rows = classes.ravel(), np.random.default_rng(seed), []
-    for name, points in (("attractor g*", et.activation(star)), ("input field", et.activation(b))):
-        found = cluster(16, n_init=3, random_state=seed).fit_predict(
-            points.flatten(0, 1).float().numpy()
-        )
-        permuted = [score(rng.permutation(labels), found) for _ in range(50)]
+    """Adjusted mutual information of token clusters with token classes: attractors, against
+    permuted labels and against the input itself. A token counts for its first class."""
+    k_means = import_module("sklearn.cluster").KMeans
+    adjusted_mi = import_module("sklearn.metrics").adjusted_mutual_info_score
+    labels = np.select(list(members.values()), list(members), "other").ravel()  # [S L]
+    rng = np.random.default_rng(seed)
+    rows = []
+    for name, states in {"attractor g*": star, "input field": b}.items():
+        points = et.activation(states).flatten(0, 1).float().numpy()  # [S L, D]
+        clusters = k_means(16, n_init=3, random_state=seed).fit_predict(points)
+        permuted = [adjusted_mi(rng.permutation(labels), clusters) for _ in range(50)]
         rows.append(
-            dict(
-                clusters_of=name,
-                ami=score(labels, found),
-                permuted_q95=np.quantile(permuted, 0.95),
-                n_tokens=labels.size,
-            )
+            {
+                "clusters_of": name,
+                "ami": adjusted_mi(labels, clusters),
+                "permuted_q95": np.quantile(permuted, 0.95),
+                "n_tokens": labels.size,
+            }
         )
     return pd.DataFrame(rows)
 
 
-def matched_features(t: pd.DataFrame, n: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Up to n eligible features of one layer: half aligned, each with the unaligned one nearest in firing rate and mean activation."""
-    space = np.log(t[["n_active", "mean_active"]].to_numpy() + 1e-9)
-    passed, rest = np.flatnonzero(t.aligned), list(np.flatnonzero(~t.aligned))
-    chosen = list(rng.permutation(passed)[: n // 2])
-    for i in list(chosen):
+# ---- interventions ----
+def matched_features(features: pd.DataFrame, n: int, rng: np.random.Generator) -> pd.DataFrame:
+    """Up to n eligible features of one layer: half aligned, each with the unaligned one nearest in
+    firing rate and mean activation."""
+    # The unaligned features are used up: no two share a match.
+    space = np.log(features[["n_active", "mean_active"]].to_numpy() + 1e-9)  # [K, 2]
+    aligned = np.flatnonzero(features.aligned)
+    rest = list(np.flatnonzero(~features.aligned))
+    half = list(rng.permutation(aligned)[: n // 2])
+    matches = []
+    for i in half:
         if rest:
-            chosen.append(rest.pop(int(np.argmin(np.abs(space[rest] - space[i]).sum(1)))))
+            distance = np.abs(space[rest] - space[i]).sum(1)
+            matches.append(rest.pop(int(np.argmin(distance))))
+    chosen = half + matches
     chosen += list(rng.permutation(rest)[: max(0, n - len(chosen))])
-    return t.iloc[chosen]
+    return features.iloc[chosen]
+
+
+@dataclass
+class ActiveFeature:
+    """One feature in the first sequences where it is active: f = relu(<x, reads> + offset)."""
+
+    sequences: Tensor  # [n] which ones
+    x: Tensor  # [n, L, D] their states
+    f: Tensor  # [n, L] its activation there
+    direction: Tensor  # [D] d_k
+    reads: Tensor  # [D]
+    offset: Tensor  # []
+
+
+def where_active(sae: SAE, feature: int, x: Tensor, n_seq: int) -> ActiveFeature:
+    """The feature in the first `n_seq` sequences of x [S, L, D] that activate it; none may."""
+    f = sae.encode(x.float(), torch.tensor([feature]))[..., 0].to(x.dtype)  # [S, L]
+    sequences = (f > 0).any(1).nonzero()[:n_seq, 0]  # [n]
+    reads = sae.w_enc[:, feature].to(x.dtype)  # [D]
+    return ActiveFeature(
+        sequences,
+        x=x[sequences],
+        f=f[sequences],
+        direction=sae.w_dec[feature].to(x.dtype),
+        reads=reads,
+        offset=sae.b_enc[feature].to(x.dtype) - sae.b_dec.to(x.dtype) @ reads,
+    )
+
+
+@dataclass
+class Ablation:
+    """x <- x - eps f d of one feature in n sequences: what a predictor may know before it is
+    done."""
+
+    eps: float  # the dose; 1 removes the feature
+    active: ActiveFeature  # its states x [n, L, D], activation f [n, L] and direction
+    gradient: Tensor  # [n, L, D] dE/dx at x
+    slope: Callable[[Tensor], Tensor]  # states [n, L, D] -> dE/dx there
+    steps: int  # of the path that integrated gradients follow; 0: they are not computed
+
+
+def attribution(ablation: Ablation) -> Tensor:
+    """eps f A [n]: the change to first order."""
+    pull = -(ablation.gradient @ ablation.active.direction)  # [n, L]
+    return ablation.eps * (ablation.active.f * pull).sum(1)
+
+
+def integrated_gradients(ablation: Ablation) -> Tensor | float:
+    """The change as the integral of dE/dx along the straight path, midpoint rule, [n]."""
+    active = ablation.active
+    eps = ablation.eps
+    move = active.f[..., None] * active.direction  # [n, L, D]
+    total: Tensor | float = 0.0
+    for step in range(ablation.steps):
+        travelled = (step + 0.5) / ablation.steps  # share of the path
+        slope = ablation.slope(active.x - travelled * eps * move)  # [n, L, D]
+        total = total + (slope * -eps * move).sum((1, 2))
+    return total / max(1, ablation.steps)
+
+
+def activation(ablation: Ablation) -> Tensor:
+    """f [n]."""
+    return ablation.active.f.sum(1)
+
+
+def squared_activation(ablation: Ablation) -> Tensor:
+    """f^2 [n]: the baseline to beat."""
+    return ablation.active.f.square().sum(1)
+
+
+def discovery_efas(features: pd.DataFrame) -> pd.Series:
+    """EFAS in the half of the documents that is not intervened on, [K]."""
+    return features.efas_a
+
+
+def active_efas(features: pd.DataFrame) -> pd.Series:
+    """EFAS over active tokens, [K]."""
+    return features.efas_on
+
+
+def active_tokens(features: pd.DataFrame) -> pd.Series:
+    """How often the feature is active, [K]."""
+    return features.n_active
+
+
+def standard_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """What chance gives."""
+    return rng.standard_normal(shape)
+
+
+@dataclass
+class Predictor:
+    """Something that may predict the energy change of an ablation, per active token.
+
+    The basis says what the function takes and gives:
+        tokens   function(ablation) -> [n], summed over the tokens that are intervened on
+        feature  function(table of features) -> a column of it
+        chance   function(rng, shape) -> random numbers, anew in every draw
+    """
+
+    formula: str  # the axis of its panel
+    function: Callable[..., Any]
+    basis: str
+    signed: bool = True  # it may tell whether the energy rises or falls, not only by how much
+    in_energy: bool = False  # the prediction is an energy: its slope is reported too
+    scored: bool = True  # compared with the outcome, not only written to interventions.csv
+    drawn: bool = False  # it gets a panel in predicted_actual.png
+    column: str = ""  # its name in interventions.csv, where that is another
+
+    def scales(self) -> list[str]:
+        """How it is compared with the outcome: by value, by size."""
+        return ["signed", "absolute"] if self.signed else ["absolute"]
+
+
+# A predictor more is a function and an entry more; the order is that of the tables.
+PREDICTORS = {
+    "attribution": Predictor(
+        "attribution eps f A", attribution, "tokens", in_energy=True, drawn=True
+    ),
+    "integrated_gradients": Predictor(
+        "integrated gradients", integrated_gradients, "tokens", in_energy=True, drawn=True
+    ),
+    "efas_a": Predictor("EFAS (other half)", discovery_efas, "feature", drawn=True),
+    "efas_on": Predictor("EFAS of active tokens", active_efas, "feature"),
+    "activation": Predictor("f", activation, "tokens", scored=False, column="f"),
+    "magnitude": Predictor("f^2", squared_activation, "tokens", signed=False, column="f2"),
+    "frequency": Predictor("active tokens", active_tokens, "feature", signed=False),
+    "random": Predictor("standard normal", standard_normal, "chance"),
+}
+
+
+def predictors_of(basis: str) -> dict[str, Predictor]:
+    """Those of PREDICTORS that have this basis."""
+    return {name: p for name, p in PREDICTORS.items() if p.basis == basis}
 
 
 @torch.no_grad()
@@ -1075,164 +1578,253 @@ def ablate(
     steps: int = 4,
     doses: tuple[float, ...] = (0.05, 0.25, 1.0),
 ) -> pd.DataFrame:
-    """x <- x - eps f_k d_k at the tokens where f_k > 0 (the SAE's error is kept): predicted and actual change of energy.
+    """x <- x - eps f_k d_k at the tokens where f_k > 0 (the SAE's error is kept): predicted and
+    actual change of energy, a row a (feature, eps, sequence), sums over the active tokens.
 
-    energy(x, i) -> [n] and slope(x, i) = dE/dx take states of sequences i. x, gx [S, L, D]: held-out half. A row a (feature, eps, sequence)
-    with sums over the active tokens: energy_change, attribution (eps f A), integrated_gradients (midpoint rule), f, n_active.
+    energy(x, i) -> [n] and slope(x, i) = dE/dx take states of sequences i. x, gx [S, L, D]: the
+    held-out half. `steps` of integrated gradients.
     """
-    rows = []
+    tables = []
     for k in tqdm(features.feature.tolist(), desc="ablations", unit="feature", disable=None):
-        d, f = (
-            sae.w_dec[k].to(x.dtype),
-            sae.encode(x.float(), torch.tensor([k]))[..., 0].to(x.dtype),
-        )
-        i = (f > 0).any(1).nonzero()[:n_seq, 0]
-        if not len(i):
+        active = where_active(sae, k, x, n_seq)
+        if not len(active.sequences):
             continue
-        base, f, pull = energy(x[i], i), f[i], -(gx[i] @ d)
-        move = f[..., None] * d
-        for eps in doses:
-            path = sum(
-                (slope(x[i] - (j + 0.5) / steps * eps * move, i) * -eps * move).sum((1, 2))
-                for j in range(steps)
-            ) / max(1, steps)
-            change = energy(x[i] - eps * move, i) - base
-            rows.append(
-                pd.DataFrame(
-                    dict(
-                        feature=k,
-                        eps=eps,
-                        sequence=i,
-                        energy_change=change,
-                        attribution=eps * (f * pull).sum(1),
-                        integrated_gradients=path,
-                        f=f.sum(1),
-                        f2=f.square().sum(1),
-                        n_active=(f > 0).sum(1),
-                    )
-                )
-            )
-    return (
-        pd.concat(rows, ignore_index=True)
-        if rows
-        else pd.DataFrame(columns=["feature", "eps", "sequence"])
+        gradient = gx[active.sequences]  # [n, L, D]
+        for table in ablate_feature(energy, slope, active, gradient, steps, doses):
+            table.insert(0, "feature", k)
+            tables.append(table)
+    if not tables:
+        return pd.DataFrame(columns=["feature", "eps", "sequence"])
+    return pd.concat(tables, ignore_index=True)
+
+
+def ablate_feature(
+    energy: Callable[[Tensor, Tensor], Tensor],
+    slope: Callable[[Tensor, Tensor], Tensor],
+    active: ActiveFeature,
+    gradient: Tensor,
+    steps: int,
+    doses: tuple[float, ...],
+) -> list[pd.DataFrame]:
+    """A table a dose of one feature, with a row a sequence; gradient [n, L, D] is dE/dx before."""
+    sequences = active.sequences
+    before = energy(active.x, sequences)  # [n]
+    move = active.f[..., None] * active.direction  # [n, L, D]
+    tables = []
+    for eps in doses:
+        change = energy(active.x - eps * move, sequences) - before  # [n] the outcome
+        columns = {"eps": eps, "sequence": sequences, "energy_change": change}
+        ablation = Ablation(eps, active, gradient, lambda y: slope(y, sequences), steps)
+        for name, predictor in predictors_of("tokens").items():
+            columns[predictor.column or name] = predictor.function(ablation)
+        columns["n_active"] = (active.f > 0).sum(1)
+        tables.append(pd.DataFrame(columns))
+    return tables
+
+
+@dataclass
+class ResampledEffects:
+    """What ablations at one dose did and were predicted to do, per active token.
+
+    Row 0 is the estimate; the others are bootstrap draws.
+    """
+
+    numbers: np.ndarray  # [K] of the features
+    n_seq: int  # sequences in all
+    means: dict[str, np.ndarray]  # name -> [1 + B, K] over all sequences, over drawn sequences
+    order: np.ndarray  # [1 + B, K] positions of all features, of drawn features
+
+
+def resample_effects(
+    effects: pd.DataFrame, n_boot: int, rng: np.random.Generator
+) -> ResampledEffects:
+    """Resamples sequences and features of the ablations at one dose: rows that `ablate` gave."""
+    numbers = effects.feature.unique()
+    sequences = effects.sequence.unique()
+    n_seq = len(sequences)
+    row = pd.Index(numbers).get_indexer(effects.feature)
+    column = pd.Index(sequences).get_indexer(effects.sequence)
+    weights = np.vstack([np.ones(n_seq), bootstrap_counts(n_seq, n_boot, rng)])  # [1 + B, n_seq]
+
+    def resampled_sum(name: str) -> np.ndarray:
+        by_sequence = np.zeros((len(numbers), n_seq))
+        by_sequence[row, column] = effects[name]
+        return np.einsum("bs,ks->bk", weights, by_sequence)  # [1 + B, K]
+
+    columns = {"energy_change": "energy_change"}
+    for name, predictor in predictors_of("tokens").items():
+        columns[name] = predictor.column or name
+    n_active = resampled_sum("n_active")
+    means = {}
+    for name, column_name in columns.items():
+        total = resampled_sum(column_name)
+        mean = total / np.maximum(n_active, 1)
+        mean_of_all = total[:1] / n_active[:1]
+        # A feature that is left out of a draw keeps its mean.
+        means[name] = np.where(n_active > 0, mean, mean_of_all)
+    resampled = rng.integers(len(numbers), size=(n_boot, len(numbers)))
+    order = np.vstack([np.arange(len(numbers)), resampled])
+    return ResampledEffects(numbers, n_seq, means, order)
+
+
+def rank_correlation(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
+    """Spearman correlation of each row, both [B, K] -> [B]."""
+    predicted = stats.rankdata(predicted, axis=1)
+    actual = stats.rankdata(actual, axis=1)
+    predicted = predicted - predicted.mean(1, keepdims=True)
+    actual = actual - actual.mean(1, keepdims=True)
+    spread = np.sqrt((predicted**2).sum(1) * (actual**2).sum(1) + 1e-300)
+    return (predicted * actual).sum(1) / spread
+
+
+def score_prediction(
+    predictor: Predictor, scale: str, predicted: np.ndarray, effects: ResampledEffects
+) -> dict[str, float]:
+    """Spearman with its interval, slope and sign agreement of predicted [1 + B, K] with the energy
+    change."""
+    actual = effects.means["energy_change"]
+    slope = math.nan
+    sign_agreement = math.nan
+    if scale == "signed":
+        sign_agreement = np.mean(np.sign(predicted[0]) == np.sign(actual[0]))
+        if predictor.in_energy and len(effects.numbers) > 3:
+            slope = np.polyfit(predicted[0], actual[0], 1)[0]
+    else:
+        predicted = np.abs(predicted)
+        actual = np.abs(actual)
+    rho = rank_correlation(
+        np.take_along_axis(predicted, effects.order, axis=1),
+        np.take_along_axis(actual, effects.order, axis=1),
     )
+    if predictor.basis == "chance":  # its interval is the null's, so its estimate is the null's too
+        rho[0] = rho[1:].mean()
+    lo, hi = np.quantile(rho[1:], [0.025, 0.975])
+    return {
+        "spearman": rho[0],
+        "ci_lo": lo,
+        "ci_hi": hi,
+        "slope": slope,
+        "sign_agreement": sign_agreement,
+        "n_features": len(effects.numbers),
+        "n_seq": effects.n_seq,
+    }
+
+
+def predict(
+    resampled: ResampledEffects, features: pd.DataFrame, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Every prediction that is compared with the outcome: name -> [1 + B, K]; `features` holds the
+    rows of resampled.numbers."""
+    shape = resampled.order.shape
+    predictions = {}
+    for name, predictor in PREDICTORS.items():
+        if not predictor.scored:
+            continue
+        if predictor.basis == "tokens":
+            predictions[name] = resampled.means[name]
+        elif predictor.basis == "feature":
+            values = predictor.function(features).to_numpy(dtype=float)  # [K]
+            predictions[name] = np.tile(values, (shape[0], 1))
+        else:
+            predictions[name] = predictor.function(rng, shape)
+    return predictions
 
 
 def predicted_versus_actual(
-    effects: pd.DataFrame, features: pd.DataFrame, seed: int, n_boot: int = 200
+    effects: pd.DataFrame, features: pd.DataFrame, seed: int, n_boot: int = N_BOOT
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Spearman correlation over features of each predictor with the energy change per active token, CI by resampling sequences
-    and features.
+    """How each of PREDICTORS does at the energy change per active token: Spearman correlation over
+    features, its interval by resampling sequences and features; and the points of the figure."""
+    rng = np.random.default_rng(seed)
+    features = features.set_index("feature")
+    scores = []
+    points = []
+    for eps, effects_at_dose in effects.groupby("eps"):
+        resampled = resample_effects(effects_at_dose, n_boot, rng)
+        own = features.loc[resampled.numbers]  # a row a feature
+        predictions = predict(resampled, own, rng)
+        for name, predicted in predictions.items():
+            for scale in PREDICTORS[name].scales():
+                score = score_prediction(PREDICTORS[name], scale, predicted, resampled)
+                scores.append({"eps": eps, "predictor": name, "scale": scale, **score})
 
-    attribution, integrated gradients and magnitude use the intervened tokens; EFAS is the discovery half's. Returns scores and points.
-    """
-    rng, scores, points = np.random.default_rng(seed), [], []
-    fixed = features.set_index("feature")[["efas_a", "efas_on", "n_active", "aligned"]].rename(
-        columns={"n_active": "frequency"}
-    )
-    fixed["random"] = 0.0
-    names = {
-        "attribution": "signed",
-        "integrated_gradients": "signed",
-        "efas_a": "signed",
-        "efas_on": "signed",
-        "magnitude": "absolute",
-        "frequency": "absolute",
-        "random": "signed",
-    }
-    for eps, group in effects.groupby("eps"):
-        sums = ["energy_change", "attribution", "integrated_gradients", "f2", "n_active"]
-        keys, seqs = group.feature.unique(), group.sequence.unique()
-        cube = np.zeros((len(sums), len(keys), len(seqs)))
-        cube[
-            :, pd.Index(keys).get_indexer(group.feature), pd.Index(seqs).get_indexer(group.sequence)
-        ] = group[sums].to_numpy().T
-        draws = np.vstack(
-            [
-                np.ones(len(seqs)),
-                rng.multinomial(len(seqs), np.full(len(seqs), 1 / len(seqs)), n_boot),
-            ]
-        )
-        change, att, ig, mag, n = np.einsum("bs,vks->vbk", draws, cube)
-        change, att, ig, mag = (
-            np.where(n > 0, v / np.maximum(n, 1), v[:1] / n[:1]) for v in (change, att, ig, mag)
-        )  # a feature left out of a draw keeps its mean
-        index = np.vstack([np.arange(len(keys)), rng.integers(len(keys), size=(n_boot, len(keys)))])
-        live = {"attribution": att, "integrated_gradients": ig, "magnitude": mag}
-        points.append(
-            pd.DataFrame(
-                dict(
-                    feature=keys,
-                    eps=eps,
-                    energy_change=change[0],
-                    **{k: v[0] for k, v in live.items()},
-                )
-            ).merge(fixed, left_on="feature", right_index=True)
-        )
-        for name, kind in names.items():
-            values = (
-                live[name]
-                if name in live
-                else np.tile(fixed.loc[keys, name].astype(float), (len(draws), 1))
-            )
-            if name == "random":  # its interval is the null's
-                values = rng.standard_normal(values.shape)
-            for how in ("signed", "absolute") if kind == "signed" else ("absolute",):
-                pair = [
-                    np.take_along_axis(v if how == "signed" else np.abs(v), index, axis=1)
-                    for v in (values, change)
-                ]
-                pair = [stats.rankdata(v, axis=1) for v in pair]
-                pair = [v - v.mean(1, keepdims=True) for v in pair]
-                rho = (pair[0] * pair[1]).sum(1) / np.sqrt(
-                    (pair[0] ** 2).sum(1) * (pair[1] ** 2).sum(1) + 1e-300
-                )
-                rho[0] = rho[1:].mean() if name == "random" else rho[0]
-                lo, hi = np.quantile(rho[1:], [0.025, 0.975])
-                slope = (
-                    np.polyfit(values[0], change[0], 1)[0]
-                    if how == "signed"
-                    and name in ("attribution", "integrated_gradients")
-                    and len(keys) > 3
-                    else np.nan
-                )
-                agree = (
-                    np.mean(np.sign(values[0]) == np.sign(change[0])) if how == "signed" else np.nan
-                )
-                scores.append(
-                    dict(
-                        eps=eps,
-                        predictor=name,
-                        scale=how,
-                        spearman=rho[0],
-                        ci_lo=lo,
-                        ci_hi=hi,
-                        slope=slope,
-                        sign_agreement=agree,
-                        n_features=len(keys),
-                        n_seq=len(seqs),
-                    )
-                )
+        change = resampled.means["energy_change"][0]
+        columns = {"feature": resampled.numbers, "eps": eps, "energy_change": change}
+        for name, predictor in predictors_of("tokens").items():
+            if predictor.scored:
+                columns[name] = predictions[name][0]
+        for name, predictor in predictors_of("feature").items():
+            columns[name] = predictor.function(own).to_numpy()
+        columns["aligned"] = own.aligned.to_numpy()
+        for name in predictors_of("chance"):
+            columns[name] = 0.0  # drawn anew every time: a feature has no value of its own
+        points.append(pd.DataFrame(columns))
     return pd.DataFrame(scores), pd.concat(points, ignore_index=True) if points else pd.DataFrame()
 
 
 @dataclass
 class Clamp:
-    """Holds a read-out of chosen tokens: x += mask (target - read(x)) d, read = relu(<w, x> + c) for a feature, <w, x> for a
-    direction. Rows are sequences."""
+    """Holds a read-out of chosen tokens: x += mask (target - read(x)) d. Rows are sequences."""
 
-    w: Tensor  # [P, D]
-    c: Tensor  # [P]
-    d: Tensor  # [P, D] unit norm
+    reads: Tensor  # [P, D] read(x) = <x, reads> + offset
+    offset: Tensor  # [P]
+    direction: Tensor  # [P, D] unit norm
     target: Tensor  # [P, L]
     mask: Tensor  # [P, L] bool
-    rectified: Tensor  # [P] bool
+    rectified: Tensor  # [P] bool: the relu of that read-out, as of a feature
 
     def __call__(self, x: Tensor, i: Tensor) -> Tensor:
-        read = torch.einsum("pld,pd->pl", x, self.w[i]) + self.c[i, None]
-        read = torch.where(self.rectified[i, None], read.relu(), read)
-        return x + ((self.target[i] - read) * self.mask[i])[..., None] * self.d[i, None]
+        """The states x [n, L, D] of rows i, moved to their targets."""
+        linear = torch.einsum("pld,pd->pl", x, self.reads[i]) + self.offset[i, None]  # [n, L]
+        read = torch.where(self.rectified[i, None], linear.relu(), linear)
+        distance = (self.target[i] - read) * self.mask[i]  # [n, L]
+        return x + distance[..., None] * self.direction[i, None]
+
+    @classmethod
+    def join(cls, clamps: list[Clamp]) -> Clamp:
+        """One clamp with the rows of all."""
+        joined = {}
+        for column in dataclasses.fields(cls):
+            joined[column.name] = torch.cat([getattr(clamp, column.name) for clamp in clamps])
+        return cls(**joined)
+
+
+def hold_feature(active: ActiveFeature, target: Tensor, _rng: np.random.Generator) -> Clamp:
+    """Holds the activation at target [E, n, L], moving along the feature's direction; rows are
+    (dose, sequence)."""
+    n_doses = len(target)
+    n_rows = n_doses * target.shape[1]
+    return Clamp(
+        reads=active.reads.expand(n_rows, -1),
+        offset=active.offset.expand(n_rows),
+        direction=active.direction.expand(n_rows, -1),
+        target=target.flatten(0, 1),
+        mask=(active.f > 0).repeat(n_doses, 1),
+        rectified=torch.ones(n_rows, dtype=torch.bool),
+    )
+
+
+def hold_random_direction(active: ActiveFeature, target: Tensor, rng: np.random.Generator) -> Clamp:
+    """Displaces the same tokens by as much, from f to target [E, n, L], along a random direction,
+    another for each dose; rows are (dose, sequence)."""
+    n_doses = len(target)
+    noise = torch.from_numpy(rng.standard_normal((n_doses, active.x.shape[-1])))
+    u = F.normalize(noise.to(active.x.dtype), dim=-1)  # [E, D]
+    start = torch.einsum("nld,ed->enl", active.x, u)  # [E, n, L]
+    direction = u.repeat_interleave(target.shape[1], 0)  # [E n, D]
+    n_rows = len(direction)
+    return Clamp(
+        reads=direction,
+        offset=torch.zeros(n_rows, dtype=active.x.dtype),
+        direction=direction,
+        target=(start + target - active.f).flatten(0, 1),
+        mask=(active.f > 0).repeat(n_doses, 1),
+        rectified=torch.zeros(n_rows, dtype=torch.bool),
+    )
+
+
+# A clamp more is a function and an entry more; the name is the `arm` of clamps.csv.
+INTERVENTIONS = {"feature": hold_feature, "random direction": hold_random_direction}
 
 
 @torch.no_grad()
@@ -1248,120 +1840,116 @@ def dose_response(
     steps: int = 60,
     doses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0),
 ) -> pd.DataFrame:
-    """Clamps one feature persistently at dose x its mean activation while the state relaxes -> a row a (feature, dose, arm, sequence).
+    """Clamps one feature persistently at dose x its mean activation while the state relaxes -> a
+    row a (feature, arm, dose, sequence); the arms are those of INTERVENTIONS.
 
-    Arms: the feature, and a random direction with the same displacement at the same tokens. attractor_shift = [E(x*) - E(x*_free)] per
-    clamped token, E being the unclamped energy; flips on the clamped tokens, collateral = flips on the others; g_change = |g -
-    g_free| there.
+    attractor_shift = [E(x*) - E(x*_free)] per clamped token, E being the unclamped energy; flips on
+    the clamped tokens, collateral = flips on the others; g_change = |g - g_free| there.
     """
-    rows = []
-    for _, row in tqdm(list(features.iterrows()), desc="clamps", unit="feature", disable=None):
-        k = int(row.feature)
-        d, w, f = (
-            sae.w_dec[k].to(x.dtype),
-            sae.w_enc[:, k].to(x.dtype),
-            sae.encode(x.float(), torch.tensor([k]))[..., 0].to(x.dtype),
-        )
-        i = (f > 0).any(1).nonzero()[:n_seq, 0]
-        if not len(i):
+    tables = []
+    rows = list(features.itertuples())
+    for feature in tqdm(rows, desc="clamps", unit="feature", disable=None):
+        active = where_active(sae, feature.feature, x, n_seq)
+        n = len(active.sequences)
+        if not n:
             continue
-        start, field, on, n = x[i], b[i], f[i] > 0, len(i)
-        free, _ = relax(et, start, field, alpha, max_steps=steps)
-        u = F.normalize(
-            torch.from_numpy(rng.standard_normal((len(doses), x.shape[-1]))).to(x.dtype), dim=-1
-        )
-        targets = (
-            torch.tensor(doses, dtype=x.dtype)[:, None, None]
-            * row.mean_active
-            * torch.ones_like(f[i])
-        )  # [doses, n, L]
-        along = torch.einsum("nld,ed->enl", start, u) + targets - f[i]
-        offset = sae.b_enc[k].to(x.dtype) - sae.b_dec.to(x.dtype) @ w
-        many = len(doses) * n
-        clamp = Clamp(
-            torch.cat([w.expand(many, -1), u.repeat_interleave(n, 0)]),
-            torch.cat([offset.expand(many), torch.zeros(many, dtype=x.dtype)]),
-            torch.cat([d.expand(many, -1), u.repeat_interleave(n, 0)]),
-            torch.cat([targets.flatten(0, 1), along.flatten(0, 1)]),
-            on.repeat(2 * len(doses), 1),
-            torch.arange(2 * many) < many,
-        )
-        every = torch.arange(2 * many)
-        again = field.repeat(2 * len(doses), 1, 1)
-        held, residual = relax(
-            et,
-            clamp(start.repeat(2 * len(doses), 1, 1), every),
-            again,
-            alpha,
-            max_steps=steps,
-            hold=clamp,
-        )
-        shift = (et.energy(held, again) - et.energy(free, field).repeat(2 * len(doses))) / on.sum(
-            1
-        ).repeat(2 * len(doses))
-        flips = et.logits(held).argmax(-1) != et.logits(free).argmax(-1).repeat(2 * len(doses), 1)
-        moved = (et.activation(held) - et.activation(free).repeat(2 * len(doses), 1, 1)).norm(
-            dim=-1
-        )
-        mask = clamp.mask
-        rows.append(
-            pd.DataFrame(
-                dict(
-                    feature=k,
-                    aligned=bool(row.aligned),
-                    efas=row.efas,
-                    arm=np.repeat(["feature", "random direction"], many),
-                    dose=np.tile(np.repeat(doses, n), 2),
-                    sequence=i.repeat(2 * len(doses)),
-                    attractor_shift=shift,
-                    residual=residual,
-                    flip_rate=(flips & mask).sum(1) / mask.sum(1),
-                    collateral=(flips & ~mask).sum(1) / (~mask).sum(1).clamp_min(1),
-                    g_change_others=(moved * ~mask).sum(1) / (~mask).sum(1).clamp_min(1),
-                )
-            )
-        )
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+        b_own = b[active.sequences]  # [n, L, D]
+        # Where the states go without a clamp.
+        free, _ = relax(et, active.x, b_own, alpha, max_steps=steps)
+
+        # All arms and doses relax together: rows are (arm, dose, sequence).
+        multiples = torch.tensor(doses, dtype=x.dtype)[:, None, None]  # [E, 1, 1]
+        target = multiples * feature.mean_active * torch.ones_like(active.f)  # [E, n, L]
+        clamp = Clamp.join([hold(active, target, rng) for hold in INTERVENTIONS.values()])
+        copies = len(INTERVENTIONS) * len(doses)
+        fields = b_own.repeat(copies, 1, 1)  # [P, L, D]
+        start = clamp(active.x.repeat(copies, 1, 1), torch.arange(len(fields)))
+        held, residual = relax(et, start, fields, alpha, max_steps=steps, hold=clamp)
+
+        columns = {
+            "feature": feature.feature,
+            "aligned": feature.aligned,
+            "efas": feature.efas,
+            "arm": np.repeat(list(INTERVENTIONS), len(doses) * n),
+            "dose": np.tile(np.repeat(doses, n), len(INTERVENTIONS)),
+            "sequence": active.sequences.repeat(copies),
+            "attractor_shift": attractor_shift(et, free, held, b_own, clamp.mask),
+            "residual": residual,
+        }
+        columns |= clamp_outcomes(et, free, held, clamp.mask)
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def bootstrap_mean(
-    values: pd.Series, groups: pd.Series, seed: int, n: int = 500
-) -> tuple[float, float, float]:
-    """Mean and 95 % interval by resampling whole groups (sequences or features), which is what is independent."""
-    g = values.groupby(groups.to_numpy()).agg(["sum", "count"]).to_numpy()
-    draws = np.random.default_rng(seed).multinomial(len(g), np.full(len(g), 1 / len(g)), n) @ g
+def attractor_shift(
+    et: EnergyTransformer, free: Tensor, held: Tensor, b: Tensor, mask: Tensor
+) -> Tensor:
+    """Unclamped energy of the clamped fixed points [P, L, D] minus that of the free ones [n, L, D],
+    per clamped token of mask [P, L]: [P]. P holds the n sequences again and again."""
+    copies = len(held) // len(free)
+    energy_held = et.energy(held, b.repeat(copies, 1, 1))  # [P]
+    energy_free = et.energy(free, b).repeat(copies)
+    return (energy_held - energy_free) / mask.sum(1)
+
+
+def clamp_outcomes(
+    et: EnergyTransformer, free: Tensor, held: Tensor, mask: Tensor
+) -> dict[str, Tensor]:
+    """Decoded tokens that change, clamped and others, and |g - g_free| of the others: [P] each."""
+    copies = len(held) // len(free)
+    decoded_free = et.logits(free).argmax(-1).repeat(copies, 1)  # [P, L]
+    flips = et.logits(held).argmax(-1) != decoded_free
+    g_free = et.activation(free).repeat(copies, 1, 1)  # [P, L, D]
+    moved = (et.activation(held) - g_free).norm(dim=-1)  # [P, L]
+    n_others = (~mask).sum(1).clamp_min(1)
+    return {
+        "flip_rate": (flips & mask).sum(1) / mask.sum(1),
+        "collateral": (flips & ~mask).sum(1) / n_others,
+        "g_change_others": (moved * ~mask).sum(1) / n_others,
+    }
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval."""
+
+    mean: float
+    lo: float
+    hi: float
+
+
+def bootstrap_mean(values: pd.Series, groups: pd.Series, seed: int, n: int = 500) -> Interval:
+    """Interval by resampling whole groups (sequences or features), which is what is independent."""
+    by_group = values.groupby(groups.to_numpy()).agg(["sum", "count"]).to_numpy()  # [G, 2]
+    counts = bootstrap_counts(len(by_group), n, np.random.default_rng(seed))  # [n, G]
+    draws = counts @ by_group  # [n, 2] sum and count of each draw
     lo, hi = np.quantile(draws[:, 0] / draws[:, 1], [0.025, 0.975])
-    return float(values.mean()), float(lo), float(hi)
+    return Interval(float(values.mean()), float(lo), float(hi))
 
 
 # ---------------------------------------------------------------------------------------------- run
+# ---- the corpus ----
 def documents(corpus: str, cache_dir: str | Path) -> dict[str, str]:
-    """{name: text}: `builtin` (cached: parsing costs 40 s), `topics` (the language reference in sections), or a file's paragraphs."""
+    """{name: text}: `builtin` (cached: parsing costs 40 s), `topics` (the language reference in
+    sections), or a file's paragraphs."""
     if corpus == "topics":
         topics = import_module("pydoc_data.topics").topics
-        return {
-            f"{k}/{i}": " ".join(v.split()[i : i + 150])
-            for k, v in sorted(topics.items())
-            for i in range(0, len(v.split()), 150)
-        }
+        sections = {}
+        for name, text in sorted(topics.items()):
+            words = text.split()
+            for first in range(0, len(words), 150):
+                sections[f"{name}/{first}"] = " ".join(words[first : first + 150])
+        return sections
     if corpus != "builtin":
         try:
             return dict(enumerate(Path(corpus).read_text(encoding="utf-8").split("\n\n")))  # type: ignore[arg-type]
         except (OSError, UnicodeDecodeError) as e:
-            raise HandoffError(
-                f"--corpus {corpus} cannot be read ({e}); expected builtin, topics or a UTF-8 text file"
-            ) from None
-    key = repr(
-        [
-            BUILTIN_VERSION,
-            platform.python_version(),
-            [version(p) for p in BUILTIN_PACKAGES.values()],
-        ]
-    )
-    cache = (
-        Path(cache_dir).expanduser()
-        / f"builtin-{hashlib.sha256(key.encode()).hexdigest()[:12]}-documents.json"
-    )
+            expected = "expected builtin, topics or a UTF-8 text file"
+            raise HandoffError(f"--corpus {corpus} cannot be read ({e}); {expected}") from None
+    # What the text depends on is in the name of its cache.
+    releases = [version(package) for package in BUILTIN_PACKAGES.values()]
+    key = repr([BUILTIN_VERSION, platform.python_version(), releases])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    cache = Path(cache_dir).expanduser() / f"builtin-{digest}-documents.json"
     with contextlib.suppress(OSError, ValueError):
         return json.loads(cache.read_text(encoding="utf-8"))
     texts = builtin_documents()
@@ -1370,21 +1958,22 @@ def documents(corpus: str, cache_dir: str | Path) -> dict[str, str]:
 
 
 def templated_documents(n: int, rng: np.random.Generator) -> dict[str, str]:
-    """n documents of dates, e-mail addresses, regular expressions and sums: so that numbers and metacharacters are not rare."""
-    names, hosts = (
-        ["alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi"],
-        ["example", "mail", "lab", "home"],
-    )
+    """n documents of dates, e-mail addresses, regular expressions and sums: so that numbers and
+    metacharacters are not rare."""
+    names = ["alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi"]
+    hosts = ["example", "mail", "lab", "home"]
     patterns = [r"\d+", r"[a-z]*", r"\w+@\w+", r"^a.b$", r"(x|y)?", r"[0-9]{2}"]
 
     def line() -> str:
-        name, other, host, pattern = (
-            str(rng.choice(words)) for words in (names, names, hosts, patterns)
-        )
-        a, b, year, month, day = (
-            int(rng.integers(lo, hi))
-            for lo, hi in ((1, 20), (1, 20), (2000, 2030), (1, 13), (1, 29))
-        )
+        name = str(rng.choice(names))
+        other = str(rng.choice(names))
+        host = str(rng.choice(hosts))
+        pattern = str(rng.choice(patterns))
+        a = int(rng.integers(1, 20))
+        b = int(rng.integers(1, 20))
+        year = int(rng.integers(2000, 2030))
+        month = int(rng.integers(1, 13))
+        day = int(rng.integers(1, 29))
         kinds = (
             f"the date is {year}-{month:02d}-{day:02d} .",
             f"send a message to {name}.{other}@{host}.org .",
@@ -1393,108 +1982,398 @@ def templated_documents(n: int, rng: np.random.Generator) -> dict[str, str]:
         )
         return kinds[rng.integers(len(kinds))]
 
-    return {f"templated/{i}": " ".join(line() for _ in range(8)) for i in range(n)}
+    texts = {}
+    for i in range(n):
+        texts[f"templated/{i}"] = " ".join([line() for _ in range(8)])
+    return texts
 
 
 @dataclass
 class Corpus:
-    """Token windows, split by document. `test` has one window a document, so that sequences are independent units."""
+    """Token windows, split by document. `test` has one window a document, so that sequences are
+    independent units."""
 
-    vocab: list[str]
+    vocab: list[str]  # [V] lower-cased
     train: Tensor  # [n, L] int64
     test: Tensor  # [S, L] int64
+    written: np.ndarray  # [S, L] the tokens of `test` as the text has them, before lower-casing
     strata: Tensor  # [S] 0 prose, 1 templated: permutations stay within one
-
-    def classes(self, ids: Tensor) -> np.ndarray:
-        """Token ids -> the name of each token's class, same shape; `other` if none."""
-        of = np.array(
-            [
-                next((c for c, r in CLASSES.items() if i > MASK and re.fullmatch(r, w)), "other")
-                for i, w in enumerate(self.vocab)
-            ]
-        )
-        return of[ids.numpy()]
 
     def encode(self, text: str) -> Tensor:
         """Any text -> token ids [l]."""
-        index = {w: i for i, w in enumerate(self.vocab)}
-        return torch.tensor(
-            [index.get(w, UNK) for w in TOKEN.findall(text.lower())], dtype=torch.int64
-        )
+        index = {word: i for i, word in enumerate(self.vocab)}
+        words = TOKEN.findall(text.lower())
+        return torch.tensor([index.get(word, UNK) for word in words], dtype=torch.int64)
+
+
+def written_tokens(text: str, n: int) -> list[str]:
+    """The first n tokens of a text as they are written. They are found in the lower-cased text, at
+    the same places."""
+    text = text.translate(KEEPS_ITS_LENGTH)
+    found = itertools.islice(TOKEN.finditer(text.lower()), n)
+    return [text[match.start() : match.end()] for match in found]
 
 
 def build_corpus(
     texts: dict[str, str], sequences: int, seed: int, vocab_size: int = 1000, length: int = 32
 ) -> Corpus:
-    """Windows of `length` word, number or symbol tokens; a fifth of the documents, by the hash of their names, is held out.
+    """Windows of `length` word, number or symbol tokens; a fifth of the documents, by the hash of
+    their names, is held out.
 
     Raises HandoffError if fewer than `sequences` held-out documents are long enough.
     """
-    texts = {str(k): v for k, v in texts.items()} | templated_documents(
-        max(200, len(texts) // 3), np.random.default_rng(seed)
-    )
+    texts = {str(name): text for name, text in texts.items()}
+    texts |= templated_documents(max(200, len(texts) // 3), np.random.default_rng(seed))
     words = {name: TOKEN.findall(text.lower()) for name, text in texts.items()}
-    held = {name for name in words if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 < 2}
-    counts = Counter(w for name, ws in words.items() if name not in held for w in ws)
-    vocab = ["<unk>", "<mask>"] + [w for w, _ in counts.most_common(vocab_size - 2)]
-    index = {w: i for i, w in enumerate(vocab)}
-    train, test = [], {0: [], 1: []}  # type: ignore[var-annotated]
-    for name, ws in words.items():
-        windows = [
-            [index.get(w, UNK) for w in ws[i : i + length]]
-            for i in range(0, len(ws) - length + 1, length)
-        ]
-        if name in held:
-            test[name.startswith("templated/")] += windows[:1]
-        else:
+    held_out = {name for name in words if is_held_out(name)}
+    counts: Counter[str] = Counter()
+    for name, tokens in words.items():
+        if name not in held_out:
+            counts.update(tokens)
+    vocab = ["<unk>", "<mask>"] + [word for word, _ in counts.most_common(vocab_size - 2)]
+    index = {word: i for i, word in enumerate(vocab)}
+
+    train = []
+    prose: list[tuple[list[int], list[str]]] = []  # held-out windows: ids, written tokens
+    templated: list[tuple[list[int], list[str]]] = []
+    for name, tokens in words.items():
+        ids = [index.get(word, UNK) for word in tokens]
+        windows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        if name not in held_out:
             train += windows
-    share = {1: min(len(test[1]), sequences // 4)}
-    share[0] = sequences - share[1]
-    if len(test[0]) < share[0] or not train:
-        raise HandoffError(
-            f"not enough data: {len(test[0])} held-out documents of {length} tokens, needed {share[0]}; use a larger --corpus or "
-            f"fewer --sequences"
-        )
+        elif windows:
+            group = templated if name.startswith("templated/") else prose
+            group.append((windows[0], written_tokens(texts[name], length)))
+    n_templated = min(len(templated), sequences // 4)
+    n_prose = sequences - n_templated
+    if len(prose) < n_prose or not train:
+        found = f"{len(prose)} held-out documents of {length} tokens, needed {n_prose}"
+        advice = "use a larger --corpus or fewer --sequences"
+        raise HandoffError(f"not enough data: {found}; {advice}")
+
     rng = np.random.default_rng(seed)
-    rows = [test[g][i] for g in (0, 1) for i in rng.permutation(len(test[g]))[: share[g]]]
+    rows = [prose[i] for i in rng.permutation(len(prose))[:n_prose]]
+    rows += [templated[i] for i in rng.permutation(len(templated))[:n_templated]]
     return Corpus(
         vocab,
-        torch.tensor(train),
-        torch.tensor(rows),
-        torch.tensor([0] * share[0] + [1] * share[1]),
+        train=torch.tensor(train),
+        test=torch.tensor([ids for ids, _ in rows]),
+        written=np.array([forms for _, forms in rows]),
+        strata=torch.tensor([0] * n_prose + [1] * n_templated),
     )
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the hash of a document's name falls into the held-out fifth."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 < 2
+
+
+# ---- the analysis ----
+@dataclass
+class LensResults:
+    """Everything that an analysis found: scalars, and tidy tables by name."""
+
+    model: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict, repr=False)  # models, arguments; not saved
+
+    def to_dataframe(self, name: str = "features") -> pd.DataFrame:
+        """One of the tables; `features` has a row a (layer, feature)."""
+        return self.tables[name]
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Facts and tables as JSON; written to `path` if given."""
+        tables = {}
+        for name, table in self.tables.items():
+            tables[name] = json.loads(table.to_json(orient="records"))
+        record = {"model": self.model, "facts": self.facts, "tables": tables}
+        if path:
+            write_json(path, record)
+        return json.dumps(record, default=str)
+
+
+@dataclass
+class Study:
+    """A trained Energy Transformer, and what its analysis shares."""
+
+    args: Any  # of the command line
+    et: EnergyTransformer
+    et64: EnergyTransformer  # the same in float64
+    corpus: Corpus
+    stable: float  # largest step at which no energy rises; NaN if there is none
+    rng: np.random.Generator
+    tables: dict[str, pd.DataFrame]  # those of the results
+
+    def step_below(self, limit: float) -> float:
+        """A step size at which no energy rises, at most `limit`; --step_size if there is none."""
+        return min(limit, self.stable) if math.isfinite(self.stable) else self.args.step_size
+
+
+@dataclass
+class Descents:
+    """States of the descent by step, of held-out and of training windows."""
+
+    b: Tensor  # [S, L, D] field of the held-out windows
+    xs: list[Tensor]  # step -> [S, L, D]
+    fit_ids: Tensor  # [n, L] training windows that the dictionaries are fitted on
+    fit_xs: dict[int, Tensor]  # analysed step -> [n, L, D]
+
+
+@torch.no_grad()
+def descend_corpus(study: Study) -> Descents:
+    """Both sets of windows down to the last analysed step."""
+    args = study.args
+    last = args.energy_layers[-1]
+    train = study.corpus.train
+    n_windows = max(1000, args.sae_tokens // 32)
+    fit_ids = train[torch.from_numpy(study.rng.permutation(len(train))[:n_windows])]  # [n, L]
+    b, xs = descend(study.et, study.corpus.test, last, args.step_size)
+    batches: dict[int, list[Tensor]] = {step: [] for step in args.energy_layers}
+    for ids in fit_ids.split(125):  # all at once would need a gigabyte
+        _, states = descend(study.et, ids, last, args.step_size)
+        for step in args.energy_layers:
+            batches[step].append(states[step])
+    fit_xs = {step: torch.cat(states) for step, states in batches.items()}
+    return Descents(b, xs, fit_ids, fit_xs)
+
+
+def middle_step(args: Any) -> int:
+    """The analysed step whose features are named and intervened on."""
+    return args.energy_layers[len(args.energy_layers) // 2]
+
+
+def fit_sae(x: Tensor, args: Any) -> SAE:
+    """An SAE of the first tokens of states x [n, L, D], with the sizes of the command line."""
+    tokens = x.flatten(0, 1)[: args.sae_tokens]  # [N, D]
+    return train_sae(
+        tokens, args.sae_dict_size, args.sae_l1, args.sae_iterations, args.optimiser, args.seed
+    )
+
+
+def dictionary_rows(
+    step: int, descents: Descents, sae: SAE, test_ids: Tensor, args: Any
+) -> list[dict[str, Any]]:
+    """How well the SAE and other dictionaries explain the states of a step: rows of sae.csv."""
+    x = descents.xs[step]  # [S, L, D]
+    fit_x = descents.fit_xs[step]  # [n, L, D]
+    score = sae.score(x.flatten(0, 1))
+    trivial = token_dictionary(fit_x, descents.fit_ids, x, test_ids)
+    rows = [
+        {"layer": step, "dictionary": f"SAE, {args.optimiser}", **score},
+        {"layer": step, "dictionary": "one atom a token id + position", "fvu": trivial, "l0": 2.0},
+    ]
+    if step == middle_step(args):  # slow: at one step only, on a part of the tokens
+        fit_tokens = fit_x.flatten(0, 1)[: args.sae_tokens][:2048]
+        test_tokens = x[::10].flatten(0, 1)[:320]
+        other = dictionary_learning(fit_tokens, test_tokens, score["l0"], args.seed)
+        name = "MiniBatchDictionaryLearning, 256 atoms"
+        rows.append({"layer": step, "dictionary": name, **other})
+    return rows
+
+
+def efas_at(
+    step: int, et: EnergyTransformer, x: Tensor, b: Tensor, sae: SAE, strata: Tensor, args: Any
+) -> Layer:
+    """EFAS of the SAE's features at a descent step, by the gradient that --gradient names; x, b
+    [S, L, D]."""
+    et64 = copy.deepcopy(et).double()
+    gx = et.autograd_x(x, b)  # [S, L, D]
+    slope = None
+    features = None
+    if args.gradient == "finite_difference":
+        features = sae.encode(x).gt(0).sum((0, 1)).topk(16).indices
+
+        def slope(directions: Tensor) -> Tensor:
+            return finite_difference(lambda y: et64.energy(y, b.double()), x.double(), directions)
+
+    layer = analyse_layer(step, x, gx, et.token_energy(x, b), sae, strata, args, slope, features)
+    layer.facts["finite_difference_error"] = finite_difference_error(et64, x, b, sae, args.seed)
+    return layer
+
+
+def finite_difference_error(
+    et64: EnergyTransformer, x: Tensor, b: Tensor, sae: SAE, seed: int
+) -> float:
+    """Largest error of the closed-form gradient along four features in two sequences, as a share of
+    the largest gradient."""
+    some = np.random.default_rng(seed).integers(0, len(sae.w_dec), 4)
+    directions = sae.w_dec[torch.from_numpy(some)]  # [4, D]
+    x = x[:2].double()  # [2, L, D]
+    b = b[:2].double()
+    difference = finite_difference(lambda y: et64.energy(y, b), x, directions)  # [2, L, 4]
+    exact = feature_gradient(et64.grad_x(x, b), directions.double())
+    return ((difference - exact).abs().max() / exact.abs().max()).item()
+
+
+def untrained_control(fit_ids: Tensor, corpus: Corpus, args: Any) -> pd.DataFrame:
+    """The same analysis, SAE included, of an Energy Transformer that was never trained: the summary
+    row of the middle step."""
+    step = middle_step(args)
+    et = untrained(corpus, args.seed).requires_grad_(False)
+    b, xs = descend(et, corpus.test, step, args.step_size)
+    n_windows = math.ceil(args.sae_tokens / fit_ids.shape[1])
+    _, fit_xs = descend(et, fit_ids[:n_windows], step, args.step_size)
+    sae = fit_sae(fit_xs[step], args)
+    layer = efas_at(step, et, xs[step], b, sae, corpus.strata, args)
+    _, summary = call_aligned([layer])
+    return summary.assign(fvu=sae.score(xs[step].flatten(0, 1))["fvu"])
+
+
+def analyse_features(study: Study, descents: Descents) -> dict[int, SAE]:
+    """SAE and EFAS at every step, and of an untrained model: their tables, and the SAEs."""
+    args = study.args
+    corpus = study.corpus
+    layers = []
+    saes = {}
+    quality = []
+    for step in tqdm(args.energy_layers, desc="layers", disable=None):
+        x = descents.xs[step]
+        sae = fit_sae(descents.fit_xs[step], args)
+        quality += dictionary_rows(step, descents, sae, corpus.test, args)
+        layers.append(efas_at(step, study.et, x, descents.b, sae, corpus.strata, args))
+        saes[step] = sae
+    tables = study.tables
+    tables["untrained"] = untrained_control(descents.fit_ids, corpus, args)
+    tables["features"], tables["layers"] = call_aligned(layers)
+    tables["sae"] = pd.DataFrame(quality)
+    tables["efas_distribution"] = histogram_table(tables["features"], layers, args.seed)
+    return saes
+
+
+def intervene(study: Study, x: Tensor, b: Tensor, sae: SAE) -> None:
+    """Concepts of the features of the middle step, ablations and clamps; x, b [S, L, D]. No tables
+    if no feature is eligible."""
+    args = study.args
+    corpus = study.corpus
+    features = study.tables["features"]
+    own = features[(features.layer == middle_step(args)) & features.eligible]
+    own = own.reset_index(drop=True)
+    if not len(own):
+        return
+    numbers = own.feature.to_numpy()
+    members = class_members(corpus.test, corpus.written)
+    f = sae.encode(x, torch.tensor(numbers))  # [S, L, K']
+    study.tables["concepts"] = concept_features(f, members, corpus.strata, numbers)
+
+    chosen = matched_features(own, args.intervened, study.rng)
+    held_out = torch.arange(1, len(x), 2)  # the half that efas_a has not seen
+    x = x[held_out]
+    b = b[held_out]
+    x64 = x.double()
+    b64 = b.double()
+    effects = ablate(
+        lambda y, i: study.et64.energy(y, b64[i]),
+        lambda y, i: study.et64.grad_x(y, b64[i]),
+        x64,
+        study.et64.grad_x(x64, b64),
+        sae,
+        chosen,
+        n_seq=12,
+    )
+    scores, points = predicted_versus_actual(effects, chosen, args.seed)
+    study.tables["interventions"] = effects
+    study.tables["predictors"] = scores
+    study.tables["predicted_actual"] = points
+
+    n_clamped = max(2, args.intervened // 12)  # of the aligned ones, and as many others
+    clamped = chosen.groupby("aligned").head(n_clamped)
+    alpha = study.step_below(args.step_size)
+    study.tables["clamps"] = dose_response(study.et, x, b, sae, clamped, alpha, study.rng)
+
+
+def study_attractors(study: Study) -> None:
+    """Fixed points, basins, merge trees and clusters of a few held-out windows: their tables."""
+    et = study.et
+    args = study.args
+    rng = study.rng
+    picked = torch.from_numpy(rng.permutation(len(study.corpus.test))[: args.relaxed])
+    ids = study.corpus.test[picked]  # [S', L]
+    # As in training: a hidden token has no field of its own.
+    masked, _ = mask_tokens(ids, torch.Generator().manual_seed(args.seed))
+    b = et.field(masked)  # [S', L, D]
+    alpha = study.step_below(1.0)
+    study.tables["attractors"], star = attractors(et, b, alpha, rng)
+    study.tables["basins"] = basins(et, star[:16], b[:16], alpha, rng)
+    trees = []
+    for sequence, own_field in enumerate(b[:3].double()):
+        trees.append(merge_tree(study.et64, own_field, alpha, rng).assign(sequence=sequence))
+    study.tables["merge_tree"] = pd.concat(trees, ignore_index=True)
+    members = class_members(ids, study.corpus.written[picked.numpy()])
+    study.tables["attractor_clusters"] = attractor_clusters(et, star, b, members, args.seed)
+
+
+def analyse_energy_transformer(args: Any, et: EnergyTransformer, corpus: Corpus) -> LensResults:
+    """SAE, EFAS, interventions and attractors of a trained Energy Transformer."""
+    clock = time.perf_counter()
+    res = LensResults("energy-transformer")
+    et64 = copy.deepcopy(et).double()
+    res.facts["invariants"] = check_invariants(et64, corpus.test[:4], args.step_size)
+    stable, res.tables["step_size"] = largest_step(et64, corpus.test[::40])
+    res.facts["largest_step"] = stable
+    rng = np.random.default_rng(args.seed)
+    study = Study(args, et, et64, corpus, stable, rng, res.tables)
+
+    descents = descend_corpus(study)
+    saes = analyse_features(study, descents)
+    res.facts["seconds_efas"] = time.perf_counter() - clock
+    middle = middle_step(args)
+    intervene(study, descents.xs[middle], descents.b, saes[middle])
+    study_attractors(study)
+    res.tables["descent"] = descent_table(et, corpus.test[::5], args.step_size)
+    res.facts["seconds"] = time.perf_counter() - clock
+    res.state |= {"args": args, "saes": saes, "et": et, "corpus": corpus}
+    return res
+
+
+def run_all(args: Any, corpus: Corpus) -> tuple[LensResults, EnergyTransformer]:
+    """Trains both models, compares them and analyses the Energy Transformer; prints progress."""
+    sizes = f"{corpus.train.numel():,} training tokens, {len(corpus.test)} held-out documents"
+    print(f"corpus: {args.corpus}, {sizes}", flush=True)
+    et = train_energy_transformer(corpus, args.train_steps, args.step_size, args.seed)
+    transformer = train_transformer(corpus, args.train_steps, args.seed)
+    models = compare_models(et, transformer, corpus, args.step_size, args.seed)
+    print(models.to_string(index=False, float_format="%.3f"), flush=True)
+    res = analyse_energy_transformer(args, et, corpus)
+    res.tables["models"] = models
+    return res, et
+
+
+def peak_gb() -> float:
+    """Peak resident memory of this process, GB."""
+    unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, kB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def cost_line(clock: float) -> str:
+    """Time since `clock` (of time.perf_counter), CPU time, threads and memory of this process."""
+    minutes = (time.perf_counter() - clock) / 60
+    cpu_minutes = time.process_time() / 60
+    threads = torch.get_num_threads()
+    times = f"{minutes:.1f} minutes, {cpu_minutes:.1f} CPU minutes on {threads} threads"
+    return f"{times}, peak {peak_gb():.2f} GB"
 
 
 def run(args: argparse.Namespace) -> int:
+    """Trains, analyses, writes tables, figures and report to args.save_dir; exit status."""
     clock = time.perf_counter()
-    report, raw = args.save_dir / "research_report.md", args.save_dir / "raw_results.json"
+    report = args.save_dir / "research_report.md"
+    raw = args.save_dir / "raw_results.json"
     refuse_overwrite([report, raw], args.overwrite)
     keep_memory()
     with run_record(args.save_dir, args) as record:
-        res, _ = run_all(
-            args, build_corpus(documents(args.corpus, args.cache_dir), args.sequences, args.seed)
-        )
-        cost = (
-            f"{(time.perf_counter() - clock) / 60:.1f} minutes, {time.process_time() / 60:.1f} CPU minutes on "
-            f"{torch.get_num_threads()} threads, peak {peak_gb():.2f} GB"
-        )
+        texts = documents(args.corpus, args.cache_dir)
+        res, _ = run_all(args, build_corpus(texts, args.sequences, args.seed))
+        cost = cost_line(clock)
         save_tables(res.tables, args.save_dir)
-        write_report(
-            "Energy-Lens on an Energy Transformer", compose(res, args, cost, args.save_dir), report
-        )
+        title = "Energy-Lens on an Energy Transformer"
+        write_report(title, compose(res, args, cost, args.save_dir), report)
         res.to_json(raw)
-        record |= dict(cost=cost, facts=res.facts)
-    shown = [
-        "layer",
-        "eligible",
-        "rule_passes",
-        "token_null",
-        "direction_null",
-        "aligned",
-        "median_abs_efas",
-        "split_half_r",
-    ]
-    print(res.tables["layers"][shown].to_string(index=False, float_format="%.3f"))
+        record |= {"cost": cost, "facts": res.facts}
+    shown = (
+        "layer eligible rule_passes token_null direction_null aligned median_abs_efas split_half_r"
+    )
+    print(res.tables["layers"][shown.split()].to_string(index=False, float_format="%.3f"))
     print(f"{cost}; report: {report}")
     return 0
 
@@ -1510,33 +2389,6 @@ COLOURS = [
     "#CC79A7",
     "#56B4E9",
 ]  # Okabe & Ito: safe for colour-blind readers
-
-
-@dataclass
-class LensResults:
-    """Everything that an analysis found: scalars, and tidy tables by name."""
-
-    model: str
-    facts: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    state: dict[str, Any] = field(
-        default_factory=dict, repr=False
-    )  # models and arguments; not saved
-
-    def to_dataframe(self, name: str = "features") -> pd.DataFrame:
-        """One of the tables; `features` has a row a (layer, feature)."""
-        return self.tables[name]
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Facts and tables as JSON; written to `path` if given."""
-        record = dict(
-            model=self.model,
-            facts=self.facts,
-            tables={k: json.loads(v.to_json(orient="records")) for k, v in self.tables.items()},
-        )
-        if path:
-            write_json(path, record)
-        return json.dumps(record, default=str)
 
 
 def cell(value: Any) -> str:
@@ -1601,96 +2453,75 @@ def write_report(title: str, blocks: list[ReportPart], path: Path) -> None:
 def save_tables(tables: dict[str, pd.DataFrame], out: Path) -> None:
     """Every table as <out>/<name>.csv."""
     for name, table in tables.items():
-        with atomic(out / f"{name}.csv") as tmp:
-            table.to_csv(tmp, index=False)
+        with atomic(out / f"{name}.csv") as temporary:
+            table.to_csv(temporary, index=False)
 
 
+# ---- figures ----
 @contextlib.contextmanager
-def new_figure(
-    path: Path, columns: int = 1, width: float = 4.2, height: float = 3.4, rows: int = 1
-) -> Iterator[Any]:
-    """Axes [rows, columns] of a new figure, flattened; saved as PNG when the block ends."""
+def new_figure(path: Path, panels: int, width: float, height: float) -> Iterator[Any]:
+    """The axes of a new figure with its panels in a row, each width x height inches; saved as PNG
+    when the block ends."""
     plt = import_module("matplotlib.pyplot")
     plt.switch_backend("agg")
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
-    )
+    size = (width * panels, height)
+    figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
-    yield axes.flat
-    with atomic(path) as tmp:
-        fig.savefig(tmp, dpi=130)
-    plt.close(fig)
+    yield list(axes.flat)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
 
 
 def histogram_table(features: pd.DataFrame, layers: list[Layer], seed: int) -> pd.DataFrame:
-    """Densities of EFAS and of both nulls, a row a (layer, source, bin): what draw_distribution needs."""
-    edges, rows, rng = np.linspace(-1, 1, 81), [], np.random.default_rng(seed)
+    """Densities of EFAS and of both nulls, a row a (layer, source, bin): what draw_distribution
+    needs."""
+    edges = np.linspace(-1, 1, 81)
+    centres = (edges[1:] + edges[:-1]) / 2
+    rng = np.random.default_rng(seed)
+    tables = []
     for layer in layers:
-        own = features[(features.layer == layer.facts["layer"]) & features.eligible]
+        number = layer.facts["layer"]
+        own = features[(features.layer == number) & features.eligible]
         if not len(own):
             continue
-        draws = own.null_mean.to_numpy() + own.null_sd.to_numpy() * rng.standard_normal(
-            (20, len(own))
-        )  # the normal null that p_token uses
+        # The normal null that p_token uses, 20 draws a feature.
+        noise = rng.standard_normal((20, len(own)))
+        permuted = own.null_mean.to_numpy() + own.null_sd.to_numpy() * noise
         sources = {
             "features": own.efas,
-            "sequences permuted": draws.ravel(),
+            "sequences permuted": permuted.ravel(),
             "random directions": layer.null.flatten().numpy(),
         }
-        for name, values in sources.items():
-            density = np.histogram(values, edges, density=True)[0]
-            rows.append(
-                pd.DataFrame(
-                    dict(
-                        layer=layer.facts["layer"],
-                        source=name,
-                        efas=(edges[1:] + edges[:-1]) / 2,
-                        density=density,
-                    )
-                )
-            )
-    return (
-        pd.concat(rows, ignore_index=True)
-        if rows
-        else pd.DataFrame(columns=["layer", "source", "efas", "density"])
-    )
+        for source, values in sources.items():
+            density, _ = np.histogram(values, edges, density=True)
+            columns = {"layer": number, "source": source, "efas": centres, "density": density}
+            tables.append(pd.DataFrame(columns))
+    if not tables:
+        return pd.DataFrame(columns=["layer", "source", "efas", "density"])
+    return pd.concat(tables, ignore_index=True)
 
 
-def draw_distribution(t: pd.DataFrame, path: Path, unit: str) -> None:
-    names = list(t.layer.unique())
-    with new_figure(path, max(1, len(names)), 3.1, 3.2) as axes:
-        for ax, layer in zip(axes, names, strict=False):
-            for colour, style, (source, group) in zip(
-                COLOURS,
-                ("-", ":", "--"),
-                t[t.layer == layer].groupby("source", sort=False),
-                strict=False,
+def draw_distribution(table: pd.DataFrame, path: Path, unit: str) -> None:
+    """efas_distribution.csv, a panel a layer; `unit` says what a layer is."""
+    layers = list(table.layer.unique())
+    with new_figure(path, max(1, len(layers)), 3.1, 3.2) as axes:
+        for ax, layer in zip(axes, layers, strict=False):
+            sources = table[table.layer == layer].groupby("source", sort=False)
+            for (source, rows), colour, style in zip(
+                sources, COLOURS, ("-", ":", "--"), strict=False
             ):
-                ax.step(
-                    group.efas,
-                    group.density,
-                    where="mid",
-                    color=colour,
-                    linestyle=style,
-                    label=source,
-                )
+                look = {"color": colour, "linestyle": style, "label": source}
+                ax.step(rows.efas, rows.density, where="mid", **look)
             ax.axvspan(-RULE, RULE, color="0.92", zorder=0)
-            ax.set(
-                title=f"{unit} {layer}",
-                xlabel="EFAS (correlation)",
-                yscale="symlog",
-                ylim=(0, None),
-            )
+            ax.set(title=f"{unit} {layer}", xlabel="EFAS (correlation)")
+            ax.set(yscale="symlog", ylim=(0, None))
         axes[0].set_ylabel("density (grey: |EFAS| < 0.1)")
-        key = axes[0].get_legend_handles_labels()
-        axes[0].figure.legend(
-            *key,
-            loc="outside lower center",
-            ncols=3 if len(names) > 1 else 1,
-            fontsize=7,
-            frameon=False,
-        )
+        handles, labels = axes[0].get_legend_handles_labels()
+        columns = 3 if len(layers) > 1 else 1
+        look = {"loc": "outside lower center", "fontsize": 7, "frameon": False}
+        axes[0].figure.legend(handles, labels, ncols=columns, **look)
 
 
 def draw_predicted(
@@ -1699,724 +2530,445 @@ def draw_predicted(
     path: Path,
     ylabel: str = "energy change per active token",
 ) -> None:
-    names = {
-        "attribution": "attribution eps f A",
-        "integrated_gradients": "integrated gradients",
-        "efas_a": "EFAS (other half)",
-    }
-    with new_figure(path, len(names), 3.6, 3.4) as axes:
-        for ax, (name, label) in zip(axes, names.items(), strict=True):
-            for colour, marker, (eps, group) in zip(
-                COLOURS, "os^", points.groupby("eps"), strict=False
-            ):
-                rho = scores[
-                    (scores.eps == eps) & (scores.predictor == name) & (scores.scale == "signed")
-                ].spearman.iloc[0]
-                ax.scatter(
-                    group[name],
-                    group.energy_change,
-                    s=10,
-                    alpha=0.7,
-                    color=colour,
-                    marker=marker,
-                    label=f"eps {eps:g}: Spearman {rho:.2f}",
-                )
-            wide = name != "efas_a"
+    """predicted_actual.csv, a panel a predictor that is drawn; Spearman from predictors.csv."""
+    drawn = {name: p for name, p in PREDICTORS.items() if p.drawn}
+    with new_figure(path, len(drawn), 3.6, 3.4) as axes:
+        for ax, (name, predictor) in zip(axes, drawn.items(), strict=True):
+            own = scores[(scores.predictor == name) & (scores.scale == predictor.scales()[0])]
+            rho = own.set_index("eps").spearman
+            doses = points.groupby("eps")
+            for (eps, rows), colour, marker in zip(doses, COLOURS, "os^", strict=False):
+                look = {"color": colour, "marker": marker, "s": 10, "alpha": 0.7}
+                label = f"eps {eps:g}: Spearman {rho[eps]:.2f}"
+                ax.scatter(rows[name], rows.energy_change, label=label, **look)
             ax.set_yscale("symlog", linthresh=1e-2)
-            if wide:
+            if predictor.in_energy:  # both axes in the same unit: an exact prediction is diagonal
                 ax.set_xscale("symlog", linthresh=1e-2)
-                lim = [
-                    min(ax.get_xlim()[0], ax.get_ylim()[0]),
-                    max(ax.get_xlim()[1], ax.get_ylim()[1]),
-                ]
-                ax.plot(lim, lim, color="0.6", linewidth=0.8, zorder=0)
+                low = min(ax.get_xlim()[0], ax.get_ylim()[0])
+                high = max(ax.get_xlim()[1], ax.get_ylim()[1])
+                ax.plot([low, high], [low, high], color="0.6", linewidth=0.8, zorder=0)
             ax.tick_params(labelsize=7)
-            ax.set(xlabel=label)
+            ax.set(xlabel=predictor.formula)
             ax.legend(fontsize=7, frameon=False, loc="best")
         axes[0].set_ylabel(ylabel)
 
 
-def draw_dose(t: pd.DataFrame, path: Path) -> None:
+def draw_dose(clamps: pd.DataFrame, path: Path) -> None:
+    """clamps.csv, a panel an outcome; bands: 95 % by resampling features."""
     outcomes = {
         "attractor_shift": "attractor shift per clamped token",
         "flip_rate": "flip rate of clamped tokens",
         "collateral": "flip rate of other tokens",
     }
+    doses = sorted(clamps.dose.unique())
     with new_figure(path, len(outcomes), 3.8, 3.3) as axes:
-        for ax, (name, label) in zip(axes, outcomes.items(), strict=True):
-            for colour, style, (arm, group) in zip(
-                COLOURS, ("-o", "--s"), t.groupby("arm"), strict=False
-            ):
-                ci = pd.DataFrame(
-                    [bootstrap_mean(g[name], g.feature, 0) for _, g in group.groupby("dose")],
-                    columns=["mean", "lo", "hi"],
-                )
-                ax.plot(
-                    sorted(t.dose.unique()),
-                    ci["mean"],
-                    style,
-                    color=colour,
-                    label=arm,
-                    markersize=4,
-                )
-                ax.fill_between(sorted(t.dose.unique()), ci.lo, ci.hi, color=colour, alpha=0.2)
+        for ax, (outcome, label) in zip(axes, outcomes.items(), strict=True):
+            styles = itertools.cycle(("-o", "--s"))
+            arms = clamps.groupby("arm")
+            for (arm, rows), colour, style in zip(arms, COLOURS, styles, strict=False):
+                means = []
+                for _, at_dose in rows.groupby("dose"):
+                    means.append(bootstrap_mean(at_dose[outcome], at_dose.feature, 0))
+                band = pd.DataFrame(means)  # a row a dose: mean, lo, hi
+                ax.plot(doses, band["mean"], style, color=colour, label=arm, markersize=4)
+                ax.fill_between(doses, band.lo, band.hi, color=colour, alpha=0.2)
             ax.set(xlabel="clamp (multiple of mean activation)", ylabel=label)
-            if name != "attractor_shift":
+            if outcome != "attractor_shift":  # rates: from zero, and not narrower than 5 %
                 ax.set_ylim(-0.002, max(0.05, ax.get_ylim()[1]))
         axes[0].legend(fontsize=8, frameon=False)
 
 
-def draw_descent(t: pd.DataFrame, path: Path) -> None:
+def draw_descent(table: pd.DataFrame, path: Path) -> None:
+    """descent.csv: the total energy beside its terms."""
     with new_figure(path, 2, 4.4, 3.4) as axes:
-        for colour, (term, group) in zip(COLOURS, t.groupby("term", sort=False), strict=False):
+        for (term, rows), colour in zip(table.groupby("term", sort=False), COLOURS, strict=False):
             ax = axes[0] if term == "total" else axes[1]
-            ax.plot(group.step, group["mean"], color=colour, label=term)
-            ax.fill_between(group.step, group.q05, group.q95, color=colour, alpha=0.2)
-        axes[0].set(
-            xlabel="descent step",
-            ylabel="energy per token",
-            xscale="symlog",
-            title="total (band: 5-95 % of sequences)",
-        )
-        axes[1].set(
-            xlabel="descent step", ylabel="energy per token", xscale="symlog", title="terms"
-        )
+            ax.plot(rows.step, rows["mean"], color=colour, label=term)
+            ax.fill_between(rows.step, rows.q05, rows.q95, color=colour, alpha=0.2)
+        for ax, title in zip(axes, ("total (band: 5-95 % of sequences)", "terms"), strict=True):
+            ax.set(xlabel="descent step", ylabel="energy per token", xscale="symlog", title=title)
         axes[1].legend(fontsize=8, frameon=False)
 
 
 def draw_basins(basin: pd.DataFrame, tree: pd.DataFrame, path: Path) -> None:
+    """basins.csv and merge_tree.csv, side by side."""
     with new_figure(path, 2, 4.4, 3.4) as axes:
-        axes[0].errorbar(
-            basin.sigma,
-            basin.returned,
-            [basin.returned - basin.ci_lo, basin.ci_hi - basin.returned],
-            fmt="-o",
-            color=COLOURS[0],
-            capsize=3,
-        )
-        axes[0].set(
-            xlabel="noise / length of the state",
-            ylabel="share of starts that return (95 % CI)",
-            ylim=(-0.03, 1.03),
-            xscale="log",
-            title="basin size",
-        )
-        for colour, (name, group) in zip(COLOURS, tree.groupby("sequence"), strict=False):
-            finite = group[np.isfinite(group.depth)]
-            axes[1].plot(
-                np.arange(1, len(finite) + 1),
-                finite.depth,
-                "o-",
-                color=colour,
-                markersize=3,
-                label=f"sequence {name}",
-            )
-        axes[1].set(
-            xlabel="rank of the minimum",
-            ylabel="depth to the merge (energy per token)",
-            yscale="log",
-            title="merge tree of the sublevel sets",
-        )
-        if not np.isfinite(
-            tree.depth
-        ).any():  # nothing merges: one minimum each, as far as the starts can tell
-            axes[1].text(
-                0.5,
-                0.5,
-                "every start reached the same minimum",
-                ha="center",
-                transform=axes[1].transAxes,
-            )
-            axes[1].set_yscale("linear")
-            axes[1].set(xticks=[], yticks=[])
-        else:
-            axes[1].legend(fontsize=7, frameon=False)
+        size, depth = axes
+        errors = [basin.returned - basin.ci_lo, basin.ci_hi - basin.returned]
+        look = {"fmt": "-o", "color": COLOURS[0], "capsize": 3}
+        size.errorbar(basin.sigma, basin.returned, errors, **look)
+        size.set(xlabel="noise / length of the state", xscale="log", title="basin size")
+        size.set(ylabel="share of starts that return (95 % CI)", ylim=(-0.03, 1.03))
+
+        for (sequence, rows), colour in zip(tree.groupby("sequence"), COLOURS, strict=False):
+            finite = rows[np.isfinite(rows.depth)]
+            rank = np.arange(1, len(finite) + 1)
+            label = f"sequence {sequence}"
+            depth.plot(rank, finite.depth, "o-", color=colour, markersize=3, label=label)
+        depth.set(xlabel="rank of the minimum", ylabel="depth to the merge (energy per token)")
+        depth.set(yscale="log", title="merge tree of the sublevel sets")
+        if np.isfinite(tree.depth).any():
+            depth.legend(fontsize=7, frameon=False)
+        else:  # nothing merges: one minimum each, as far as the starts can tell
+            said = "every start reached the same minimum"
+            depth.text(0.5, 0.5, said, ha="center", transform=depth.transAxes)
+            depth.set_yscale("linear")
+            depth.set(xticks=[], yticks=[])
 
 
+# ---- the report ----
 def noise_line() -> str:
-    """What pure noise gives under the original's rule at eight tokens, computed here from the exact null of r."""
-    r = (
-        2 * stats.beta(3, 3).rvs(200_000, random_state=0) - 1
-    )  # Pearson r of independent Gaussians at n = 8
-    kept = np.abs(r[np.abs(r) > RULE])
-    return (
-        f"independent Gaussian noise at n = 8 tokens, kept when |r| > {RULE}: mean {kept.mean():.4f}, 95th percentile "
-        f"{np.quantile(kept, 0.95):.4f}"
-    )
+    """What pure noise gives under the original's rule at eight tokens, computed here from the exact
+    null of r."""
+    # Pearson r of independent Gaussians at n = 8.
+    r = 2 * stats.beta(3, 3).rvs(200_000, random_state=0) - 1
+    passing = np.abs(r[np.abs(r) > RULE])
+    rule = f"independent Gaussian noise at n = 8 tokens, kept when |r| > {RULE}"
+    return f"{rule}: mean {passing.mean():.4f}, 95th percentile {np.quantile(passing, 0.95):.4f}"
 
 
 def against_original(
     layers: pd.DataFrame, features: pd.DataFrame, concept: str, shift: str, cost: str
 ) -> pd.DataFrame:
-    """The headlines of the original (drawn from a random generator there) beside what was measured here, and why they differ."""
-    ok = features[features.eligible]
-    total, n = int(layers.eligible.sum()), int(layers.aligned.sum())
-    corr = np.corrcoef(ok.efas_a, ok.efas_b)[0, 1] if len(ok) > 2 else math.nan
+    """The headlines of the original (drawn from a random generator there) beside what was measured
+    here, and why they differ."""
+    own = features[features.eligible]
+    size = own.efas.abs()
+    split_half = np.corrcoef(own.efas_a, own.efas_b)[0, 1] if len(own) > 2 else math.nan
+    passed = (
+        f"{int(layers.aligned.sum())} of {int(layers.eligible.sum())} eligible pass both nulls at "
+        f"q < {ALPHA} and replicate (expected false: at most {ALPHA:.0%}); |EFAS| > {RULE} passes "
+        f"{int(layers.rule_passes.sum())}, of which {layers.rule_false_permuted.sum():.0f} "
+        f"expected by permuted sequences, {layers.rule_false_directions.sum():.0f} by random "
+        "directions"
+    )
+    maximum = (
+        f"not reported; split-half r {split_half:.2f}, 95th percentile of |EFAS| of random "
+        f"directions {layers.random_directions_q95.median():.3f}"
+    )
+    median = f"median |EFAS| of eligible features {size.median():.3f}"
+    no_share = "a count means nothing without the share of such tokens; we print lift"
+    no_excess = (
+        "within a basin any clamp raises the energy: only the excess over random directions counts"
+    )
+    # fmt: off
     rows = [
-        (
-            "496 alignments",
-            f"{n} of {total} eligible pass both nulls at q < {ALPHA} and replicate (expected false: at most {ALPHA:.0%}); |EFAS| > "
-            f"{RULE} passes {int(layers.rule_passes.sum())}, "
-            f"of which {layers.rule_false_permuted.sum():.0f} expected by permuted sequences, "
-            f"{layers.rule_false_directions.sum():.0f} by random directions",
-            "a threshold is no test; ours has nulls",
-        ),
-        (
-            "maximum 0.8559",
-            f"not reported; split-half r {corr:.2f}, 95th percentile of |EFAS| of random directions "
-            f"{layers.random_directions_q95.median():.3f}",
-            "a maximum grows with the number of features",
-        ),
-        (
-            "mean 0.3775",
-            f"median |EFAS| of eligible features {ok.efas.abs().median():.3f}",
-            noise_line(),
-        ),
-        ("95th percentile 0.7388", f"{ok.efas.abs().quantile(0.95):.3f}", "as above"),
-        (
-            "7 regex / 272 word / 12 number features",
-            concept,
-            "a count means nothing without the share of such tokens; we print lift",
-        ),
-        (
-            "shifts up to 0.67 units",
-            shift,
-            "within a basin any clamp raises the energy: only the excess over random directions counts",
-        ),
+        ("496 alignments", passed, "a threshold is no test; ours has nulls"),
+        ("maximum 0.8559", maximum, "a maximum grows with the number of features"),
+        ("mean 0.3775", median, noise_line()),
+        ("95th percentile 0.7388", f"{size.quantile(0.95):.3f}", "as above"),
+        ("7 regex / 272 word / 12 number features", concept, no_share),
+        ("shifts up to 0.67 units", shift, no_excess),
         ("< 30 minutes, < 6 GB on an M2", cost, "measured on this machine; an M2 was not tested"),
     ]
+    # fmt: on
     return pd.DataFrame(rows, columns=["original", "measured here", "why they differ"])
 
 
-def peak_gb() -> float:
-    """Peak resident memory of this process, GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        1e6 if sys.platform != "darwin" else 1e9
-    )
-
-
-def check_invariants(et: EnergyTransformer, ids: Tensor, alpha: float) -> dict[str, float]:
-    """What must hold in float64: the largest errors of the closed forms against autograd, and of dE against -alpha v^T J v."""
-    b = et.field(ids)
-    x = (b - alpha * et.grad_g(b, b)).requires_grad_()
-    auto = torch.autograd.grad(et.energy(x, b).sum(), x)[0]
-    lagrangian = torch.autograd.grad(et.lagrangian(x).sum(), x)[0]
-    x = x.detach()
-    v, jv = et.grad_g(x, b), et.grad_x(x, b)
-    small = 1e-4
-    change = (et.energy(x - small * v, b) - et.energy(x, b)).sum()
-    return dict(
-        grad_x_error=(jv - auto).abs().max().item(),
-        grad_scale=auto.abs().max().item(),
-        activation_error=(et.activation(x) - lagrangian).abs().max().item(),
-        energy_change=change.item(),
-        predicted_change=(-small * (v * jv).sum()).item(),
-    )
-
-
-def token_dictionary(train_x: Tensor, train_ids: Tensor, x: Tensor, ids: Tensor) -> float:
-    """FVU of the trivial dictionary, one atom a token id plus one a position: train_x [n, L, D] -> its score on x [S, L, D]."""
-    mean, place = train_x.mean((0, 1)), train_x.mean(0)
-    rest, flat = (train_x - place).flatten(0, 1), train_ids.flatten()
-    total = torch.zeros(int(max(flat.max(), ids.max())) + 1, x.shape[-1]).index_add_(0, flat, rest)
-    count = torch.bincount(flat, minlength=len(total)).clamp_min(1)[:, None]
-    error = x - place - (total / count)[ids]
-    return (error.square().sum() / (x - mean).square().sum()).item()
-
-
-def dictionary_learning(train: Tensor, test: Tensor, l0: float, seed: int) -> dict[str, float]:
-    """MiniBatchDictionaryLearning (256 atoms, OMP with the SAE's L0 rounded) on x [N, D]: its FVU on `test`."""
-    n, mean, scale = max(1, round(l0)), train.mean(0), train.std()
-    model = import_module("sklearn.decomposition").MiniBatchDictionaryLearning(
-        256,
-        alpha=2,
-        batch_size=256,
-        max_iter=2,
-        transform_algorithm="omp",
-        transform_n_nonzero_coefs=n,
-        random_state=seed,
-    )
-    with warnings.catch_warnings(action="ignore"):
-        model.fit(((train - mean) / scale).numpy())
-        code = model.transform(((test - mean) / scale).numpy())
-    error = test - mean - torch.from_numpy(code @ model.components_).float() * scale
-    return dict(fvu=(error.square().sum() / (test - mean).square().sum()).item(), l0=n)
-
-
-def descent_table(
-    et: EnergyTransformer, ids: Tensor, alpha: float, steps: int = 60
-) -> pd.DataFrame:
-    """Energy per token and its terms along the descent: a row a (step, term), mean and 5-95 % range over sequences."""
-    b, xs = descend(et, ids, steps, alpha)
-    rows = []
-    for t, x in enumerate(xs):
-        terms = {k: v.mean(1) for k, v in et.energy_terms(x, b).items()}
-        for name, e in {"total": torch.stack(list(terms.values())).sum(0), **terms}.items():
-            rows.append(
-                dict(
-                    step=t,
-                    term=name,
-                    mean=e.mean().item(),
-                    q05=e.quantile(0.05).item(),
-                    q95=e.quantile(0.95).item(),
-                    n_seq=len(e),
-                )
-            )
-    return pd.DataFrame(rows)
-
-
-def efas_at(
-    t: int, et: EnergyTransformer, x: Tensor, b: Tensor, sae: SAE, strata: Tensor, args: Any
-) -> Layer:
-    """EFAS of the SAE's features at descent step t, by the gradient that --gradient names; x, b [S, L, D]."""
-    et64 = copy.deepcopy(et).double()
-    state = x.clone().requires_grad_()
-    gx = torch.autograd.grad(et.energy(state, b).sum(), state)[0].detach()
-    e_token = torch.stack(list(et.energy_terms(x, b).values())).sum(0)
-    slope = few = None
-    if args.gradient == "finite_difference":
-        few = sae.encode(x).gt(0).sum((0, 1)).topk(16).indices
-
-        def slope(d: Tensor) -> Tensor:
-            return finite_difference(lambda y: et64.energy(y, b.double()), x.double(), d)
-
-    layer = analyse_layer(t, x, gx, e_token, sae, strata, args, slope, few)
-    some = sae.w_dec[
-        torch.from_numpy(np.random.default_rng(args.seed).integers(0, len(sae.w_dec), 4))
-    ]
-    fd = finite_difference(lambda y: et64.energy(y, b[:2].double()), x[:2].double(), some)
-    exact = feature_gradient(et64.grad_x(x[:2].double(), b[:2].double()), some.double())
-    layer.facts["finite_difference_error"] = ((fd - exact).abs().max() / exact.abs().max()).item()
-    return layer
-
-
-def untrained_control(t: int, picked: Tensor, corpus: Corpus, args: Any) -> pd.DataFrame:
-    """The same analysis, SAE included, of an Energy Transformer that was never trained: the summary row of descent step t."""
-    et = untrained(corpus, args.seed).requires_grad_(False)
-    b, xs = descend(et, corpus.test, t, args.step_size)
-    fit = descend(et, picked[: math.ceil(args.sae_tokens / picked.shape[1])], t, args.step_size)[1][
-        t
-    ].flatten(0, 1)[: args.sae_tokens]
-    sae = train_sae(
-        fit, args.sae_dict_size, args.sae_l1, args.sae_iterations, args.optimiser, args.seed
-    )
-    return call_aligned([efas_at(t, et, xs[t], b, sae, corpus.strata, args)])[1].assign(
-        fvu=sae.score(xs[t].flatten(0, 1))["fvu"]
-    )
-
-
-def analyse_energy_transformer(args: Any, et: EnergyTransformer, corpus: Corpus) -> LensResults:
-    """SAE, EFAS, topology and interventions of a trained Energy Transformer."""
-    rng, res, timer = (
-        np.random.default_rng(args.seed),
-        LensResults("energy-transformer"),
-        time.perf_counter(),
-    )
-    et64, alpha, tables = copy.deepcopy(et).double(), args.step_size, res.tables
-    res.facts["invariants"] = check_invariants(et64, corpus.test[:4], alpha)
-    stable, tables["step_size"] = largest_step(et64, corpus.test[::40])
-    res.facts["largest_step"] = stable
-    last, middle = args.energy_layers[-1], args.energy_layers[len(args.energy_layers) // 2]
-    picked = corpus.train[
-        torch.from_numpy(rng.permutation(len(corpus.train))[: max(1000, args.sae_tokens // 32)])
-    ]
-    with torch.no_grad():
-        b, xs = descend(et, corpus.test, last, alpha)
-        parts = [
-            descend(et, some, last, alpha)[1] for some in picked.split(125)
-        ]  # all at once would need a gigabyte
-        train_xs = {t: torch.cat([states[t] for states in parts]) for t in args.energy_layers}
-        del parts
-
-    layers, saes, quality = [], {}, []
-    for t in tqdm(args.energy_layers, desc="layers", disable=None):
-        x, fit = xs[t], train_xs[t].flatten(0, 1)[: args.sae_tokens]
-        sae = saes[t] = train_sae(
-            fit, args.sae_dict_size, args.sae_l1, args.sae_iterations, args.optimiser, args.seed
-        )
-        score = sae.score(x.flatten(0, 1))
-        words = token_dictionary(train_xs[t], picked, x, corpus.test)
-        quality.append(dict(layer=t, dictionary=f"SAE, {args.optimiser}", **score))
-        quality.append(
-            dict(layer=t, dictionary="one atom a token id + position", fvu=words, l0=2.0)
-        )
-        if t == middle:
-            other = dictionary_learning(
-                fit[:2048], x[::10].flatten(0, 1)[:320], score["l0"], args.seed
-            )
-            quality.append(
-                dict(layer=t, dictionary="MiniBatchDictionaryLearning, 256 atoms", **other)
-            )
-        layers.append(efas_at(t, et, x, b, sae, corpus.strata, args))
-    tables["untrained"] = untrained_control(middle, picked, corpus, args)
-    tables["features"], tables["layers"] = call_aligned(layers)
-    tables["sae"], tables["efas_distribution"] = (
-        pd.DataFrame(quality),
-        histogram_table(tables["features"], layers, args.seed),
-    )
-    res.facts["seconds_efas"] = time.perf_counter() - timer
-
-    t, x, sae = tables["features"], xs[middle], saes[middle]
-    own = t[(t.layer == middle) & t.eligible].reset_index(drop=True)
-    if len(own):
-        classes = corpus.classes(corpus.test)
-        tables["concepts"] = concept_features(
-            sae.encode(x, torch.tensor(own.feature.to_numpy())),
-            classes,
-            corpus.strata,
-            own.feature.to_numpy(),
-        )
-        chosen = matched_features(own, args.intervened, rng)
-        held = torch.arange(len(x))[1::2]  # the half that efas_a has not seen
-        xd, bd = x[held].double(), b[held].double()
-        effects = ablate(
-            lambda y, i: et64.energy(y, bd[i]),
-            lambda y, i: et64.grad_x(y, bd[i]),
-            xd,
-            et64.grad_x(xd, bd),
-            sae,
-            chosen,
-            n_seq=12,
-        )
-        tables["interventions"] = effects
-        tables["predictors"], tables["predicted_actual"] = predicted_versus_actual(
-            effects, chosen, args.seed
-        )
-        relaxing = min(alpha, stable) if math.isfinite(stable) else alpha
-        tables["clamps"] = dose_response(
-            et,
-            xs[middle][held],
-            b[held],
-            sae,
-            chosen.groupby("aligned").head(max(2, args.intervened // 12)),
-            relaxing,
-            rng,
-        )
-
-    few_ids = corpus.test[torch.from_numpy(rng.permutation(len(corpus.test))[: args.relaxed])]
-    masked = mask_tokens(few_ids, torch.Generator().manual_seed(args.seed))[
-        0
-    ]  # as in training: a hidden token has no field of its own
-    few, fast = et.field(masked), min(stable, 1.0) if math.isfinite(stable) else alpha
-    tables["attractors"], star = attractors(et, few, fast, rng)
-    tables["basins"] = basins(et, star[:16], few[:16], fast, rng)
-    tables["merge_tree"] = pd.concat(
-        [
-            merge_tree(et64, row, fast, rng).assign(sequence=i)
-            for i, row in enumerate(few[:3].double())
-        ],
-        ignore_index=True,
-    )
-    tables["attractor_clusters"] = attractor_clusters(
-        et, star, few, corpus.classes(few_ids), args.seed
-    )
-    tables["descent"] = descent_table(et, corpus.test[::5], alpha)
-    res.state |= dict(args=args, saes=saes, et=et, corpus=corpus)
-    res.facts["seconds"] = time.perf_counter() - timer
-    return res
-
-
-def concept_line(t: pd.DataFrame) -> str:
+def concept_line(concepts: pd.DataFrame) -> str:
     """How many features are significant for each class, beside the base rate."""
-    parts = []
-    for name, g in t.groupby("token_class"):
-        hit = g[(g.q < ALPHA) & (g.lift > 1.5) & (g.auroc > 0.5)]
-        parts.append(
-            f"{len(hit)} {name} (base rate {g.base_rate.iloc[0]:.1%}; lift > 1.5, q < {ALPHA})"
-        )
-    return "; ".join(parts) or "no eligible feature"
+    counts = []
+    for name, rows in concepts.groupby("token_class"):
+        found = rows[(rows.q < ALPHA) & (rows.lift > 1.5) & (rows.auroc > 0.5)]
+        rule = f"base rate {rows.base_rate.iloc[0]:.1%}; lift > 1.5, q < {ALPHA}"
+        counts.append(f"{len(found)} {name} ({rule})")
+    return "; ".join(counts) or "no eligible feature"
 
 
 def sae_line(sae: pd.DataFrame) -> str:
-    """At how many steps or blocks token ids explain the states better than the SAE, or nothing is explained; what that means."""
-    fvu = sae.assign(trivial=sae.dictionary.str.startswith("one atom")).query(
-        "trivial or dictionary.str.startswith('SAE')"
+    """At how many steps or blocks token ids explain the states better than the SAE, or nothing is
+    explained; what that means."""
+    own = sae[sae.dictionary.str.startswith("SAE")].set_index("layer").fvu
+    trivial = sae[sae.dictionary.str.startswith("one atom")].set_index("layer").fvu
+    useless = sorted(own.index[own >= 1])
+    n_trivial = int((trivial < own).sum())
+    warning = ""
+    if useless:
+        warning = (
+            f"At layer {', '.join(map(str, useless))} the SAE explains nothing: it leaves no less "
+            "than the mean state would (FVU 1 or more). What follows about the features there says "
+            "nothing about the model. "
+        )
+    return warning + (
+        "One atom a token id plus one a position leaves less unexplained than the SAE at "
+        f"{n_trivial} of {len(own)} layers. Where it does, the states are largely the tokens "
+        "themselves, and a feature need be no more than a token."
     )
-    fvu = fvu.pivot(index="layer", columns="trivial", values="fvu")
-    useless = fvu.index[fvu[False] >= 1]
-    warning = (
-        f"At layer {', '.join(map(str, useless))} the SAE explains nothing: it leaves no less than the mean state would (FVU 1 or more). "
-        "What follows about the features there says nothing about the model. "
-    )
-    return (warning if len(useless) else "") + (
-        f"One atom a token id plus one a position leaves less unexplained than the SAE at {int((fvu[True] < fvu[False]).sum())} of "
-        f"{len(fvu)} layers. Where it does, the states are largely the tokens themselves, and a feature need be no more than a token."
+
+
+def shift_line(clamps: pd.DataFrame, seed: int) -> str:
+    """What the strongest clamp shifts, beside an equal random displacement."""
+    strongest = clamps[clamps.dose == clamps.dose.max()]
+    own = strongest[strongest.arm == "feature"].reset_index(drop=True)
+    random = strongest[strongest.arm == "random direction"].reset_index(drop=True)
+    excess = bootstrap_mean(own.attractor_shift - random.attractor_shift, own.feature, seed)
+    return (
+        f"clamped at {clamps.dose.max():g} x the mean activation: "
+        f"{own.attractor_shift.mean():.3f}, minus equal random displacement {excess.mean:.3f} "
+        f"[{excess.lo:.3f}, {excess.hi:.3f}] energy per token; flip rate "
+        f"{own.flip_rate.mean():.2f} against {random.flip_rate.mean():.2f}"
     )
 
 
 def upright(layers: pd.DataFrame) -> pd.DataFrame:
     """The table of layers with a column a layer: there are more quantities than layers."""
-    return (
-        layers.drop(columns=["latents"])
-        .set_index("layer")
-        .T.rename_axis(index="layer", columns=None)
-        .reset_index()
-        .rename(columns=str)
+    table = layers.drop(columns=["latents"]).set_index("layer").T
+    return table.rename_axis(index="layer", columns=None).reset_index().rename(columns=str)
+
+
+def introduction(res: LensResults, args: Any, cost: str) -> list[ReportPart]:
+    """What EFAS is, and what was run."""
+    meaning = (
+        "EFAS of a feature is the correlation, over tokens, of its activation f with the pull of "
+        "the energy along its decoder direction, A = -<dE/dx, d>. Positive: amplifying (the pull "
+        "grows with the feature); negative: restoring. It does not say that the feature lowers the "
+        "energy: that is the attribution f*A. A feature is called aligned only if it passes two "
+        "nulls (whole sequences permuted; random directions with the states' covariance) at a "
+        f"false discovery rate of {ALPHA:.0%} over all layers, and has the same sign in both "
+        "halves of the documents."
     )
+    n_seq = int(res.tables["layers"].n_seq.iloc[0])
+    setting = (
+        f"n = {n_seq} held-out sequences of 32 tokens, one a document, which are the unit of every "
+        f"test; one training seed ({args.seed}), so nothing here speaks for other seeds. Preset "
+        f"{args.preset}, corpus {args.corpus}, gradient by {args.gradient}. {cost}."
+    )
+    return [("p", meaning), ("p", setting)]
+
+
+def model_section(res: LensResults, args: Any, folder: Path) -> list[ReportPart]:
+    """The models, and whether the energy behaves as one."""
+    invariants = res.facts["invariants"]
+    no_parity = (
+        "The Energy Transformer is not expected to beat an ordinary transformer, and no parity is "
+        "claimed. Collapse would show as few distinct decoded tokens or few unmasked tokens kept."
+    )
+    checks = (
+        "Invariants in float64: closed-form gradient against autograd "
+        f"{invariants['grad_x_error']:.1e} at a scale of {invariants['grad_scale']:.1f}; energy "
+        f"change of a small step {invariants['energy_change']:.5f}, predicted "
+        f"{invariants['predicted_change']:.5f}; largest step size of the grid at which no energy "
+        f"rises {res.facts['largest_step']:g} (descent uses {args.step_size:g})."
+    )
+    figure = folder / "energy_descent.png"
+    draw_descent(res.tables["descent"], figure)
+    return [
+        ("h", "Model: masked-token denoising"),
+        ("t", res.tables["models"]),
+        ("p", no_parity),
+        ("p", checks),
+        ("img", (figure, "Energy along the descent, held-out sequences")),
+    ]
+
+
+def efas_section(res: LensResults, folder: Path) -> list[ReportPart]:
+    """The dictionaries, and EFAS of their features against both nulls."""
+    columns = (
+        "rule_false_*: how many features the original's rule |EFAS| > 0.1 would pass if sequences "
+        "were permuted, or if every feature were a random direction of the same firing rate. "
+        "shuffled_pairing: f against the pull along another feature's direction. legacy: "
+        "correlation with -np.gradient of the token energies over positions, which is no "
+        "derivative in state space."
+    )
+    control = res.tables["untrained"].iloc[0]
+    untrained_too = (
+        "The same on an Energy Transformer that was never trained (own SAE, step "
+        f"{int(control.layer)}): {int(control.aligned)} of {int(control.eligible)} eligible "
+        f"features pass, median |EFAS| {control.median_abs_efas:.3f}. What also appears there owes "
+        "nothing to training."
+    )
+    figure = folder / "efas_distribution.png"
+    draw_distribution(res.tables["efas_distribution"], figure, "descent step")
+    caption = "EFAS of the features, of permuted sequences and of random directions"
+    return [
+        ("h", "Sparse autoencoders"),
+        ("t", res.tables["sae"]),
+        ("p", sae_line(res.tables["sae"])),
+        ("h", "EFAS against its nulls"),
+        ("t", upright(res.tables["layers"])),
+        ("p", columns),
+        ("p", untrained_too),
+        ("img", (figure, caption)),
+    ]
+
+
+def concept_section(concepts: pd.DataFrame) -> list[ReportPart]:
+    """How many features tell a class of tokens, and the three clearest of each."""
+    ranked = concepts.sort_values("auroc", ascending=False)
+    clearest = ranked.groupby("token_class").head(3).copy()
+    for name in ("p", "q"):  # so far out the normal tail gives no digits
+        clearest[name] = [p if p >= 1e-10 else "< 1e-10" for p in clearest[name]]
+    return [("h", "Concepts"), ("p", concept_line(concepts) + "."), ("t", clearest)]
+
+
+def intervention_section(res: LensResults, folder: Path) -> list[ReportPart]:
+    """Ablations beside their predictors, and persistent clamps."""
+    scores = res.tables["predictors"]
+    on_tokens = [name for name, p in predictors_of("tokens").items() if p.scored]
+    names = ", ".join(on_tokens[:-1]) + " and " + on_tokens[-1]
+    method = (
+        "Spearman over features, interval by resampling sequences and features. "
+        f"{names.replace('_', ' ').capitalize()} are evaluated on the very tokens that are then "
+        "intervened on; EFAS comes from the other half of the documents. random: a new predictor "
+        "in every draw, so its interval is what chance gives."
+    )
+    ablations = folder / "predicted_actual.png"
+    draw_predicted(res.tables["predicted_actual"], scores, ablations)
+    clamps = res.tables["clamps"]
+    responses = folder / "dose_response.png"
+    draw_dose(clamps, responses)
+    outcomes = ["attractor_shift", "flip_rate", "collateral", "g_change_others", "residual"]
+    means = clamps.groupby(["arm", "aligned", "dose"], as_index=False)[outcomes].mean()
+    band = "Dose-response of clamps and of equal random displacements; band: 95 % over features"
+    return [
+        ("h", "Interventions: predicted against actual"),
+        ("t", scores),
+        ("p", method),
+        ("img", (ablations, "Predicted and actual energy change of partial and full ablation")),
+        ("h", "Interventions: persistent clamps"),
+        ("t", means),
+        ("img", (responses, band)),
+    ]
+
+
+def attractor_section(res: LensResults, folder: Path) -> list[ReportPart]:
+    """Fixed points, their basins and how they merge."""
+    setting = (
+        "Held-out sequences with a fifth of the tokens masked, as in training; five starts under "
+        "the same field."
+    )
+    bounds = (
+        "Depths in the merge tree are upper bounds: the graph joins states by straight segments."
+    )
+    figure = folder / "basins.png"
+    draw_basins(res.tables["basins"], res.tables["merge_tree"], figure)
+    return [
+        ("h", "Attractors and basins"),
+        ("p", setting),
+        ("t", res.tables["attractors"]),
+        ("t", res.tables["basins"]),
+        ("t", res.tables["attractor_clusters"]),
+        ("p", bounds),
+        ("img", (figure, "Basin sizes and the merge tree of three sequences")),
+    ]
 
 
 def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[ReportPart]:
     """The report of the Energy Transformer, and its figures in `folder`."""
-    t, f = res.tables, res.facts
-    inv, rows = f["invariants"], t["layers"]
-    draw_distribution(t["efas_distribution"], folder / "efas_distribution.png", "descent step")
-    draw_basins(t["basins"], t["merge_tree"], folder / "basins.png")
-    draw_descent(t["descent"], folder / "energy_descent.png")
-    out: list[ReportPart] = [
-        (
-            "p",
-            "EFAS of a feature is the correlation, over tokens, of its activation f with the pull of the energy along its decoder "
-            "direction, A = -<dE/dx, d>. Positive: amplifying "
-            "(the pull grows with the feature); negative: restoring. It does not say that the feature lowers the energy: that is "
-            "the attribution f*A. A feature is called aligned only if it "
-            f"passes two nulls (whole sequences permuted; random directions with the states' covariance) at a false discovery rate "
-            f"of {ALPHA:.0%} over all layers, and has the same sign in both halves of the documents.",
-        ),
-        (
-            "p",
-            f"n = {int(rows.n_seq.iloc[0])} held-out sequences of 32 tokens, one a document, which are the unit of every test; one "
-            f"training seed ({args.seed}), so nothing here speaks for other seeds. "
-            f"Preset {args.preset}, corpus {args.corpus}, gradient by {args.gradient}. {cost}.",
-        ),
-        ("h", "Model: masked-token denoising"),
-        ("t", t["models"]),
-        (
-            "p",
-            "The Energy Transformer is not expected to beat an ordinary transformer, and no parity is claimed. Collapse would show "
-            "as few distinct decoded tokens or few unmasked tokens kept.",
-        ),
-        (
-            "p",
-            f"Invariants in float64: closed-form gradient against autograd {inv['grad_x_error']:.1e} at a scale of "
-            f"{inv['grad_scale']:.1f}; energy change of a small step "
-            f"{inv['energy_change']:.5f}, predicted {inv['predicted_change']:.5f}; largest step size of the grid at which no energy "
-            f"rises {f['largest_step']:g} (descent uses {args.step_size:g}).",
-        ),
-        ("img", (folder / "energy_descent.png", "Energy along the descent, held-out sequences")),
-        ("h", "Sparse autoencoders"),
-        ("t", t["sae"]),
-        ("p", sae_line(t["sae"])),
-        ("h", "EFAS against its nulls"),
-        ("t", upright(rows)),
-        (
-            "p",
-            "rule_false_*: how many features the original's rule |EFAS| > 0.1 would pass if sequences were permuted, or if every "
-            "feature were a random direction of the same firing rate. "
-            "shuffled_pairing: f against the pull along another feature's direction. "
-            "legacy: correlation with -np.gradient of the token energies over positions, which is no derivative in state space.",
-        ),
-        (
-            "p",
-            f"The same on an Energy Transformer that was never trained (own SAE, step {int(t['untrained'].layer.iloc[0])}): "
-            f"{int(t['untrained'].aligned.iloc[0])} of {int(t['untrained'].eligible.iloc[0])} eligible features pass, median |EFAS| "
-            f"{t['untrained'].median_abs_efas.iloc[0]:.3f}. What also appears there owes nothing to training.",
-        ),
-        (
-            "img",
-            (
-                folder / "efas_distribution.png",
-                "EFAS of the features, of permuted sequences and of random directions",
-            ),
-        ),
-    ]
-    concept, shift = "no eligible feature", "not enough data"
-    if "predictors" in t:
-        draw_predicted(t["predicted_actual"], t["predictors"], folder / "predicted_actual.png")
-        draw_dose(t["clamps"], folder / "dose_response.png")
-        concept = concept_line(t["concepts"])
-        clearest = (
-            t["concepts"].sort_values("auroc", ascending=False).groupby("token_class").head(3)
-        )
-        small = clearest[["p", "q"]].map(
-            lambda p: p if p >= 1e-10 else "< 1e-10"
-        )  # so far out the normal tail gives no digits
-        clearest = clearest.assign(**small)
-        dose = t["clamps"]
-        own, random = (
-            dose[(dose.arm == arm) & (dose.dose == dose.dose.max())]
-            for arm in ("feature", "random direction")
-        )
-        gap = own.attractor_shift.reset_index(drop=True) - random.attractor_shift.reset_index(
-            drop=True
-        )
-        mean, lo, hi = bootstrap_mean(gap, own.feature.reset_index(drop=True), args.seed)
-        shift = (
-            f"clamped at {dose.dose.max():g} x the mean activation: {own.attractor_shift.mean():.3f}, minus equal random "
-            f"displacement {mean:.3f} [{lo:.3f}, {hi:.3f}] energy per token; flip rate {own.flip_rate.mean():.2f} against "
-            f"{random.flip_rate.mean():.2f}"
-        )
-        f["shift"] = shift
-        summary = dose.groupby(["arm", "aligned", "dose"], as_index=False)[
-            ["attractor_shift", "flip_rate", "collateral", "g_change_others", "residual"]
-        ].mean()
-        out += [
-            ("h", "Concepts"),
-            ("p", concept + "."),
-            ("t", clearest),
-            ("h", "Interventions: predicted against actual"),
-            ("t", t["predictors"]),
-            (
-                "p",
-                "Spearman over features, interval by resampling sequences and features. Attribution, integrated gradients and "
-                "magnitude are evaluated on the very tokens that are then intervened on; EFAS comes from the other half of the documents. "
-                "random: a new predictor in every draw, so its interval is what chance gives.",
-            ),
-            (
-                "img",
-                (
-                    folder / "predicted_actual.png",
-                    "Predicted and actual energy change of partial and full ablation",
-                ),
-            ),
-            ("h", "Interventions: persistent clamps"),
-            ("t", summary),
-            (
-                "img",
-                (
-                    folder / "dose_response.png",
-                    "Dose-response of clamps and of equal random displacements; band: 95 % over features",
-                ),
-            ),
-        ]
-    out += [
-        ("h", "Attractors and basins"),
-        (
-            "p",
-            "Held-out sequences with a fifth of the tokens masked, as in training; five starts under the same field.",
-        ),
-        ("t", t["attractors"]),
-        ("t", t["basins"]),
-        ("t", t["attractor_clusters"]),
-        (
-            "p",
-            "Depths in the merge tree are upper bounds: the graph joins states by straight segments.",
-        ),
-        ("img", (folder / "basins.png", "Basin sizes and the merge tree of three sequences")),
-        ("h", "Against the original's headlines"),
-        ("t", against_original(rows, t["features"], concept, shift, cost)),
-    ]
-    return out
-
-
-def run_all(args: Any, corpus: Corpus) -> tuple[LensResults, EnergyTransformer]:
-    """Trains both models, compares them and analyses the Energy Transformer; prints progress."""
-    print(
-        f"corpus: {args.corpus}, {corpus.train.numel():,} training tokens, {len(corpus.test)} held-out documents",
-        flush=True,
-    )
-    et = train_energy_transformer(corpus, args.train_steps, args.step_size, args.seed)
-    models = compare_models(
-        et,
-        train_transformer(corpus, args.train_steps, args.seed),
-        corpus,
-        args.step_size,
-        args.seed,
-    )
-    print(models.to_string(index=False, float_format="%.3f"), flush=True)
-    res = analyse_energy_transformer(args, et, corpus)
-    res.tables["models"] = models
-    return res, et
+    blocks = introduction(res, args, cost)
+    blocks += model_section(res, args, folder)
+    blocks += efas_section(res, folder)
+    concept = "no eligible feature"
+    shift = "not enough data"
+    if "predictors" in res.tables:
+        blocks += concept_section(res.tables["concepts"])
+        blocks += intervention_section(res, folder)
+        concept = concept_line(res.tables["concepts"])
+        shift = shift_line(res.tables["clamps"], args.seed)
+        res.facts["shift"] = shift
+    blocks += attractor_section(res, folder)
+    headlines = against_original(res.tables["layers"], res.tables["features"], concept, shift, cost)
+    return [*blocks, ("h", "Against the original's headlines"), ("t", headlines)]
 
 
 # ------------------------------------------------------------------------------------- command line
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("inputs")
+    group.add_argument(
+        "--corpus",
+        help="builtin (documentation of the installed packages), topics (Python's language "
+        "reference), or a text file (blank lines end a document)",
+    )
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("outputs")
+    folder = Path("energy_lens_results")
+    group.add_argument("--save_dir", type=Path, default=folder, help="output folder")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    sizes = "sizes; an explicit flag beats it, the defaults shown are the preset's"
+    group.add_argument("--preset", choices=list(PRESETS), default="full", help=sizes)
+    steps = "optimiser steps of the Energy Transformer, 32 sequences each"
+    group.add_argument("--train_steps", type=positive(int), help=steps)
+    alpha = "alpha of the descent, state units per unit of dE/dg"
+    group.add_argument("--step_size", type=positive(float), default=0.5, help=alpha)
+
+
+def add_method_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("method")
+    count = positive(int)
+    real = positive(float)
+    layers = "descent steps whose states are analysed"
+    group.add_argument("--energy_layers", type=int, nargs="+", help=layers)
+    sequences = "held-out sequences of 32 tokens, one a document: n of every statistic"
+    group.add_argument("--sequences", type=count, help=sequences)
+    group.add_argument("--sae_dict_size", type=count, help="SAE latents")
+    tokens = "tokens of the fixed batch that L-BFGS sees"
+    group.add_argument("--sae_tokens", type=count, help=tokens)
+    iterations = "L-BFGS iterations (Adam: times 20 steps)"
+    group.add_argument("--sae_iterations", type=count, help=iterations)
+    penalty = "weight of the L1 penalty, per unit of whitened activation"
+    group.add_argument("--sae_l1", type=real, default=0.6, help=penalty)
+    optimisers = list(OPTIMISERS)
+    group.add_argument("--optimiser", choices=optimisers, default="lbfgs", help="of the SAE")
+    gradients = ["autograd", "finite_difference"]
+    slow = "of the energy; the latter along the 16 most active features only, in minutes"
+    group.add_argument("--gradient", choices=gradients, default="autograd", help=slow)
+    orders = "Monte Carlo permutations of sequences"
+    group.add_argument("--permutations", type=count, help=orders)
+    directions = "covariance-matched random directions"
+    group.add_argument("--directions", type=count, help=directions)
+    ablated = "features that are ablated, half of them aligned"
+    group.add_argument("--intervened", type=count, help=ablated)
+    relaxed = "sequences that are relaxed to their fixed points"
+    group.add_argument("--relaxed", type=count, help=relaxed)
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("runtime")
+    group.add_argument("--seed", type=int, default=42, help="seed of NumPy and torch")
+    group.add_argument("--overwrite", action="store_true", help="replace existing output")
+    cache = os.environ.get("JANUS_CACHE", "~/.cache/janus_arc")
+    group.add_argument("--cache_dir", default=cache, help="folder of the text cache")
+    add_version_flag(parser)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],  # type: ignore[union-attr]
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # type: ignore[union-attr]
-    count, real = positive(int), positive(float)
-    g = p.add_argument_group("inputs")
-    g.add_argument(
-        "--corpus",
-        help="builtin (documentation of the installed packages), topics (Python's language reference), or a text file (blank lines "
-        "end a document)",
     )
-    g = p.add_argument_group("outputs")
-    g.add_argument(
-        "--save_dir", type=Path, default=Path("energy_lens_results"), help="output folder"
-    )
-    g = p.add_argument_group("model")
-    g.add_argument(
-        "--preset",
-        choices=list(PRESETS),
-        default="full",
-        help="sizes; an explicit flag beats it, the defaults shown are the preset's",
-    )
-    g.add_argument(
-        "--train_steps",
-        type=count,
-        help="optimiser steps of the Energy Transformer, 32 sequences each",
-    )
-    g.add_argument(
-        "--step_size",
-        type=real,
-        default=0.5,
-        help="alpha of the descent, state units per unit of dE/dg",
-    )
-    g = p.add_argument_group("method")
-    g.add_argument(
-        "--energy_layers", type=int, nargs="+", help="descent steps whose states are analysed"
-    )
-    g.add_argument(
-        "--sequences",
-        type=count,
-        help="held-out sequences of 32 tokens, one a document: n of every statistic",
-    )
-    g.add_argument("--sae_dict_size", type=count, help="SAE latents")
-    g.add_argument("--sae_tokens", type=count, help="tokens of the fixed batch that L-BFGS sees")
-    g.add_argument("--sae_iterations", type=count, help="L-BFGS iterations (Adam: times 20 steps)")
-    g.add_argument(
-        "--sae_l1",
-        type=real,
-        default=0.6,
-        help="weight of the L1 penalty, per unit of whitened activation",
-    )
-    g.add_argument("--optimiser", choices=["lbfgs", "adam"], default="lbfgs", help="of the SAE")
-    g.add_argument(
-        "--gradient",
-        choices=["autograd", "finite_difference"],
-        default="autograd",
-        help="of the energy; the latter along the 16 most active features only, in minutes",
-    )
-    g.add_argument("--permutations", type=count, help="Monte Carlo permutations of sequences")
-    g.add_argument("--directions", type=count, help="covariance-matched random directions")
-    g.add_argument(
-        "--intervened", type=count, help="features that are ablated, half of them aligned"
-    )
-    g.add_argument("--relaxed", type=count, help="sequences that are relaxed to their fixed points")
-    g = p.add_argument_group("runtime")
-    g.add_argument("--seed", type=int, default=42, help="seed of NumPy and torch")
-    g.add_argument("--overwrite", action="store_true", help="replace existing output")
-    g.add_argument(
-        "--cache_dir",
-        default=os.environ.get("JANUS_CACHE", "~/.cache/janus_arc"),
-        help="folder of the text cache",
-    )
-    add_version_flag(p)
-    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    preset.add_argument("--preset", choices=list(PRESETS), default="full")
-    p.set_defaults(**PRESETS[preset.parse_known_args(argv)[0].preset])
-    args = p.parse_args(argv)
-    check_args(p, args)
+    add_input_flags(parser)
+    add_output_flags(parser)
+    add_model_flags(parser)
+    add_method_flags(parser)
+    add_run_flags(parser)
+    # The preset is read first: its sizes are the defaults of the other flags.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=list(PRESETS), default="full")
+    preset = first.parse_known_args(argv)[0].preset
+    parser.set_defaults(**PRESETS[preset])
+    args = parser.parse_args(argv)
+    check_args(parser, args)
     return args
 
 
-def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Cross-flag checks; exits 2 with one line."""
     args.energy_layers = sorted(set(args.energy_layers))
     if not 0 <= args.energy_layers[0] <= args.energy_layers[-1] <= 30:
-        p.error(
-            f"--energy_layers {args.energy_layers} are descent steps: expected 0 to 30 (a fixed point has no gradient to align with)"
-        )
+        found = f"--energy_layers {args.energy_layers} are descent steps"
+        parser.error(f"{found}: expected 0 to 30 (a fixed point has no gradient to align with)")
     if args.sae_dict_size < 128:
-        p.error(
-            f"--sae_dict_size {args.sae_dict_size} is smaller than the state: expected at least 128 latents"
-        )
+        found = f"--sae_dict_size {args.sae_dict_size} is smaller than the state"
+        parser.error(f"{found}: expected at least 128 latents")
     if args.sequences < 4 * MIN_SEQUENCES:
-        p.error(
-            f"not enough data: --sequences {args.sequences}, needed at least {4 * MIN_SEQUENCES}"
-        )
+        needed = f"needed at least {4 * MIN_SEQUENCES}"
+        parser.error(f"not enough data: --sequences {args.sequences}, {needed}")
 
 
 # ----------------------------------------------------------------------------------- shared regions
