@@ -47,6 +47,7 @@ FULL = dict(  # half a minute a command on one thread, of which start is a sixth
     d_model=256,
     d_ff=688,
     seq_len=256,
+    n_words=400_000,
     steps=30,
     tokens=200_000,
     sae_batch=2048,
@@ -58,6 +59,7 @@ QUICK = dict(
     d_model=48,
     d_ff=128,
     seq_len=64,
+    n_words=60_000,
     steps=4,
     tokens=10_000,
     sae_batch=256,
@@ -94,17 +96,30 @@ def run_script(checkout: Path, command: list[str], log: Path) -> Cost:
 def command_line(section: str, folder: Path, sizes: dict[str, object]) -> list[str]:
     """The words of a section's command, all of whose files are in `folder`."""
     words = COMMANDS[section].split()
+    # Tokenised once, in the runs that are not counted; each run replaces the output of the last
     words += ["--cache_dir", "{folder}/cache", "--overwrite"]
     return [word.format(folder=folder, **sizes) for word in words]
 
 
-def median_interval(ratios: list[float]) -> tuple[float, float, float]:
-    """Median over the rounds, and the 2.5 % and 97.5 % points of its bootstrap."""
-    rounds = np.array(ratios)
+@dataclass(frozen=True)
+class Interval:
+    """A median over rounds, and the 2.5 % and 97.5 % points of its bootstrap."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def median_interval(values: list[float]) -> Interval:
+    rounds = np.array(values)  # [rounds]
     # Rounds drawn with replacement: what other rounds of the same machine would have said
     draws = np.random.default_rng(0).integers(len(rounds), size=(10_000, len(rounds)))
-    low, high = np.quantile(np.median(rounds[draws], axis=1), [0.025, 0.975])
-    return float(np.median(rounds)), float(low), float(high)
+    medians = np.median(rounds[draws], axis=1)  # [draws]
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return Interval(float(np.median(rounds)), float(low), float(high))
 
 
 def compare_section(old: Path, new: Path, command: list[str], rounds: int, log: Path) -> float:
@@ -126,13 +141,13 @@ def compare_section(old: Path, new: Path, command: list[str], rounds: int, log: 
 
     # Round by round, because what a machine does to one command it does to the next
     pairs = list(zip(before, after, strict=True))
-    cpu, low, high = median_interval([b.cpu / a.cpu for a, b in pairs])
-    text = f"CPU time new / old {cpu:.3f} [{low:.3f}, {high:.3f}]"
-    clock, low, high = median_interval([b.clock / a.clock for a, b in pairs])
-    text += f", clock {clock:.3f} [{low:.3f}, {high:.3f}]"
+    cpu = median_interval([b.cpu / a.cpu for a, b in pairs])
+    clock = median_interval([b.clock / a.clock for a, b in pairs])
+    # So that a reader sees how much of it was start
     seconds = np.median([cost.cpu for cost in before])
-    print(f"{text}; {rounds} rounds, old {seconds:.1f} s of CPU", flush=True)
-    return cpu
+    ratios = f"CPU time new / old {cpu}, clock {clock}"
+    print(f"{ratios}; {rounds} rounds, old {seconds:.1f} s of CPU", flush=True)
+    return cpu.median
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -175,13 +190,14 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(name)
         log = folder / "log.txt"
         # Speed does not depend on what the text says
-        random_text(folder, "words", n_kinds=4096, n_words=400_000)
+        random_text(folder, "words", n_kinds=4096, n_words=sizes["n_words"])
         for section in COMMANDS:
             command = command_line(section, folder, sizes)
             if section in args.sections:
                 print(f"{section}: ", end="", flush=True)
                 worst = max(worst, compare_section(old, new, command, args.rounds, log))
-            elif section in ("training", "harvest"):  # the others read what it writes
+            # Not compared, but read by those after it
+            elif section in ("training", "harvest"):
                 run_script(old, command, log)
     return int(worst > args.fail_above)
 

@@ -95,12 +95,14 @@ def machine(options: argparse.Namespace) -> list[Row]:
     # Around the sizes of a full training step, 2,048 tokens a micro-batch
     for n in (256, 512) if options.quick else (2048, 3072, 4096):
         rows += without_peers(matrix_products(n, seconds))
-    size = 1 << (20 if options.quick else 26)  # 256 MB an array, far more than a cache
+    # Numbers an array: 256 MB of them, far more than a cache
+    size = 1 << (20 if options.quick else 26)
     rows += without_peers(memory_bandwidth(size, seconds))
     return rows + disk_bandwidth(1 if options.quick else 16, options.scratch, seconds)
 
 
 # ------------------------------------------------------------------------------------------- report
+# In the order in which they run; RESULTS.md shows their docstrings
 SECTIONS = {
     section.__name__: section
     for section in (
@@ -119,7 +121,7 @@ PEERS = ("transformers", "sae-lens", "transformer-lens", "dictionary-learning", 
 
 
 def cpu_name() -> str:
-    # platform.processor() is empty, or only the architecture, on many a Linux
+    # On Linux platform.processor() is often empty, or the architecture alone
     if platform.system() == "Linux":
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -137,7 +139,7 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "compiler": shutil.which("c++"),
-        "load_at_start": os.getloadavg()[0],
+        "load_at_start": os.getloadavg()[0],  # 0: nobody else was at work
     }
     for name in PEERS:
         with contextlib.suppress(ImportError):  # not installed
@@ -156,7 +158,7 @@ def table_row(found: Row) -> str:
     number = show(found["median"])
     if found["n"] > 1:  # a single measurement has no spread
         number += f" [{show(found['low'])}, {show(found['high'])}]"
-    ratio = found["ratio_to_best_peer"]
+    ratio = found["ratio_to_best_peer"]  # NaN without a peer
     cells = [
         found["what"],
         found["shape"],
@@ -171,7 +173,7 @@ def table_row(found: Row) -> str:
 def introduction(results: dict[str, Any]) -> str:
     """What RESULTS.md says before its tables."""
     facts = results["machine"]
-    peers = [f"{name} {facts[name]}" for name in PEERS if name in facts]
+    peers = [f"{name} {facts[name]}" for name in PEERS if name in facts]  # the installed ones
     commit = facts["git"]["commit"][:8]
     if facts["git"]["dirty"]:
         commit += " with changes"
@@ -218,7 +220,7 @@ def measure(name: str, options: argparse.Namespace) -> list[Row] | None:
     print(f"{name} ...", flush=True)
     try:
         rows = SECTIONS[name](options)
-    except Exception as e:
+    except Exception as e:  # of a peer, or because a script has changed
         traceback.print_exc()
         skip(name, f"failed with {type(e).__name__}: {e}")
         return None
@@ -242,6 +244,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     SKIPPED.clear()
     # As the scripts do; the peers gain from it too
     janus.keep_memory()
+    # What results.json holds; SKIPPED grows as the sections run
     results: dict[str, Any] = {
         "command": command,
         "machine": describe(),
@@ -252,7 +255,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     for name in options.sections:
         began = time.perf_counter()
         rows = measure(name, options)
-        if rows is None:
+        if rows is None:  # it stands under "Not measured"
             continue
         now = time.perf_counter()
         results["rows"] += rows
@@ -263,6 +266,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts kilobytes
     print(f"{options.out / 'RESULTS.md'}: {seconds:.0f} s, {peak:.1f} GB")
+    # A peer that is not installed is no failure
     return int(any("failed with" in line for line in SKIPPED))
 
 
@@ -314,13 +318,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="folder of the results; none: benchmarks, with --quick runs/bench",
     )
     options = p.parse_args(argv)
-    if not 0 < options.seconds < 3600:
+    if not 0 < options.seconds < 3600:  # NaN neither
         p.error(f"--seconds is {options.seconds}, expected a positive number below 3600")
     if options.quick:
         options.seconds = 0.0  # three rounds
     default = "runs/bench" if options.quick else "benchmarks"
     options.out = (options.out or ROOT / default).resolve()
-    options.scratch = ROOT / "runs"
+    options.scratch = ROOT / "runs"  # on the disk that the scripts write to
     return options
 
 

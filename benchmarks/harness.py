@@ -53,7 +53,7 @@ def peer(name: str) -> Any:
             return importlib.import_module(name)
     except ImportError as e:
         skip(library, f"not installed ({e}); {HOW_TO_INSTALL.get(library, '')}")
-    finally:
+    finally:  # the stub must not pass for the library elsewhere
         if sys.modules.get("nnsight") is stub:
             del sys.modules["nnsight"]
 
@@ -88,6 +88,7 @@ def random_text(folder: Path, name: str, n_kinds: int, n_words: int) -> list[obj
     tokenizer_file = folder / f"{name}.json"
     tokenizer.save(str(tokenizer_file))
 
+    # The same words for the same sizes, so that the token cache is found again
     words = np.random.default_rng(0).integers(n_kinds, size=(n_words // 50, 50))  # [lines, 50]
     lines = []
     for line in words.tolist():
@@ -106,7 +107,7 @@ def race(variants: Calls, seconds: float) -> dict[str, list[float]]:
     is skipped, unless it is ours.
     """
     repeats: dict[str, int] = {}  # calls a round: a round of a variant lasts a tenth of a second
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}  # seconds a call, one a round
     for name, call in variants.items():
         try:
             repeats[name] = max(1, math.ceil(0.1 / warmed_up(call)))
@@ -117,6 +118,7 @@ def race(variants: Calls, seconds: float) -> dict[str, list[float]]:
             skip(name, f"{type(e).__name__}: {e}")
 
     order = list(times)  # without those that failed
+    # The fast and the slow get as many rounds each, so that rounds can be compared in pairs
     end = time.perf_counter() + seconds * len(times)
     rounds = 0
     while time.perf_counter() < end or rounds < 3:

@@ -95,6 +95,7 @@ def gradients(options: argparse.Namespace) -> list[Row]:
         bos_token_id=0,
         eos_token_id=0,
     )
+    # Two of them: ours freezes its weights
     net = GPT2LMHeadModel(config).eval()
     their_net = GPT2LMHeadModel(config).eval()
     body = net.transformer

@@ -44,7 +44,7 @@ def peak(command: list[str], folder: Path) -> tuple[float, float]:
             with contextlib.suppress(OSError, KeyError):  # it has just ended
                 resident, anonymous_now = read_status(process.pid)
                 anonymous = max(anonymous, anonymous_now)
-            time.sleep(0.02)
+            time.sleep(0.02)  # VmHWM is exact; of the anonymous part the peak is sampled
     if process.returncode:
         printed = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()
         last = " ".join(printed[-1:]).replace(f"{folder}/", "")
@@ -62,13 +62,14 @@ class MemoryStudy:
         self.folder = folder
         self.quick = quick
         self.rows: list[Row] = []
-        self.dumps = ["--activations_dir", folder / "dumps"]
+        self.dumps = ["--activations_dir", folder / "dumps"]  # for all that reads them
         self.saes = folder / "saes"
         # Memory is at its peak after a few steps
         self.few_steps: list[object] = ["--steps", 8, "--eval_tokens", 5_000]
 
     def measure(self, what: str, shape: str, *command: object) -> None:
         """Two rows of one command, or a note that it failed."""
+        # Under no cache but its own: tokenising is a part of the first phase
         words = [str(word) for word in (*command, "--cache_dir", self.folder / "cache")]
         try:
             resident, anonymous = peak(words, self.folder)
@@ -151,7 +152,7 @@ def constant_phases(study: MemoryStudy) -> None:
     """Harvest and SAE training on two lengths: their memory must not grow with the tokens."""
     quick = study.quick
     n_kinds, n_words = (500, 60_000) if quick else (4096, 650_000)
-    model = study.train("demo", n_kinds, n_words, "--steps", 1)
+    model = study.train("demo", n_kinds, n_words, "--steps", 1)  # text enough for the second length
     lengths = (20_000, 40_000) if quick else (275_000, 550_000)  # one and two full pools
     # The same commands on twice the tokens: what is held in memory must not be the dump
     for number, n_tokens in enumerate(lengths):

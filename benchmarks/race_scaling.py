@@ -48,6 +48,7 @@ def sae_job(quick: bool, latents: int = 6144, n: int = 2048) -> Job:
 
     d = 64 if quick else 768
     x = torch.randn(n, d)  # [N, D]
+    # 32 active latents, whatever their number: what a larger SAE is made for
     args = sae_args(SAEShape(d, latents // d, 32, n), "topk", default_dtype(), ENDLESS)
     trainer = ts.Trainer(args, x.mean(0), float(x.norm(dim=1).mean()), CPU)
     return Job(n, lambda: trainer.step(x))
@@ -123,6 +124,7 @@ def thread_rows(family: Family, options: argparse.Namespace) -> list[Row]:
 
         return call
 
+    # On one core both are the same
     calls = {f"ours, {count} threads": on(count) for count in sorted({1, threads})}
     times = race(calls, options.seconds / 10)
     torch.set_num_threads(threads)  # whatever the last call had

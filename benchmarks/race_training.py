@@ -111,6 +111,7 @@ class JanusTraining:
         # The gradient of the loss, and of the penalty that lambda weights in each layer
         shares = janus.layer_weights(args.layer_weights, args.n_layers, CPU)  # [L]
         weights = torch.tensor(self.pressure.weights(number)) * shares  # [L], or of every layer
+        # One of them, because --batch_size is the batch; the script may take several
         micro_batches = zip(x.split(args.batch_size), y.split(args.batch_size), strict=True)
         loss, grams = janus.training_step(
             self.model, list(micro_batches), weights, args, self.autocast, measure
@@ -205,7 +206,7 @@ def gemm_bound(model: nn.Module, n: int) -> Callable[[], None]:
 def our_calls(model: janus.NewGPT, shape: TrainingShape, data: Batches) -> Calls:
     """A step of each arm. Both train the one `model`: they differ in nothing but the pressure."""
     optimizer = janus.new_optimizer(model, shape.arguments())
-    numbers = itertools.count(1)
+    numbers = itertools.count(1)  # of the steps, which the learning rate and lambda go by
 
     def arm(name: str) -> Callable[[], float]:
         args = shape.arguments("--pressure", name)
@@ -240,7 +241,7 @@ def has_compiler() -> bool:
 def pair_rows(times: dict[str, list[float]], bound: str, shape: str) -> list[Row]:
     """Differences of two variants, round by round, so that the machine's ups and downs cancel."""
     control = np.array(times["ours, control"])  # [rounds], seconds
-    adaptive = np.array(times["ours, adaptive"])
+    adaptive = np.array(times["ours, adaptive"])  # [rounds]
     more = 100 * (adaptive / control - 1)
     what = "Homeostat, sigma and penalty in every step"
     pair = "ours, adaptive against control"
@@ -280,7 +281,7 @@ def training_race(shape: TrainingShape, backend: str, seconds: float) -> list[Ro
 def training(options: argparse.Namespace) -> list[Row]:
     """A training step, ours (both arms) and transformers' Llama in a plain loop."""
     backend = "aot_eager" if options.quick else "inductor"  # compiling takes minutes
-    # The size that people train, and one whose step is short enough for overhead to show
+    # The size that people train, and one whose steps are short enough for overhead to show
     rows = []
     for shape in [QUICK] if options.quick else [FULL, MIDDLE]:
         rows += training_race(shape, backend, options.seconds)
