@@ -120,14 +120,19 @@ class Site:
     reads: str
     take: Callable[[NewGPT, int, Tensor], Tensor] = unchanged
 
+    def sizes(self, cfg: GPTConfig) -> tuple[int, ...]:
+        """The shape of one token in numbers."""
+        letters = {"D": cfg.d_model, "H": cfg.n_heads, "K": cfg.d_head}
+        return tuple(letters[axis] for axis in self.shape.split())
+
     def width(self, cfg: GPTConfig) -> int:
         """Numbers a row of the dump."""
-        sizes = {"D": cfg.d_model, "H": cfg.n_heads, "K": cfg.d_head}
-        return math.prod(sizes[axis] for axis in self.shape.split())
+        return math.prod(self.sizes(cfg))
 
 
 # A site is an entry here; --site and the width of its dump follow. One that NewGPT does not hand
-# out is made by a function of its own, `take`, from an activation that it does hand out.
+# out is made by a function of its own, `take`, from an activation that it does hand out. Such a
+# function stands above this table; `heads_alone`, below, shows how to call a part of a block.
 SITES = {
     "z": Site("H K", reads="z"),  # what each head puts out, before the output projection
     "attn_out": Site("D", reads="attn_out"),  # what the heads together add to the residual stream
@@ -165,7 +170,9 @@ def layer_activations(
             model.run_blocks(x, stop=deepest + 1, tap=tap)
         # A site of its own making may multiply matrices too, so this is under autocast
         for l in layers:
-            found[f"{site}.{l}"] = SITES[site].take(model, l, tap[f"{reads}.{l}"])
+            taken = SITES[site].take(model, l, tap[f"{reads}.{l}"])
+            assert taken.shape == (*idx.shape, *SITES[site].sizes(model.cfg)), "[B, T, *shape]"
+            found[f"{site}.{l}"] = taken
             found[f"z.{l}"] = tap[f"z.{l}"]
     rows = {}
     for name, activation in found.items():
@@ -284,7 +291,8 @@ def effective_rank_share(heads: Heads) -> Tensor:
 
 
 # A metric is an entry here: a function of `Heads` that returns a number [...]. By being here it
-# gets its row of topology_stats.csv, with a 95 % interval and a null, and its line of table 1.
+# gets its row of topology_stats.csv, with a 95 % interval and a null, and its line of table 1. A
+# layer that is harvested already keeps its rows: --overwrite measures it anew.
 METRICS: dict[str, Callable[[Heads], Tensor]] = {
     # How alike the outputs are: sigma, the mean |cosine|, is what the Homeostat holds
     "mean_cosine": lambda heads: heads.cosines_z.mean(-1),
