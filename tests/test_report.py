@@ -15,15 +15,21 @@ sys.path.insert(0, str(ROOT / "tools"))
 import report  # noqa: E402
 
 PARTS = "train harvest sae ablate hero figures"
-OLD = 'cos.square().mean(-1) if kind == "cos2"'
-NEW = 'cos.pow(4).mean(-1) if kind == "cos2"'  # the variant: hardly anything but the most similar pairs is pressed
+OLD = "return cosines.square().mean(-1)"
+NEW = "return cosines.pow(4).mean(-1)"  # the variant: hardly any but the most similar pairs are pressed
 
 
 def make(project: Path, run: str, targets: str, *flags: str) -> str:
     """make in the copy, with this Python, on the small text; returns what it printed."""
     data = f"--dataset {project / 'text.txt'} --tokenizer train:512"
     train = f"--preset smoke --steps 12 --save_interval 6 --control_interval 1 --target_sigma 0.009 {data}"
-    variables = [f"RUN=runs/{run}", "LAYERS=0 1", f"PY={sys.executable}", f"TRAIN={train}", "TEXT=the import statement"]
+    variables = [
+        f"RUN=runs/{run}",
+        "LAYERS=0 1",
+        f"PY={sys.executable}",
+        f"TRAIN={train}",
+        "TEXT=the import statement",
+    ]
     done = subprocess.run(
         ["make", "--no-print-directory", "-o", ".venv/.ready", *flags, *targets.split(), *variables],
         cwd=project, capture_output=True, text=True,
@@ -43,7 +49,8 @@ def project(tmp_path_factory, text_file, cache_dir) -> Path:
     folder = tmp_path_factory.mktemp("project")
     for path in [*ROOT.glob("*.py"), ROOT / "Makefile", ROOT / "requirements.txt"]:
         shutil.copy2(path, folder)
-    shutil.copytree(ROOT / "tools", folder / "tools")
+    for name in ("tools", "pages"):
+        shutil.copytree(ROOT / name, folder / name)
     shutil.copy(text_file, folder / "text.txt")
     make(folder, "base", PARTS)
     return folder
@@ -54,20 +61,34 @@ def edited(project) -> Path:
     """The same after the edit of the walk-through, and with the run of the variant beside it."""
     script = project / "janus_adaptive.py"
     text = script.read_text()
-    method = text[text.index("EDIT HERE") :]
+    method = text[text.index("method: edit here") : text.index("-- run\n")]
     assert text.count(OLD) == 1 and OLD in method, "the walk-through edits the marked section"
     script.write_text(text.replace(OLD, NEW))
-    assert scripts(make(project, "base", PARTS, "-n")) == set(), "an edit of phase 1 must not retrain a finished run, nor what follows"
+    assert scripts(make(project, "base", PARTS, "-n")) == set(), (
+        "an edit of phase 1 must not retrain a finished run, nor what follows"
+    )
     todo = scripts(make(project, "mine", PARTS, "-n"))
-    assert todo == {"janus_adaptive", "harvest_activations", "train_sae", "ablation_test", "hero_head_analysis"}
+    assert todo == {
+        "janus_adaptive",
+        "harvest_activations",
+        "train_sae",
+        "ablation_test",
+        "hero_head_analysis",
+    }
     make(project, "mine", PARTS)
     make(project, "mine", "report", "RUNS=runs/base runs/mine")
     return project
 
 
 def test_the_edit_acts_on_the_adaptive_arm_alone(edited):
-    loss = {(run, arm): pd.read_csv(edited / "runs" / run / arm / "telemetry.csv").loss for run in ("base", "mine") for arm in report.ARMS}
-    assert loss["base", "control"].equals(loss["mine", "control"]) and not loss["base", "adaptive"].equals(loss["mine", "adaptive"])
+    loss = {
+        (run, arm): pd.read_csv(edited / "runs" / run / arm / "telemetry.csv").loss
+        for run in ("base", "mine")
+        for arm in report.ARMS
+    }
+    assert loss["base", "control"].equals(loss["mine", "control"]) and not loss[
+        "base", "adaptive"
+    ].equals(loss["mine", "adaptive"])
 
 
 @pytest.mark.parametrize(
@@ -86,9 +107,14 @@ def test_an_edited_phase_remakes_what_depends_on_it(script, remade, project):
 def test_two_runs_stand_side_by_side_with_their_own_numbers(edited):
     page = (edited / "results" / "report.html").read_text()
     for run in ("base", "mine"):
-        t = pd.read_csv(edited / "runs" / run / "results_ablation.csv").query("mode == 'mean' and run == 'adaptive'")
+        t = pd.read_csv(edited / "runs" / run / "results_ablation.csv").query(
+            "mode == 'mean' and run == 'adaptive'"
+        )
         x = t.sort_values("delta").iloc[-1]
-        assert f"{run}, adaptive, mean: L{x.layer}H{x['head']} {x.delta:+.4f} nats [{x.ci_lo:+.4f}, {x.ci_hi:+.4f}], rank 1" in page
+        assert (
+            f"{run}, adaptive, mean: L{x.layer}H{x['head']} {x.delta:+.4f} nats [{x.ci_lo:+.4f}, {x.ci_hi:+.4f}], rank 1"
+            in page
+        )
         assert f"{run}: The control loop" in page
     assert page.count("not there (") == 2, "Energy-Lens was not run, in either"
     assert "make energy RUN=runs/mine" in page
@@ -104,7 +130,9 @@ def test_verdicts_follow_the_tables(edited, tmp_path):
         assert said["The adaptive model has a Hero Head"] == word
     path = run / "hero_analysis" / "hero_preserving.csv"
     for low, said in ((-0.1, "shares of it mean nothing"), (0.1, "Keeping only")):
-        pd.read_csv(path).assign(impact=0.2, impact_low=low, impact_high=0.3).to_csv(path, index=False)
+        pd.read_csv(path).assign(impact=0.2, impact_low=low, impact_high=0.3).to_csv(
+            path, index=False
+        )
         assert said in report.hero(report.Run(run))[-1].reading
     path = run / "adaptive" / "telemetry.csv"
     telemetry = pd.read_csv(path)
@@ -117,9 +145,20 @@ def test_verdicts_follow_the_tables(edited, tmp_path):
 def test_tracking_of_known_loops():
     """Settles at the second closed-loop sample; then three of four within 10 %. And one that never does."""
     phase = ["warmup"] * 2 + ["auto"] * 5 + ["hold"]
-    t = pd.DataFrame(dict(step=range(0, 80, 10), phase=phase, sigma_filtered=[9, 9, 1.5, 1.05, 0.95, 1.2, 1.0, 0.5]))
+    t = pd.DataFrame(
+        dict(
+            step=range(0, 80, 10),
+            phase=phase,
+            sigma_filtered=[9, 9, 1.5, 1.05, 0.95, 1.2, 1.0, 0.5],
+        )
+    )
     held = report.tracking(t, 1.0)
-    assert held["settled_step"] == 30 and held["n"] == 4 and held["share"] == 0.75 and held["hold_mean"] == 0.5
+    assert (
+        held["settled_step"] == 30
+        and held["n"] == 4
+        and held["share"] == 0.75
+        and held["hold_mean"] == 0.5
+    )
     assert held["mean"] == pytest.approx(1.05)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -127,7 +166,9 @@ def test_tracking_of_known_loops():
     assert never["n"] == 0 and never["share"] == 0 and never["mean"] != never["mean"]
 
 
-@pytest.mark.parametrize("given, says", [("nothing", "has no adaptive/telemetry.csv"), ("full", "Is a directory")])
+@pytest.mark.parametrize(
+    "given, says", [("nothing", "has no adaptive/telemetry.csv"), ("full", "Is a directory")]
+)
 def test_wrong_inputs_are_one_line(given, says, project, tmp_path, capsys):
     (tmp_path / "nothing").mkdir()
     runs = project / "runs" / "base" if given == "full" else tmp_path / given
@@ -138,8 +179,38 @@ def test_wrong_inputs_are_one_line(given, says, project, tmp_path, capsys):
     assert says in error and error.count("\n") == 1 and not list(out.iterdir())
 
 
+def test_a_script_copied_alone_writes_all_but_its_page(project, tmp_path):
+    """Markdown, CSVs and figures are those of the script that has its folder pages/."""
+    shutil.copy(ROOT / "hero_head_analysis.py", tmp_path)
+    text = ["--text", "the import statement", "--save_dir", str(tmp_path / "out")]
+    inputs = ["--ablation_csv", "runs/base/results_ablation.csv", "--saes_dir", "runs/base/saes"]
+    inputs += ["--activations_dir", "runs/base/activations"]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "hero_head_analysis.py"), *inputs, *text],
+        cwd=project, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    said = [line for line in done.stdout.splitlines() if "pages/" in line]
+    assert len(said) == 1 and "needs the folder pages/ beside hero_head_analysis.py" in said[0]
+    assert done.stdout.rstrip().endswith(f"Read {tmp_path / 'out' / 'hero_report.md'}")
+    before, after = project / "runs" / "base" / "hero_analysis", tmp_path / "out"
+    names = {path.name for path in before.iterdir()}
+    assert names - {path.name for path in after.iterdir()} == {
+        "hero_report.html",
+        "hero_report.html.json",
+    }
+    for path in before.glob("*.*"):
+        if path.suffix in (".md", ".csv", ".png"):
+            assert path.read_bytes() == (after / path.name).read_bytes(), path.name
+
+
 # ------------------------------------------------------------------------------------------------------ in a browser
-HOSTILE = ["<script>window.hacked=1</script>", "</td></table><img src=x onerror=window.hacked=1>", '"><b>', "&lt;i&gt;"]
+HOSTILE = [
+    "<script>window.hacked=1</script>",
+    "</td></table><img src=x onerror=window.hacked=1>",
+    '"><b>',
+    "&lt;i&gt;",
+]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +219,13 @@ def browser():
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium:
         pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    quiet = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+    ]
     with api.sync_playwright() as p:
         b = p.chromium.launch(executable_path=chromium, args=quiet)
         yield b
@@ -160,7 +237,9 @@ def hostile(edited) -> Path:
     """The page of both runs, with markup as token text in one of them."""
     tokens = edited / "runs" / "mine" / "hero_analysis" / "hero_tokens.csv"
     table = pd.read_csv(tokens).head(len(HOSTILE))
-    table.assign(context=HOSTILE[: len(table)], next=HOSTILE[: len(table)]).to_csv(tokens, index=False)
+    table.assign(context=HOSTILE[: len(table)], next=HOSTILE[: len(table)]).to_csv(
+        tokens, index=False
+    )
     make(edited, "mine", "report", "RUNS=runs/base runs/mine")
     return edited / "results" / "report.html"
 
@@ -172,12 +251,19 @@ def test_the_page_in_a_browser(width, scheme, browser, hostile):
     said, asked = [], []
     page.on("console", lambda m: said.append(m.text))
     page.on("pageerror", lambda e: said.append(str(e)))
-    page.on("request", lambda r: asked.append(r.url) if not r.url.startswith(("file:", "data:")) else None)
+    page.on(
+        "request",
+        lambda r: asked.append(r.url) if not r.url.startswith(("file:", "data:")) else None,
+    )
     page.goto(hostile.as_uri())
     assert hostile.stat().st_size <= report.MAX_BYTES
-    pictures = page.evaluate("Promise.all([...document.images].map(i => (i.loading = 'eager', i.decode().then(() => i.naturalWidth))))")
+    pictures = page.evaluate(
+        "Promise.all([...document.images].map(i => (i.loading = 'eager', i.decode().then(() => i.naturalWidth))))"
+    )
     assert len(pictures) == 2 * 9 and min(pictures) > 300, "nine figures a run without Energy-Lens"
-    assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page is wider than the screen"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, (
+        "the page is wider than the screen"
+    )
     # hover, toggles, keyboard
     cell = page.locator(".heat:not([hidden]) td").first
     cell.hover()
@@ -185,20 +271,30 @@ def test_the_page_in_a_browser(width, scheme, browser, hostile):
     visible = page.locator("#grid0 .heat:not([hidden]) caption").first
     before = visible.inner_text()
     page.locator("#grid0 button[data-show=zero]").press("Enter")
-    assert "mean" in before and "zero" in page.locator("#grid0 .heat:not([hidden]) caption").first.inner_text()
+    assert (
+        "mean" in before
+        and "zero" in page.locator("#grid0 .heat:not([hidden]) caption").first.inner_text()
+    )
     ground = "getComputedStyle(document.body).backgroundColor"
     was = page.evaluate(ground)
     page.keyboard.press("Home")
     page.locator("#theme").click()
     assert page.evaluate(ground) != was and (was == "rgb(255, 255, 255)") == (scheme == "light")
     page.locator("details summary").first.press("Enter")
-    assert page.locator("details[open] pre").first.inner_text().startswith("python janus_adaptive.py --redraw")
+    assert (
+        page.locator("details[open] pre")
+        .first.inner_text()
+        .startswith("python janus_adaptive.py --redraw")
+    )
     page.locator("nav a").first.focus()
     page.keyboard.press("Enter")
     page.wait_for_function("location.hash === '#verdict'")
     with page.expect_download() as saved:
         page.locator("a[download='results_ablation.csv']").first.click()
-    assert Path(saved.value.path()).read_bytes() == (hostile.parents[1] / "runs" / "base" / "results_ablation.csv").read_bytes()
+    assert (
+        Path(saved.value.path()).read_bytes()
+        == (hostile.parents[1] / "runs" / "base" / "results_ablation.csv").read_bytes()
+    )
     # what tokens say stays text
     assert page.evaluate("window.hacked") is None
     assert all(text in page.locator("body").inner_text() for text in HOSTILE)
