@@ -1,22 +1,33 @@
-"""Measure the loss impact of ablating each attention head, and test whether one Hero Head stands out (phase 4 of Janus Arc).
+"""Measure the loss impact of ablating each attention head: is one a Hero Head? (phase 4)
 
-The output z of one head at a time is replaced by its mean over held-out text (mean: ranks the heads), by zero (the
-published ablation), or by its z on other sequences (resample, loss averaged over draws). The loss is exact: only what
-follows the head is computed again. The unit of replication is the sequence; all heads and both models see the same ones.
-The first head is a Hero Head if it leads in 95 % of bootstrap draws, the interval of its lead and its own max-T p exclude
-chance, and the model beats word frequencies; otherwise there is "no unique hero".
+Question: how much worse does the model predict without one head, and does one head stand out from
+the others by more than chance? One head at a time loses its output z, which is replaced by its mean
+(mean: ranks the heads), by zero (the published ablation), or by the z of other sequences at the
+same positions (resample: the loss is averaged over draws). The loss is exact: only what follows the
+head is computed again. The unit of replication is the sequence; all heads and both models see the
+same ones. The first head is a Hero Head if it leads in 95 % of bootstrap draws, the interval of its
+lead and its own max-T p exclude chance, and the model beats word frequencies; otherwise there is
+"no unique hero".
 
-Reads   checkpoints of janus_adaptive.py with their tokenizer.json; the text they name (validation; for means: training)
-Writes  <stem>.csv            a row per run, mode and head: impact (nats a token), interval, p values, rank; see METRICS.md
-        <stem>.npz            behind it: loss, KL, top-1 flips, first-order effect, float64 [sequences, layers, H] each
-        <stem>_summary.csv    a row per run and mode: Hero Head or none, cross-fitted impact, concentration and its null
+Every loss, and every z of another sequence, is of the validation split. The means of z and the word
+frequencies are of the training split.
+
+Reads   checkpoints of janus_adaptive.py with their tokenizer.json; the text that they name
+Writes  <stem>.csv           a row a run, mode and head: impact (nats a token), interval, p values
+        <stem>.npz           behind it, float64: base [sequences], the loss without ablation; loss,
+                             KL, top-1 flips, first-order effect [sequences, layers, H]
+        <stem>_summary.csv   a row a run and mode: Hero Head or none, concentration and its null
         <stem>_figure4.png, <stem>_heatmap.png, <stem>_table3.csv, <stem>_table3.md, and run.json
+        METRICS.md explains each column.
 
-Quick   python ablation_test.py --adaptive_model checkpoints/smoke/janus_adaptive_final.pt             (15 s on one CPU core)
-Full    python ablation_test.py --adaptive_model ./checkpoints/v1/janus_adaptive_final.pt --save_file results_ablation.csv
-        (144 heads x 10 passes over the validation split: meant for a GPU; prints its time on this machine first)
+Quick   python ablation_test.py --adaptive_model checkpoints/smoke/janus_adaptive_final.pt
+        (15 s on one CPU core)
+Full    python ablation_test.py --adaptive_model ./checkpoints/v1/janus_adaptive_final.pt \\
+            --save_file results_ablation.csv
+        (144 heads x 10 passes over the validation split: meant for a GPU; prints its time first)
 
-Shapes  B batch, T tokens, D d_model, H heads, K d_head, L layers, V vocabulary, n units of replication, R heads of all layers.
+Shapes  B batch, T tokens, D d_model, H heads, K d_head, L layers, V vocabulary,
+        n units of replication, R heads of all ablated layers.
 """
 
 from __future__ import annotations
@@ -64,14 +75,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-CSV_SCHEMA, LOSSES_SCHEMA = "janus.ablation/1", "janus.ablation_losses/1"
+CSV_SCHEMA = "janus.ablation/1"
+LOSSES_SCHEMA = "janus.ablation_losses/1"
 REMEDY = "python ablation_test.py --adaptive_model PATH"
-MODES = (
-    "mean",
-    "zero",
-    "resample",
-)  # what replaces a head's z; the first one measured ranks the heads
-# Sizes: sequences (0: all), held-out sequences behind a mean, draws, sequences a batch, consecutive sequences a unit.
+# n_seqs: validation sequences, 0 is all; n_mean: training sequences behind a mean;
+# resample_draws: draws of a random mode; batch_size: sequences; block: sequences that make a unit.
 PHASE_PRESETS: dict[str, dict[str, int]] = {
     "full": dict(n_seqs=0, n_mean=256, resample_draws=8, batch_size=4, block=8),
     "published": dict(n_seqs=0, n_mean=256, resample_draws=8, batch_size=4, block=8),
@@ -81,513 +89,855 @@ PHASE_PRESETS: dict[str, dict[str, int]] = {
 
 
 # -------------------------------------------------------------------------------- method: edit here
-SCORES = (
-    "loss",
-    "kl",
-    "flip",
-)  # of a token: cross-entropy and KL(clean || ablated), nats; whether the top prediction changed
+# The impact of a head is how much the loss rises when a substitute takes the place of its output z.
+# Three tables are there to be added to: MODES, SCORES and CONCENTRATION.
+
+# ---- what takes the place of a head's z
 
 
-def token_scores(model: NewGPT, final: Tensor, targets: Tensor) -> Tensor:
-    """Last residual streams [1 + R, N, D], the clean one first, and targets [N] -> SCORES [3, 1 + R, N], float32.
+@dataclass
+class Batch:
+    """What a mode of ablation may use: the z that it replaces, and where other z come from.
 
-    A few tokens at a time: the logits of all variants never exist at once. But 256 rows at least: with fewer a product reads all
-    of a large unembedding for next to no work.
+    z        {layer: [B, T, H, K]} outputs of the heads, before the output projection
+    mean_z   {layer: [H, K]} their means over the training split
+    model    computes z of other tokens (`head_z`)
+    val      the validation split, which the batch is from
+    windows  [B] numbers of the batch's sequences in `val`
+    seed     of --seed: the same draws for every model and batch size
+    draw     which draw of a random mode this is, from 0
     """
-    limit = 1 << (20 if final.device.type == "cpu" else 27)  # logits at once, about a cache
-    step, parts = max(1, max(256, limit // model.cfg.vocab_size) // len(final)), []
-    for x, y in zip(final.split(step, dim=1), targets.split(step), strict=True):
-        log_q = model.unembed(x).float().log_softmax(-1)  # [1 + R, n, V]; row 0 is log p
-        picked = log_q.gather(
-            -1, torch.stack((y, log_q[0].argmax(-1)), -1).expand(len(log_q), -1, 2)
-        )  # of target, of clean top
-        with torch.autocast(x.device.type, enabled=False):  # it would take this product in bfloat16
-            entropy = -torch.linalg.vecdot(
-                log_q, log_q[0].exp()
-            )  # cross-entropy of each variant under p
-        parts.append(
-            torch.stack(
-                (-picked[..., 0], entropy - entropy[0], (picked[..., 1] < log_q.amax(-1)).float())
-            )
-        )
-    return torch.cat(parts, dim=2)
+
+    z: dict[int, Tensor]
+    mean_z: dict[int, Tensor]
+    model: NewGPT
+    val: HFWikiTextLoader
+    windows: np.ndarray
+    seed: int
+    draw: int = 0
 
 
-def head_z(model: NewGPT, x: Tensor, layers: list[int]) -> list[Tensor]:
-    """z [B, T, H, K] of each of `layers` on tokens x [B, T]; stops at the deepest."""
-    tap: dict[str, Any] = {f"z.{l}": None for l in layers}
-    model.run_blocks(model.embed(x), stop=max(layers) + 1, tap=tap)
-    return [tap[f"z.{l}"] for l in layers]
+@dataclass
+class Mode:
+    """A way to ablate a head.
+
+    substitute  Batch -> {layer: what replaces z}, of a shape that broadcasts to [B, T, H, K]
+    random      True: the substitute depends on `draw`, and scores are means over --resample_draws
+    """
+
+    substitute: Callable[[Batch], dict[int, Tensor]]
+    random: bool = False
+
+
+def mean_ablation(batch: Batch) -> dict[int, Tensor]:
+    """The mean of z over the training split: the head still says what it says on average."""
+    return batch.mean_z
+
+
+def zero_ablation(batch: Batch) -> dict[int, Tensor]:
+    """Nothing, which also takes away what the head says on average."""
+    return {layer: torch.zeros_like(mean) for layer, mean in batch.mean_z.items()}
+
+
+def resample_ablation(batch: Batch) -> dict[int, Tensor]:
+    """z of another sequence of the validation split, at the same positions."""
+    n_windows = batch.val.n_windows
+    rng = np.random.default_rng(batch.seed)
+    # Each window of the split has a shift of its own in each draw, whatever the batch is
+    shifts = rng.integers(1, n_windows, size=(batch.draw + 1, n_windows))  # [draws so far, windows]
+    shift = shifts[batch.draw, batch.windows]  # [B]
+    donors = (batch.windows + shift) % n_windows  # [B], never the window itself
+    tokens, _ = batch.val.batch(donors)  # [B, T]
+    return head_z(batch.model, tokens, list(batch.z))
+
+
+# A new mode is a function and a line here. The first mode that is measured ranks the heads.
+MODES = {
+    "mean": Mode(mean_ablation),
+    "zero": Mode(zero_ablation),
+    "resample": Mode(resample_ablation, random=True),
+}
+DEFAULT_MODES = ["mean", "zero", "resample"]  # the others are measured when --mode names them
+
+
+def head_z(model: NewGPT, tokens: Tensor, layers: list[int]) -> dict[int, Tensor]:
+    """{layer: z [B, T, H, K]} of `layers` on tokens [B, T]; stops at the deepest."""
+    tap: dict[str, Any] = {f"z.{layer}": None for layer in layers}
+    x = model.embed(tokens.to(model.embedding.weight.device))  # [B, T, D]
+    model.run_blocks(x, stop=max(layers) + 1, tap=tap)
+    return {layer: tap[f"z.{layer}"] for layer in layers}
 
 
 @torch.no_grad()
-def head_means(
-    model: NewGPT, text: HFWikiTextLoader, args: argparse.Namespace, autocast: Any
+def training_means(
+    model: NewGPT, train: HFWikiTextLoader, args: argparse.Namespace, autocast: Any
 ) -> dict[int, Tensor]:
-    """Mean z [H, K] of the heads of each of --layers over --n_mean windows of `text`, which is held out; float32."""
-    windows, total = spaced(text.n_windows, args.n_mean), [torch.zeros(())] * len(args.layers)
-    for chunk in np.array_split(windows, math.ceil(len(windows) / args.batch_size)):
+    """{layer: mean z [H, K]} of --layers over --n_mean windows of the training split; float32."""
+    windows = spaced(train.n_windows, args.n_mean)
+    n_batches = math.ceil(len(windows) / args.batch_size)
+    total = {layer: torch.zeros(()) for layer in args.layers}
+    for batch in np.array_split(windows, n_batches):
+        tokens, _ = train.batch(batch)  # [B, T]
         with autocast:
-            z = head_z(model, text.batch(chunk)[0].to(model.embedding.weight.device), args.layers)
-        total = [t.to(a.device) + a.float().sum((0, 1)) for t, a in zip(total, z, strict=True)]
-    return {l: t / (len(windows) * text.seq_len) for l, t in zip(args.layers, total, strict=True)}
+            z = head_z(model, tokens, args.layers)  # {layer: [B, T, H, K]}
+        for layer in args.layers:
+            batch_sum = z[layer].float().sum((0, 1))  # [H, K]
+            total[layer] = total[layer].to(batch_sum.device) + batch_sum
+    n_tokens = len(windows) * train.seq_len
+    return {layer: z_sum / n_tokens for layer, z_sum in total.items()}
 
 
-def clean_pass(
-    model: NewGPT, x: Tensor, y: Tensor, layers: list[int]
-) -> tuple[dict[str, Tensor], Tensor, tuple[Tensor, ...]]:
-    """One forward and one backward pass on tokens x, targets y [B, T] -> z and resid_mid of `layers`; the last residual
-    stream [B, T, D]; the gradient of each sequence's mean loss with respect to z [B, T, H, K], one a layer."""
-    tap: dict[str, Any] = {f"{site}.{l}": None for l in layers for site in ("z", "resid_mid")}
+# ---- the loss without a head
+
+
+def loss_score(log_q: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each variant, nats."""
+    return -log_q_of(targets, log_q)
+
+
+def kl_score(log_q: Tensor, _targets: Tensor) -> Tensor:
+    """KL divergence from the clean model's distribution p to each variant's q, nats."""
+    p = log_q[0].exp()  # [n, V]
+    with torch.autocast(log_q.device.type, enabled=False):  # else the product is in bfloat16
+        cross_entropy = -torch.linalg.vecdot(log_q, p)  # [1 + R, n]
+    return cross_entropy - cross_entropy[0]  # row 0 is the entropy of p
+
+
+def flip_score(log_q: Tensor, _targets: Tensor) -> Tensor:
+    """1 where a variant's first guess is not the clean model's, else 0."""
+    clean_guess = log_q[0].argmax(-1)  # [n]
+    return (log_q_of(clean_guess, log_q) < log_q.amax(-1)).float()
+
+
+# From log-probabilities log_q [1 + R, n, V], of which row 0 is the clean model's and the others are
+# the variants', and targets [n]: a score of every token [1 + R, n]. Each is an array of the .npz.
+SCORES = {"loss": loss_score, "kl": kl_score, "flip": flip_score}
+
+
+def log_q_of(tokens: Tensor, log_q: Tensor) -> Tensor:
+    """The log-probability [1 + R, n] that each variant gives to tokens [n]."""
+    index = tokens[None, :, None].expand(len(log_q), -1, 1)  # [1 + R, n, 1]
+    return log_q.gather(-1, index)[..., 0]
+
+
+def token_scores(model: NewGPT, final: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Last residual streams [1 + R, N, D], the clean one first, and targets [N] -> {score: [1 + R,
+    N]} for SCORES, float32.
+
+    A few tokens at a time: the logits of all variants never exist at once. But 256 rows at least:
+    with fewer a product reads all of a large unembedding for next to no work.
+    """
+    n_logits = 1 << (20 if final.device.type == "cpu" else 27)  # at once, about a cache
+    n_rows = max(256, n_logits // model.cfg.vocab_size)
+    n_tokens = max(1, n_rows // len(final))  # of each variant
+    parts: dict[str, list[Tensor]] = {name: [] for name in SCORES}
+    for x, y in zip(final.split(n_tokens, dim=1), targets.split(n_tokens), strict=True):
+        log_q = model.unembed(x).float().log_softmax(-1)  # [1 + R, n, V]
+        for name, score in SCORES.items():
+            parts[name].append(score(log_q, y))  # [1 + R, n]
+    return {name: torch.cat(part, dim=1) for name, part in parts.items()}
+
+
+@dataclass
+class CleanPass:
+    """What the model computes on a batch without ablation, for the layers that are ablated.
+
+    z          {layer: [B, T, H, K]} outputs of the heads, before the output projection
+    slope      {layer: [B, T, H, K]} d(mean loss of the sequence) / dz, nats per unit of z
+    resid_mid  {layer: [B, T, D]} residual stream between attention and MLP
+    final      [B, T, D] residual stream after the last block
+    targets    [B, T] the tokens to predict
+    """
+
+    z: dict[int, Tensor]
+    slope: dict[int, Tensor]
+    resid_mid: dict[int, Tensor]
+    final: Tensor
+    targets: Tensor
+
+
+def clean_pass(model: NewGPT, tokens: Tensor, targets: Tensor, layers: list[int]) -> CleanPass:
+    """The model without ablation on tokens [B, T]: a forward pass, where every ablation starts, and
+    a backward pass, for the first-order effects."""
+    tap: dict[str, Any] = {}  # its keys ask for activations, the forward pass fills them in
+    for layer in layers:
+        tap[f"z.{layer}"] = None
+        tap[f"resid_mid.{layer}"] = None
     with torch.enable_grad():
-        final = model.run_blocks(model.embed(x).requires_grad_(), tap=tap)
-        loss = token_scores(model, final.flatten(0, 1)[None], y.flatten())[0].sum() / y.shape[1]
-        slopes = torch.autograd.grad(loss, [tap[f"z.{l}"] for l in layers])
-    return {name: t.detach() for name, t in tap.items()}, final.detach(), slopes
+        # The weights take no gradient: the embedded tokens are where the graph begins
+        x = model.embed(tokens).requires_grad_()  # [B, T, D]
+        final = model.run_blocks(x, tap=tap)  # [B, T, D]
+        loss = token_scores(model, final.flatten(0, 1)[None], targets.flatten())["loss"]  # [1, B T]
+        loss_sum = loss.sum() / targets.shape[1]  # over sequences, of their mean loss
+        slopes = torch.autograd.grad(loss_sum, [tap[f"z.{layer}"] for layer in layers])
+    return CleanPass(
+        z={layer: tap[f"z.{layer}"].detach() for layer in layers},
+        slope=dict(zip(layers, slopes, strict=True)),
+        resid_mid={layer: tap[f"resid_mid.{layer}"].detach() for layer in layers},
+        final=final.detach(),
+        targets=targets,
+    )
 
 
 def ablate_layer(
-    model: NewGPT, l: int, tap: dict[str, Tensor], final: Tensor, substitute: Tensor, y: Tensor
-) -> Tensor:
-    """Replaces z of each head of layer l in turn by `substitute` (broadcast to [B, T, H, K]) -> SCORES of every target of
-    y [B, T], [3, 1 + H, B, T]; row 0 is the clean model.
+    model: NewGPT, clean: CleanPass, layer: int, substitute: Tensor
+) -> dict[str, Tensor]:
+    """Replaces z of each head of a layer in turn by `substitute` (broadcast to [B, T, H, K]) ->
+    {score: [1 + H, B, T]} for SCORES; row 0 is the clean model.
 
-    Exact without attention of layer l or anything before it: a variant starts from the clean residual stream after
-    attention plus (substitute - z)_h W_O,h. The heads of the layer run as one batch.
+    Exact without attention of the layer or anything before it: a variant starts from the clean
+    residual stream after attention plus (substitute - z)_h W_O,h. The heads run as one batch.
     """
-    block: Any = model.blocks[l]
-    z = tap[f"z.{l}"]
-    change = torch.einsum(
-        "bthk,dhk->hbtd", substitute - z, block.attn.w_o.weight.unflatten(1, z.shape[2:])
-    )
-    mid = (tap[f"resid_mid.{l}"] + change).flatten(0, 1)  # [H * B, T, D]
-    out = model.run_blocks(mid + block.mlp(mid), start=l + 1)
-    variants = torch.cat((final, out)).unflatten(0, (-1, len(y))).flatten(1, 2)  # [1 + H, B * T, D]
-    return token_scores(model, variants, y.flatten()).unflatten(2, y.shape)
+    # What each head writes to the residual stream changes by this much when it alone is ablated
+    block: Any = model.blocks[layer]
+    z = clean.z[layer]  # [B, T, H, K]
+    w_o = block.attn.w_o.weight.unflatten(1, z.shape[2:])  # [D, H, K]
+    change = torch.einsum("bthk,dhk->hbtd", substitute - z, w_o)  # [H, B, T, D]
+
+    # The rest of the model, on all heads' variants at once
+    mid = (clean.resid_mid[layer] + change).flatten(0, 1)  # [H B, T, D]
+    out = model.run_blocks(mid + block.mlp(mid), start=layer + 1)  # [H B, T, D]
+
+    # Scored beside the clean model, token by token
+    variants = torch.cat((clean.final, out))  # [(1 + H) B, T, D]
+    variants = variants.unflatten(0, (-1, len(z))).flatten(1, 2)  # [1 + H, B T, D]
+    scores = token_scores(model, variants, clean.targets.flatten())  # [1 + H, B T] each
+    return {name: score.unflatten(1, z.shape[:2]) for name, score in scores.items()}
 
 
-@torch.no_grad()
-def measure(model: NewGPT, text: HFWikiTextLoader, means: dict[int, Tensor], args: argparse.Namespace, windows: np.ndarray,
-            modes: list[str], layers: list[int], autocast: Any, label: str | None = None) -> dict[str, np.ndarray]:  # fmt: skip
-    """Ablates every head of `layers` on `windows` [n] of `text` -> "base" [n], the clean loss, and for each mode
-    "<mode>.<score>" [n, layers, H] for SCORES and first_order = sum over tokens of (substitute - z) . dloss/dz; float64.
-    Several processes share the batches; each returns all of it."""
-    device, draws = model.embedding.weight.device, args.resample_draws if "resample" in modes else 0
-    shift = np.random.default_rng(args.seed).integers(
-        1, text.n_windows, size=(draws, text.n_windows)
-    )[:, windows]
-    donors = (
-        (windows + shift) % text.n_windows
-    )  # [draws, n], never the window itself; the same for every model and batch size
-    shape, (rank, world) = (len(windows), len(layers), model.cfg.n_heads), rank_and_world()
-    out = {"base": np.zeros(shape[0])} | {
-        f"{mode}.{score}": np.zeros(shape) for mode in modes for score in (*SCORES, "first_order")
-    }
-    bar = tqdm(
-        total=len(windows) * len(layers) // world,
-        desc=label,
-        unit="layer",
-        disable=None if label else True,
-    )
-    for first in range(rank * args.batch_size, len(windows), world * args.batch_size):
-        rows = slice(first, first + args.batch_size)
-        x, y = (t.to(device) for t in text.batch(windows[rows]))
-        with autocast:
-            tap, final, slopes = clean_pass(model, x, y, layers)
-            drawn = [head_z(model, text.batch(d[rows])[0].to(device), layers) for d in donors]
-            for i, l in enumerate(layers):
-                substitutes = {
-                    "mean": [means[l]],
-                    "zero": [torch.zeros_like(means[l])],
-                    "resample": [z[i] for z in drawn],
-                }
-                for mode, substitute in ((m, s) for m in modes for s in substitutes[m]):
-                    scores = ablate_layer(model, l, tap, final, substitute, y).mean(
-                        -1
-                    )  # [3, 1 + H, B]
-                    linear = ((substitute - tap[f"z.{l}"]).float() * slopes[i].float()).sum(
-                        (1, 3)
-                    )  # [B, H]
-                    for score, value in zip(
-                        (*SCORES, "first_order"), (*scores[:, 1:].mT, linear), strict=True
-                    ):
-                        out[f"{mode}.{score}"][rows, i] += value.cpu().double().numpy() / len(
-                            substitutes[mode]
-                        )
-                out["base"][rows] = scores[0, 0].cpu().double().numpy()
-                bar.update(len(x))
-    bar.close()
-    all_sum(
-        *map(torch.from_numpy, out.values())
-    )  # in place; where another process measured, the arrays are still 0
-    return out
+def first_order(clean: CleanPass, layer: int, substitute: Tensor) -> Tensor:
+    """Change of a sequence's loss [B, H] by ablating each head, to first order: the sum over its
+    tokens of (substitute - z) . dloss/dz."""
+    change = (substitute - clean.z[layer]).float()  # [B, T, H, K]
+    return (change * clean.slope[layer].float()).sum((1, 3))  # [B, H]
 
 
-def bfloat16_will_do(
-    measured: Callable[..., dict], windows: np.ndarray, mode: str, layers: list[int], autocast: Any
-) -> bool:
-    """Whether bfloat16 moves no head's impact by more than a tenth of its standard error, on a few sequences and layers."""
-    few, some = windows[:: math.ceil(len(windows) / 8)], layers[:: math.ceil(len(layers) / 3)]
-    both = [
-        measured(few, [mode], some, context) for context in (autocast, contextlib.nullcontext())
-    ]
-    half, full = (m[f"{mode}.loss"] - m["base"][:, None, None] for m in both)
-    ratio = (
-        np.abs(half.mean(0) - full.mean(0))
-        / np.maximum(full.std(0, ddof=1) / math.sqrt(len(few)), 1e-12)
-    ).max()
-    print(
-        f"bfloat16 against float32: some head's impact moves by {ratio:.2f} standard errors of {len(few)} sequences (accepted: 0.1)"
-    )
-    return ratio <= 0.1
+def ablate_heads(
+    model: NewGPT, clean: CleanPass, substitute: dict[int, Tensor]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Puts `substitute` {layer: z} in the place of z of every head in turn -> the clean loss [B],
+    and {score: [B, layers, H]} for SCORES and first_order; means over tokens, float64."""
+    effects: dict[str, list[np.ndarray]] = {name: [] for name in [*SCORES, "first_order"]}
+    for layer in clean.z:
+        scores = ablate_layer(model, clean, layer, substitute[layer])  # [1 + H, B, T] each
+        means = {name: score.mean(-1) for name, score in scores.items()}  # [1 + H, B] each
+        of_heads = {name: mean[1:].T for name, mean in means.items()}  # [B, H] each
+        of_heads["first_order"] = first_order(clean, layer, substitute[layer])
+        for name, values in of_heads.items():
+            effects[name].append(values.cpu().double().numpy())
+    # Row 0 went through the same product as the ablated ones, so that its rounding is theirs
+    base = means["loss"][0].cpu().double().numpy()  # [B]
+    return base, {name: np.stack(layers, axis=1) for name, layers in effects.items()}
 
 
-def spaced(n_windows: int, n: int) -> np.ndarray:
-    """n evenly spaced windows of a split that has n_windows; all of them if n is 0 or more than there are."""
-    n = min(n or n_windows, n_windows)
-    return np.arange(n) * n_windows // n
+# ---- is one head a Hero Head?
+# delta [n, R]: what each of R heads costs in each of n units of replication, nats a token.
+
+
+@dataclass
+class Bootstrap:
+    """Paired bootstrap: one set of resamples of the units for all heads.
+
+    impact     [draws, R] mean delta of each head
+    t          [draws, R] studentised: (impact - impact of the sample) / standard error
+    crossfit   [draws] mean of the cross-fitted impact
+    """
+
+    impact: np.ndarray
+    t: np.ndarray
+    crossfit: np.ndarray
+
+
+@dataclass
+class HeadStatistics:
+    """What is said of the heads of one run under one mode.
+
+    columns   {column of the CSV: [R]}
+    hero      the head of largest impact, 0 <= hero < R; second: the next one
+    summary   {column of the summary: value}
+    crossfit  [n] delta of the head that leads where this unit is left out
+    """
+
+    columns: dict[str, np.ndarray]
+    hero: int
+    second: int
+    summary: dict[str, Any]
+    crossfit: np.ndarray
 
 
 def units(values: np.ndarray, block: int) -> np.ndarray:
-    """Per-sequence values [sequences, R] -> units of `block` consecutive sequences [n, R], with the same mean."""
+    """Per-sequence values [sequences, R] -> units of `block` consecutive sequences [n, R], with the
+    same mean."""
     starts = np.arange(0, len(values), block)
     return np.add.reduceat(values, starts) * len(starts) / len(values)
 
 
-def bootstrap_means(columns: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """Means of columns [n, C] over resamples of the n units -> [draws, C]. One seed, one set of resamples: heads, modes and
-    runs stay paired."""
-    rng, n = np.random.default_rng(seed), len(columns)
-    sizes = np.diff([*range(0, draws, 500), draws])
-    return np.concatenate(
-        [rng.multinomial(n, np.full(n, 1 / n), size=k) @ columns / n for k in sizes]
-    )
+def head_statistics(delta: np.ndarray, draws: int, seed: int) -> HeadStatistics:
+    """Impact of every head with its uncertainty, and whether the first head is a Hero Head."""
+    impact = delta.mean(0)  # [R]
+    order = np.argsort(-impact, kind="stable")
+    hero = int(order[0])
+    second = int(order[1])
+
+    # How much of this may be chance: all heads on the same resamples of the units
+    crossfit = cross_fit(delta, seed)  # [n]
+    bootstrap = bootstrap_heads(delta, crossfit, draws, seed)
+    columns = head_columns(delta, bootstrap)
+    crossfit_lo, crossfit_hi = interval(bootstrap.crossfit)
+
+    # The lead of the first head: in a resample, over whichever other head is then the largest
+    others = np.delete(bootstrap.impact, hero, axis=1)  # [draws, R - 1]
+    gap_lo, gap_hi = interval(bootstrap.impact[:, hero] - others.max(1))
+    p_top1 = columns["p_top1"][hero]
+    p_max_t = columns["p_maxT"][hero]
+
+    # What these units can tell of a head of median noise: how large t must be for p_maxT < .05,
+    # and how much larger it is to be so in 80 % of samples
+    critical_t = np.quantile(bootstrap.t.max(1), 0.95)
+    power_t = stats.norm.ppf(0.8)
+    median_se = np.median(columns["se"])
+    summary = {
+        "n_unit": len(delta),
+        "delta": impact[hero],
+        "p_top1": p_top1,
+        "p_maxT": p_max_t,
+        "gap": impact[hero] - impact[second],
+        "gap_lo": gap_lo,
+        "gap_hi": gap_hi,
+        "crossfit": crossfit.mean(),
+        "crossfit_lo": crossfit_lo,
+        "crossfit_hi": crossfit_hi,
+        "unique_hero": is_unique_hero(p_top1, gap_lo, p_max_t),
+        "noise_limit": critical_t * median_se,
+        "min_detectable": (critical_t + power_t) * median_se,
+        "n_negative": (impact < 0).sum(),
+        "negative_sum": np.minimum(impact, 0).sum(),
+        **concentration_columns(delta, bootstrap, seed),
+        "participation_ratio_debiased": debiased_participation_ratio(impact, columns["se"]),
+    }
+    return HeadStatistics(columns, hero, second, summary, crossfit)
+
+
+def is_unique_hero(p_top1: float, gap_lo: float, p_max_t: float) -> bool:
+    """Whether the first head leads in 95 % of resamples, is ahead of any other head by more than
+    chance, and costs anything at all by more than chance."""
+    return bool(p_top1 >= 0.95 and gap_lo > 0 and p_max_t < 0.05)
 
 
 def cross_fit(delta: np.ndarray, seed: int, halvings: int = 100) -> np.ndarray:
-    """delta [n, R] -> [n], each unit's impact of the head that leads on the half without that unit, averaged over random
-    halvings. Its mean is the first head's impact without the winner's curse: chosen on one half, measured on the other."""
+    """delta [n, R] -> [n], each unit's delta of the head that leads on the half without that unit,
+    averaged over random halvings. Its mean is the first head's impact without the winner's curse:
+    chosen on one half, measured on the other."""
     n = len(delta)
-    half = np.random.default_rng(seed).permuted(
-        np.tile(np.arange(n) % 2 == 0, (halvings, 1)), axis=1
-    )
-    on, off = (
-        (half @ delta).argmax(1),
-        (~half @ delta).argmax(1),
-    )  # who leads in each half [halvings]
-    return delta[np.arange(n), np.where(half, off[:, None], on[:, None])].mean(0)
+    alternating = np.tile(np.arange(n) % 2 == 0, (halvings, 1))  # [halvings, n]
+    in_half = np.random.default_rng(seed).permuted(alternating, axis=1)
+    leads_in = (in_half @ delta).argmax(1)  # [halvings], the head that leads in the half
+    leads_out = (~in_half @ delta).argmax(1)  # and in the other one
+    chosen = np.where(in_half, leads_out[:, None], leads_in[:, None])  # [halvings, n]
+    return delta[np.arange(n), chosen].mean(0)
+
+
+def bootstrap_heads(delta: np.ndarray, crossfit: np.ndarray, draws: int, seed: int) -> Bootstrap:
+    """delta [n, R], cross-fitted impact [n] -> their means over resamples of the units."""
+    n, n_heads = delta.shape
+    columns = np.hstack((delta, delta**2, crossfit[:, None]))  # [n, 2 R + 1]
+    means = bootstrap_means(columns, draws, seed)  # [draws, 2 R + 1]
+    impact = means[:, :n_heads]  # [draws, R]
+    square = means[:, n_heads : 2 * n_heads]  # [draws, R]
+    variance = np.maximum(square - impact**2, 0) / (n - 1)  # of the resample's mean
+    t = (impact - delta.mean(0)) / np.maximum(np.sqrt(variance), 1e-12)
+    return Bootstrap(impact, t, crossfit=means[:, -1])
+
+
+def bootstrap_means(columns: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """Means of columns [n, C] over resamples of the n units -> [draws, C]. One seed, one set of
+    resamples: heads, modes and runs stay paired."""
+    n = len(columns)
+    rng = np.random.default_rng(seed)
+    means = []
+    for start in range(0, draws, 500):  # some at a time, to bound the memory
+        size = min(500, draws - start)
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=size)  # [size, n], how often each unit
+        means.append(counts @ columns / n)  # [size, C]
+    return np.concatenate(means)
+
+
+def head_columns(delta: np.ndarray, bootstrap: Bootstrap) -> dict[str, np.ndarray]:
+    """Columns [R] of the CSV: impact, 95 % percentile interval, p values, share and rank.
+
+    p values are one-sided, for impact > 0, from the studentised bootstrap: p_maxT against the
+    largest t of all R heads (family-wise), q_bh after Benjamini and Hochberg (false discovery).
+    """
+    draws, n_heads = bootstrap.impact.shape
+    impact = delta.mean(0)  # [R]
+    se = standard_error(delta)  # [R]
+    # In how many resamples chance alone gives as much: to this head, and to any of the heads
+    t = impact / se  # [R]
+    largest_t = bootstrap.t.max(1)  # [draws]
+    n_here = (bootstrap.t >= t).sum(0)  # [R]
+    n_anywhere = (largest_t[:, None] >= t).sum(0)  # [R]
+    # Heads compared with one another
+    costs = np.maximum(impact, 0)  # [R]
+    n_leads = np.bincount(bootstrap.impact.argmax(1), minlength=n_heads)  # [R]
+    return {
+        "impact": impact,
+        "se": se,
+        "ci_lo": np.quantile(bootstrap.impact, 0.025, axis=0),
+        "ci_hi": np.quantile(bootstrap.impact, 0.975, axis=0),
+        "p_maxT": (1 + n_anywhere) / (draws + 1),
+        "q_bh": stats.false_discovery_control((1 + n_here) / (draws + 1)),
+        "share": costs / max(costs.sum(), 1e-300),
+        "rank": stats.rankdata(-impact, "ordinal").astype(int),
+        "p_top1": n_leads / draws,
+    }
+
+
+def standard_error(delta: np.ndarray) -> np.ndarray:
+    """Of the mean over units [n, R] -> [R]; the floor only guards divisions."""
+    return np.maximum(delta.std(0, ddof=1) / math.sqrt(len(delta)), 1e-12)
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval of bootstrap draws [draws]."""
+    return np.quantile(draws, 0.025), np.quantile(draws, 0.975)
+
+
+# ---- how unequal are the heads?
+# A measure takes d [rows, R], the impact of each head with negative impact counted as 0, in
+# ascending order (the first head is d[:, -1]), and returns a value a row.
+
+
+def shares(d: np.ndarray) -> np.ndarray:
+    """Part of the total that each head has [rows, R], in ascending order."""
+    return d / d.sum(1, keepdims=True)
+
+
+def max_share(d: np.ndarray) -> np.ndarray:
+    """Share of the first head."""
+    return d[:, -1] / d.sum(1)
+
+
+def top1_over_top2(d: np.ndarray) -> np.ndarray:
+    """The first head over the second."""
+    return d[:, -1] / d[:, -2]
+
+
+def gini(d: np.ndarray) -> np.ndarray:
+    """sum |d_i - d_j| / (2 R^2 mean): 0 if all are equal, 1 - 1/R if one head has everything."""
+    n_heads = d.shape[1]
+    rank = np.arange(1, n_heads + 1)
+    return 2 * shares(d) @ rank / n_heads - (n_heads + 1) / n_heads
+
+
+def participation_ratio(d: np.ndarray) -> np.ndarray:
+    """(sum d)^2 / sum d^2, an effective number of heads."""
+    return 1 / np.square(shares(d)).sum(1)
+
+
+def exp_entropy(d: np.ndarray) -> np.ndarray:
+    """exp of the entropy of the shares, another effective number of heads."""
+    return np.exp(stats.entropy(shares(d), axis=1))
+
+
+def robust_z(d: np.ndarray) -> np.ndarray:
+    """(first - median) / (1.4826 median absolute deviation): in standard deviations."""
+    median = np.median(d, axis=1)
+    deviation = np.median(np.abs(d - median[:, None]), axis=1)
+    return (d[:, -1] - median) / (1.4826 * deviation)
+
+
+# A new measure is a function and a line here: it gets its interval and its null in the summary.
+CONCENTRATION = {
+    "max_share": max_share,
+    "top1_over_top2": top1_over_top2,
+    "gini": gini,
+    "participation_ratio": participation_ratio,
+    "exp_entropy": exp_entropy,
+    "robust_z": robust_z,
+}
 
 
 def concentration(impact: np.ndarray) -> pd.DataFrame:
-    """How unequal the heads are: measures of each row of impact [rows, R], negative impact counted as 0."""
+    """CONCENTRATION of each row of impact [rows, R]; NaN where a measure divides by 0."""
     d = np.sort(np.maximum(impact, 0.0), axis=1)
-    n, middle = d.shape[1], np.median(d, axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        share = d / d.sum(1, keepdims=True)
-        measures = {"max_share": share[:, -1], "top1_over_top2": d[:, -1] / d[:, -2]}
-        measures["gini"] = (
-            2 * share @ np.arange(1, n + 1) / n - (n + 1) / n
-        )  # sum |d_i - d_j| / (2 n^2 mean)
-        measures["participation_ratio"] = 1 / np.square(share).sum(
-            1
-        )  # (sum d)^2 / sum d^2, an effective number of heads
-        measures["exp_entropy"] = np.exp(stats.entropy(share, axis=1))
-        measures["robust_z"] = (d[:, -1] - middle) / (
-            1.4826 * np.median(np.abs(d - middle[:, None]), axis=1)
-        )
-    return pd.DataFrame(measures).replace(np.inf, np.nan)
+        values = {name: measure(d) for name, measure in CONCENTRATION.items()}
+    return pd.DataFrame(values).replace(np.inf, np.nan)
 
 
-def head_statistics(
-    delta: np.ndarray, draws: int, seed: int
-) -> tuple[dict[str, np.ndarray], dict[str, Any], np.ndarray]:
-    """Impact per unit delta [n, R], nats -> columns [R] of the CSV, one row of the summary, and the cross-fitted impact [n].
-
-    Paired bootstrap over units; 95 % percentile intervals. p values are one-sided, for impact > 0, from the studentised
-    bootstrap: p_maxT against the maximum over all R heads (family-wise), q_bh after Benjamini and Hochberg (false discovery).
-    """
-    (n, heads), mean, chosen = delta.shape, delta.mean(0), cross_fit(delta, seed)
-    se = np.maximum(delta.std(0, ddof=1) / math.sqrt(n), 1e-12)  # the floor only guards divisions
-    columns = np.hstack((delta, delta**2, chosen[:, None]))
-    means, squares, chosen_means = np.split(
-        bootstrap_means(columns, draws, seed), [heads, 2 * heads], axis=1
-    )
-    null = (means - mean) / np.maximum(np.sqrt(np.maximum(squares - means**2, 0) / (n - 1)), 1e-12)
-    top_null, p = null.max(1), (1 + (null >= mean / se).sum(0)) / (draws + 1)
-    table = {
-        "impact": mean,
-        "se": se,
-        "ci_lo": np.quantile(means, 0.025, axis=0),
-        "ci_hi": np.quantile(means, 0.975, axis=0),
-    }
-    table |= {
-        "p_maxT": (1 + (top_null[:, None] >= mean / se).sum(0)) / (draws + 1),
-        "q_bh": stats.false_discovery_control(p),
-    }
-    table |= {
-        "share": np.maximum(mean, 0) / max(np.maximum(mean, 0).sum(), 1e-300),
-        "rank": stats.rankdata(-mean, "ordinal").astype(int),
-    }
-    table["p_top1"] = np.bincount(means.argmax(1), minlength=heads) / draws
-
-    hero, second = np.argsort(-mean, kind="stable")[:2]
-    gaps = means[:, hero] - np.delete(means, hero, axis=1).max(
-        1
-    )  # to whichever other head leads in that resample
-    row = {"hero": hero, "second": second, "n_unit": n, "delta": mean[hero]} | {
-        k: table[k][hero] for k in ("p_top1", "p_maxT")
-    }
-    row |= {
-        "gap": mean[hero] - mean[second],
-        "gap_lo": np.quantile(gaps, 0.025),
-        "gap_hi": np.quantile(gaps, 0.975),
-    }
-    row |= {
-        "crossfit": chosen.mean(),
-        "crossfit_lo": np.quantile(chosen_means, 0.025),
-        "crossfit_hi": np.quantile(chosen_means, 0.975),
-    }
-    row["unique_hero"] = bool(row["p_top1"] >= 0.95 and row["gap_lo"] > 0 and row["p_maxT"] < 0.05)
-    critical = np.quantile(
-        top_null, 0.95
-    )  # what a head of median noise needs to be told from 0, and to be found in 80 % of samples
-    row |= {
-        "noise_limit": critical * np.median(se),
-        "min_detectable": (critical + stats.norm.ppf(0.8)) * np.median(se),
-    }
-    row |= {"n_negative": (mean < 0).sum(), "negative_sum": np.minimum(mean, 0).sum()}
+def concentration_columns(delta: np.ndarray, bootstrap: Bootstrap, seed: int) -> dict[str, float]:
+    """Each measure of the summary: value, 95 % interval, and its median under the null that no head
+    differs from another (the heads are shuffled in every unit)."""
     rng = np.random.default_rng(seed)
-    null_impact = np.stack(
-        [rng.permuted(delta, axis=1).mean(0) for _ in range(200)]
-    )  # labels of heads shuffled in every unit
-    value, resampled, shuffled = (concentration(x) for x in (mean[None], means, null_impact))
-    for name in value:
-        row |= {
-            name: value[name][0],
-            f"{name}_lo": resampled[name].quantile(0.025),
-            f"{name}_hi": resampled[name].quantile(0.975),
-        }
-        row[f"{name}_null"] = shuffled[name].median()
-    spread = (
-        np.square(np.maximum(mean, 0)).sum() - np.square(se).sum()
-    )  # noise adds its variance to the sum of squares
-    row["participation_ratio_debiased"] = (
-        np.maximum(mean, 0).sum() ** 2 / spread if spread > 0 else math.nan
-    )
-    return table, row, chosen
+    shuffled = [rng.permuted(delta, axis=1).mean(0) for _ in range(200)]  # [R] each
+    observed = concentration(delta.mean(0)[None]).iloc[0]
+    resampled = concentration(bootstrap.impact)
+    null = concentration(np.stack(shuffled))
+    columns = {}
+    for name in CONCENTRATION:
+        columns[name] = observed[name]
+        columns[f"{name}_lo"] = resampled[name].quantile(0.025)  # leaves out NaN
+        columns[f"{name}_hi"] = resampled[name].quantile(0.975)
+        columns[f"{name}_null"] = null[name].median()
+    return columns
+
+
+def debiased_participation_ratio(impact: np.ndarray, se: np.ndarray) -> float:
+    """The participation ratio without the variance that noise adds to the sum of squares."""
+    d = np.maximum(impact, 0)
+    sum_of_squares = np.square(d).sum() - np.square(se).sum()
+    return d.sum() ** 2 / sum_of_squares if sum_of_squares > 0 else math.nan
 
 
 # ---------------------------------------------------------------------------------------------- run
-def load_runs(
-    args: argparse.Namespace, device: torch.device
-) -> dict[str, tuple[NewGPT, dict[str, Any], Path]]:
-    """{run: (model, checkpoint, path)}, named by arm (by flag if the arms are equal). Fills in the sizes that args leaves open."""
-    given = {
-        flag: path
-        for flag, path in (("adaptive", args.adaptive_model), ("control", args.control_model))
-        if path
-    }
-    with rank_0_first():
-        paths = {
-            flag: as_checkpoint(path, args.cache_dir, args.dataset) for flag, path in given.items()
-        }
-    found = {
-        flag: (*load_checkpoint(path, device, args.skip_probe), path)
-        for flag, path in paths.items()
-    }
-    facts = [
-        {k: ckpt["config"][k] for k in ("n_layers", "seq_len", "vocab_size")}
-        | {"tokenizer": ckpt["data"]["tokenizer_hash"]}
-        for _, ckpt, _ in found.values()
-    ]
-    for key, value in facts[0].items():
-        if value != facts[-1][key]:
-            raise HandoffError(
-                f"{args.control_model} has {key} {facts[-1][key]}, {args.adaptive_model} {value}: they do not read the same"
-            )
-    layers, first = facts[0]["n_layers"], found["adaptive"][1]
-    args.layers = sorted({*(range(layers) if args.layers is None else args.layers)})
-    if bad := [l for l in args.layers if not 0 <= l < layers]:
-        raise HandoffError(
-            f"--layers {bad[0]} is out of range: {args.adaptive_model} has layers 0 to {layers - 1}"
-        )
-    sizes = PHASE_PRESETS.get(
-        first["preset"] if args.preset == "auto" else args.preset, PHASE_PRESETS["full"]
-    )
-    vars(args).update({k: v for k, v in sizes.items() if getattr(args, k) is None})
-    arms = [ckpt["arm"] for _, ckpt, _ in found.values()]
-    return dict(zip(arms if len({*arms}) == len(arms) else found, found.values(), strict=True))
+@dataclass
+class Arm:
+    """A model to measure, a `run` of the tables; `checkpoint` is what its file holds."""
 
-
-def open_splits(
-    args: argparse.Namespace, ckpt: dict[str, Any], path: Path
-) -> list[HFWikiTextLoader]:
-    """Training and validation split of the text that the checkpoint was trained on, or of --dataset."""
-    source = (
-        args.dataset or ckpt["dataset"],
-        args.tokenizer or str(path.parent / "tokenizer.json"),
-        ckpt["config"]["seq_len"],
-    )
-    splits = [HFWikiTextLoader(*source, split, args.cache_dir) for split in ("train", "validation")]
-    found, trained = splits[0].description, ckpt["data"]
-    if found["tokenizer_hash"] != trained["tokenizer_hash"]:
-        raise HandoffError(
-            f"tokenizer {source[1]} has hash {found['tokenizer_hash']}, {path} was trained with {trained['tokenizer_hash']}"
-        )
-    if found["dataset_key"] != trained["dataset_key"]:
-        print(
-            f"note: the text is {found['dataset_key']}, {path} was trained on {trained['dataset_key']}"
-        )
-    return splits
-
-
-def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Ablates every head of every run -> the arrays of the .npz, and the facts of its sidecar."""
-    keep_memory()
-    device, autocast = set_up(args)
-    runs = load_runs(args, device)
-    with rank_0_first():  # it fills the cache
-        train, val = open_splits(args, *next(iter(runs.values()))[1:])
-    windows, float32 = (
-        spaced(val.n_windows, args.n_seqs),
-        torch.autocast(device.type, enabled=False),
-    )
-    if len(windows) < 4 * args.block:
-        raise HandoffError(
-            f"{len(windows)} validation sequences do not make 4 units of --block {args.block}: use more text, or --block 1"
-        )
-    counts = np.bincount(train.tokens, minlength=train.tokenizer.get_vocab_size()) + 1
-    losses = {
-        "windows": windows,
-        "unigram": -np.log(counts / counts.sum())[val.batch(windows)[1].numpy()].mean(1),
-    }
-    facts = {k: getattr(args, k) for k in ("layers", "block", "n_mean", "resample_draws")} | {
-        "modes": args.mode,
-        "seq_len": val.seq_len,
-    }
-    facts |= {"data": val.description, "runs": {}}
-    for run, (model, ckpt, path) in runs.items():
-        measured = functools.partial(
-            measure,
-            model.requires_grad_(False),
-            val,
-            head_means(model, train, args, autocast),
-            args,
-        )
-        context = autocast
-        if (
-            args.dtype == "auto"
-            and autocast._enabled
-            and not bfloat16_will_do(measured, windows, args.mode[0], args.layers, autocast)
-        ):
-            context = float32
-            print("falling back to float32")
-        start, some = time.perf_counter(), windows[: args.batch_size]
-        measured(some, args.mode[:1], args.layers[len(args.layers) // 2 :][:1], context)
-        passes = sum(args.resample_draws if mode == "resample" else 1 for mode in args.mode)
-        minutes = (
-            (time.perf_counter() - start)
-            / 60
-            * passes
-            * len(args.layers)
-            * len(windows)
-            / len(some)
-            / rank_and_world()[1]
-        )
-        heads = len(args.layers) * model.cfg.n_heads
-        size = f"{len(windows)} sequences of {val.seq_len} tokens"
-        print(
-            f"{run}: {heads} heads x {passes} passes over {size}: at most about {minutes:.1f} min here",
-            flush=True,
-        )
-        losses |= {
-            f"{run}.{k}": v
-            for k, v in measured(windows, args.mode, args.layers, context, run).items()
-        }
-        facts["runs"][run] = {
-            "seed": ckpt["seed"],
-            "checkpoint": str(path),
-            "ckpt_sha": sha256(path),
-            "n_heads": model.cfg.n_heads,
-        }
-        facts["runs"][run]["dtype"] = "bfloat16" if context._enabled else "float32"
-    return losses, facts
-
-
-def read_losses(npz: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The .npz of this script and the facts of its sidecar, checked."""
-    facts = read_sidecar(npz, LOSSES_SCHEMA, REMEDY)
-    if (found := sha256(npz)) != facts["sha256"]:
-        raise HandoffError(
-            f"{npz} has sha256 {found[:12]}, its sidecar says {facts['sha256'][:12]}: damaged; remake it with: {REMEDY}"
-        )
-    with np.load(npz, allow_pickle=False) as file:
-        return {k: file[k] for k in file.files}, facts
-
-
-def write_results(args: argparse.Namespace) -> None:
-    """Statistics, tables and figures from the .npz; the sidecars of the CSVs last."""
-    csv, npz = args.save_file, named(args.save_file, ".npz")
-    table, summary = summarise(*read_losses(npz), args)
-    frames = {csv: table, named(csv, "_summary.csv"): summary}
-    texts = {
-        path: frame.to_csv(index=False, float_format="%.10g") for path, frame in frames.items()
-    }
-    for path, text in texts.items():
-        if (
-            args.redraw
-            and not args.overwrite
-            and path.exists()
-            and path.read_text(encoding="utf-8") != text
-        ):
-            raise HandoffError(
-                f"{path} would change (another --mode, --bootstrap or --seed?); pass --overwrite to replace it"
-            )
-    for path, text in texts.items():
-        sidecar_path(path).unlink(missing_ok=True)
-        save(path, text)
-    draw(csv)
-    for path in texts:
-        write_sidecar(
-            path,
-            CSV_SCHEMA,
-            [npz],
-            ranked_by=summary["ranked_by"][0],
-            bootstrap=args.bootstrap,
-            seed=args.seed,
-        )
-    tell(summary)
+    model: NewGPT
+    checkpoint: dict[str, Any]
+    path: Path
 
 
 def run(args: argparse.Namespace) -> int:
-    csv, npz = args.save_file, named(args.save_file, ".npz")
+    """Measures, or takes up what was measured; then statistics, tables and figures."""
+    csv = args.save_file
+    npz = named(csv, ".npz")
     if args.redraw:
-        if csv.exists() and not npz.exists():
-            draw(csv)
-        else:
+        # The statistics need the .npz; the figures need no more than the CSVs
+        if npz.exists() or not csv.exists():
             write_results(args)
+        else:
+            draw(csv)
         return 0
+
     refuse_overwrite([csv, npz, named(csv, "_summary.csv")], args.overwrite)
-    if rank_and_world()[0]:
+    rank, _ = rank_and_world()
+    if rank > 0:  # it takes its share of the batches; rank 0 writes
         measure_runs(args)
         return 0
     with run_record(csv.parent, args):
         losses, facts = measure_runs(args)
         sidecar_path(npz).unlink(missing_ok=True)
-        with atomic(npz) as tmp:
-            np.savez(tmp, **losses)
-        write_sidecar(
-            npz, LOSSES_SCHEMA, [of["checkpoint"] for of in facts["runs"].values()], **facts
-        )
+        with atomic(npz) as temporary:
+            np.savez(temporary, **losses)
+        checkpoints = [about["checkpoint"] for about in facts["runs"].values()]
+        write_sidecar(npz, LOSSES_SCHEMA, checkpoints, **facts)
         write_results(args)
     return 0
 
 
+def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Ablates every head of every arm -> the arrays of the .npz, and the facts of its sidecar."""
+    keep_memory()
+    device, autocast = set_up(args)
+    arms = load_arms(args, device)
+    reference = next(iter(arms.values()))  # what it says of sizes and text holds for both
+    fill_in_sizes(args, reference)
+    with rank_0_first():  # it fills the cache
+        train, val = open_splits(args, reference)
+    windows = spaced(val.n_windows, args.n_seqs)
+    if len(windows) < 4 * args.block:
+        fact = f"{len(windows)} validation sequences do not make 4 units of --block {args.block}"
+        raise HandoffError(f"{fact}: use more text, or --block 1")
+
+    # Every arm on the same sequences
+    losses = {"windows": windows, "unigram": unigram_loss(train, val, windows)}
+    about_arms = {}
+    for name, arm in arms.items():
+        arm.model.requires_grad_(False)
+        mean_z = training_means(arm.model, train, args, autocast)
+        measure_arm = functools.partial(measure, arm.model, val, mean_z, args)
+        precision = choose_precision(measure_arm, windows, args, autocast)
+        announce_cost(name, measure_arm, windows, args, arm.model.cfg, precision)
+        of_arm = measure_arm(windows, args.mode, args.layers, precision, name)
+        for array, values in of_arm.items():
+            losses[f"{name}.{array}"] = values
+        about_arms[name] = {
+            "seed": arm.checkpoint["seed"],
+            "checkpoint": str(arm.path),
+            "ckpt_sha": sha256(arm.path),
+            "n_heads": arm.model.cfg.n_heads,
+            "dtype": "bfloat16" if is_bfloat16(precision) else "float32",
+        }
+    facts = {
+        "layers": args.layers,
+        "block": args.block,
+        "n_mean": args.n_mean,
+        "resample_draws": args.resample_draws,
+        "modes": args.mode,
+        "seq_len": val.seq_len,
+        "data": val.description,
+        "runs": about_arms,
+    }
+    return losses, facts
+
+
+MeasureArm = Callable[..., dict[str, np.ndarray]]  # `measure` with its first four arguments given
+
+
+@torch.no_grad()
+def measure(
+    model: NewGPT,
+    val: HFWikiTextLoader,
+    mean_z: dict[int, Tensor],
+    args: argparse.Namespace,
+    windows: np.ndarray,
+    modes: list[str],
+    layers: list[int],
+    autocast: Any,
+    bar_label: str | None = None,
+) -> dict[str, np.ndarray]:
+    """Ablates every head of `layers` on `windows` [n] of the validation split, with a progress bar
+    if it gets a label -> arrays of the .npz: base [n], the loss without ablation, and for each mode
+    <mode>.<score> [n, layers, H] for SCORES and first_order; float64.
+
+    Several processes share the batches; each returns all of it.
+    """
+    n_sequences = len(windows)
+    shape = (n_sequences, len(layers), model.cfg.n_heads)
+    losses = {"base": np.zeros(n_sequences)}
+    for mode in modes:
+        for score in [*SCORES, "first_order"]:
+            losses[f"{mode}.{score}"] = np.zeros(shape)
+    passes = list_passes(modes, args.resample_draws)
+
+    rank, world = rank_and_world()
+    n_steps = n_sequences * len(passes) // world
+    no_bar = None if bar_label else True  # None: a bar where there is a terminal
+    bar = tqdm(total=n_steps, desc=bar_label, unit="sequence", disable=no_bar)
+    for start in range(rank * args.batch_size, n_sequences, world * args.batch_size):
+        rows = slice(start, start + args.batch_size)
+        tokens, targets = val.batch(windows[rows])  # [B, T] each
+        device = model.embedding.weight.device
+        with autocast:
+            # Once a batch: where every ablation starts
+            clean = clean_pass(model, tokens.to(device), targets.to(device), layers)
+            for mode, draw in passes:
+                batch = Batch(clean.z, mean_z, model, val, windows[rows], args.seed, draw)
+                substitute = MODES[mode].substitute(batch)  # {layer: [B, T, H, K]}
+                base, effects = ablate_heads(model, clean, substitute)
+                losses["base"][rows] = base
+                # The mean over draws
+                for score, values in effects.items():
+                    losses[f"{mode}.{score}"][rows] += values / n_draws(mode, args.resample_draws)
+                bar.update(len(tokens))
+    bar.close()
+    # In place; where another process measured, the arrays are still 0
+    all_sum(*map(torch.from_numpy, losses.values()))
+    return losses
+
+
+def n_draws(mode: str, resample_draws: int) -> int:
+    """How often a mode replaces the z of a batch."""
+    return resample_draws if MODES[mode].random else 1
+
+
+def list_passes(modes: list[str], resample_draws: int) -> list[tuple[str, int]]:
+    """What is done to each batch: (mode, number of the draw), at least one a mode."""
+    passes = []
+    for mode in modes:
+        draws = range(n_draws(mode, resample_draws))
+        assert draws, f"{mode}: without a draw its scores would stay 0"
+        passes += [(mode, draw) for draw in draws]
+    return passes
+
+
+def spaced(n_windows: int, n: int) -> np.ndarray:
+    """n evenly spaced windows of a split that has n_windows; all of them if n is 0 or more than
+    there are."""
+    n = min(n or n_windows, n_windows)
+    return np.arange(n) * n_windows // n
+
+
+def unigram_loss(train: HFWikiTextLoader, val: HFWikiTextLoader, windows: np.ndarray) -> np.ndarray:
+    """Loss [n] of the training split's word frequencies on windows [n] of the validation split."""
+    counts = np.bincount(train.tokens, minlength=train.tokenizer.get_vocab_size()) + 1
+    loss = -np.log(counts / counts.sum())  # [V]
+    _, targets = val.batch(windows)  # [n, T]
+    return loss[targets.numpy()].mean(1)
+
+
+def choose_precision(
+    measure_arm: MeasureArm,
+    windows: np.ndarray,
+    args: argparse.Namespace,
+    autocast: Any,
+) -> Any:
+    """The context of the products: that of --dtype, but with auto bfloat16 only where it does not
+    move the results."""
+    if args.dtype != "auto" or not is_bfloat16(autocast):
+        return autocast
+    if bfloat16_will_do(measure_arm, windows, args.mode[0], args.layers, autocast):
+        return autocast
+    print("falling back to float32")
+    return torch.autocast(autocast.device, enabled=False)
+
+
+def is_bfloat16(autocast: Any) -> bool:
+    """Whether products inside this context are in bfloat16."""
+    return bool(autocast._enabled)
+
+
+def bfloat16_will_do(
+    measure_arm: MeasureArm,
+    windows: np.ndarray,
+    mode: str,
+    layers: list[int],
+    autocast: Any,
+) -> bool:
+    """Whether bfloat16 moves no head's impact by more than a tenth of its standard error, on a few
+    sequences and layers."""
+    some_windows = windows[:: math.ceil(len(windows) / 8)]
+    some_layers = layers[:: math.ceil(len(layers) / 3)]
+    impact = {}
+    for dtype, precision in {"bfloat16": autocast, "float32": contextlib.nullcontext()}.items():
+        losses = measure_arm(some_windows, [mode], some_layers, precision)
+        base = losses["base"][:, None, None]  # [n, 1, 1]
+        impact[dtype] = losses[f"{mode}.loss"] - base  # [n, layers, H]
+    moved = np.abs(impact["bfloat16"].mean(0) - impact["float32"].mean(0))  # [layers, H]
+    worst = (moved / standard_error(impact["float32"])).max()
+    fact = f"some head's impact moves by {worst:.2f} standard errors"
+    print(f"bfloat16 against float32: {fact} of {len(some_windows)} sequences (accepted: 0.1)")
+    return worst <= 0.1
+
+
+def announce_cost(
+    name: str,
+    measure_arm: MeasureArm,
+    windows: np.ndarray,
+    args: argparse.Namespace,
+    cfg: GPTConfig,
+    precision: Any,
+) -> None:
+    """Measures one batch under one mode in the middle layer, and prints how long all will take."""
+    some_windows = windows[: args.batch_size]
+    middle = args.layers[len(args.layers) // 2]
+    start = time.perf_counter()
+    measure_arm(some_windows, args.mode[:1], [middle], precision)
+    seconds = time.perf_counter() - start
+
+    _, world = rank_and_world()
+    n_passes = len(list_passes(args.mode, args.resample_draws))
+    n_batches = len(windows) / len(some_windows) / world
+    minutes = seconds / 60 * n_passes * len(args.layers) * n_batches
+    heads = f"{len(args.layers) * cfg.n_heads} heads x {n_passes} passes"
+    size = f"{len(windows)} sequences of {cfg.seq_len} tokens"
+    print(f"{name}: {heads} over {size}: at most about {minutes:.1f} min here", flush=True)
+
+
+def load_arms(args: argparse.Namespace, device: torch.device) -> dict[str, Arm]:
+    """{name: Arm}, named by arm, or by flag if both are of one arm. Raises HandoffError if they do
+    not read the same text in the same way."""
+    given = {"adaptive": args.adaptive_model}
+    if args.control_model:
+        given["control"] = args.control_model
+    with rank_0_first():  # a pretrained model is made into a checkpoint once
+        paths = {
+            flag: as_checkpoint(path, args.cache_dir, args.dataset) for flag, path in given.items()
+        }
+    by_flag = {}
+    for flag, path in paths.items():
+        model, checkpoint = load_checkpoint(path, device, args.skip_probe)
+        by_flag[flag] = Arm(model, checkpoint, path)
+    if "control" in by_flag:
+        expected = how_it_reads(by_flag["adaptive"])
+        found = how_it_reads(by_flag["control"])
+        for key, value in expected.items():
+            if found[key] != value:
+                fact = f"{args.control_model} has {key} {found[key]}, {args.adaptive_model} {value}"
+                raise HandoffError(f"{fact}: they do not read the same")
+    by_arm = {arm.checkpoint["arm"]: arm for arm in by_flag.values()}
+    return by_arm if len(by_arm) == len(by_flag) else by_flag
+
+
+def how_it_reads(arm: Arm) -> dict[str, Any]:
+    """What two arms must share to be measured on the same sequences."""
+    config = arm.checkpoint["config"]
+    return {
+        "n_layers": config["n_layers"],
+        "seq_len": config["seq_len"],
+        "vocab_size": config["vocab_size"],
+        "tokenizer": arm.checkpoint["data"]["tokenizer_hash"],
+    }
+
+
+def fill_in_sizes(args: argparse.Namespace, arm: Arm) -> None:
+    """Gives args the layers, and from the preset the sizes, that the command line left open.
+    Raises HandoffError for a layer that is not there."""
+    n_layers = arm.checkpoint["config"]["n_layers"]
+    wanted = range(n_layers) if args.layers is None else args.layers
+    args.layers = sorted(set(wanted))
+    missing = [layer for layer in args.layers if not 0 <= layer < n_layers]
+    if missing:
+        fact = f"--layers {missing[0]} is out of range"
+        raise HandoffError(f"{fact}: {args.adaptive_model} has layers 0 to {n_layers - 1}")
+    preset = arm.checkpoint["preset"] if args.preset == "auto" else args.preset
+    sizes = PHASE_PRESETS.get(preset, PHASE_PRESETS["full"])  # a pretrained model has no preset
+    for name, size in sizes.items():
+        if getattr(args, name) is None:
+            setattr(args, name, size)
+
+
+def open_splits(args: argparse.Namespace, arm: Arm) -> tuple[HFWikiTextLoader, HFWikiTextLoader]:
+    """Training and validation split of the text that the checkpoint was trained on, or of
+    --dataset."""
+    dataset = args.dataset or arm.checkpoint["dataset"]
+    tokenizer = args.tokenizer or str(arm.path.parent / "tokenizer.json")
+    seq_len = arm.checkpoint["config"]["seq_len"]
+    train = HFWikiTextLoader(dataset, tokenizer, seq_len, "train", args.cache_dir)
+    val = HFWikiTextLoader(dataset, tokenizer, seq_len, "validation", args.cache_dir)
+    here = train.description
+    trained = arm.checkpoint["data"]
+    if here["tokenizer_hash"] != trained["tokenizer_hash"]:
+        fact = f"tokenizer {tokenizer} has hash {here['tokenizer_hash']}"
+        raise HandoffError(f"{fact}, {arm.path} was trained with {trained['tokenizer_hash']}")
+    if here["dataset_key"] != trained["dataset_key"]:
+        fact = f"note: the text is {here['dataset_key']}"
+        print(f"{fact}, {arm.path} was trained on {trained['dataset_key']}")
+    return train, val
+
+
+def read_losses(npz: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The .npz of this script and the facts of its sidecar, checked."""
+    facts = read_sidecar(npz, LOSSES_SCHEMA, REMEDY)
+    found = sha256(npz)
+    if found != facts["sha256"]:
+        fact = f"{npz} has sha256 {found[:12]}, its sidecar says {facts['sha256'][:12]}"
+        raise HandoffError(f"{fact}: damaged; remake it with: {REMEDY}")
+    with np.load(npz, allow_pickle=False) as arrays:
+        return dict(arrays), facts
+
+
+def write_results(args: argparse.Namespace) -> None:
+    """Statistics, tables and figures from the .npz; the sidecars of the CSVs last."""
+    csv = args.save_file
+    npz = named(csv, ".npz")
+    losses, facts = read_losses(npz)
+    table, summary = summarise(losses, facts, args)
+    texts = {}
+    for path, frame in {csv: table, named(csv, "_summary.csv"): summary}.items():
+        texts[path] = frame.to_csv(index=False, float_format="%.10g")
+        # What was drawn with other settings is not replaced unasked
+        keep = args.redraw and not args.overwrite and path.exists()
+        if keep and path.read_text(encoding="utf-8") != texts[path]:
+            fact = f"{path} would change (another --mode, --bootstrap or --seed?)"
+            raise HandoffError(f"{fact}; pass --overwrite to replace it")
+    # Without a sidecar until all is written: an unfinished result never looks done
+    for path, text in texts.items():
+        sidecar_path(path).unlink(missing_ok=True)
+        save(path, text)
+    draw(csv)
+    ranked_by = summary["ranked_by"][0]
+    about = {"ranked_by": ranked_by, "bootstrap": args.bootstrap, "seed": args.seed}
+    for path in texts:
+        write_sidecar(path, CSV_SCHEMA, [npz], **about)
+    tell(summary)
+
+
 # ------------------------------------------------------------------------------- tables and figures
 COLORS = ["#D55E00", "#0072B2"]  # Okabe-Ito
-
-
-PUBLISHED = {
+PUBLISHED = {  # zero ablation, 24 heads: % of base loss
     "adaptive L9H1": 0.932,
     "adaptive L9H3": 0.438,
     "control L9H7": 0.367,
@@ -596,170 +946,267 @@ PUBLISHED = {
 }
 
 
-COLUMNS = [
-    "run",
-    "seed",
-    "checkpoint",
-    "ckpt_sha",
-    "layer",
-    "head",
-    "mode",
-    "base_loss",
-    "ablated_loss",
-    "impact",
-    "pct_impact",
-]
+# ---- the CSV and its summary
 
 
-COLUMNS += [
-    "delta",
-    "delta_pct",
-    "se",
-    "ci_lo",
-    "ci_hi",
-    "p_maxT",
-    "q_bh",
-    "delta_ppl",
-    "share",
-    "rank",
-    "p_top1",
-]
+@dataclass
+class Ablation:
+    """One arm under one mode, out of the .npz.
 
+    about       the sidecar's facts of the arm: seed, checkpoint, ckpt_sha, n_heads, dtype
+    run, mode   names
+    base_loss   [sequences] loss without ablation, nats a token
+    score       {each of SCORES, first_order: [sequences, R]}; NaN where the file has no such array
+    layer, head [R] which head of which layer each of the R is
+    """
 
-COLUMNS += ["kl_clean_ablated", "top1_flip_rate", "n_seq", "n_tok", "dtype", "first_order"]
+    about: dict[str, Any]
+    run: str
+    mode: str
+    base_loss: np.ndarray
+    score: dict[str, np.ndarray]
+    layer: np.ndarray
+    head: np.ndarray
 
 
 def summarise(
     losses: dict[str, np.ndarray], facts: dict[str, Any], args: argparse.Namespace
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The .npz and its facts -> the CSV, a row per run, mode and head, and the summary, a row per run and mode."""
-    tables, rows, leads = [], [], {}
-    if not (modes := [mode for mode in facts["modes"] if mode in args.mode]):
-        raise HandoffError(
-            f"{args.save_file.with_suffix('.npz')} holds --mode {' '.join(facts['modes'])}, not {' '.join(args.mode)}"
-        )
-    for run, mode in ((run, mode) for run in facts["runs"] for mode in modes):
-        of, base, unigram = facts["runs"][run], losses[f"{run}.base"], losses["unigram"].mean()
-        score = {
-            k: losses[f"{run}.{mode}.{k}"].reshape(len(base), -1) for k in (*SCORES, "first_order")
-        }
-        delta = units(score["loss"] - base[:, None], facts["block"])
-        columns, row, leads[run, mode] = head_statistics(delta, args.bootstrap, args.seed)
-        impact, loss, screen = columns["impact"], base.mean(), np.abs(score["first_order"]).mean(0)
-        layer, head = (
-            i.ravel() for i in np.meshgrid(facts["layers"], np.arange(of["n_heads"]), indexing="ij")
-        )
-        both = {"run": run, "mode": mode, "base_loss": loss, "n_seq": len(base)}
-        table = {
-            **of,
-            **both,
-            **columns,
-            "layer": layer,
-            "head": head,
-            "ablated_loss": loss + impact,
-            "delta": impact,
-        }
-        table |= {
-            "pct_impact": 100 * impact / loss,
-            "delta_pct": 100 * impact / loss,
-            "delta_ppl": np.exp(loss + impact) - np.exp(loss),
-        }
-        table |= {
-            "kl_clean_ablated": score["kl"].mean(0),
-            "top1_flip_rate": score["flip"].mean(0),
-            "first_order": screen,
-        }
-        tables.append(pd.DataFrame(table | {"n_tok": len(base) * facts["seq_len"]})[COLUMNS])
-        # A model that does not beat word frequencies makes no use of its context: its heads differ, but none is a hero.
-        row["unique_hero"] &= bool(loss < unigram)
-        names = {
-            f"{who}_{k}": ids[row[who]]
-            for who in ("hero", "second")
-            for k, ids in (("layer", layer), ("head", head))
-        }
-        row |= {
-            "ranked_by": modes[0],
-            "spearman_first_order": stats.spearmanr(screen, impact).statistic,
-        }
-        row["recall5_first_order"] = (
-            len({*np.argsort(-screen)[:5]} & {*np.argsort(-impact)[:5]}) / 5
-        )
-        row["spearman_ranking_mode"] = stats.spearmanr(
-            impact, next(t for t in tables if t["run"][0] == run)["impact"]
-        ).statistic
-        rows.append(
-            both
-            | {"unigram_loss": unigram}
-            | names
-            | {k: v for k, v in row.items() if k not in ("hero", "second")}
-        )
-    for row in rows if len(facts["runs"]) == 2 else []:
-        difference = np.subtract(*(leads[run, row["mode"]] for run in facts["runs"]))
-        draws = bootstrap_means(difference[:, None], args.bootstrap, args.seed)
-        row |= {
-            "difference": difference.mean(),
-            "difference_lo": np.quantile(draws, 0.025),
-            "difference_hi": np.quantile(draws, 0.975),
-        }
+    """The .npz and its facts -> the CSV, a row per run, mode and head, and the summary, a row per
+    run and mode."""
+    modes = [mode for mode in facts["modes"] if args.mode is None or mode in args.mode]
+    if not modes:
+        npz = args.save_file.with_suffix(".npz")
+        held = " ".join(facts["modes"])
+        raise HandoffError(f"{npz} holds --mode {held}, not {' '.join(args.mode)}")
+    tables = []
+    rows = []
+    crossfit = {}
+    for run in facts["runs"]:
+        impact = {}
+        for mode in modes:
+            ablation = read_ablation(losses, facts, run, mode)
+            delta = ablation.score["loss"] - ablation.base_loss[:, None]  # [sequences, R]
+            delta = units(delta, facts["block"])  # [n, R]
+            statistics = head_statistics(delta, args.bootstrap, args.seed)
+            impact[mode] = statistics.columns["impact"]  # [R]
+            crossfit[run, mode] = statistics.crossfit  # [n]
+            tables.append(head_rows(ablation, statistics, facts["seq_len"]))
+
+            row = summary_row(ablation, statistics, array_of(losses, "unigram").mean())
+            row["ranked_by"] = modes[0]
+            row |= screen_quality(ablation, impact[mode])
+            row["spearman_ranking_mode"] = stats.spearmanr(impact[mode], impact[modes[0]]).statistic
+            rows.append(row)
+    has_control = len(facts["runs"]) == 2
+    if has_control:
+        one, two = facts["runs"]
+        for row in rows:
+            mode = row["mode"]
+            row |= best_minus_best(crossfit[one, mode], crossfit[two, mode], args)
     return pd.concat(tables), pd.DataFrame(rows)
 
 
-def tell(summary: pd.DataFrame) -> None:
-    """Prints of every run and mode the Hero Head, or that there is none, with its uncertainty; then how two runs compare."""
+def read_ablation(
+    losses: dict[str, np.ndarray], facts: dict[str, Any], run: str, mode: str
+) -> Ablation:
+    """The arrays of one run and mode, all heads of all layers side by side."""
+    about = facts["runs"][run]
+    base_loss = array_of(losses, f"{run}.base")  # [sequences]
+    shape = (len(base_loss), len(facts["layers"]) * about["n_heads"])
+    missing = np.full(shape, math.nan)  # of an older file: the column is empty
+    score = {}
+    for name in [*SCORES, "first_order"]:
+        score[name] = losses.get(f"{run}.{mode}.{name}", missing).reshape(shape)
+    score["loss"] = array_of(losses, f"{run}.{mode}.loss").reshape(shape)
+    layer = np.repeat(facts["layers"], about["n_heads"])  # [R]
+    head = np.tile(np.arange(about["n_heads"]), len(facts["layers"]))  # [R]
+    return Ablation(about, run, mode, base_loss, score, layer, head)
 
-    def interval(name: str) -> str:
-        return f"{r[name]:+.5f} [{r[f'{name}_lo']:+.5f}, {r[f'{name}_hi']:+.5f}]"
 
-    for _, r in summary.iterrows():
-        first, second = (
-            f"L{r['hero_layer']}H{r['hero_head']}",
-            f"L{r['second_layer']}H{r['second_head']}",
-        )
-        print(
-            f"{r['run']}, {r['mode']} ablation: {'Hero Head' if r['unique_hero'] else 'no unique hero; the first head is'} {first}"
-        )
-        if not r["base_loss"] < r["unigram_loss"]:
-            print(
-                f"  the model does not beat word frequencies ({r['unigram_loss']:.4f} nats), so none of its heads can be a hero"
-            )
-        print(
-            f"  impact {r['delta']:+.5f} nats a token, {100 * r['delta'] / r['base_loss']:+.3f} % of {r['base_loss']:.4f}; ",
-            end="",
-        )
-        print(
-            f"cross-fitted {interval('crossfit')}; p (max-T) {r['p_maxT']:.4f}; P(top-1) {r['p_top1']:.3f}; ",
-            end="",
-        )
-        print(
-            f"ahead of {second} by {interval('gap')}\n  n = {r['n_unit']} units: detects {r['min_detectable']:.5f} nats ",
-            end="",
-        )
-        print("with 80 % power; with heads shuffled in brackets:", end=" ")
-        values = {
-            "top share": "max_share",
-            "Gini": "gini",
-            "effective heads": "participation_ratio",
+def array_of(losses: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """An array of the .npz that nothing can be said without."""
+    if name not in losses:
+        raise HandoffError(f"the .npz has no array {name}; make it with: {REMEDY}")
+    return losses[name]
+
+
+def head_rows(ablation: Ablation, statistics: HeadStatistics, seq_len: int) -> pd.DataFrame:
+    """Rows of the CSV, one a head."""
+    base = ablation.base_loss.mean()
+    of_head = statistics.columns
+    impact = of_head["impact"]
+    n_sequences = len(ablation.base_loss)
+    return pd.DataFrame(
+        {
+            # Whose head it is
+            "run": ablation.run,
+            "seed": ablation.about["seed"],
+            "checkpoint": ablation.about["checkpoint"],
+            "ckpt_sha": ablation.about["ckpt_sha"],
+            "layer": ablation.layer,
+            "head": ablation.head,
+            "mode": ablation.mode,
+            # What its ablation costs: nats a token, and % of the loss without ablation
+            "base_loss": base,
+            "ablated_loss": base + impact,
+            "impact": impact,
+            "pct_impact": 100 * impact / base,
+            "delta": impact,  # the same as impact and pct_impact, under their other names
+            "delta_pct": 100 * impact / base,
+            # By how much that may be chance, and how it compares with the other heads
+            "se": of_head["se"],
+            "ci_lo": of_head["ci_lo"],
+            "ci_hi": of_head["ci_hi"],
+            "p_maxT": of_head["p_maxT"],
+            "q_bh": of_head["q_bh"],
+            "delta_ppl": np.exp(base + impact) - np.exp(base),  # perplexity
+            "share": of_head["share"],
+            "rank": of_head["rank"],
+            "p_top1": of_head["p_top1"],
+            # What else the ablation changes, on how much text
+            "kl_clean_ablated": ablation.score["kl"].mean(0),
+            "top1_flip_rate": ablation.score["flip"].mean(0),
+            "n_seq": n_sequences,
+            "n_tok": n_sequences * seq_len,
+            "dtype": ablation.about["dtype"],
+            "first_order": np.abs(ablation.score["first_order"]).mean(0),
         }
-        print(", ".join(f"{name} {r[k]:.3g} ({r[f'{k}_null']:.3g})" for name, k in values.items()))
+    )
+
+
+def summary_row(
+    ablation: Ablation, statistics: HeadStatistics, unigram_loss: float
+) -> dict[str, Any]:
+    """What the summary says of one run and mode."""
+    base = ablation.base_loss.mean()
+    row = {
+        "run": ablation.run,
+        "mode": ablation.mode,
+        "base_loss": base,
+        "n_seq": len(ablation.base_loss),
+        "unigram_loss": unigram_loss,
+        "hero_layer": ablation.layer[statistics.hero],
+        "hero_head": ablation.head[statistics.hero],
+        "second_layer": ablation.layer[statistics.second],
+        "second_head": ablation.head[statistics.second],
+        **statistics.summary,
+    }
+    # A model that does not beat word frequencies makes no use of its context: its heads differ,
+    # but none is a hero.
+    row["unique_hero"] = statistics.summary["unique_hero"] and bool(base < unigram_loss)
+    return row
+
+
+def screen_quality(ablation: Ablation, impact: np.ndarray) -> dict[str, float]:
+    """How well the first-order effect [sequences, R], from one backward pass, foretells impact [R]:
+    Spearman's correlation, and how many of its first five heads are among the first five."""
+    screen = np.abs(ablation.score["first_order"]).mean(0)  # [R]
+    if np.isnan(screen).any():
+        return {"spearman_first_order": math.nan, "recall5_first_order": math.nan}
+    expected = set(np.argsort(-screen)[:5])
+    first = set(np.argsort(-impact)[:5])
+    return {
+        "spearman_first_order": stats.spearmanr(screen, impact).statistic,
+        "recall5_first_order": len(expected & first) / 5,
+    }
+
+
+def best_minus_best(one: np.ndarray, two: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
+    """Cross-fitted impact of the best head of one run minus that of the other, both [n] on the same
+    units, with its paired bootstrap interval."""
+    difference = one - two  # [n]
+    draws = bootstrap_means(difference[:, None], args.bootstrap, args.seed)  # [draws, 1]
+    low, high = interval(draws)
+    return {"difference": difference.mean(), "difference_lo": low, "difference_hi": high}
+
+
+def tell(summary: pd.DataFrame) -> None:
+    """Prints of every run and mode the Hero Head, or that there is none, with its uncertainty; then
+    how two runs compare."""
+    for _, row in summary.iterrows():
+        tell_of_run(row)
     if "difference" in summary:
-        r, (one, two) = summary.iloc[0], summary["run"].unique()
-        print(
-            f"best head of {one} minus best of {two}, {r['mode']} ablation: {interval('difference')} nats over sequences; ",
-            end="",
-        )
+        row = summary.iloc[0]
+        one, two = summary["run"].unique()
+        what = f"best head of {one} minus best of {two}, {row['mode']} ablation"
+        print(f"{what}: {with_interval(row, 'difference')} nats over sequences; ", end="")
         print("n=1 seed: descriptive only")
 
 
-def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
-    """A CSV of this script, checked to have numbers in `columns`."""
+def tell_of_run(row: pd.Series) -> None:
+    """Prints the lines about one run and mode."""
+    first = f"L{row['hero_layer']}H{row['hero_head']}"
+    second = f"L{row['second_layer']}H{row['second_head']}"
+    verdict = "Hero Head" if row["unique_hero"] else "no unique hero; the first head is"
+    print(f"{row['run']}, {row['mode']} ablation: {verdict} {first}")
+    if not row["base_loss"] < row["unigram_loss"]:
+        fact = f"the model does not beat word frequencies ({row['unigram_loss']:.4f} nats)"
+        print(f"  {fact}, so none of its heads can be a hero")
+
+    percent = 100 * row["delta"] / row["base_loss"]
+    impact = f"impact {row['delta']:+.5f} nats a token, {percent:+.3f} % of {row['base_loss']:.4f}"
+    fitted = f"cross-fitted {with_interval(row, 'crossfit')}"
+    chance = f"p (max-T) {row['p_maxT']:.4f}; P(top-1) {row['p_top1']:.3f}"
+    lead = f"ahead of {second} by {with_interval(row, 'gap')}"
+    print(f"  {impact}; {fitted}; {chance}; {lead}")
+
+    said = {"top share": "max_share", "Gini": "gini", "effective heads": "participation_ratio"}
+    values = [f"{name} {row[k]:.3g} ({row[f'{k}_null']:.3g})" for name, k in said.items()]
+    power = f"detects {row['min_detectable']:.5f} nats with 80 % power"
+    print(f"  n = {row['n_unit']} units: {power}; ", end="")
+    print(f"with heads shuffled in brackets: {', '.join(values)}")
+
+
+def with_interval(row: pd.Series, name: str) -> str:
+    """A value of the summary with its 95 % interval."""
+    return f"{row[name]:+.5f} [{row[f'{name}_lo']:+.5f}, {row[f'{name}_hi']:+.5f}]"
+
+
+# ---- figures, from the CSV and the summary alone
+
+
+def draw(csv: Path) -> None:
+    """Table 3, Figure 4 and the heatmap, from the CSV and the summary alone."""
+    table, summary = read_tables(csv)
+    ranking = table[table["mode"] == summary["ranked_by"].iloc[0]]
+    top = table3(table, ranking)
+    save(named(csv, "_table3.csv"), top.to_csv(index=False, float_format="%.10g"))
+    save(named(csv, "_table3.md"), as_markdown(top))
+    save(named(csv, "_figure4.png"), figure4(table, summary))
+    save(named(csv, "_heatmap.png"), heatmap(ranking, summary))
+
+
+def read_tables(csv: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The CSV, with the columns `name` (L3H1), ci_lo_pct and ci_hi_pct (% of base loss), and its
+    summary; whatever else they hold is left alone."""
+    impacts = ["base_loss", "impact", "pct_impact", "ci_lo", "ci_hi", "p_maxT", "rank", "n_seq"]
+    table = read_table(csv, ["run", "mode"], ["layer", "head", *impacts])
+    path = named(csv, "_summary.csv")
+    heroes = ["hero_layer", "hero_head", "unique_hero", "noise_limit", "base_loss"]
+    summary = read_table(path, ["run", "mode", "ranked_by"], heroes)
+    in_table = set(zip(table["run"], table["mode"], strict=True))
+    in_summary = set(zip(summary["run"], summary["mode"], strict=True))
+    if in_table != in_summary or not set(summary["ranked_by"]) <= set(summary["mode"]):
+        fact = f"{path} is not the summary of {csv}: other runs or modes"
+        raise HandoffError(f"{fact}; make both with: {REMEDY}")
+    heads = zip(table["layer"], table["head"], strict=True)
+    table["name"] = [f"L{layer}H{head}" for layer, head in heads]
+    table["ci_lo_pct"] = 100 * table["ci_lo"] / table["base_loss"]
+    table["ci_hi_pct"] = 100 * table["ci_hi"] / table["base_loss"]
+    return table, summary
+
+
+def read_table(path: Path, names: list[str], numbers: list[str]) -> pd.DataFrame:
+    """A CSV of this script, checked to have the columns `names`, and numbers in `numbers`."""
     try:
         table = pd.read_csv(path)
-        if not table[columns].astype(float).notna().all(axis=None) or table.empty:
+        has_numbers = table[numbers].astype(float).notna().all(axis=None)
+        if not has_numbers or table[names].isna().any(axis=None) or table.empty:
             raise ValueError("no rows, or empty cells")
     except (OSError, ValueError, KeyError) as e:
-        raise HandoffError(
-            f"{path} is not a table of ablation_test.py ({e}); make it with: {REMEDY}"
-        ) from None
+        fact = f"{path} is not a table of ablation_test.py ({e})"
+        raise HandoffError(f"{fact}; make it with: {REMEDY}") from None
     return table
 
 
@@ -770,322 +1217,252 @@ def named(csv: Path, end: str) -> Path:
 
 def save(path: Path, content: str | plt.Figure) -> None:
     """Writes a text or a figure atomically."""
-    with atomic(path) as tmp:
+    with atomic(path) as temporary:
         if isinstance(content, str):
-            tmp.write_text(content, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8")
         else:
-            content.savefig(tmp, dpi=150)
+            content.savefig(temporary, dpi=150)
             plt.close(content)
 
 
-def draw(csv: Path) -> None:
-    """Table 3, Figure 4 and the heatmap, from the CSV and the summary alone."""
-    table = read_table(
-        csv,
-        [
-            "layer",
-            "head",
-            "base_loss",
-            "impact",
-            "pct_impact",
-            "ci_lo",
-            "ci_hi",
-            "p_maxT",
-            "p_top1",
-            "rank",
-            "n_seq",
-        ],
-    )
-    summary = read_table(
-        named(csv, "_summary.csv"),
-        ["hero_layer", "hero_head", "unique_hero", "noise_limit", "base_loss"],
-    )
-    if {*zip(table["run"], table["mode"], strict=True)} != {
-        *zip(summary["run"], summary["mode"], strict=True)
-    }:
-        raise HandoffError(
-            f"{named(csv, '_summary.csv')} is not the summary of {csv}: other runs or modes; make both with: {REMEDY}"
-        )
-    table["name"] = [f"L{l}H{h}" for l, h in zip(table["layer"], table["head"], strict=True)]
-    for k in ("ci_lo", "ci_hi"):
-        table[f"{k}_pct"] = 100 * table[k] / table["base_loss"]
-    ranking = table[table["mode"] == table["mode"].iloc[0]]
-    zero = table[table["mode"] == "zero"].set_index(["run", "name"])["pct_impact"]
+def table3(table: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
+    """Table 3: the heads of largest impact in the ranking mode, beside their zero ablation and the
+    published heads. A column that the CSV lacks is empty."""
     top = ranking.nlargest(len(PUBLISHED), "pct_impact").reset_index(drop=True)
-    top["zero_pct_impact"] = [
-        zero.get(key, math.nan) for key in zip(top["run"], top["name"], strict=True)
-    ]
-    top["published_head"], top["published_zero_pct_impact"] = (
-        list(PUBLISHED)[: len(top)],
-        list(PUBLISHED.values())[: len(top)],
-    )
-    top = top[
-        [
-            "run",
-            "name",
-            "mode",
-            "pct_impact",
-            "ci_lo_pct",
-            "ci_hi_pct",
-            "p_maxT",
-            "p_top1",
-            "n_seq",
-            *top.columns[-3:],
-        ]
-    ]
-    cells = [
-        top.columns,
-        ["---"] * top.shape[1],
-        *([f"{v:.4g}" if isinstance(v, float) else str(v) for v in r] for r in top.to_numpy()),
-    ]
-    save(named(csv, "_table3.csv"), top.to_csv(index=False, float_format="%.10g"))
-    save(named(csv, "_table3.md"), "".join(f"| {' | '.join(row)} |\n" for row in cells))
-    save(named(csv, "_figure4.png"), figure4(table, summary))
-    save(named(csv, "_heatmap.png"), heatmap(ranking, summary))
+    # The published numbers are of zero ablation
+    zero = table[table["mode"] == "zero"].set_index(["run", "name"])["pct_impact"]
+    heads = zip(top["run"], top["name"], strict=True)
+    top["zero_pct_impact"] = [zero.get(head, math.nan) for head in heads]
+    top["published_head"] = list(PUBLISHED)[: len(top)]
+    top["published_zero_pct_impact"] = list(PUBLISHED.values())[: len(top)]
+    identity = ["run", "name", "mode"]
+    ours = ["pct_impact", "ci_lo_pct", "ci_hi_pct", "p_maxT", "p_top1", "n_seq", "zero_pct_impact"]
+    published = ["published_head", "published_zero_pct_impact"]
+    return top.reindex(columns=[*identity, *ours, *published])
+
+
+def as_markdown(frame: pd.DataFrame) -> str:
+    """A table in Markdown, numbers to four digits."""
+    lines = [list(frame.columns), ["---"] * frame.shape[1]]
+    for row in frame.to_numpy():
+        lines.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def noise_share(summary: pd.DataFrame) -> float:
-    """Where logarithmic scales start: the impact (% of base loss) that noise hides, rounded up to a power of ten."""
-    return 10.0 ** math.ceil(
-        math.log10(max((100 * summary["noise_limit"] / summary["base_loss"]).median(), 1e-9))
-    )
+    """Where logarithmic scales start: the impact (% of base loss) that noise hides, rounded up to a
+    power of ten."""
+    percent = (100 * summary["noise_limit"] / summary["base_loss"]).median()
+    return 10.0 ** math.ceil(math.log10(max(percent, 1e-9)))
 
 
 def figure4(table: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
-    """Figure 4: how the impact of ablation is distributed over heads; a panel a mode, runs side by side."""
-    modes, runs = list(table["mode"].unique()), list(table["run"].unique())
+    """Figure 4: how the impact of ablation is distributed over heads; a panel a mode, runs side by
+    side."""
+    modes = list(table["mode"].unique())
+    runs = list(table["run"].unique())
+    size = (max(6.2, 2 + 2.9 * len(modes)), 4.6)
     fig, axes = plt.subplots(
-        1,
-        len(modes),
-        figsize=(max(6.2, 2 + 2.9 * len(modes)), 4.6),
-        layout="constrained",
-        squeeze=False,
-        sharey=True,
+        1, len(modes), figsize=size, layout="constrained", squeeze=False, sharey=True
     )
-    for _, r in summary.iterrows():
-        ax, x, color = (
-            axes[0, modes.index(r["mode"])],
-            runs.index(r["run"]),
-            COLORS[runs.index(r["run"]) % 2],
-        )
-        heads = table[(table["run"] == r["run"]) & (table["mode"] == r["mode"])].sort_values("rank")
-        y, first = heads["pct_impact"], heads.iloc[0]
-        at = x + 0.5 * (
-            np.arange(1, len(y)) * 0.618 % 1 - 0.5
-        )  # spread, so that dots do not hide each other
-        ax.boxplot(
-            y,
-            positions=[x],
-            widths=0.75,
-            showfliers=False,
-            whis=(5, 95),
-            manage_ticks=False,
-            medianprops={"color": "black"},
-        )
-        ax.scatter(at, y[1:], s=15, color=color, alpha=0.65, lw=0)
-        bar = [
-            [first["pct_impact"] - first["ci_lo_pct"]],
-            [first["ci_hi_pct"] - first["pct_impact"]],
-        ]
-        ax.errorbar(
-            [x], [first["pct_impact"]], np.maximum(bar, 0), color=color, capsize=3, marker="o", ms=5
-        )
-        name = first["name"] + ("" if r["unique_hero"] else " (not unique)")
-        ax.annotate(
-            name,
-            (x, max(y.max(), first["ci_hi_pct"])),
-            (0, 5),
-            textcoords="offset points",
-            fontsize=8,
-            ha="center",
-        )
-        ax.plot(
-            [x - 0.45, x + 0.45],
-            [100 * r["noise_limit"] / r["base_loss"]] * 2,
-            color="black",
-            ls=":",
-            lw=1.2,
-        )
-        ax.set(
-            title=f"{r['mode']} ablation",
-            xticks=range(len(runs)),
-            xticklabels=runs,
-            xlim=(-0.6, len(runs) - 0.4),
-        )
-    if (linear := noise_share(summary)) < table[
-        "pct_impact"
-    ].abs().max():  # else symlog is linear anyway, with hardly a tick
+    for _, row in summary.iterrows():
+        ax = axes[0, modes.index(row["mode"])]
+        heads = table[(table["run"] == row["run"]) & (table["mode"] == row["mode"])]
+        draw_heads(ax, heads.sort_values("rank"), row, runs.index(row["run"]))
+        ax.set(title=f"{row['mode']} ablation", xticks=range(len(runs)), xticklabels=runs)
+        ax.set_xlim(-0.6, len(runs) - 0.4)
+    linear = noise_share(summary)
+    # Where all is within the noise, symlog would be linear, with hardly a tick
+    if linear < table["pct_impact"].abs().max():
         axes[0, 0].set_yscale("symlog", linthresh=linear)
     axes[0, 0].margins(y=0.12)
     axes[0, 0].set_ylabel(
         "loss impact of ablating one head\n(% of base loss; linear within the noise)"
     )
     fig.supxlabel(
-        f"A dot is a head; n = {table['n_seq'].iloc[0]} sequences, one training seed a run. Box: quartiles; whiskers: 5-95 %;\n"
-        "bar: 95 % CI of the first head. Above the dotted line a head of median noise differs from 0 (max-T, p < .05).\n"
-        "Published first heads (zero ablation, 24 heads): control 0.367 %, adaptive 0.932 %.", fontsize=7.5)  # fmt: skip
+        f"A dot is a head; n = {table['n_seq'].iloc[0]} sequences, one training seed a run. "
+        "Box: quartiles; whiskers: 5-95 %;\nbar: 95 % CI of the first head. "
+        "Above the dotted line a head of median noise differs from 0 (max-T, p < .05).\n"
+        "Published first heads (zero ablation, 24 heads): control 0.367 %, adaptive 0.932 %.",
+        fontsize=7.5,
+    )
     return fig
+
+
+def draw_heads(ax: plt.Axes, heads: pd.DataFrame, row: pd.Series, x: int) -> None:
+    """One run in a panel of Figure 4, at position x: a dot a head (`heads`, the first one first),
+    a box, the first head's interval, and the noise limit of its row of the summary."""
+    color = COLORS[x % 2]
+    percent = heads["pct_impact"]  # of base loss
+    first = heads.iloc[0]
+    ax.boxplot(
+        percent,
+        positions=[x],
+        widths=0.75,
+        showfliers=False,
+        whis=(5, 95),
+        manage_ticks=False,
+        medianprops={"color": "black"},
+    )
+    # Spread sideways by the golden ratio, so that dots do not hide each other
+    spread = x + 0.5 * (np.arange(1, len(percent)) * 0.618 % 1 - 0.5)
+    ax.scatter(spread, percent[1:], s=15, color=color, alpha=0.65, lw=0)
+
+    # The first head with its interval and name, and how much noise alone would make of a head
+    height = first["pct_impact"]
+    bar = [[height - first["ci_lo_pct"]], [first["ci_hi_pct"] - height]]
+    ax.errorbar([x], [height], np.maximum(bar, 0), color=color, capsize=3, marker="o", ms=5)
+    label = first["name"] if row["unique_hero"] else f"{first['name']} (not unique)"
+    above = (x, max(percent.max(), first["ci_hi_pct"]))
+    ax.annotate(label, above, (0, 5), textcoords="offset points", fontsize=8, ha="center")
+    noise = 100 * row["noise_limit"] / row["base_loss"]
+    ax.plot([x - 0.45, x + 0.45], [noise, noise], color="black", ls=":", lw=1.2)
 
 
 def heatmap(ranking: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
-    """Impact of every head, layers x heads, in the ranking mode; runs side by side on one colour scale."""
-    runs, mode, limit = (
-        ranking["run"].unique(),
-        ranking["mode"].iloc[0],
-        max(ranking["pct_impact"].abs().max(), 1e-12),
-    )
-    rows, columns = ranking["layer"].nunique(), ranking["head"].nunique()
-    size = (max(5.5, 2.2 + (0.8 + 0.5 * columns) * len(runs)), 1.8 + 0.34 * rows)
+    """Impact of every head, layers x heads, in the ranking mode; runs side by side on one colour
+    scale."""
+    runs = ranking["run"].unique()
+    mode = ranking["mode"].iloc[0]
+    n_layers = ranking["layer"].nunique()
+    n_heads = ranking["head"].nunique()
+    size = (max(5.5, 2.2 + (0.8 + 0.5 * n_heads) * len(runs)), 1.8 + 0.34 * n_layers)
     fig, axes = plt.subplots(1, len(runs), figsize=size, layout="constrained", squeeze=False)
-    norm = colors.SymLogNorm(
-        min(noise_share(summary), limit / 2), vmin=-limit, vmax=limit
-    )  # one head must not bleach the rest
+    # Logarithmic above the noise: one head must not bleach the rest
+    limit = max(ranking["pct_impact"].abs().max(), 1e-12)
+    linear = min(noise_share(summary), limit / 2)
+    norm = colors.SymLogNorm(linear, vmin=-limit, vmax=limit)
     for ax, run in zip(axes[0], runs, strict=True):
-        impact, p = (
-            ranking[ranking["run"] == run].pivot(index="layer", columns="head", values=k)
-            for k in ("pct_impact", "p_maxT")
-        )
-        image = ax.imshow(impact, cmap="RdBu_r", norm=norm, aspect="auto")
-        for (i, j), v in np.ndenumerate(impact.to_numpy()):
-            style = {
-                "color": "white" if abs(norm(v) - 0.5) > 0.35 else "black",
-                "weight": "bold" if p.iloc[i, j] < 0.05 else "normal",
-            }
-            ax.text(
-                j,
-                i,
-                f"{v:.2g}".replace("e-0", "e-"),
-                ha="center",
-                va="center",
-                fontsize=6.5,
-                **style,
-            )
-        r = summary[(summary["run"] == run) & (summary["mode"] == mode)].iloc[0]
-        corner = (
-            impact.columns.get_loc(r["hero_head"]) - 0.5,
-            impact.index.get_loc(r["hero_layer"]) - 0.5,
-        )
-        ax.add_patch(
-            plt.Rectangle(corner, 1, 1, fill=False, lw=2, ls="-" if r["unique_hero"] else ":")
-        )
-        ax.set(
-            title=run,
-            xlabel="head",
-            ylabel="layer",
-            xticks=range(impact.shape[1]),
-            yticks=range(rows),
-            yticklabels=impact.index,
-        )
+        heads = ranking[ranking["run"] == run]
+        row = summary[(summary["run"] == run) & (summary["mode"] == mode)].iloc[0]
+        image = draw_map(ax, heads, row, norm)
     fig.colorbar(image, ax=axes, label=f"loss impact, {mode} ablation\n(% of base loss)")
-    note = f"Bold: above 0, p < .05 (max-T over the heads of a run, n = {ranking['n_seq'].iloc[0]} sequences).\n"
-    fig.supxlabel(note + "Frame: first head (dotted: not unique).", fontsize=7.5)
+    n = ranking["n_seq"].iloc[0]
+    fig.supxlabel(
+        f"Bold: above 0, p < .05 (max-T over the heads of a run, n = {n} sequences).\n"
+        "Frame: first head (dotted: not unique).",
+        fontsize=7.5,
+    )
     return fig
 
 
+def draw_map(ax: plt.Axes, heads: pd.DataFrame, row: pd.Series, norm: colors.Normalize) -> Any:
+    """One run of the heatmap, its first head framed -> the image, for the colour bar."""
+    impact = heads.pivot(index="layer", columns="head", values="pct_impact")  # [layers, H]
+    p = heads.pivot(index="layer", columns="head", values="p_maxT").to_numpy()  # [layers, H]
+    image = ax.imshow(impact, cmap="RdBu_r", norm=norm, aspect="auto")
+    # Each number in a colour that can be read on its cell
+    for (i, j), value in np.ndenumerate(impact.to_numpy()):
+        number = f"{value:.2g}".replace("e-0", "e-")
+        color = "white" if abs(norm(value) - 0.5) > 0.35 else "black"
+        weight = "bold" if p[i, j] < 0.05 else "normal"
+        ax.text(j, i, number, ha="center", va="center", fontsize=6.5, color=color, weight=weight)
+    # The frame around the first head
+    left = impact.columns.get_loc(row["hero_head"]) - 0.5
+    bottom = impact.index.get_loc(row["hero_layer"]) - 0.5
+    line = "-" if row["unique_hero"] else ":"
+    ax.add_patch(plt.Rectangle((left, bottom), 1, 1, fill=False, lw=2, ls=line))
+    n_layers, n_heads = impact.shape
+    ax.set(title=row["run"], xlabel="head", ylabel="layer")
+    ax.set(xticks=range(n_heads), yticks=range(n_layers), yticklabels=impact.index)
+    return image
+
+
 # ------------------------------------------------------------------------------------- command line
+SCREEN_NOTE = (
+    "CSV column first_order: mean over sequences of |sum of (substitute - z) dloss/dz|, "
+    "a sensitivity from one backward pass"
+)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    formatter, count = argparse.ArgumentDefaultsHelpFormatter, positive(int)
-    note = "CSV column first_order: mean over sequences of |sum of (substitute - z) dloss/dz|, a sensitivity from one backward pass"
-    p = argparse.ArgumentParser(
+    """The command line, checked; exits 2 if it is wrong."""
+    parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog=note,
+        epilog=SCREEN_NOTE,
         allow_abbrev=False,
-        formatter_class=formatter,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    by = {
-        k: "; by preset: "
-        + ", ".join(f"{name} {sizes[k]}" for name, sizes in PHASE_PRESETS.items())
-        for k in PHASE_PRESETS["full"]
-    }
-    g = p.add_argument_group("inputs")
-    g.add_argument(
-        "--adaptive_model",
-        type=Path,
-        help="checkpoint (.pt), or a pretrained Llama: folder, hub name, .gguf; not for --redraw",
-    )
-    g.add_argument(
-        "--control_model", type=Path, help="another checkpoint, measured on the same sequences"
-    )
-    g.add_argument(
-        "--redraw",
-        type=Path,
-        metavar="CSV",
-        help="no model: all but the .npz again from CSV's .npz (without it: figures)",
-    )
-    g.add_argument(
-        "--dataset", help="text, as for janus_adaptive.py; default: that of the checkpoint"
-    )
-    g.add_argument(
-        "--tokenizer",
-        help="as for janus_adaptive.py; default: tokenizer.json beside the checkpoint",
-    )
-    g = p.add_argument_group("outputs")
-    g.add_argument(
-        "--save_file",
-        type=Path,
-        default=Path("results_ablation.csv"),
-        help="the CSV; the other names derive from it",
-    )
-    g = p.add_argument_group("method")
-    g.add_argument(
-        "--preset",
-        choices=["auto", *PHASE_PRESETS],
-        default="auto",
-        help="sizes of this phase; auto: the checkpoint's preset",
-    )
-    g.add_argument(
-        "--layers",
-        type=int,
-        nargs="+",
-        help="layers whose heads are ablated, counted from 0; default: all",
-    )
-    g.add_argument(
-        "--mode",
-        nargs="+",
-        choices=MODES,
-        default=list(MODES),
-        help="the first given of mean, zero, resample ranks the heads",
-    )
-    g.add_argument(
-        "--n_seqs",
-        type=int,
-        help="validation sequences, evenly spaced; 0: the whole split" + by["n_seqs"],
-    )
-    g.add_argument(
-        "--n_mean", type=count, help="training sequences behind the means" + by["n_mean"]
-    )
-    g.add_argument(
-        "--resample_draws",
-        type=count,
-        help="other sequences for each sequence, of the same split" + by["resample_draws"],
-    )
-    g.add_argument(
-        "--block",
-        type=count,
-        help="consecutive sequences that make one unit of replication" + by["block"],
-    )
-    g.add_argument("--bootstrap", type=count, default=10_000, help="bootstrap draws")
-    g.add_argument("--batch_size", type=count, help="sequences a batch" + by["batch_size"])
-    add_runtime_flags(p)
-    args = p.parse_args(argv)
-    check_args(p, args)
+    add_input_flags(parser)
+    add_output_flags(parser)
+    add_method_flags(parser)
+    add_runtime_flags(parser)
+    args = parser.parse_args(argv)
+    check_args(parser, args)
     return args
 
 
-def check_args(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Cross-flag checks; exits 2 with one line."""
-    args.mode = [mode for mode in MODES if mode in args.mode]
+def add_input_flags(parser: argparse.ArgumentParser) -> None:
+    """Models and text."""
+    group = parser.add_argument_group("inputs")
+    adaptive = "checkpoint (.pt), or a pretrained Llama: folder, hub name, .gguf; not for --redraw"
+    control = "another checkpoint, measured on the same sequences"
+    redraw = "no model: all but the .npz again from CSV's .npz (without it: figures)"
+    dataset = "text, as for janus_adaptive.py; default: that of the checkpoint"
+    tokenizer = "as for janus_adaptive.py; default: tokenizer.json beside the checkpoint"
+    group.add_argument("--adaptive_model", type=Path, help=adaptive)
+    group.add_argument("--control_model", type=Path, help=control)
+    group.add_argument("--redraw", type=Path, metavar="CSV", help=redraw)
+    group.add_argument("--dataset", help=dataset)
+    group.add_argument("--tokenizer", help=tokenizer)
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Where the results go."""
+    group = parser.add_argument_group("outputs")
+    csv = Path("results_ablation.csv")
+    csv_help = "the CSV; the other names derive from it"
+    group.add_argument("--save_file", type=Path, default=csv, help=csv_help)
+
+
+def add_method_flags(parser: argparse.ArgumentParser) -> None:
+    """What is ablated, how, and on how much text."""
+    group = parser.add_argument_group("method")
+    presets = ["auto", *PHASE_PRESETS]
+    count = positive(int)
+    preset = "sizes of this phase; auto: the checkpoint's preset"
+    layers = "layers whose heads are ablated, counted from 0; default: all"
+    mode = "what replaces z; of those given the first in the order above ranks the heads; default: "
+    mode += f"{' '.join(DEFAULT_MODES)}; with --redraw: all that the .npz holds"
+    n_seqs = "validation sequences, evenly spaced; 0: the whole split"
+    n_mean = "training sequences behind the means"
+    draws = "draws of a random mode: other sequences for each sequence, of the same split"
+    block = "consecutive sequences that make one unit of replication"
+    group.add_argument("--preset", choices=presets, default="auto", help=preset)
+    group.add_argument("--layers", type=int, nargs="+", help=layers)
+    group.add_argument("--mode", nargs="+", choices=MODES, help=mode)
+    group.add_argument("--n_seqs", type=int, help=n_seqs + by_preset("n_seqs"))
+    group.add_argument("--n_mean", type=count, help=n_mean + by_preset("n_mean"))
+    group.add_argument("--resample_draws", type=count, help=draws + by_preset("resample_draws"))
+    group.add_argument("--block", type=count, help=block + by_preset("block"))
+    group.add_argument("--bootstrap", type=count, default=10_000, help="bootstrap draws")
+    sequences = "sequences a batch" + by_preset("batch_size")
+    group.add_argument("--batch_size", type=count, help=sequences)
+
+
+def by_preset(flag: str) -> str:
+    """For the help of a flag: its value in every preset."""
+    values = [f"{preset} {sizes[flag]}" for preset, sizes in PHASE_PRESETS.items()]
+    return f"; by preset: {', '.join(values)}"
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Cross-flag checks; exits 2 with one line. Puts --mode in the order of MODES."""
+    if args.mode is None and not args.redraw:
+        args.mode = DEFAULT_MODES
+    if args.mode is not None:  # None: all modes of the .npz
+        args.mode = [mode for mode in MODES if mode in args.mode]
     args.save_file = args.redraw or args.save_file
     if not args.redraw and not args.adaptive_model:
-        p.error("--adaptive_model is needed (or --redraw CSV)")
+        parser.error("--adaptive_model is needed (or --redraw CSV)")
     if args.save_file.suffix != ".csv":
-        p.error(f"{args.save_file} must end in .csv")
+        parser.error(f"{args.save_file} must end in .csv")
     if args.n_seqs is not None and args.n_seqs < 8 and args.n_seqs != 0:
-        p.error(f"--n_seqs {args.n_seqs}: expected at least 8 sequences, or 0 for the whole split")
+        expected = "expected at least 8 sequences, or 0 for the whole split"
+        parser.error(f"--n_seqs {args.n_seqs}: {expected}")
     if args.bootstrap < 100 or args.seed < 0:
-        p.error(
-            f"--bootstrap {args.bootstrap} and --seed {args.seed}: expected at least 100 draws, and a seed from 0"
-        )
+        found = f"--bootstrap {args.bootstrap} and --seed {args.seed}"
+        parser.error(f"{found}: expected at least 100 draws, and a seed from 0")
 
 
 # ----------------------------------------------------------------------------------- shared regions

@@ -1,4 +1,5 @@
-"""ablation_test.py against independent computations: naive forwards, hooks, autograd, scipy, hand values, planted truth."""
+"""ablation_test.py against independent computations: naive forwards, hooks, autograd, scipy, hand
+values, planted truth."""
 
 import json
 from dataclasses import asdict
@@ -18,14 +19,27 @@ from tokenizers import pre_tokenizers as pre
 import ablation_test as A
 
 EXACT = torch.autocast("cpu", enabled=False)
+BFLOAT16 = torch.autocast("cpu", dtype=torch.bfloat16)
 ARGS = SimpleNamespace(n_mean=8, layers=[0, 1, 2], batch_size=4, resample_draws=3, seed=0)
 HERO = (1, 2)  # layer and head of the planted hero
+COLUMNS = [  # of the CSV
+    *("run", "seed", "checkpoint", "ckpt_sha", "layer", "head", "mode"),
+    *("base_loss", "ablated_loss", "impact", "pct_impact", "delta", "delta_pct"),
+    *("se", "ci_lo", "ci_hi", "p_maxT", "q_bh", "delta_ppl", "share", "rank", "p_top1"),
+    *("kl_clean_ablated", "top1_flip_rate", "n_seq", "n_tok", "dtype", "first_order"),
+]
+FILES = {  # of a finished run
+    *("out.csv", "out.csv.json", "out.npz", "out.npz.json", "run.json"),
+    *("out_summary.csv", "out_summary.csv.json", "out_table3.csv", "out_table3.md"),
+    *("out_figure4.png", "out_heatmap.png"),
+}
 
 
 def random_model(**changes: int) -> A.NewGPT:
-    """3 layers x 4 heads x 8, with weights large enough that every head changes every prediction."""
+    """3 layers x 4 heads x 8, with weights so large that every head changes every prediction."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=61, n_layers=3, d_model=32, n_heads=4, n_kv_heads=4, d_head=8, d_ff=48, seq_len=16, tied=False)
+    heads = dict(n_heads=4, n_kv_heads=4, d_head=8)
+    sizes = dict(vocab_size=61, n_layers=3, d_model=32, d_ff=48, seq_len=16, tied=False, **heads)
     model = A.NewGPT(A.GPTConfig(**(sizes | changes))).eval().requires_grad_(False)
     for p in model.parameters():
         p.mul_(4 if p.dim() > 1 else 1)
@@ -36,7 +50,8 @@ def text(n_windows: int = 9, seq_len: int = 16, vocabulary: int = 61) -> A.HFWik
     """A loader of random tokens, without files."""
     loader = A.HFWikiTextLoader.__new__(A.HFWikiTextLoader)
     loader.tokens = np.random.default_rng(1).integers(0, vocabulary, n_windows * seq_len + 1)
-    loader.n_windows, loader.seq_len = n_windows, seq_len
+    loader.n_windows = n_windows
+    loader.seq_len = seq_len
     return loader
 
 
@@ -44,8 +59,11 @@ def token_loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
 
 
-def naive(model: A.NewGPT, x: torch.Tensor, l: int, h: int, substitute: torch.Tensor) -> torch.Tensor:
-    """Logits of a full forward pass in which a hook overwrites the slice of head h at the input of layer l's output projection."""
+def naive(
+    model: A.NewGPT, x: torch.Tensor, l: int, h: int, substitute: torch.Tensor
+) -> torch.Tensor:
+    """Logits of a full forward pass in which a hook overwrites the slice of head h at the input of
+    layer l's output projection."""
     k = model.cfg.d_head
 
     def edit(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -60,14 +78,22 @@ def naive(model: A.NewGPT, x: torch.Tensor, l: int, h: int, substitute: torch.Te
         handle.remove()
 
 
-# -------------------------------------------------------------------------------------------------------- exactness
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2}, {"n_kv_heads": 1, "tied": True}], ids=["heads", "grouped", "one key"])
-def test_prefix_cached_zero_ablation_equals_full_forward_with_head_scale(changes: dict[str, int]) -> None:
-    model, (x, y) = random_model(**changes), text().batch(np.arange(5))
-    tap, final, _ = A.clean_pass(model, x, y, [0, 1, 2])
+# --------------------------------------------------------------------------------------- exactness
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"n_kv_heads": 2}, {"n_kv_heads": 1, "tied": True}],
+    ids=["heads", "grouped", "one key"],
+)
+def test_prefix_cached_zero_ablation_equals_full_forward_with_head_scale(
+    changes: dict[str, int],
+) -> None:
+    model = random_model(**changes)
+    x, y = text().batch(np.arange(5))
+    clean_pass = A.clean_pass(model, x, y, [0, 1, 2])
     clean = model(x)[0]
     for l in range(3):
-        loss, kl, flip = A.ablate_layer(model, l, tap, final, torch.zeros(4, 8), y)
+        scores = A.ablate_layer(model, clean_pass, l, torch.zeros(4, 8))
+        loss, kl, flip = (scores[name] for name in ("loss", "kl", "flip"))
         torch.testing.assert_close(loss[0], token_loss(clean, y), atol=1e-5, rtol=0)
         assert kl[0].abs().max() < 1e-5 and flip[0].sum() == 0
         for h in range(4):
@@ -75,17 +101,20 @@ def test_prefix_cached_zero_ablation_equals_full_forward_with_head_scale(changes
             scale[l, h] = 0
             logits = model(x, head_scale=scale)[0]
             torch.testing.assert_close(loss[1 + h], token_loss(logits, y), atol=1e-5, rtol=0)
-            expected = F.kl_div(logits.log_softmax(-1), clean.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+            log_q, log_p = logits.log_softmax(-1), clean.log_softmax(-1)
+            expected = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
             torch.testing.assert_close(kl[1 + h], expected, atol=1e-5, rtol=0)
             assert torch.equal(flip[1 + h].bool(), logits.argmax(-1) != clean.argmax(-1))
-        assert (loss[1:] - loss[0]).abs().max() > 1e-2  # the comparison is not one of nothing with nothing
+        # The comparison is not one of nothing with nothing
+        assert (loss[1:] - loss[0]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("kv", [4, 2])
 def test_mean_and_resample_ablation_equal_a_hook_edit(kv: int) -> None:
     model, data = random_model(n_kv_heads=kv), text(2)
-    means = A.head_means(model, text(9), ARGS, EXACT)
-    measured = A.measure(model, data, means, ARGS, np.arange(2), ["mean", "resample"], [0, 1, 2], EXACT)
+    means = A.training_means(model, text(9), ARGS, EXACT)
+    modes, windows = ["mean", "resample"], np.arange(2)
+    measured = A.measure(model, data, means, ARGS, windows, modes, [0, 1, 2], EXACT)
     x, y = data.batch(np.arange(2))
     base = token_loss(model(x)[0], y).mean(1).numpy()
     z = A.head_z(model, x, [0, 1, 2])
@@ -94,14 +123,14 @@ def test_mean_and_resample_ablation_equal_a_hook_edit(kv: int) -> None:
         for h in range(4):
             mean = token_loss(naive(model, x, l, h, means[l][h]), y).mean(1)
             np.testing.assert_allclose(measured["mean.loss"][:, l, h], mean, atol=1e-5)
-            # With two windows, the other sequence is always the other one, in every draw.
+            # With two windows, the other sequence is always the other one, in every draw
             other = token_loss(naive(model, x, l, h, z[l].flip(0)[:, :, h]), y).mean(1)
             np.testing.assert_allclose(measured["resample.loss"][:, l, h], other, atol=1e-5)
 
 
-def test_head_means_are_means_of_z() -> None:
+def test_training_means_are_means_of_z() -> None:
     model, data = random_model(), text(9)
-    means = A.head_means(model, data, ARGS, EXACT)
+    means = A.training_means(model, data, ARGS, EXACT)
     tap = {f"z.{l}": None for l in range(3)}
     model(data.batch(A.spaced(9, 8))[0], tap=tap)
     for l in range(3):
@@ -112,7 +141,8 @@ def test_ablating_the_only_head_or_every_head_removes_attention() -> None:
     x, y = text().batch(np.arange(3))
     for l in range(3):
         model = random_model(n_heads=1, n_kv_heads=1)
-        loss = A.ablate_layer(model, l, *A.clean_pass(model, x, y, [l])[:2], torch.zeros(1, 8), y)[0, 1]
+        clean = A.clean_pass(model, x, y, [l])
+        loss = A.ablate_layer(model, clean, l, torch.zeros(1, 8))["loss"][1]
         four = random_model()
         scale = torch.ones(3, 4)
         scale[l] = 0
@@ -125,11 +155,13 @@ def test_ablating_the_only_head_or_every_head_removes_attention() -> None:
 
 def test_a_constant_head_costs_nothing_by_its_mean_and_something_by_zero() -> None:
     model, data = random_model(), text()
-    rows = F.normalize(model.embedding.weight[:, 1:], dim=1)  # one length, and dimension 0 the same for all tokens
+    # Embeddings of one length, with dimension 0 the same for all tokens; head 0 reads that alone
+    rows = F.normalize(model.embedding.weight[:, 1:], dim=1)
     model.embedding.weight.copy_(torch.cat((torch.ones(61, 1), rows), 1))
-    value = model.blocks[0].attn.w_qkv.weight[2 * 32 : 2 * 32 + 8]  # of head 0; it reads dimension 0 alone
+    value = model.blocks[0].attn.w_qkv.weight[2 * 32 : 2 * 32 + 8]
     value[:, 1:] = 0
-    out = A.measure(model, data, A.head_means(model, text(5), ARGS, EXACT), ARGS, np.arange(9), ["mean", "zero"], [0], EXACT)
+    means = A.training_means(model, text(5), ARGS, EXACT)
+    out = A.measure(model, data, means, ARGS, np.arange(9), ["mean", "zero"], [0], EXACT)
     assert np.abs(out["mean.loss"][:, 0, 0] - out["base"]).max() < 1e-5
     assert np.abs(out["zero.loss"][:, 0, 0] - out["base"]).max() > 1e-2
     assert np.abs(out["mean.loss"][:, 0, 1] - out["base"]).max() > 1e-2
@@ -137,21 +169,28 @@ def test_a_constant_head_costs_nothing_by_its_mean_and_something_by_zero() -> No
 
 def test_first_order_is_the_derivative_of_the_loss_along_the_ablation() -> None:
     model, data = random_model(), text()
-    out = A.measure(model, data, A.head_means(model, data, ARGS, EXACT), ARGS, np.arange(9), ["zero"], [0, 2], EXACT)
+    means = A.training_means(model, data, ARGS, EXACT)
+    out = A.measure(model, data, means, ARGS, np.arange(9), ["zero"], [0, 2], EXACT)
     x, y = data.batch(np.arange(9))
     scale = torch.ones(9, 3, 4, requires_grad=True)
-    loss = sum(token_loss(model(x[i : i + 1], head_scale=scale[i])[0], y[i : i + 1]).mean() for i in range(9))
+    loss = torch.zeros(())
+    for i in range(9):
+        logits = model(x[i : i + 1], head_scale=scale[i])[0]
+        loss = loss + token_loss(logits, y[i : i + 1]).mean()
     slope = torch.autograd.grad(loss, scale)[0]
     np.testing.assert_allclose(out["zero.first_order"], -slope[:, [0, 2]].numpy(), atol=1e-5)
 
 
 def test_nothing_depends_on_the_batch_size_nor_on_which_sequences_are_asked_for() -> None:
     model, data = random_model(), text()
-    means = A.head_means(model, data, ARGS, EXACT)
-    one, two = (
-        A.measure(model, data, means, SimpleNamespace(**(vars(ARGS) | {"batch_size": b})), w, list(A.MODES), [1], EXACT)
-        for b, w in ((2, np.arange(9)), (5, np.array([1, 4, 8])))
-    )
+    means = A.training_means(model, data, ARGS, EXACT)
+
+    def measure(batch_size: int, windows: np.ndarray) -> dict[str, np.ndarray]:
+        args = SimpleNamespace(**(vars(ARGS) | {"batch_size": batch_size}))
+        return A.measure(model, data, means, args, windows, list(A.MODES), [1], EXACT)
+
+    one = measure(2, np.arange(9))
+    two = measure(5, np.array([1, 4, 8]))
     assert one.keys() == two.keys()
     for k in one:
         np.testing.assert_allclose(one[k][[1, 4, 8]], two[k], atol=1e-5, err_msg=k)
@@ -160,42 +199,53 @@ def test_nothing_depends_on_the_batch_size_nor_on_which_sequences_are_asked_for(
 def test_scores_are_taken_in_float32_under_bfloat16() -> None:
     model, y = random_model(), torch.arange(20)
     final = torch.randn(3, 20, 32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, kl, _ = A.token_scores(model, final, y)
+    with BFLOAT16:
+        scores = A.token_scores(model, final, y)
         log_q = model.unembed(final).double().log_softmax(-1)
-    torch.testing.assert_close(loss.double(), -log_q[:, torch.arange(20), y], atol=1e-5, rtol=0)
-    torch.testing.assert_close(kl.double(), (log_q[0].exp() * (log_q[0] - log_q)).sum(-1), atol=1e-5, rtol=0)
+    loss = -log_q[:, torch.arange(20), y]
+    kl = (log_q[0].exp() * (log_q[0] - log_q)).sum(-1)
+    torch.testing.assert_close(scores["loss"].double(), loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores["kl"].double(), kl, atol=1e-5, rtol=0)
 
 
-def test_bfloat16_is_accepted_only_within_a_tenth_of_a_standard_error() -> None:
+@pytest.mark.parametrize(("shift", "accepted"), [(0.09, True), (0.11, False)])
+def test_bfloat16_is_accepted_only_within_a_tenth_of_a_standard_error(
+    shift: float, accepted: bool
+) -> None:
     full = np.random.default_rng(0).normal(size=(8, 2, 3))
     se = full.std(0, ddof=1) / np.sqrt(8)
-    for shift, accepted in ((0.09, True), (0.11, False)):
-        moved = full + shift * se * (np.arange(6).reshape(2, 3) == 4)  # one head of six
+    one_head = np.arange(6).reshape(2, 3) == 4
+    moved = full + shift * se * one_head
 
-        def measured(_w: np.ndarray, modes: list[str], _l: list[int], context: torch.autocast, moved: np.ndarray = moved) -> dict:
-            return {"base": np.zeros(8), f"{modes[0]}.loss": moved if getattr(context, "_enabled", False) else full}
+    def measured(_w: object, modes: list[str], _l: object, context: object) -> dict:
+        low = getattr(context, "_enabled", False)
+        return {"base": np.zeros(8), f"{modes[0]}.loss": moved if low else full}
 
-        assert A.bfloat16_will_do(measured, np.arange(8), "mean", [0, 1], torch.autocast("cpu", dtype=torch.bfloat16)) == accepted
+    assert A.bfloat16_will_do(measured, np.arange(8), "mean", [0, 1], BFLOAT16) == accepted
 
 
-# ------------------------------------------------------------------------------------------------------- statistics
+# -------------------------------------------------------------------------------------- statistics
 def test_bootstrap_equals_scipy_and_stays_paired() -> None:
     rng = np.random.default_rng(3)
     delta = rng.exponential(size=(60, 4)) + np.array([0, 0.2, 0.5, 2])
-    table, _, _ = A.head_statistics(delta, 20_000, 0)
+    table = A.head_statistics(delta, 20_000, 0).columns
     np.testing.assert_allclose(table["se"], stats.sem(delta), rtol=1e-12)
     np.testing.assert_allclose(table["impact"], delta.mean(0), rtol=1e-12)
-    theirs = stats.bootstrap((delta,), np.mean, axis=0, n_resamples=20_000, method="percentile", rng=rng).confidence_interval
-    np.testing.assert_allclose(table["ci_lo"], theirs.low, atol=0.06 * stats.sem(delta).max())
-    np.testing.assert_allclose(table["ci_hi"], theirs.high, atol=0.06 * stats.sem(delta).max())
-    np.testing.assert_allclose(A.bootstrap_means(delta, 700, 5)[:, 2:], A.bootstrap_means(delta[:, 2:], 700, 5), rtol=1e-12)
+    settings = dict(axis=0, n_resamples=20_000, method="percentile", rng=rng)
+    theirs = stats.bootstrap((delta,), np.mean, **settings).confidence_interval
+    near = 0.06 * stats.sem(delta).max()
+    np.testing.assert_allclose(table["ci_lo"], theirs.low, atol=near)
+    np.testing.assert_allclose(table["ci_hi"], theirs.high, atol=near)
+    all_heads = A.bootstrap_means(delta, 700, 5)
+    two_heads = A.bootstrap_means(delta[:, 2:], 700, 5)
+    np.testing.assert_allclose(all_heads[:, 2:], two_heads, rtol=1e-12)
     assert A.bootstrap_means(np.ones((9, 1)), 700, 5) == pytest.approx(1)
 
 
 def test_benjamini_hochberg_equals_its_definition_and_scipy() -> None:
-    delta = np.random.default_rng(4).normal(size=(40, 9)) + np.array([0, 0, 0, 0.2, 0.3, 0.4, 0.5, 0.6, 1])
-    table, _, _ = A.head_statistics(delta, 3000, 1)
+    effect = np.array([0, 0, 0, 0.2, 0.3, 0.4, 0.5, 0.6, 1])
+    delta = np.random.default_rng(4).normal(size=(40, 9)) + effect
+    table = A.head_statistics(delta, 3000, 1).columns
     boot = A.bootstrap_means(np.hstack((delta, delta**2)), 3000, 1)
     means, squares = boot[:, :9], boot[:, 9:]
     t = (means - delta.mean(0)) / np.sqrt((squares - means**2) / 39)
@@ -211,31 +261,40 @@ def test_benjamini_hochberg_equals_its_definition_and_scipy() -> None:
 
 def test_without_an_effect_heroes_and_discoveries_are_as_rare_as_promised() -> None:
     rng, n = np.random.default_rng(5), 100
-    found = [A.head_statistics(rng.normal(size=(40, 12)), 400, i)[:2] for i in range(n)]
-    assert stats.binomtest(sum(t["p_maxT"].min() < 0.05 for t, _ in found), n, 0.05).pvalue > 1e-3  # family-wise error of 5 %
-    assert sum(row["unique_hero"] for _, row in found) <= 3
-    assert abs(np.mean([row["max_share"] / row["max_share_null"] for _, row in found]) - 1) < 0.15
+    found = [A.head_statistics(rng.normal(size=(40, 12)), 400, i) for i in range(n)]
+    discoveries = sum(f.columns["p_maxT"].min() < 0.05 for f in found)
+    assert stats.binomtest(discoveries, n, 0.05).pvalue > 1e-3  # family-wise error of 5 %
+    assert sum(f.summary["unique_hero"] for f in found) <= 3
+    over_null = [f.summary["max_share"] / f.summary["max_share_null"] for f in found]
+    assert abs(np.mean(over_null) - 1) < 0.15
 
 
 def test_planted_effect_is_the_hero_and_equal_effects_are_not() -> None:
-    noise = np.random.default_rng(6).normal(size=(50, 12)) * 0.01
-    noise[:, 7] += 0.05
-    table, row, _ = A.head_statistics(noise, 2000, 0)
-    assert row["unique_hero"] and row["hero"] == 7 and row["p_top1"] == 1 and table["rank"][7] == 1
-    noise[:, 3] += 0.05
-    table, row, _ = A.head_statistics(noise, 2000, 0)
-    assert not row["unique_hero"] and table["p_maxT"][[3, 7]].max() < 0.05 and row["p_top1"] < 0.95
-    noise[:, 3] -= 0.05
-    _, row, _ = A.head_statistics(noise - 0.06, 2000, 0)  # the first head leads for sure, but its ablation does not hurt
-    assert row["p_top1"] == 1 and row["gap_lo"] > 0 and row["p_maxT"] > 0.05 and not row["unique_hero"]
+    delta = np.random.default_rng(6).normal(size=(50, 12)) * 0.01
+    delta[:, 7] += 0.05
+    found = A.head_statistics(delta, 2000, 0)
+    assert found.summary["unique_hero"] and found.hero == 7
+    assert found.summary["p_top1"] == 1 and found.columns["rank"][7] == 1
+
+    delta[:, 3] += 0.05
+    found = A.head_statistics(delta, 2000, 0)
+    assert not found.summary["unique_hero"] and found.summary["p_top1"] < 0.95
+    assert found.columns["p_maxT"][[3, 7]].max() < 0.05
+
+    # The first head leads for sure, but its ablation does not hurt
+    delta[:, 3] -= 0.05
+    row = A.head_statistics(delta - 0.06, 2000, 0).summary
+    assert row["p_top1"] == 1 and row["gap_lo"] > 0
+    assert row["p_maxT"] > 0.05 and not row["unique_hero"]
 
 
 def test_cross_fitting_removes_the_winners_curse() -> None:
     rng = np.random.default_rng(7)
     data = [rng.normal(size=(30, 20)) for _ in range(100)]
-    naive_mean, fitted = np.mean([d.mean(0).max() for d in data]), np.mean([A.cross_fit(d, 0).mean() for d in data])
-    assert naive_mean > 0.25 and abs(fitted) < 0.05
-    assert not np.allclose(A.cross_fit(data[0], 0), A.cross_fit(data[0], 1))  # the halves are random
+    assert np.mean([d.mean(0).max() for d in data]) > 0.25
+    assert abs(np.mean([A.cross_fit(d, 0).mean() for d in data])) < 0.05
+    one, two = A.cross_fit(data[0], 0), A.cross_fit(data[0], 1)
+    assert not np.allclose(one, two)  # the halves are random
     clear = data[0] + 9 * (np.arange(20) == 4)
     np.testing.assert_allclose(A.cross_fit(clear, 0), clear[:, 4])
 
@@ -250,9 +309,11 @@ def test_concentration_has_its_hand_values() -> None:
     assert c["top1_over_top2"][1:3].tolist() == pytest.approx([1, 3])
     assert c.iloc[3].isna().all()
     x = np.abs(np.random.default_rng(8).normal(size=9))
-    assert A.concentration(x[None])["gini"][0] == pytest.approx(np.abs(x[:, None] - x).sum() / (2 * 81 * x.mean()))
+    c = A.concentration(x[None])
+    gini = np.abs(x[:, None] - x).sum() / (2 * 81 * x.mean())
+    assert c["gini"][0] == pytest.approx(gini)
     robust_z = (x.max() - np.median(x)) / stats.median_abs_deviation(x, scale="normal")
-    assert A.concentration(x[None])["robust_z"][0] == pytest.approx(robust_z, rel=1e-3)
+    assert c["robust_z"][0] == pytest.approx(robust_z, rel=1e-3)
 
 
 def test_units_keep_the_mean_and_spaced_windows_are_distinct() -> None:
@@ -260,59 +321,104 @@ def test_units_keep_the_mean_and_spaced_windows_are_distinct() -> None:
     np.testing.assert_allclose(A.units(values, 1), values)
     assert A.units(values, 4).shape == (3, 3)
     np.testing.assert_allclose(A.units(values, 4).mean(0), values.mean(0))
-    for n in (0, 5, 11, 99):
-        assert len({*A.spaced(11, n)}) == (5 if n == 5 else 11) and A.spaced(11, n).max() < 11
+    for n, expected in {0: 11, 5: 5, 11: 11, 99: 11}.items():
+        windows = A.spaced(11, n)
+        assert len(set(windows)) == expected and windows.max() < 11
 
 
-# -------------------------------------------------------------------------------------------------- the whole script
+# -------------------------------------------------------------------------------- the whole script
+def ablate(*argv: object) -> int:
+    """Exit status of the command."""
+    return A.main([str(word) for word in argv])
+
+
+def fails(capsys: pytest.CaptureFixture[str], argv: list[object], *words: str) -> None:
+    """The command exits 1 (2: usage) with one line that has all `words`."""
+    try:
+        status = ablate(*argv)
+    except SystemExit as e:
+        status = e.code
+    error = capsys.readouterr().err.strip().splitlines()
+    assert status in (1, 2) and "error: " in error[-1] and (status == 2 or len(error) == 1), error
+    assert all(w in error[-1] for w in words), error[-1]
+
+
 def save_checkpoint(folder: Path, model: A.NewGPT, arm: str, data: Path, cache: Path) -> Path:
-    """A checkpoint as janus_adaptive.py writes it, of a model that was not trained; tokenizer.json must be in `folder`."""
-    found = A.HFWikiTextLoader(str(data), str(folder / "tokenizer.json"), model.cfg.seq_len, "train", cache).description
-    facts = {"arm": arm, "preset": "smoke", "seed": 0, "step": 0, "dataset": str(data), "data": found}
+    """A checkpoint as janus_adaptive.py writes it, of a model that was not trained; tokenizer.json
+    must be in `folder`."""
+    tokenizer = str(folder / "tokenizer.json")
+    loader = A.HFWikiTextLoader(str(data), tokenizer, model.cfg.seq_len, "train", cache)
+    run = {"arm": arm, "preset": "smoke", "seed": 0, "step": 0}
+    facts = run | {"dataset": str(data), "data": loader.description}
+    weights = {"model": model.state_dict(), "config": asdict(model.cfg)}
+    weights["probe"] = A.golden_probe(model)
     path = folder / f"janus_{arm}_final.pt"
-    weights = {"model": model.state_dict(), "config": asdict(model.cfg), "probe": A.golden_probe(model)}
     torch.save({"schema": A.CHECKPOINT_SCHEMA, **weights, **facts}, path)
     A.write_sidecar(path, A.CHECKPOINT_SCHEMA, [], **facts)
     return path
 
 
-@pytest.fixture(scope="session")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two checkpoints on a text in which a word almost decides the next one: `adaptive`, in which one head alone maps a word
-    to its successor, and `control`, at its random initialisation."""
-    folder, rng, words = tmp_path_factory.mktemp("planted"), np.random.default_rng(0), 8
+def random_walk(words: int) -> str:
+    """A text in which a word almost decides the next one."""
+    rng = np.random.default_rng(0)
     lines = []
     for _ in range(200):
-        word, line = 0, []
+        word = 0
+        line = []
         for _ in range(200):
             word = (3 * word + 1) % words if rng.random() < 0.9 else int(rng.integers(words))
             line.append(f"w{word}")
         lines.append(" ".join(line))
-    data = folder / "walk.txt"
-    data.write_text("\n".join(lines))
-    tokenizer = Tokenizer(token_models.WordLevel({f"w{i}": i for i in range(words)} | {"?": words}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    sizes = dict(vocab_size=9, n_layers=3, d_model=64, n_heads=4, n_kv_heads=4, d_head=16, d_ff=32, seq_len=32, tied=False)
-    torch.manual_seed(0)
-    control, model = (A.NewGPT(A.GPTConfig(**sizes)).eval().requires_grad_(False) for _ in range(2))
+    return "\n".join(lines)
+
+
+def plant(model: A.NewGPT, words: int) -> None:
+    """Makes one head of a model with 4 heads x 16, and no other, map a word to its successor."""
+    layer, h = HERO
+    attn = model.blocks[layer].attn
     model.embedding.weight.copy_(torch.eye(9, 64))
     model.unembedding.weight.copy_(0.5 * torch.eye(9, 64))
-    h, attn = HERO[1], model.blocks[HERO[0]].attn
-    for part in range(3):  # queries, keys and values are the word itself, so the head attends to that word
+    # Queries, keys and values are the word itself, so the head attends to that word
+    for part in range(3):
         attn.w_qkv.weight[part * 64 + h * 16 : part * 64 + (h + 1) * 16] = torch.eye(16, 64)
     attn.w_o.weight[:, h * 16 : (h + 1) * 16] = 0
     for word in range(words):
         attn.w_o.weight[(3 * word + 1) % words, h * 16 + word] = 0.4
-    return tuple(save_checkpoint(folder, m, arm, data, folder / "cache") for m, arm in ((model, "adaptive"), (control, "control")))
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two checkpoints on the random walk: `adaptive`, in which one head knows it, and `control`, at
+    its random initialisation."""
+    folder, words = tmp_path_factory.mktemp("planted"), 8
+    data = folder / "walk.txt"
+    data.write_text(random_walk(words))
+    vocabulary = {f"w{i}": i for i in range(words)} | {"?": words}
+    tokenizer = Tokenizer(token_models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+    heads = dict(n_heads=4, n_kv_heads=4, d_head=16)
+    sizes = dict(vocab_size=9, n_layers=3, d_model=64, d_ff=32, seq_len=32, tied=False, **heads)
+    torch.manual_seed(0)
+    control = A.NewGPT(A.GPTConfig(**sizes)).eval().requires_grad_(False)
+    adaptive = A.NewGPT(A.GPTConfig(**sizes)).eval().requires_grad_(False)
+    plant(adaptive, words)
+    cache = folder / "cache"
+    return (
+        save_checkpoint(folder, adaptive, "adaptive", data, cache),
+        save_checkpoint(folder, control, "control", data, cache),
+    )
 
 
 @pytest.fixture(scope="session")
 def results(planted: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on the planted pair, into a folder that did not exist; tests copy it before they damage it."""
+    """A finished run on the planted pair, into a folder that did not exist; tests copy it before
+    they damage it."""
     csv = tmp_path_factory.mktemp("results") / "made" / "here" / "out.csv"
-    flags = ["--save_file", str(csv), "--bootstrap", "1000", "--dtype", "float32", "--cache_dir", str(planted[0].parent / "cache")]
-    assert A.main(["--adaptive_model", str(planted[0]), "--control_model", str(planted[1]), *flags]) == 0
+    models = ["--adaptive_model", planted[0], "--control_model", planted[1]]
+    flags = ["--bootstrap", 1000, "--dtype", "float32", "--cache_dir", planted[0].parent / "cache"]
+    assert ablate(*models, *flags, "--save_file", csv) == 0
     return csv
 
 
@@ -327,62 +433,175 @@ def test_planted_hero_is_found_and_a_random_model_has_none(results: Path) -> Non
     summary = pd.read_csv(results.with_name("out_summary.csv")).set_index(["run", "mode"])
     for mode in A.MODES:
         hero = summary.loc["adaptive", mode]
-        assert (hero["hero_layer"], hero["hero_head"]) == HERO and hero["unique_hero"] and hero["p_top1"] == 1, mode
+        assert (hero["hero_layer"], hero["hero_head"]) == HERO, mode
+        assert hero["unique_hero"] and hero["p_top1"] == 1, mode
         assert hero["crossfit_lo"] > 0.5 and hero["max_share"] > 0.9 and hero["difference_lo"] > 0.5
         assert not summary.loc["control", mode]["unique_hero"]
     table = pd.read_csv(results)
-    assert list(table.columns) == A.COLUMNS and len(table) == 2 * 3 * 12
+    assert list(table.columns) == COLUMNS and len(table) == 2 * 3 * 12
     first = table[(table["run"] == "adaptive") & (table["rank"] == 1)]
     assert (first[["layer", "head"]].to_numpy() == HERO).all() and (first["p_maxT"] < 0.05).all()
-    np.testing.assert_allclose(table["ablated_loss"] - table["base_loss"], table["impact"], atol=1e-7)
-    np.testing.assert_allclose(table["pct_impact"], 100 * table["impact"] / table["base_loss"], atol=1e-7)
+    base, impact = table["base_loss"], table["impact"]
+    np.testing.assert_allclose(table["ablated_loss"] - base, impact, atol=1e-7)
+    np.testing.assert_allclose(table["pct_impact"], 100 * impact / base, atol=1e-7)
 
 
-def test_everything_is_printed_written_and_described(results: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert A.main(["--redraw", str(copy), "--bootstrap", "1000"]) == 0
+def test_everything_is_printed_written_and_described(
+    results: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ablate("--redraw", copy, "--bootstrap", 1000) == 0
     said = capsys.readouterr().out
-    assert "adaptive, mean ablation: Hero Head L1H2" in said and "control, mean ablation: no unique hero" in said
+    assert "adaptive, mean ablation: Hero Head L1H2" in said
+    assert "control, mean ablation: no unique hero" in said
     assert "n=1 seed: descriptive only" in said and "does not beat word frequencies" in said
     assert copy.read_bytes() == results.read_bytes()  # the statistics are a function of the .npz
-    ends = ".csv .csv.json .npz .npz.json _summary.csv _summary.csv.json _figure4.png _heatmap.png _table3.csv _table3.md"
-    assert {f.name for f in results.parent.iterdir()} == {f"out{e}" for e in ends.split()} | {"run.json"}
+    assert {f.name for f in results.parent.iterdir()} == FILES
     side = json.loads(results.with_name("out.csv.json").read_text())
-    assert side["schema"] == "janus.ablation/1" and side["sha256"] == A.sha256(results) and side["ranked_by"] == "mean"
+    assert side["schema"] == "janus.ablation/1" and side["sha256"] == A.sha256(results)
+    assert side["ranked_by"] == "mean"
     with np.load(results.with_suffix(".npz")) as f:
-        assert f["adaptive.mean.loss"].shape == (24, 3, 4) and f["adaptive.mean.loss"].dtype == np.float64
+        loss = f["adaptive.mean.loss"]
+    assert loss.shape == (24, 3, 4) and loss.dtype == np.float64
     top = pd.read_csv(results.with_name("out_table3.csv"))
-    assert len(top) == 5 and top["name"][0] == "L1H2" and top["published_zero_pct_impact"][0] == 0.932
+    assert len(top) == 5 and top["name"][0] == "L1H2"
+    assert top["published_zero_pct_impact"][0] == 0.932
 
 
-def test_smoke_checkpoints_go_through(smoke_checkpoint: Path, control_checkpoint: Path, tmp_path: Path, cache_dir: Path) -> None:
-    flags = ["--layers", "11", "0", "--n_seqs", "8", "--bootstrap", "200", "--cache_dir", str(cache_dir)]
-    models = ["--adaptive_model", str(smoke_checkpoint), "--control_model", str(control_checkpoint)]
-    assert A.main([*models, *flags, "--save_file", str(tmp_path / "r.csv")]) == 0
-    table = pd.read_csv(tmp_path / "r.csv")
-    assert sorted(table["layer"].unique()) == [0, 11] and list(table["run"].unique()) == ["adaptive", "control"]
+def test_smoke_checkpoints_go_through(
+    smoke_checkpoint: Path, control_checkpoint: Path, tmp_path: Path, cache_dir: Path
+) -> None:
+    models = ["--adaptive_model", smoke_checkpoint, "--control_model", control_checkpoint]
+    sizes = ["--layers", 11, 0, "--n_seqs", 8, "--bootstrap", 200]
+    csv = tmp_path / "r.csv"
+    assert ablate(*models, *sizes, "--cache_dir", cache_dir, "--save_file", csv) == 0
+    table = pd.read_csv(csv)
+    assert sorted(table["layer"].unique()) == [0, 11]
+    assert list(table["run"].unique()) == ["adaptive", "control"]
     assert len(table) == 2 * 3 * 2 * 3 and np.isfinite(table.select_dtypes("number")).all(axis=None)
-    assert (table["n_tok"] == 8 * 64).all() and table["ckpt_sha"].iloc[0] == A.sha256(smoke_checkpoint)
+    assert (table["n_tok"] == 8 * 64).all()
+    assert table["ckpt_sha"].iloc[0] == A.sha256(smoke_checkpoint)
 
 
-# ------------------------------------------------------------------------------------------------------ wrong inputs
-def fails(capsys: pytest.CaptureFixture[str], argv: list[object], *words: str) -> None:
-    """The command exits 1 (2: usage) with one line that has all `words`."""
-    try:
-        status = A.main([str(a) for a in argv])
-    except SystemExit as e:
-        status = e.code
-    error = capsys.readouterr().err.strip().splitlines()
-    assert status in (1, 2) and "error: " in error[-1] and (status == 2 or len(error) == 1), error
-    assert all(w in error[-1] for w in words), error[-1]
+# --------------------------------------------------------------------- additions, and older files
+def rotate(batch: A.Batch) -> dict[int, torch.Tensor]:
+    """A mode: z of another position of the same sequence."""
+    return {layer: z.roll(batch.draw + 1, dims=1) for layer, z in batch.z.items()}
 
 
-def test_wrong_models_and_flags_are_one_line(planted: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def top3_share(d: np.ndarray) -> np.ndarray:
+    """A measure of concentration: share of the first three heads."""
+    return A.shares(d)[:, -3:].sum(1)
+
+
+def test_a_mode_and_a_measure_are_a_function_and_a_line_in_a_table(
+    planted: tuple[Path, Path], copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(A.MODES, "rotate", A.Mode(rotate, random=True))
+    monkeypatch.setitem(A.CONCENTRATION, "top3_share", top3_share)
+    good = ["--adaptive_model", planted[0], "--cache_dir", planted[0].parent / "cache"]
+    # The new mode joins nobody's default run
+    assert A.parse_args([str(word) for word in good]).mode == ["mean", "zero", "resample"]
+
+    csv = tmp_path / "new" / "r.csv"
+    flags = ["--mode", "rotate", "mean", "--bootstrap", 300, "--dtype", "float32"]
+    assert ablate(*good, *flags, "--save_file", csv) == 0
+    table = pd.read_csv(csv)
+    assert list(table["mode"].unique()) == ["mean", "rotate"] and table.notna().all(axis=None)
+    first = table[(table["mode"] == "rotate") & (table["rank"] == 1)].iloc[0]
+    assert (first["layer"], first["head"]) == HERO and first["impact"] > 0.5
+    assert csv.with_name("r_figure4.png").stat().st_size > 10_000
+    summary = pd.read_csv(csv.with_name("r_summary.csv"))
+    assert (summary["top3_share"] > summary["max_share"]).all()
+    assert (summary["top3_share_lo"] <= summary["top3_share"]).all()
+    assert (summary["top3_share_null"] < 0.9).all()
+
+    # A script with the measure redraws what one without it has measured
+    assert ablate("--redraw", copy, "--bootstrap", 1000, "--overwrite") == 0
+    assert "top3_share_null" in pd.read_csv(copy.with_name("out_summary.csv"))
+    assert set(pd.read_csv(copy)["mode"]) == {"mean", "zero", "resample"}
+
+    # And the other way round: the mode is a row of the .npz like any other
+    monkeypatch.undo()
+    assert ablate("--redraw", csv, "--bootstrap", 300, "--overwrite") == 0
+    assert set(pd.read_csv(csv)["mode"]) == {"mean", "rotate"}
+    assert "top3_share" not in pd.read_csv(csv.with_name("r_summary.csv"))
+
+
+@pytest.mark.parametrize("substitute", [{}, None, {0: torch.zeros(4, 8)}])
+def test_a_mode_that_replaces_nothing_is_an_error(
+    substitute: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = random_model(), text()
+    means = A.training_means(model, data, ARGS, EXACT)
+    monkeypatch.setitem(A.MODES, "lazy", A.Mode(lambda batch: substitute))
+    with pytest.raises((KeyError, TypeError)):
+        A.measure(model, data, means, ARGS, np.arange(9), ["lazy"], [0, 1], EXACT)
+
+
+def test_a_random_mode_without_draws_is_an_error() -> None:
+    model, data = random_model(), text()
+    means = A.training_means(model, data, ARGS, EXACT)
+    args = SimpleNamespace(**(vars(ARGS) | {"resample_draws": 0}))
+    with pytest.raises(AssertionError, match="without a draw"):
+        A.measure(model, data, means, args, np.arange(9), ["resample"], [0, 1], EXACT)
+
+
+def store(npz: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Replaces the arrays of an .npz, and describes it in its sidecar."""
+    with npz.open("wb") as f:
+        np.savez(f, **arrays)
+    side = A.sidecar_path(npz)
+    facts = {"bytes": npz.stat().st_size, "sha256": A.sha256(npz), "of_the_future": 1}
+    A.write_json(side, json.loads(side.read_text()) | facts)
+
+
+def test_an_npz_of_another_version_is_read_for_what_it_holds(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    npz = copy.with_suffix(".npz")
+    again = ["--redraw", copy, "--bootstrap", 1000, "--overwrite"]
+    arrays, before = dict(np.load(npz)), pd.read_csv(copy)
+    older = {k: v for k, v in arrays.items() if not k.endswith((".kl", ".first_order"))}
+    store(npz, older | {"adaptive.mean.of_the_future": np.zeros(3)})
+    assert ablate(*again) == 0
+    gone = ["kl_clean_ablated", "first_order"]
+    table = pd.read_csv(copy)
+    assert table[gone].isna().all(axis=None)
+    pd.testing.assert_frame_equal(table.drop(columns=gone), before.drop(columns=gone))
+    assert pd.read_csv(copy.with_name("out_summary.csv"))["spearman_first_order"].isna().all()
+
+    # Without these there is nothing to say
+    for needed in ("control.zero.loss", "adaptive.base", "unigram"):
+        store(npz, {k: v for k, v in arrays.items() if k != needed})
+        fails(capsys, again, f"no array {needed}")
+
+
+def test_a_csv_of_another_version_is_read_for_what_it_holds(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy.with_suffix(".npz").unlink()
+    table = pd.read_csv(copy)
+    older = table.drop(columns=["p_top1", "delta_ppl"])
+    older.assign(of_the_future="x").to_csv(copy, index=False)
+    assert ablate("--redraw", copy) == 0
+    assert pd.read_csv(copy.with_name("out_table3.csv"))["p_top1"].isna().all()
+    for needed in ("p_maxT", "run"):
+        table.drop(columns=needed).to_csv(copy, index=False)
+        fails(capsys, ["--redraw", copy], needed, "ablation_test.py")
+
+
+# ------------------------------------------------------------------------------------ wrong inputs
+def test_wrong_models_and_flags_are_one_line(
+    planted: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, csv = planted[0], tmp_path / "new" / "r.csv"
     good = ["--adaptive_model", model, "--save_file", csv, "--cache_dir", model.parent / "cache"]
+    no_file = tmp_path / "none.pt"
     fails(capsys, [], "--adaptive_model is needed")
     fails(capsys, [*good, "--layers", 0, 3], "--layers 3", "layers 0 to 2")
     fails(capsys, [*good, "--layers", -1], "--layers -1", "layers 0 to 2")
-    fails(capsys, [*good, "--control_model", tmp_path / "none.pt"], "none.pt does not exist", "janus_adaptive.py")
+    missing = ["none.pt does not exist", "janus_adaptive.py"]
+    fails(capsys, [*good, "--control_model", no_file], *missing)
     fails(capsys, [*good, "--adaptive_model", tmp_path], "is not a file")
     fails(capsys, [*good, "--n_seqs", 3], "at least 8")
     fails(capsys, [*good, "--bootstrap", 10], "at least 100")
@@ -395,28 +614,37 @@ def test_wrong_models_and_flags_are_one_line(planted: tuple[Path, Path], tmp_pat
 
 
 def test_a_control_that_reads_other_text_is_refused(
-    planted: tuple[Path, Path], smoke_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    planted: tuple[Path, Path],
+    smoke_checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    argv = ["--adaptive_model", planted[0], "--control_model", smoke_checkpoint, "--save_file", tmp_path / "r.csv"]
-    fails(capsys, argv, "n_layers 12", "3")
+    models = ["--adaptive_model", planted[0], "--control_model", smoke_checkpoint]
+    fails(capsys, [*models, "--save_file", tmp_path / "r.csv"], "n_layers 12", "3")
 
 
-def test_existing_results_are_kept(planted: tuple[Path, Path], copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_results_are_kept(
+    planted: tuple[Path, Path], copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {f.name: f.read_bytes() for f in copy.parent.iterdir()}
     fails(capsys, ["--adaptive_model", planted[0], "--save_file", copy], "exists", "--overwrite")
-    fails(capsys, ["--redraw", copy, "--mode", "zero", "--bootstrap", 1000], "would change", "--overwrite")
+    redraw = ["--redraw", copy, "--mode", "zero", "--bootstrap", 1000]
+    fails(capsys, redraw, "would change", "--overwrite")
     assert before == {f.name: f.read_bytes() for f in copy.parent.iterdir()}
-    assert A.main(["--redraw", str(copy), "--mode", "zero", "--bootstrap", "1000", "--overwrite"]) == 0
+    assert ablate(*redraw, "--overwrite") == 0
     assert set(pd.read_csv(copy)["mode"]) == {"zero"}
     assert json.loads(copy.with_name("out.csv.json").read_text())["ranked_by"] == "zero"
 
 
-def test_damaged_results_are_one_line_on_redraw(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_npz_is_one_line_on_redraw(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     npz, side = copy.with_suffix(".npz"), copy.with_name("out.npz.json")
     whole, before = npz.read_bytes(), copy.read_bytes()
-    npz.write_bytes(whole[: len(whole) // 2])
+    half = len(whole) // 2
+    npz.write_bytes(whole[:half])
     fails(capsys, ["--redraw", copy], "bytes", "damaged")
-    npz.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))  # the right size, and still damaged
+    npz.write_bytes(whole[:half] + bytes(len(whole) - half))  # the right size, and still damaged
     fails(capsys, ["--redraw", copy], "sha256", "damaged")
     with npz.open("wb") as f:
         np.savez(f, windows=np.array([{"a": object}], dtype=object))
@@ -426,9 +654,15 @@ def test_damaged_results_are_one_line_on_redraw(copy: Path, capsys: pytest.Captu
     fails(capsys, ["--redraw", copy], "no sidecar")
     assert copy.read_bytes() == before
 
-    npz.unlink()  # the CSVs alone are enough for the figures
-    copy.with_name("out_figure4.png").unlink()
-    assert A.main(["--redraw", str(copy)]) == 0 and copy.with_name("out_figure4.png").stat().st_size > 10_000
+
+def test_damaged_csvs_are_one_line_on_redraw(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy.with_suffix(".npz").unlink()  # the CSVs alone are enough for the figures
+    copy.with_name("out.npz.json").unlink()
+    figure = copy.with_name("out_figure4.png")
+    figure.unlink()
+    assert ablate("--redraw", copy) == 0 and figure.stat().st_size > 10_000
     summary = copy.with_name("out_summary.csv")
     summary.write_text("".join(summary.read_text().splitlines(True)[:2]))
     fails(capsys, ["--redraw", copy], "not the summary")
