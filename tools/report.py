@@ -114,6 +114,7 @@ class Run:
 
 # ------------------------------------------------------------------ the sections, from the CSVs
 def training(run: Run) -> list[Exhibit]:
+    """How the loop held its setpoint; both arms in one figure."""
     held = tracking(run.telemetry["adaptive"], run.target)
     # Only what the closed loop answers for: from the first sample near the setpoint on.
     if held["n"]:
@@ -134,7 +135,7 @@ def training(run: Run) -> list[Exhibit]:
         ends.append(f"{arm} sigma {sigma:.4f}, loss {loss:.4f}")
     telemetry = " ".join(f"{run.path}/{arm}/telemetry.csv" for arm in run.telemetry)
     redraw = f"python janus_adaptive.py --redraw {telemetry}"
-    seed = run.record("adaptive")["arguments"]["seed"]
+    seed = run.record("adaptive")["arguments"]["seed"]  # the same in both arms
     exhibit = Exhibit(
         title="The control loop",
         image="training.png",
@@ -154,7 +155,7 @@ def topology(run: Run) -> list[Exhibit]:
     # Of the residual writes: unlike z, they do not depend on the basis of a head's values.
     sigma = pd.concat(tables).query("metric == 'sigma_resid'")
     parts = []
-    for arm, layers in sigma.groupby("run"):
+    for arm, layers in sigma.groupby("run"):  # a row a layer
         span = f"layers {layers.value.min():.4f} to {layers.value.max():.4f}"
         null = f"bases turned at random: {layers.null_mean.mean():.4f}"
         parts.append(f"{arm}: {layers.value.mean():.4f} ({span}; {null})")
@@ -176,7 +177,7 @@ def topology(run: Run) -> list[Exhibit]:
 
 
 def saes(run: Run) -> list[Exhibit]:
-    table = run.table("saes/sae_metrics.csv")
+    table = run.table("saes/sae_metrics.csv")  # a row an SAE: arm and layer
     unexplained = []
     dead = []
     for arm, layers in table.groupby("run"):
@@ -214,6 +215,7 @@ def ablation(run: Run) -> list[Exhibit]:
     summary = summary[summary["mode"] == summary["ranked_by"]]
     parts = []
     for arm in summary.itertuples():
+        # crossfit: chosen on one half of the sequences, measured on the other
         who = "the unique hero is" if arm.unique_hero else "no unique hero, first is"
         head = f"L{arm.hero_layer:.0f}H{arm.hero_head:.0f}"
         impact = f"{arm.crossfit:+.4f} nats [{arm.crossfit_lo:+.4f}, {arm.crossfit_hi:+.4f}]"
@@ -236,6 +238,7 @@ def ablation(run: Run) -> list[Exhibit]:
 def scores_outside_null(run: Run) -> str:
     """The hero's three scores that are furthest from their null, of those told from it."""
     scores = run.table("hero_analysis/hero_scores.csv").query("role == 'hero'")
+    # Told from the null: it lies outside the interval of the score.
     outside = scores[(scores.null < scores.ci_low) | (scores.null > scores.ci_high)]
     gap = (outside.value - outside.null).abs()
     furthest = outside.assign(gap=gap).sort_values("gap").tail(3)[::-1]
@@ -259,9 +262,10 @@ def hero(run: Run) -> list[Exhibit]:
     folder = "hero_analysis"
     head = run.record(folder).get("hero") or {}
     name = f"L{head.get('layer')}H{head.get('head')} of {head.get('run')}"
+    # A row a mechanism: the share of the hero's impact that is kept when only it may vary.
     preserving = run.table(f"{folder}/hero_preserving.csv").query("role == 'hero'")
     best = preserving[preserving.kind == "claimed"].sort_values("value").iloc[-1]
-    impact = run.table(f"{folder}/hero_impact.csv").iloc[0]
+    impact = run.table(f"{folder}/hero_impact.csv").iloc[0]  # the hero; then its controls
     cost = f"{impact.value:.4f} nats a token [{impact.ci_low:.4f}, {impact.ci_high:.4f}]"
     attention = f"Attention of {name} on the text of the command"
     n = f"{best.n:.0f} sequences"
@@ -311,9 +315,9 @@ def hero(run: Run) -> list[Exhibit]:
 
 def efas(run: Run) -> list[Exhibit]:
     folder = "energy_lens"
-    layers = run.table(f"{folder}/layers.csv")
+    layers = run.table(f"{folder}/layers.csv")  # a row a descent step
     preset = run.record(folder)["arguments"]["preset"]
-    untrained = run.table(f"{folder}/untrained.csv").iloc[0]
+    untrained = run.table(f"{folder}/untrained.csv").iloc[0]  # the same model before training
     sequences = f"{int(layers.n_seq.iloc[0])} held-out sequences, one a document"
     n = f"{sequences}; preset {preset}, one seed"
     save = f"--save_dir {run.path}/{folder} --overwrite"
@@ -336,6 +340,7 @@ def efas(run: Run) -> list[Exhibit]:
         ),
         command=command,
     )
+    # A row a predictor, dose (eps) and scale: Spearman with what the intervention did.
     predictors = run.table(f"{folder}/predictors.csv")
     small = predictors[
         (predictors.scale == "signed") & predictors.predictor.isin(["attribution", "efas_a"])
@@ -421,9 +426,9 @@ def judge_writes(run: Run) -> list[Verdict]:
 def judge_saes(run: Run) -> list[Verdict]:
     """By a t interval of the difference between the arms; the layers are the units."""
     table = run.table("saes/sae_metrics.csv")
-    fvu = table.pivot_table(index="layer", columns="run", values="fvu")
+    fvu = table.pivot_table(index="layer", columns="run", values="fvu")  # [layers, arms]
     difference = fvu["adaptive"] - fvu["control"]
-    mean = difference.mean()
+    mean = difference.mean()  # below 0: fewer of the adaptive model's activations unexplained
     half = stats.t.ppf(0.975, len(difference) - 1) * difference.sem()
     claim = "Decorrelated heads are easier for sparse autoencoders"
     interval = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
@@ -448,7 +453,7 @@ def judge_heroes(run: Run) -> list[Verdict]:
 
 
 def judge_alignment(run: Run) -> list[Verdict]:
-    layers = run.table("energy_lens/layers.csv")
+    layers = run.table("energy_lens/layers.csv")  # a row a descent step
     preset = run.record("energy_lens")["arguments"]["preset"]
     n_aligned = int(layers.aligned.sum())
     n_eligible = int(layers.eligible.sum())
@@ -502,8 +507,8 @@ class Picture:
 class Download:
     """A CSV that a click saves without a network; without an address it is too large for that."""
 
-    name: str
-    size: str
+    name: str  # of the saved file; of the CSV where it is not in the page
+    size: str  # with its unit
     address: str = ""
 
 
@@ -540,8 +545,8 @@ class GridTable:
 class Grid:
     """Impact of every head: a table an arm and mode, of which the page shows one mode."""
 
-    id: str
-    modes: list[str]
+    id: str  # in the page
+    modes: list[str]  # a button each
     tables: list[GridTable]
 
 
@@ -549,12 +554,12 @@ class Grid:
 class SectionOfRun:
     """What a section shows of one run. `missing` says what is not there; then nothing else is."""
 
-    run: str
+    run: str  # its name
     cards: list[Card] = field(default_factory=list)
-    grid: Grid | None = None
-    tokens: pd.DataFrame | None = None
+    grid: Grid | None = None  # of the ablation section
+    tokens: pd.DataFrame | None = None  # of the hero section
     missing: str = ""
-    remedy: str = ""
+    remedy: str = ""  # the command that makes it
 
 
 @dataclass
@@ -563,8 +568,8 @@ class PageRun:
 
     path: Path
     verdicts: list[Verdict]
-    setting: str
-    commands: pd.DataFrame
+    setting: str  # data, seed, machine, versions
+    commands: pd.DataFrame  # a row a part of the pipeline
 
 
 def data_address(kind: str, content: bytes) -> str:
@@ -586,7 +591,7 @@ def read_download(path: Path) -> Download:
     kind = "text/csv"
     if len(content) > COMPRESS_BYTES:
         content = gzip.compress(content, mtime=0)
-        name = f"{path.name}.gz"
+        name = f"{path.name}.gz"  # the reader's browser saves it as it is
         kind = "application/gzip"
     if len(content) > EMBED_BYTES:
         return Download(str(path), f"{path.stat().st_size / 1e6:.1f} MB")
@@ -597,7 +602,7 @@ def grid_table(run: Run, mode: str, arm: str, heads: pd.DataFrame, largest: floa
     """`heads`: the rows of results_ablation.csv for one arm and mode; `largest`: impact, nats."""
     layers = {}
     for layer, of_layer in heads.groupby("layer"):
-        cells = []
+        cells = []  # a head each
         for row in of_layer.sort_values("head").to_dict("records"):
             impact = f"{row['delta']:+.4f} nats [{row['ci_lo']:+.4f}, {row['ci_hi']:+.4f}]"
             head = f"{run.name}, {arm}, {mode}: L{layer}H{row['head']}"
@@ -618,7 +623,7 @@ def grid_table(run: Run, mode: str, arm: str, heads: pd.DataFrame, largest: floa
 
 def impact_grid(run: Run, number: int) -> Grid:
     """`number` of the run in the page."""
-    impacts = run.table("results_ablation.csv")
+    impacts = run.table("results_ablation.csv")  # a row an arm, mode and head
     modes = [mode for mode in MODES if (impacts["mode"] == mode).any()]
     tables = []
     for mode in modes:
@@ -631,7 +636,7 @@ def impact_grid(run: Run, number: int) -> Grid:
 
 def hero_tokens(run: Run) -> pd.DataFrame:
     """The ten tokens whose loss needs the hero most."""
-    table = run.table("hero_analysis/hero_tokens.csv").head(10)
+    table = run.table("hero_analysis/hero_tokens.csv").head(10)  # the largest delta_nats first
     return table[["delta_nats", "context", "next", "attends_to"]]
 
 
@@ -704,7 +709,7 @@ def headline_table(runs: list[Run]) -> pd.DataFrame:
     for run in runs:
         try:
             columns[run.name] = run.table("headlines.csv").set_index("what")["number"]
-        except OSError:
+        except OSError:  # the last step of `make demo`, which a smaller run leaves out
             command = f"python tools/headlines.py {run.path}"
             columns[run.name] = pd.Series({"headlines": f"not computed; {command}"})
     return pd.DataFrame(columns).fillna("").rename_axis("what").reset_index()
