@@ -111,12 +111,13 @@ def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
 
     # 6. Its SAE features: those that write most are described.
     mechanisms = list(MECHANISMS)
-    if inputs.sae is not None:
-        facts = feature_facts(hero, inputs.sae.sae, hero_ablation)
-        ranked = rank_features(hero, inputs.sae.sae, facts)
+    if inputs.harvested_sae is not None:
+        sae = inputs.harvested_sae.sae
+        facts = feature_facts(hero, sae, hero_ablation)
+        ranked = rank_features(hero, sae, facts)
         described = ranked[: args.n_features]
         features = describe_features(
-            hero, inputs.sae, inputs.harvested, hero_ablation, facts, described
+            hero, inputs.harvested_sae, inputs.harvested, hero_ablation, facts, described
         )
         tables["features"] = features.rows
         tables["contexts"] = features.contexts
@@ -211,10 +212,10 @@ def read_batches(
     """Token ids [n, T] through the model up to the last of `layers`, some windows at a time."""
     cfg = model.cfg
     numbers_a_token = max(cfg.vocab_size, cfg.n_layers * cfg.n_heads * cfg.seq_len)
-    size = max(1, BATCH_NUMBERS // (cfg.seq_len * numbers_a_token))
-    starts = range(0, len(idx), size)
+    batch_size = max(1, BATCH_NUMBERS // (cfg.seq_len * numbers_a_token))
+    starts = range(0, len(idx), batch_size)
     for start in tqdm(starts, desc="/".join(sites), unit="batch", leave=False, disable=None):
-        windows = slice(start, start + size)
+        windows = slice(start, start + batch_size)
         tap: dict[str, Any] = {}
         for site in sites:
             tap.update({f"{site}.{layer}": None for layer in layers})
@@ -288,15 +289,15 @@ class Head:
             w_o=w_o[:, self.head],
         )
 
-    def inputs(self, ids: Tensor) -> Tensor:
+    def token_inputs(self, ids: Tensor) -> Tensor:
         """What the head reads from bare tokens [n] -> [n, D] of unit rms: the embedding in layer 0,
         else the effective embedding, the residual stream after block 0 of the token alone."""
         n_blocks = min(self.layer, 1)
-        inputs = []
+        batches = []
         for some in ids.split(4096):
             embedded = self.model.embed(some[:, None])  # [n, 1, D]
-            inputs.append(self.model.run_blocks(embedded, 0, n_blocks)[:, 0])
-        x = torch.cat(inputs)  # [n, D]
+            batches.append(self.model.run_blocks(embedded, 0, n_blocks)[:, 0])
+        x = torch.cat(batches)  # [n, D]
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.model.cfg.norm_eps)
 
     def look(self, text: Text) -> Seen:
@@ -320,10 +321,10 @@ class Head:
     def loss(self, seen: Seen, new_z: Tensor) -> Tensor:
         """Cross-entropy [n, T-1] of each next token, in nats, when the head's z is `new_z`
         [n, T, K]. Attention of its layer does not change, so only what follows it is run."""
-        size = max(1, BATCH_NUMBERS // (new_z.shape[1] * self.model.cfg.vocab_size))
+        batch_size = max(1, BATCH_NUMBERS // (new_z.shape[1] * self.model.cfg.vocab_size))
         losses = []
-        for start in range(0, len(new_z), size):
-            windows = slice(start, start + size)
+        for start in range(0, len(new_z), batch_size):
+            windows = slice(start, start + batch_size)
             idx = seen.text.idx[windows]
             z = seen.z[windows].clone()  # [B, T, H, K]
             z[:, :, self.head] = new_z[windows]
@@ -758,7 +759,7 @@ def ov_circuit(head: Head, rms: float) -> OVCircuit:
     weights = head.weights()
     logits = unembedding(head.model) @ weights.w_o / rms  # [V, K]
     vocabulary = torch.arange(len(logits), device=logits.device)
-    return OVCircuit(head.inputs(vocabulary) @ weights.w_v.T, logits)
+    return OVCircuit(head.token_inputs(vocabulary) @ weights.w_v.T, logits)
 
 
 def written_tokens(head: Head, circuit: OVCircuit, sources: Tensor, say: Say) -> Rows:
@@ -820,7 +821,7 @@ def decode_qk(head: Head, ids: Tensor, say: Say) -> tuple[Rows, Rows]:
     band in the variance of the scores (covariance with their sum: the shares add up to 1). The
     mean over keys, which softmax ignores, is taken out of each query."""
     cfg = head.model.cfg
-    x = head.inputs(ids)  # [n, D]
+    x = head.token_inputs(ids)  # [n, D]
     pairs = []
     bands = []
     for offset in OFFSETS:
@@ -1068,22 +1069,25 @@ class Peaks:
     position: Tensor  # [windows, features] its position in the window
 
 
-def find_peaks(hero: Head, source: HarvestedSAE, harvested: Text, features: list[int]) -> Peaks:
+def find_peaks(
+    hero: Head, harvested_sae: HarvestedSAE, harvested: Text, features: list[int]
+) -> Peaks:
     """Peaks of some features in all harvested windows. Raises HandoffError where the dump is not
     finite."""
+    sae = harvested_sae.sae
+    like = sae.weights["W_dec"]  # device and type
     n_tokens = harvested.idx.numel()
-    window = harvested.idx.shape[1]
-    like = source.sae.weights["W_dec"]  # device and type
+    seq_len = harvested.idx.shape[1]
     # Whole windows at a time: encoding needs F numbers a token.
-    step = window * max(1, 2**24 // (window * source.sae.n_features))
+    step = seq_len * max(1, 2**24 // (seq_len * sae.n_features))
     starts = range(0, n_tokens, step)
     activations = []
     positions = []
     for start in tqdm(starts, desc="harvested tokens", unit="batch", disable=None):
-        some = source.dump[start : min(start + step, n_tokens)].astype(np.float32)
+        some = harvested_sae.dump[start : min(start + step, n_tokens)].astype(np.float32)
         z = torch.from_numpy(some).to(like).unflatten(1, (hero.model.cfg.n_heads, -1))
-        active = encode(source.sae, z, features)  # [tokens, features]
-        largest = active.unflatten(0, (-1, window)).max(1)  # [windows, features]
+        active = encode(sae, z, features)  # [tokens, features]
+        largest = active.unflatten(0, (-1, seq_len)).max(1)  # [windows, features]
         activations.append(largest.values)
         positions.append(largest.indices)
     peaks = Peaks(torch.cat(activations), torch.cat(positions))
@@ -1145,7 +1149,7 @@ class DescribedFeatures:
 
 def describe_features(
     hero: Head,
-    source: HarvestedSAE,
+    harvested_sae: HarvestedSAE,
     harvested: Text,
     ablation: Ablation,
     facts: FeatureFacts,
@@ -1153,13 +1157,14 @@ def describe_features(
 ) -> DescribedFeatures:
     """What each of the `described` features writes, where it is active, and what the loss loses
     without it; each beside a twin, another head's feature of about the same firing frequency."""
-    sae = source.sae
+    sae = harvested_sae.sae
     seen = ablation.seen
     hero_decoder = sae.decoder(hero.model.cfg.n_heads)[:, hero.head]  # [F, K]
     own = features_of_hero(hero, sae, facts, described)  # [F], for the mechanisms
     twins = match_by_frequency(facts, own.index_fill(0, described, True))
     chosen = with_twins(described, twins)
-    peaks = find_peaks(hero, source, harvested, [feature.number for feature in chosen])
+    numbers = [feature.number for feature in chosen]
+    peaks = find_peaks(hero, harvested_sae, harvested, numbers)
     w_u_o = unembedding(hero.model) @ hero.weights().w_o  # [V, K]
     rows = []
     contexts = []
@@ -1312,9 +1317,9 @@ def run(args: argparse.Namespace) -> int:
     inputs = read_inputs(args, device)
     args = with_sizes(args, inputs)
     hero = inputs.hero
-    size = f"{args.n_seqs} + {args.n_seqs} windows of {inputs.harvested.idx.shape[1]} tokens"
+    texts = f"{args.n_seqs} + {args.n_seqs} windows of {inputs.harvested.idx.shape[1]} tokens"
     cost = f"about {50 + 3 * args.n_features} passes"
-    print(f"hero: {hero.run} L{hero.layer}H{hero.head}; {size}, {cost}", flush=True)
+    print(f"hero: {hero.run} L{hero.layer}H{hero.head}; {texts}, {cost}", flush=True)
     with run_record(args.save_dir, args) as record:
         record["hero"] = hero.row()
         study = study_hero(args, inputs)
@@ -1361,8 +1366,8 @@ def write_results(
             temporary.write_text(content, encoding="utf-8")
     draw_figures(args.save_dir)
     names = [*files, *(f"hero_{figure}.png" for figure in FIGURES)]
-    if args.features and inputs.sae is not None:
-        draw_features(args, inputs.ckpt["path"], inputs.sae.sae)
+    if args.features and inputs.harvested_sae is not None:
+        draw_features(args, inputs.ckpt["path"], inputs.harvested_sae.sae)
         names.append("hero_features.html")
     facts = inputs.hero.row(checkpoint_sha256=inputs.ckpt["sha256"], seed=args.seed)
     for name in names:
@@ -1382,7 +1387,7 @@ class Inputs:
     other_hero: Head | None  # the hero of another run in the CSV; None where there is none
     shown: Text  # one window, the text of --text: its attention is drawn, nothing is measured
     harvested: Text  # all harvested windows: everything is measured on some of them
-    sae: HarvestedSAE | None  # the SAE of the hero; None where there is none
+    harvested_sae: HarvestedSAE | None  # the SAE of the hero; None where there is none
     no_sae: str  # then the line that says how to make one, else empty
 
 
@@ -1411,9 +1416,9 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
     token_dump = args.activations_dir / run_name / "tokens.npy"
     tokens = open_dump(token_dump, "janus.tokens/1", ckpt, harvest)  # [N]
     windows = whole_windows(tokens, hero.model.cfg, shown, harvest)
-    sae = open_hero_sae(args, hero, ckpt, harvest, len(tokens))
+    harvested_sae = open_hero_sae(args, hero, ckpt, harvest, len(tokens))
     no_sae = ""
-    if sae is None:
+    if harvested_sae is None:
         train = train_command(args, hero)
         no_sae = f"There is no SAE of layer {hero.layer}; make it with `{harvest}` and `{train}`."
         if args.features:
@@ -1427,7 +1432,7 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
         other_hero=None if other is None else other.hero,
         shown=Text(torch.tensor([shown], device=device), say),
         harvested=Text(windows.to(device), say),
-        sae=sae,
+        harvested_sae=harvested_sae,
         no_sae=no_sae,
     )
 
@@ -1477,15 +1482,15 @@ def open_run(
         fact = f"{path} has sha256 {found_sha[:12]}, {args.ablation_csv} says {expected_sha[:12]}"
         raise HandoffError(f"{fact}; run ablation_test.py on it again")
     layer = int(top["layer"])
-    head = int(top["head"])
+    h = int(top["head"])
     if role == "hero" and args.force_layer is not None:
         layer = args.force_layer
-        head = args.force_head
+        h = args.force_head
     need_in_range("layer", layer, model.cfg.n_layers, path)
-    need_in_range("head", head, model.cfg.n_heads, path)
+    need_in_range("head", h, model.cfg.n_heads, path)
     ckpt["path"] = path
     ckpt["sha256"] = found_sha
-    return OpenedRun(Head(role, run_name, layer, head, model.requires_grad_(False)), ckpt, top)
+    return OpenedRun(Head(role, run_name, layer, h, model.requires_grad_(False)), ckpt, top)
 
 
 def need_in_range(name: str, number: int, count: int, path: Path) -> None:
@@ -1630,9 +1635,9 @@ def open_hero_sae(
 def draw_features(args: argparse.Namespace, checkpoint: Path, sae: SAE) -> None:
     """hero_features.html: tools/feature_dashboard.py on the hero's SAE. Raises HandoffError with
     that tool's error."""
-    inputs = ["--activations_dir", args.activations_dir, "--model_path", checkpoint]
+    places = ["--activations_dir", args.activations_dir, "--model_path", checkpoint]
     page = args.save_dir / "hero_features.html"
-    run_tool("feature_dashboard", sae.folder, "--features", *args.features, *inputs, "--out", page)
+    run_tool("feature_dashboard", sae.folder, "--features", *args.features, *places, "--out", page)
 
 
 # ------------------------------------------------------------------------------- tables and figures
@@ -1697,7 +1702,7 @@ def opening(
         verdict = "the unique hero"
     else:
         verdict = "no unique hero: this is the top-ranked head"
-    rank = f"L{top['layer']}H{top['head']} is top-1 in {top['p_top1']:.1%} of bootstrap draws"
+    standing = f"L{top['layer']}H{top['head']} is top-1 in {top['p_top1']:.1%} of bootstrap draws"
 
     matched = ""
     if study.match is not None and inputs.other_hero is not None:
@@ -1711,20 +1716,21 @@ def opening(
     if impact["ci_low"] > 0:
         claimed = tables["preserving"].query("kind == 'claimed'")
         best = claimed.sort_values("value").iloc[-1]
-        kept = f"{best['value']:.0%} [{best['ci_low']:.0%}, {best['ci_high']:.0%}]"
-        share = f"{best['mechanism']} alone keeps {kept} of it"
+        best_share = f"{best['value']:.0%} [{best['ci_low']:.0%}, {best['ci_high']:.0%}]"
+        explanation = f"{best['mechanism']} alone keeps {best_share} of it"
     else:
-        share = "not told from 0 here, so shares of it mean nothing: more --n_seqs"
+        explanation = "not told from 0 here, so shares of it mean nothing: more --n_seqs"
 
     n = args.n_seqs
     n_tokens = inputs.harvested.idx.shape[1]
     return (
         f"L{hero.layer}H{hero.head} of {inputs.ckpt['path']} (run {hero.run}): {verdict} "
-        f"({rank}, p {top['p_maxT']:.4f}).{matched} Impact {impact['value']:.5f} nats a token "
-        f"[{impact['ci_low']:.5f}, {impact['ci_high']:.5f}]; {share}. {n} windows of {n_tokens} "
-        f"harvested tokens, means from {n} others; intervals: 95 % bootstrap over windows, "
-        f"Bonferroni within a table. Direct attribution adds up to the logits within "
-        f"{study.gap:.1e}. One training run a model: descriptive only."
+        f"({standing}, p {top['p_maxT']:.4f}).{matched} Impact {impact['value']:.5f} nats a token "
+        f"[{impact['ci_low']:.5f}, {impact['ci_high']:.5f}]; {explanation}. "
+        f"{n} windows of {n_tokens} harvested tokens, means from {n} others; "
+        f"intervals: 95 % bootstrap over windows, Bonferroni within a table. "
+        f"Direct attribution adds up to the logits within {study.gap:.1e}. "
+        f"One training run a model: descriptive only."
     )
 
 
@@ -1773,10 +1779,10 @@ def base64_float16(numbers: Tensor) -> str:
 
 @contextlib.contextmanager
 def redrawn(
-    folder: Path, name: str, size: tuple[float, float], panels: str | None = None
+    folder: Path, name: str, inches: tuple[float, float], panels: str | None = None
 ) -> Iterator[tuple[pd.DataFrame, Any]]:
-    """hero_<name>.png from hero_<name>.csv: yields the table and its axes, one of `size` inches a
-    value of the column `panels`."""
+    """hero_<name>.png from hero_<name>.csv: yields the table and its axes, one (of so many inches)
+    a value of the column `panels`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -1785,9 +1791,9 @@ def redrawn(
     try:
         table = pd.read_csv(folder / f"hero_{name}.csv", keep_default_na=False, na_values=[""])
         n_panels = table[panels].nunique() if panels else 1
-        width = n_panels * size[0]
+        width = n_panels * inches[0]
         fig, axes = plt.subplots(
-            1, n_panels, figsize=(width, size[1]), layout="constrained", squeeze=False
+            1, n_panels, figsize=(width, inches[1]), layout="constrained", squeeze=False
         )
         yield table, axes[0]
     except (OSError, ValueError, KeyError) as e:
@@ -1852,12 +1858,12 @@ def draw_scores(folder: Path) -> None:
 
     with redrawn(folder, "scores", (9, 6)) as (table, (ax,)):
         hero = table[table["role"] == "hero"]
-        rest = table[table["role"] != "hero"]
+        others = table[table["role"] != "hero"]
         random_heads = f"{N_RANDOM} random heads that write as much"
-        roles = rest["role"].str.replace(r"random \d+", random_heads, regex=True)
+        roles = others["role"].str.replace(r"random \d+", random_heads, regex=True)
         np.random.seed(0)  # noqa: NPY002 -- seaborn's jitter, so that --redraw draws the same
         sns.stripplot(
-            rest.assign(role=roles),
+            others.assign(role=roles),
             x="value",
             y="score",
             hue="role",
@@ -1885,8 +1891,8 @@ def draw_scores(folder: Path) -> None:
             zorder=6,
         )
         ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        unit = "attention mass, share of the largest entropy or distance, or eigenvalue ratio"
-        ax.set(xlabel=unit, ylabel="")
+        label = "attention mass, share of the largest entropy or distance, or eigenvalue ratio"
+        ax.set(xlabel=label, ylabel="")
 
 
 def draw_preserving(folder: Path) -> None:
@@ -1912,14 +1918,14 @@ def draw_preserving(folder: Path) -> None:
             xlim=(-60, 160),
             ylim=(len(names) - 0.5, -0.5),
         )
-        unit = "share of the head's loss impact kept (%)"
-        ax.set_xlabel(f"{unit}, simultaneous 95 % intervals, cut at the frame")
+        label = "share of the head's loss impact kept (%)"
+        ax.set_xlabel(f"{label}, simultaneous 95 % intervals, cut at the frame")
         impact = table.loc[0]
-        size = f"[{impact['impact_low']:.5f}, {impact['impact_high']:.5f}]"
+        ends = f"[{impact['impact_low']:.5f}, {impact['impact_high']:.5f}]"
         vague = (
             "" if impact["impact_low"] > 0 else ": not told from 0, so these shares mean nothing"
         )
-        ax.set_title(f"impact {impact['impact']:.5f} nats a token {size}{vague}", fontsize=10)
+        ax.set_title(f"impact {impact['impact']:.5f} nats a token {ends}{vague}", fontsize=10)
         ax.legend()
 
 

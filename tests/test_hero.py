@@ -76,7 +76,7 @@ def test_query_key_scores_are_the_models_own_in_layer_0():
     model(idx, tap=tap)
     for h in range(model.cfg.n_heads):
         at = some_head(model, 0, h)
-        x, t = at.inputs(idx[0]), 17
+        x, t = at.token_inputs(idx[0]), 17
         logits = torch.stack(
             [hero.qk_by_band(at, x[t : t + 1], x[s : s + 1], t - s).sum() for s in range(t + 1)]
         )
@@ -91,7 +91,7 @@ def test_band_shares_add_up_to_one_and_pairs_are_the_largest_scores():
     pairs, bands = (pd.DataFrame(x) for x in hero.decode_qk(at, ids, str))
     assert set(bands["offset"]) == {1, 2, 8}  # 64 is beyond the context of 20
     np.testing.assert_allclose(bands.groupby("offset")["share"].sum(), 1, atol=1e-5)
-    x = at.inputs(ids)
+    x = at.token_inputs(ids)
     score = hero.qk_by_band(at, x, x, 2).sum(-1)
     score = score - score.mean(1, keepdim=True)
     top = pairs[pairs["offset"] == 2].iloc[0]
@@ -108,7 +108,7 @@ def test_output_value_circuit_is_what_attention_writes(layer):
     tap = {f"attn_out.{layer}": None}
     model(ids[:, None], tap=tap)
     heads = [some_head(model, layer, h) for h in range(model.cfg.n_heads)]
-    written = sum(at.inputs(ids) @ at.weights().w_v.T @ at.weights().w_o.T for at in heads)
+    written = sum(at.token_inputs(ids) @ at.weights().w_v.T @ at.weights().w_o.T for at in heads)
     torch.testing.assert_close(written, tap[f"attn_out.{layer}"][:, 0], atol=1e-4, rtol=1e-4)
 
 
@@ -126,7 +126,7 @@ def test_copying_score_and_written_tokens():
             hero.copying_score(at, circuit),
         )
         assert sign * score["value"] > 0.99 and score["null_max"] < 0.8
-        effect = at.inputs(torch.arange(10)) @ w_v.T @ w_o.T @ hero.unembedding(model).T
+        effect = at.token_inputs(torch.arange(10)) @ w_v.T @ w_o.T @ hero.unembedding(model).T
         assert [int(r["raises"].split()[0]) for r in rows] == effect.argmax(1).tolist()
         assert [int(r["lowers"].split()[0]) for r in rows] == effect.argmin(1).tolist()
 
