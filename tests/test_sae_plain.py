@@ -184,7 +184,7 @@ def test_an_edit_of_the_forward_alone_is_found(dumps, tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(ts.ARCHITECTURES["relu"], "forward", squared)
     assert run(dumps, tmp_path, "--arch", "relu") == 1
-    assert "off that of its forward; change both, or train with --plain" in capsys.readouterr().err
+    assert "than its forward; change both alike, or train with --plain" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.safetensors"))
     assert run(dumps, tmp_path, "--arch", "relu", "--plain") == 0
 
