@@ -51,7 +51,7 @@ FULL = dict(  # half a minute a command on one thread, of which start is a sixth
     steps=30,
     tokens=200_000,
     sae_batch=2048,
-    sae_steps=60,
+    sae_steps=150,
     n_seqs=24,
 )
 QUICK = dict(
