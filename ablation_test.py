@@ -1426,7 +1426,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     mode += f"{' '.join(DEFAULT_MODES)}; with --redraw: all that the .npz holds"
     n_seqs = "validation sequences, evenly spaced; 0: the whole split"
     n_mean = "training sequences behind the means"
-    draws = "draws of a random mode: other sequences for each sequence, of the same split"
+    draws = "draws of a random mode (resample: other sequences of the same split)"
     block = "consecutive sequences that make one unit of replication"
     group.add_argument("--preset", choices=presets, default="auto", help=preset)
     group.add_argument("--layers", type=int, nargs="+", help=layers)
