@@ -110,6 +110,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 # -------------------------------------------------------------------------------- method: edit here
+# What is varied most is a table: OPTIMISERS (of the SAE), CLASSES (concepts), PREDICTORS (of what
+# an ablation does), INTERVENTIONS (clamps). An entry more appears in the CSVs, report and figures.
+#
 # ---- the energy and its model ----
 class EnergyTransformer(nn.Module):
     """An Energy Transformer (Hoover et al. 2023, arXiv 2302.07253) as a full hierarchical
@@ -1941,7 +1944,8 @@ def documents(corpus: str, cache_dir: str | Path) -> dict[str, str]:
         return sections
     if corpus != "builtin":
         try:
-            return dict(enumerate(Path(corpus).read_text(encoding="utf-8").split("\n\n")))  # type: ignore[arg-type]
+            paragraphs = Path(corpus).read_text(encoding="utf-8").split("\n\n")
+            return {str(i): paragraph for i, paragraph in enumerate(paragraphs)}
         except (OSError, UnicodeDecodeError) as e:
             expected = "expected builtin, topics or a UTF-8 text file"
             raise HandoffError(f"--corpus {corpus} cannot be read ({e}); {expected}") from None
@@ -2022,8 +2026,8 @@ def build_corpus(
 
     Raises HandoffError if fewer than `sequences` held-out documents are long enough.
     """
-    texts = {str(name): text for name, text in texts.items()}
-    texts |= templated_documents(max(200, len(texts) // 3), np.random.default_rng(seed))
+    made = templated_documents(max(200, len(texts) // 3), np.random.default_rng(seed))
+    texts = texts | made
     words = {name: TOKEN.findall(text.lower()) for name, text in texts.items()}
     held_out = {name for name in words if is_held_out(name)}
     counts: Counter[str] = Counter()
@@ -2536,10 +2540,11 @@ def draw_predicted(
         for ax, (name, predictor) in zip(axes, drawn.items(), strict=True):
             own = scores[(scores.predictor == name) & (scores.scale == predictor.scales()[0])]
             rho = own.set_index("eps").spearman
+            what = "Spearman" if predictor.signed else "Spearman of sizes"
             doses = points.groupby("eps")
             for (eps, rows), colour, marker in zip(doses, COLOURS, "os^", strict=False):
                 look = {"color": colour, "marker": marker, "s": 10, "alpha": 0.7}
-                label = f"eps {eps:g}: Spearman {rho[eps]:.2f}"
+                label = f"eps {eps:g}: {what} {rho[eps]:.2f}"
                 ax.scatter(rows[name], rows.energy_change, label=label, **look)
             ax.set_yscale("symlog", linthresh=1e-2)
             if predictor.in_energy:  # both axes in the same unit: an exact prediction is diagonal
