@@ -92,39 +92,34 @@ def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
     # 4. What the loss loses without each head, and what its weights write and look for.
     for name in ("impact", "ov", "qk_pairs", "qk_bands"):
         tables[name] = []
+    ablation = ablate(hero, analysed, held_out)
     common = commonest_tokens(hero.model, inputs.harvested)
-    hero_ablation = ablate(hero, analysed, held_out)
-    for head in heads:
-        ablation = hero_ablation if head.role == "hero" else ablate(head, analysed, held_out)
-        tables["impact"].append(impact_row(head, ablation, attribution, n_heads=len(heads)))
-        circuit = ov_circuit(head, attribution.rms.mean().item())
-        sources = attended_most(head, ablation.seen)
-        tables["ov"] += written_tokens(head, circuit, sources, analysed.say)
-        tables["scores"].append(copying_score(head, circuit))
-        pairs, bands = decode_qk(head, common, analysed.say)
-        tables["qk_pairs"] += pairs
-        tables["qk_bands"] += bands
+    add_head_rows(tables, hero, ablation, attribution, common, len(heads))
+    for control in controls.heads:  # its ablation is large, and only kept for the call
+        add_head_rows(
+            tables, control, ablate(control, analysed, held_out), attribution, common, len(heads)
+        )
 
     # 5. Where in the text the hero matters.
     first_window = len(inputs.harvested) - n
-    tables["tokens"] = tokens_that_need(hero, hero_ablation, attribution, first_window)
+    tables["tokens"] = tokens_that_need(hero, ablation, attribution, first_window)
 
     # 6. Its SAE features: those that write most are described.
     mechanisms = list(MECHANISMS)
     if inputs.harvested_sae is not None:
         sae = inputs.harvested_sae.sae
-        facts = feature_facts(hero, sae, hero_ablation)
+        facts = feature_facts(hero, sae, ablation)
         ranked = rank_features(hero, sae, facts)
         described = ranked[: args.n_features]
         features = describe_features(
-            hero, inputs.harvested_sae, inputs.harvested, hero_ablation, facts, described
+            hero, inputs.harvested_sae, inputs.harvested, ablation, facts, described
         )
         tables["features"] = features.rows
         tables["contexts"] = features.contexts
         mechanisms += features.mechanisms
 
     # 7. Which share of its impact is left when only one part of what it writes may vary.
-    tables["preserving"] = explained(hero, hero_ablation, mechanisms)
+    tables["preserving"] = explained(hero, ablation, mechanisms)
 
     # On one text, for the eye: what the hero attends to, and what its closest control does.
     maps = [attention_map(head, inputs.shown) for head in (hero, controls.twin)]
@@ -715,6 +710,27 @@ def ablate(head: Head, analysed: Text, held_out: Text) -> Ablation:
     clean = head.loss(seen, seen.head_z)
     ablated = head.preserved_loss(seen, held, nothing)
     return Ablation(seen, held, clean, ablated)
+
+
+def add_head_rows(
+    tables: dict[str, Rows],
+    head: Head,
+    ablation: Ablation,
+    attribution: Attribution,
+    common: Tensor,
+    n_heads: int,
+) -> None:
+    """A head's rows for the tables impact, scores, ov, qk_pairs and qk_bands. common: ids of the
+    tokens whose query-key scores are decoded; n_heads: how many heads are compared."""
+    say = ablation.seen.text.say
+    tables["impact"].append(impact_row(head, ablation, attribution, n_heads))
+    circuit = ov_circuit(head, attribution.rms.mean().item())
+    tables["scores"].append(copying_score(head, circuit))
+    sources = attended_most(head, ablation.seen)
+    tables["ov"] += written_tokens(head, circuit, sources, say)
+    pairs, bands = decode_qk(head, common, say)
+    tables["qk_pairs"] += pairs
+    tables["qk_bands"] += bands
 
 
 def impact_row(head: Head, ablation: Ablation, attribution: Attribution, n_heads: int) -> Row:
