@@ -87,7 +87,7 @@ class EnergyLensConfig:
     corpus_tokens: int = 52_224
     seq_len: int = 64  # tokens a window
     energy: str = "final"  # a key of ENERGIES
-    optimiser: str = "adam"  # of the SAE: adam or lbfgs
+    optimiser: str = "adam"  # of the SAE, a key of OPTIMISERS in energy_lens_minimal.py
     sae_l1: float | None = None  # penalty per unit of whitened activation; None: SAE_L1
     sae_iterations: int = 30  # of L-BFGS; each stands for 20 steps of Adam
     permutations: int = 2000  # of the sequences
@@ -537,15 +537,15 @@ def text_type_table(
     summary = []
     for (text_type, layer), group in pd.DataFrame(rows).groupby(["text_type", "layer"]):
         for quantity in ("loss_nats", "aligned_active_per_token", "abs_attribution_nats"):
-            mean, low, high = lens.bootstrap_mean(group[quantity], group.text, seed)
+            over_texts = lens.bootstrap_mean(group[quantity], group.text, seed)
             summary.append(
                 {
                     "text_type": text_type,
                     "layer": layer,
                     "quantity": quantity,
-                    "mean": mean,
-                    "ci_lo": low,
-                    "ci_hi": high,
+                    "mean": over_texts.mean,
+                    "ci_lo": over_texts.lo,
+                    "ci_hi": over_texts.hi,
                     "n_texts": len(group),
                 }
             )
@@ -784,10 +784,9 @@ class EnergyLensAnalyzer:
             field_of_text, states = lens.descend(et, ids, args.energy_layers[-1], args.step_size)
             tokens = [corpus.vocab[i] for i in ids[0]]
             for step, sae in results.state["saes"].items():
-                # The energy of a descent step is exact: its terms, and their gradient.
+                # The energy of a descent step is exact, and so is its gradient.
                 x = states[step]  # [1, T, D]
-                terms = list(et.energy_terms(x, field_of_text).values())
-                nats = torch.stack(terms).sum(0)[0]  # [T]
+                nats = et.token_energy(x, field_of_text)[0]  # [T]
                 shown = aligned_or_eligible(results.tables["features"], step)
                 index = torch.tensor(shown.feature.to_numpy())  # [K']
                 f = sae.encode(x, index)[0]  # [T, K']
@@ -808,11 +807,7 @@ class EnergyLensAnalyzer:
 
     def _cost(self) -> str:
         """Time and memory since the start, for the report."""
-        cost = (
-            f"{(time.perf_counter() - self.clock) / 60:.1f} minutes, "
-            f"{time.process_time() / 60:.1f} CPU minutes on {torch.get_num_threads()} threads, "
-            f"peak {lens.peak_gb():.2f} GB"
-        )
+        cost = lens.cost_line(self.clock)
         _, world = rank_and_world()
         return f"{cost}, in the first of {world} processes" if world > 1 else cost
 
@@ -1294,10 +1289,10 @@ def ablation_excess(interventions: pd.DataFrame, seed: int) -> str:
     of_random = full[full.arm == "random direction"].set_index(pairs)["size"]
     excess = (of_feature - of_random).dropna().reset_index()
     feature_of_layer = excess.layer.astype(str) + "/" + excess.feature.astype(str)
-    mean, low, high = lens.bootstrap_mean(excess["size"], feature_of_layer, seed)
+    interval = lens.bootstrap_mean(excess["size"], feature_of_layer, seed)
     return (
         "|change of the loss| by full ablation, feature minus random direction of equal length: "
-        f"{mean:.4f} [{low:.4f}, {high:.4f}] nats per active token"
+        f"{interval.mean:.4f} [{interval.lo:.4f}, {interval.hi:.4f}] nats per active token"
     )
 
 
@@ -1408,7 +1403,7 @@ def add_energy_flags(parser: argparse.ArgumentParser) -> None:
     add("--sae_dict_size", type=count, help="SAE latents")
     add("--sae_iterations", type=count, help="L-BFGS iterations, or 20 Adam steps each")
     add("--sae_l1", type=real, help=penalty)
-    add("--optimiser", choices=["adam", "lbfgs"], help="of the SAE")
+    add("--optimiser", choices=sorted(lens.OPTIMISERS), help="of the SAE")
     add("--preset", choices=list(lens.PRESETS), help=preset)
 
 
@@ -1452,8 +1447,9 @@ def check_energy(name: str) -> None:
 def check_config(cfg: EnergyLensConfig) -> None:
     """Raises ConfigError, one line, for a setting that cannot work."""
     check_energy(cfg.energy)
-    if cfg.optimiser not in ("adam", "lbfgs"):
-        raise ConfigError(f"optimiser {cfg.optimiser!r}: expected adam or lbfgs")
+    if cfg.optimiser not in lens.OPTIMISERS:
+        known = " or ".join(sorted(lens.OPTIMISERS))
+        raise ConfigError(f"optimiser {cfg.optimiser!r}: expected {known}")
     # From Python anything may come, so the type is checked too.
     counts = {
         "sae_dict_size": cfg.sae_dict_size,
