@@ -49,12 +49,12 @@ FULL = dict(  # half a minute a command on one thread, of which start is a sixth
     seq_len=256,
     n_words=400_000,
     steps=30,
-    tokens=200_000,
+    tokens=200_000,  # dumped, of each layer
     sae_batch=2048,
     sae_steps=150,
-    n_seqs=24,
+    n_seqs=24,  # through every head of two layers, twice
 )
-QUICK = dict(
+QUICK = dict(  # seconds, nearly all of them start
     preset="smoke",
     d_model=48,
     d_ff=128,
@@ -72,7 +72,7 @@ QUICK = dict(
 class Cost:
     """Seconds of one command: of the processor, and on the clock."""
 
-    cpu: float
+    cpu: float  # of user and system, of all threads
     clock: float
 
 
@@ -87,6 +87,7 @@ def run_script(checkout: Path, command: list[str], log: Path) -> Cost:
     clock = time.perf_counter() - start
     # wait4 has taken the exit status, which Popen would otherwise look for in vain
     process.returncode = os.waitstatus_to_exitcode(status)
+    # A command that fails early would be the fastest of all
     if process.returncode:
         last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
         raise RuntimeError(f"{checkout}: {command[0]} ended with {process.returncode}: {last}")
@@ -172,6 +173,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="exit 1 if the CPU time of a section, new / old, is above this",
     )
     args = p.parse_args(argv)
+    # One round has no interval worth the name, but shows that everything runs
     if args.rounds < 1:
         p.error(f"--rounds is {args.rounds}, expected at least 1")
     for checkout in (args.old, args.new):
@@ -182,9 +184,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    old, new = args.old.resolve(), args.new.resolve()
+    old, new = args.old.resolve(), args.new.resolve()  # commands run in these folders
     sizes = QUICK if args.quick else FULL
-    worst = 0.0
+    worst = 0.0  # of the median ratios
     # A folder of its own, so that neither checkout finds what an earlier run left
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

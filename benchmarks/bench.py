@@ -65,11 +65,11 @@ def matrix_products(n: int, seconds: float) -> list[Row]:
 def memory_bandwidth(size: int, seconds: float) -> list[Row]:
     """GB/s of float32 arrays of `size` numbers."""
     a, b = torch.ones(size), torch.ones(size)
-    c = torch.ones(size)
+    c = torch.ones(size)  # 4 bytes a number
     copy = "copy (2 arrays)"
     triad = "triad a = b + s c (3 arrays)"
     calls = {copy: lambda: a.copy_(b), triad: lambda: torch.add(b, c, alpha=0.5, out=a)}
-    work = {copy: 2 * 4 * size / 1e9, triad: 3 * 4 * size / 1e9}  # 4 bytes a number
+    work = {copy: 2 * 4 * size / 1e9, triad: 3 * 4 * size / 1e9}  # GB
     return rates("machine", "memory", "", race(calls, seconds), work, "GB/s")
 
 
@@ -177,6 +177,7 @@ def introduction(results: dict[str, Any]) -> str:
     commit = facts["git"]["commit"][:8]
     if facts["git"]["dirty"]:
         commit += " with changes"
+    # Line breaks are where they have always been: RESULTS.md is compared from commit to commit
     cores = f"{facts['cores']} cores, {facts['threads']} threads"
     features = ", ".join(facts["features"])
     return f"""# Benchmarks
@@ -226,6 +227,7 @@ def measure(name: str, options: argparse.Namespace) -> list[Row] | None:
         return None
     for found in rows:
         spread = f"{found['median']:.4g} [{found['low']:.4g}, {found['high']:.4g}] {found['unit']}"
+        # As it goes: the whole takes half an hour
         print(f"  {found['what']} | {found['shape']} | {found['variant']}: {spread}", flush=True)
     return rows
 
@@ -330,6 +332,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_args(argv)
+    # So that RESULTS.md says how to make it again
     words = sys.argv[1:] if argv is None else argv
     return run(options, " ".join(["python", "benchmarks/bench.py", *words]))
 

@@ -34,7 +34,7 @@ SKIPPED: list[str] = []  # what could not be measured, for the end of the report
 
 def skip(what: str, why: object) -> None:
     """Notes and prints, in one line, what could not be measured."""
-    reason = " ".join(str(why).split())
+    reason = " ".join(str(why).split())  # errors may have many lines
     SKIPPED.append(f"{what}: {reason[:200]}")
     print(f"  skipped: {SKIPPED[-1]}", flush=True)
 
@@ -177,11 +177,11 @@ def rates(
     # A library's median time, not its best: it is what a user waits for
     medians = {name: work_of[name] / statistics.median(times[name]) for name in times}
     peers = [rate for name, rate in medians.items() if not name.startswith(("ours", "bound"))]
-    best_peer = max(peers, default=math.nan)
+    best_peer = max(peers, default=math.nan)  # where none is installed, no ratio
 
     rows = []
     for name, seconds in times.items():
-        values = [work_of[name] / s for s in seconds]
+        values = [work_of[name] / s for s in seconds]  # a rate a round, which gives the spread
         ratio = medians[name] / best_peer
         rows.append(row(section, what, shape, name, values, unit, "higher", ratio))
     return rows

@@ -71,7 +71,7 @@ class HarvestTask:
             site="z",
             dump_dtype="float16",
             overwrite=True,
-            batch_size=16,
+            batch_size=16,  # as the batches of the others
             max_gb=64.0,
         )
         # Windows [4] between which the statistics are kept apart, as bootstrap blocks
@@ -150,6 +150,7 @@ def harvest_calls(task: HarvestTask) -> Calls:
         "ours, npy float16": lambda: task.to_disk([layer]),
         f"ours, npy float16, {len(several)} layers at once": lambda: task.to_disk(several),
     }
+    # One model for both libraries
     net = hooked(task.model)
     if net:
         name = "TransformerLens run_with_cache, npy float16"

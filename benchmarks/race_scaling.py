@@ -75,6 +75,7 @@ def ablation_job(quick: bool, n_heads: int = 8) -> Job:
     text = Text(torch.randint(4096, (n, length + 1)))
     layers = list(range(n_layers))
     work = n_layers * n_heads * n * length  # tokens of every head
+    # In float32, which every processor multiplies
     return Job(work, lambda: zero_ablation(at, model, text, layers, batch_size=n, low=False))
 
 
@@ -114,7 +115,7 @@ def size_rows(family: Family, options: argparse.Namespace) -> list[Row]:
 def thread_rows(family: Family, options: argparse.Namespace) -> list[Row]:
     """A race of the family's middle size on one thread and on all."""
     threads = torch.get_num_threads()
-    job = family.make(options.quick)
+    job = family.make(options.quick)  # each size as the defaults have it
 
     def on(count: int) -> Callable[[], None]:
         def call() -> None:

@@ -246,7 +246,7 @@ def pair_rows(times: dict[str, list[float]], bound: str, shape: str) -> list[Row
     what = "Homeostat, sigma and penalty in every step"
     pair = "ours, adaptive against control"
     rows = [row("training", what, shape, pair, more, "% more time", "lower")]
-    share = np.array(times[bound]) / control
+    share = np.array(times[bound]) / control  # 1: a step is nothing but its matrix products
     what = "share of the matrix-product bound"
     rows.append(row("training", what, shape, "ours, control", share, "share", "higher"))
     return rows
@@ -257,6 +257,7 @@ def training_race(shape: TrainingShape, backend: str, seconds: float) -> list[Ro
     cfg = shape.model_config()
     model = janus.NewGPT(cfg).train()
     theirs = llama(cfg)
+    # A smaller model would win any race
     assert sum(p.numel() for p in theirs.parameters()) == model.n_params()[0]
     if has_compiler():
         for part in (*model.blocks, model.loss):  # as the script does; a whole model takes minutes
@@ -273,6 +274,7 @@ def training_race(shape: TrainingShape, backend: str, seconds: float) -> list[Ro
     times = race(calls, seconds)
     rows = rates("training", "step", size, times, shape.n_tokens, "tokens/s")
     rows += pair_rows(times, bound, size)
+    # Of the control: the Homeostat's share stands in its own row
     for kind, share in breakdown(calls["ours, control"], KERNELS).items():
         rows.append(row("training", f"profile: {kind}", size, "ours, control", [share], "share"))
     return rows

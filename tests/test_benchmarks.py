@@ -1,6 +1,7 @@
 """The benchmark: its races, its comparisons, and that its training step is that of janus_adaptive.py."""
 
 import copy
+import importlib
 import json
 import math
 import sys
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import janus_adaptive as janus
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import ab  # noqa: E402
 import bench  # noqa: E402
 import compare  # noqa: E402
 import harness  # noqa: E402
@@ -95,6 +97,21 @@ def test_compare_finds_what_became_worse(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         compare.main([files[0], str(tmp_path)])
     assert e.value.code == 2
+
+
+@pytest.mark.parametrize("section", ab.COMMANDS)
+def test_the_scripts_know_the_commands_that_ab_times(section, tmp_path):
+    script, *flags = ab.command_line(section, tmp_path / "two words", ab.FULL)
+    args = importlib.import_module(script.removesuffix(".py")).parse_args(flags)
+    assert str(args.cache_dir) == str(tmp_path / "two words" / "cache") and args.overwrite
+
+
+def test_ab_gives_the_median_of_the_rounds_and_refuses_what_is_no_checkout(tmp_path, capsys):
+    found = ab.median_interval([1.02, 0.99, 1.01, 1.0, 1.04])
+    assert found.median == 1.01 and 0.99 <= found.low < 1.01 < found.high <= 1.04
+    with pytest.raises(SystemExit) as e:
+        ab.main(["--old", str(tmp_path)])
+    assert e.value.code == 2 and "is no checkout" in capsys.readouterr().err
 
 
 def test_a_section_writes_both_files(tmp_path):
