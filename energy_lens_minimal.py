@@ -1844,11 +1844,7 @@ def dose_response(
     doses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0),
 ) -> pd.DataFrame:
     """Clamps one feature persistently at dose x its mean activation while the state relaxes -> a
-    row a (feature, arm, dose, sequence); the arms are those of INTERVENTIONS.
-
-    attractor_shift = [E(x*) - E(x*_free)] per clamped token, E being the unclamped energy; flips on
-    the clamped tokens, collateral = flips on the others; g_change = |g - g_free| there.
-    """
+    row a (feature, arm, dose, sequence) with its clamp_outcomes; the arms are INTERVENTIONS."""
     tables = []
     rows = list(features.itertuples())
     for feature in tqdm(rows, desc="clamps", unit="feature", disable=None):
@@ -1876,37 +1872,34 @@ def dose_response(
             "arm": np.repeat(list(INTERVENTIONS), len(doses) * n),
             "dose": np.tile(np.repeat(doses, n), len(INTERVENTIONS)),
             "sequence": active.sequences.repeat(copies),
-            "attractor_shift": attractor_shift(et, free, held, b_own, clamp.mask),
-            "residual": residual,
         }
-        columns |= clamp_outcomes(et, free, held, clamp.mask)
+        columns |= clamp_outcomes(et, free, held, residual, b_own, clamp.mask)
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
-def attractor_shift(
-    et: EnergyTransformer, free: Tensor, held: Tensor, b: Tensor, mask: Tensor
-) -> Tensor:
-    """Unclamped energy of the clamped fixed points [P, L, D] minus that of the free ones [n, L, D],
-    per clamped token of mask [P, L]: [P]. P holds the n sequences again and again."""
-    copies = len(held) // len(free)
-    energy_held = et.energy(held, b.repeat(copies, 1, 1))  # [P]
-    energy_free = et.energy(free, b).repeat(copies)
-    return (energy_held - energy_free) / mask.sum(1)
-
-
 def clamp_outcomes(
-    et: EnergyTransformer, free: Tensor, held: Tensor, mask: Tensor
+    et: EnergyTransformer, free: Tensor, held: Tensor, residual: Tensor, b: Tensor, mask: Tensor
 ) -> dict[str, Tensor]:
-    """Decoded tokens that change, clamped and others, and |g - g_free| of the others: [P] each."""
+    """What a clamp did, [P] each: the clamped fixed points [P, L, D] beside the free ones
+    [n, L, D], whose n sequences they hold again and again; b [n, L, D], mask [P, L].
+
+    attractor_shift = [E(x*) - E(x*_free)] per clamped token, E being the unclamped energy; flips on
+    the clamped tokens, collateral = flips on the others; g_change = |g - g_free| there.
+    """
     copies = len(held) // len(free)
+    n_held = mask.sum(1)  # [P]
+    n_others = (~mask).sum(1).clamp_min(1)
+    energy_held = et.energy(held, b.repeat(copies, 1, 1))  # [P]
+    energy_free = et.energy(free, b).repeat(copies)  # [P]
     decoded_free = et.logits(free).argmax(-1).repeat(copies, 1)  # [P, L]
     flips = et.logits(held).argmax(-1) != decoded_free
     g_free = et.activation(free).repeat(copies, 1, 1)  # [P, L, D]
     moved = (et.activation(held) - g_free).norm(dim=-1)  # [P, L]
-    n_others = (~mask).sum(1).clamp_min(1)
     return {
-        "flip_rate": (flips & mask).sum(1) / mask.sum(1),
+        "attractor_shift": (energy_held - energy_free) / n_held,
+        "residual": residual,
+        "flip_rate": (flips & mask).sum(1) / n_held,
         "collateral": (flips & ~mask).sum(1) / n_others,
         "g_change_others": (moved * ~mask).sum(1) / n_others,
     }
@@ -2030,11 +2023,7 @@ def build_corpus(
     texts = texts | made
     words = {name: TOKEN.findall(text.lower()) for name, text in texts.items()}
     held_out = {name for name in words if is_held_out(name)}
-    counts: Counter[str] = Counter()
-    for name, tokens in words.items():
-        if name not in held_out:
-            counts.update(tokens)
-    vocab = ["<unk>", "<mask>"] + [word for word, _ in counts.most_common(vocab_size - 2)]
+    vocab = vocabulary([words[name] for name in words if name not in held_out], vocab_size)
     index = {word: i for i, word in enumerate(vocab)}
 
     train = []
@@ -2065,6 +2054,14 @@ def build_corpus(
         written=np.array([forms for _, forms in rows]),
         strata=torch.tensor([0] * n_prose + [1] * n_templated),
     )
+
+
+def vocabulary(token_lists: list[list[str]], size: int) -> list[str]:
+    """<unk>, <mask> and the most frequent tokens of some documents, [V]."""
+    counts: Counter[str] = Counter()
+    for tokens in token_lists:
+        counts.update(tokens)
+    return ["<unk>", "<mask>"] + [word for word, _ in counts.most_common(size - 2)]
 
 
 def is_held_out(name: str) -> bool:
