@@ -99,7 +99,8 @@ PHASE_PRESETS: dict[str, dict[str, int]] = {
 class Batch:
     """What a mode of ablation may use: the z that it replaces, and where other z come from.
 
-    z        {layer: [B, T, H, K]} outputs of the heads, before the output projection
+    z        {layer: [B, T, H, K]} outputs of the heads, before the output projection; not to be
+             changed in place. z at a later position has seen the targets of earlier ones
     mean_z   {layer: [H, K]} their means over the training split
     model    computes z of other tokens (`head_z`)
     val      the validation split, which the batch is from
@@ -151,7 +152,8 @@ def resample_ablation(batch: Batch) -> dict[int, Tensor]:
     return head_z(batch.model, tokens, list(batch.z))
 
 
-# A new mode is a function and a line here. The first mode that is measured ranks the heads.
+# A new mode is a function and a line here. Of the modes that are measured the first one in this
+# table ranks the heads.
 MODES = {
     "mean": Mode(mean_ablation),
     "zero": Mode(zero_ablation),
@@ -547,6 +549,7 @@ def robust_z(d: np.ndarray) -> np.ndarray:
 
 
 # A new measure is a function and a line here: it gets its interval and its null in the summary.
+# A file that was measured before is told about it by --redraw --overwrite.
 CONCENTRATION = {
     "max_share": max_share,
     "top1_over_top2": top1_over_top2,

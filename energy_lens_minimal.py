@@ -111,7 +111,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # -------------------------------------------------------------------------------- method: edit here
 # What is varied most is a table: OPTIMISERS (of the SAE), CLASSES (concepts), PREDICTORS (of what
-# an ablation does), INTERVENTIONS (clamps). An entry more appears in the CSVs, report and figures.
+# an ablation does), INTERVENTIONS (clamps). An entry more appears in the CSVs and the report; a
+# predictor gets a panel too where its entry says `drawn`.
 #
 # ---- the energy and its model ----
 class EnergyTransformer(nn.Module):
@@ -1336,7 +1337,8 @@ def sublevel_components(energy: Tensor, edges: Tensor, height: Tensor) -> pd.Dat
 
 
 # Concept classes: the form of a token, as it is written in the text, before it is lower-cased. A
-# class more is an entry more. A token may belong to several classes.
+# class more is an entry more. A token may belong to several classes; the clusters of attractors
+# count it for the first. The model itself sees the lower-cased token only.
 CLASSES = {
     "word": r"[A-Za-z]+",
     "number": r"\d+",
@@ -1528,7 +1530,8 @@ class Predictor:
     """Something that may predict the energy change of an ablation, per active token.
 
     The basis says what the function takes and gives:
-        tokens   function(ablation) -> [n], summed over the tokens that are intervened on
+        tokens   function(ablation) -> [n], summed over the tokens that are intervened on: where f
+                 is above 0; the caller divides by their number
         feature  function(table of features) -> a column of it
         chance   function(rng, shape) -> random numbers, anew in every draw
     """

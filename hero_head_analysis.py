@@ -1,4 +1,5 @@
-"""Ask what the Hero Head does: the attention head that the loss can least afford to lose (phase 5).
+"""Ask what the Hero Head does: the attention head that the loss can least afford to lose (phase
+5).
 
 Question: what does it attend to and write, and which share of its effect on the loss does that
 description explain? All answers stand beside a null and beside control heads: heads of the same
@@ -104,7 +105,8 @@ def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
     first_window = len(inputs.harvested) - n
     tables["tokens"] = tokens_that_need(hero, ablation, attribution, first_window)
 
-    # 6. Its SAE features: those that write most are described.
+    # 6. Its SAE features: those that write most are described. What they explain together is a
+    # mechanism of step 7, so that another choice changes it, and its control, too.
     mechanisms = list(MECHANISMS)
     if inputs.harvested_sae is not None:
         sae = inputs.harvested_sae.sae
@@ -140,7 +142,7 @@ class Study:
 # ---- texts, intervals, and a model that reads
 Row = dict[str, Any]  # of a table, by column
 Rows = list[Row]
-Say = Callable[[int], str]  # token id -> its text, with visible spaces
+Say = Callable[[int], str]  # token id -> its text; white space is made visible: · ⇥ ⏎ ␍
 
 
 @dataclass
@@ -285,8 +287,9 @@ class Head:
         )
 
     def token_inputs(self, ids: Tensor) -> Tensor:
-        """What the head reads from bare tokens [n] -> [n, D] of unit rms: the embedding in layer 0,
-        else the effective embedding, the residual stream after block 0 of the token alone."""
+        """What the head reads from bare tokens [n] -> [n, D] of unit rms: the embedding in
+        layer 0, else the effective embedding, the residual stream after block 0 of the token
+        alone."""
         n_blocks = min(self.layer, 1)
         batches = []
         for some in ids.split(4096):
@@ -471,7 +474,8 @@ def direct_attribution(model: NewGPT, idx: Tensor, direction: Tensor) -> tuple[T
 
 
 def attribute_next_token(hero: Head, text: Text) -> Attribution:
-    """The parts of every next token's logit. Raises HandoffError where they do not add up to it."""
+    """The parts of every next token's logit. Raises HandoffError where they do not add up to
+    it."""
     model = hero.model
     context = text.idx[:, :-1]  # [n, T-1]
     right = text.idx[:, 1:]  # [n, T-1]
@@ -796,8 +800,9 @@ def written_tokens(head: Head, circuit: OVCircuit, sources: Tensor, say: Say) ->
 
 
 def copying_score(head: Head, circuit: OVCircuit) -> Row:
-    """sum Re / sum |.| over the eigenvalues of the V x V circuit, which are those of its K x K twin
-    (1: raises what it reads, -1: lowers it); null: 40 times with token identities shuffled."""
+    """sum Re / sum |.| over the eigenvalues of the V x V circuit, which are those of its K x K
+    twin (1: raises what it reads, -1: lowers it); null: 40 times with token identities
+    shuffled."""
     n_shuffles = 40
     n_vocab = len(circuit.logits)
     rng = torch.Generator().manual_seed(0)
@@ -982,8 +987,8 @@ def encode(sae: SAE, z: Tensor, features: WhichFeatures = ALL_FEATURES) -> Tenso
 def head_share(decoder: Tensor, basis: Tensor | None = None) -> Tensor:
     """Share [F, H] of each head in what features write. decoder: [F, H, K].
 
-    With `basis` (see write_basis) norm(W_dec[f,h] W_O,h) / sum over heads, which no change of basis
-    of the values moves; without, the raw norm(W_dec[f,h]) / sum, which one does.
+    With `basis` (see write_basis) norm(W_dec[f,h] W_O,h) / sum over heads, which no change of
+    basis of the values moves; without, the raw norm(W_dec[f,h]) / sum, which one does.
     """
     written = decoder if basis is None else torch.einsum("fhk,hjk->fhj", decoder, basis)
     size = written.norm(dim=-1)  # [F, H]
@@ -1029,7 +1034,8 @@ def feature_facts(hero: Head, sae: SAE, ablation: Ablation) -> FeatureFacts:
 
 
 def rank_features(hero: Head, sae: SAE, facts: FeatureFacts) -> Tensor:
-    """The live features, those that write most through the hero first."""
+    """The live features. First those of whose writing the hero has the largest share; for an
+    SAE of the hero alone, those that write most."""
     write = facts.share[:, hero.head]  # [F], the hero's share of what a feature writes
     if not sae.reads_whole_layer:  # all shares are 1: how much it writes, over the whole text
         write = facts.frequency * facts.size  # [F]
@@ -1137,8 +1143,8 @@ def top_contexts(feature: Feature, activation: Tensor, position: Tensor, harvest
 def feature_row(
     hero: Head, feature: Feature, facts: FeatureFacts, effect: Interval, logits: Tensor, say: Say
 ) -> Row:
-    """A feature's row: its shares, the loss increase without it, and the next tokens of the largest
-    and smallest of the logits [V] that it adds to."""
+    """A feature's row: its shares, the loss increase without it, and the next tokens of the
+    largest and smallest of the logits [V] that it adds to."""
     f = feature.number
     return hero.row(
         feature=f,
@@ -1322,7 +1328,8 @@ def attention_map(head: Head, shown: Text) -> AttentionMap:
 
 # ---------------------------------------------------------------------------------------------- run
 def run(args: argparse.Namespace) -> int:
-    """The analysis: opens what the earlier phases made, studies the hero, writes what was found."""
+    """The analysis: opens what the earlier phases made, studies the hero, writes what was
+    found."""
     if args.redraw:
         draw_figures(args.save_dir)
         return 0
@@ -1561,8 +1568,8 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def whole_windows(tokens: np.ndarray, cfg: GPTConfig, shown: list[int], harvest: str) -> Tensor:
-    """Harvested tokens [N] as windows [n, T]. Raises HandoffError where there are too few, or where
-    a token, of these or of the shown text, is not in the vocabulary."""
+    """Harvested tokens [N] as windows [n, T]. Raises HandoffError where there are too few, or
+    where a token, of these or of the shown text, is not in the vocabulary."""
     n_tokens = len(tokens) // cfg.seq_len * cfg.seq_len
     windows = torch.from_numpy(tokens[:n_tokens].astype(np.int64)).view(-1, cfg.seq_len)
     largest = max(shown)
@@ -1709,7 +1716,8 @@ ROWS_SHOWN = 40  # of each table of the report; its CSV has all
 def opening(
     args: argparse.Namespace, inputs: Inputs, study: Study, tables: dict[str, pd.DataFrame]
 ) -> str:
-    """The first paragraph of the report: which head, how much it matters, what explains it best."""
+    """The first paragraph of the report: which head, how much it matters, what explains it
+    best."""
     hero = inputs.hero
     top = inputs.top
     if (top["layer"], top["head"]) != (hero.layer, hero.head):
@@ -1751,7 +1759,8 @@ def opening(
 
 
 def importance_table(inputs: Inputs, heads: list[Head]) -> pd.DataFrame:
-    """The impact of every head of every run, as phase 4 measured it, and which are studied here."""
+    """The impact of every head of every run, as phase 4 measured it, and which are studied
+    here."""
     same_mode = inputs.table[inputs.table["mode"] == inputs.top["mode"]]
     table = same_mode[["run", "layer", "head", "delta", "ci_lo", "ci_hi", "rank"]]
     studied = {(head.run, head.layer, head.head) for head in heads}
@@ -2024,8 +2033,8 @@ def markdown_report(title: str, lead: str, sections: list[ReportSection]) -> str
 def render(
     title: str, lead: str, tables: dict[str, pd.DataFrame], missing: str, data: dict[str, Any]
 ) -> dict[str, str]:
-    """The report by file name: as Markdown, and as one HTML page with the maps of `data`. Where the
-    folder pages/ is missing, a line says so and there is no page."""
+    """The report by file name: as Markdown, and as one HTML page with the maps of `data`. Where
+    the folder pages/ is missing, a line says so and there is no page."""
     sections = report_sections(tables, missing)
     reports = {"hero_report.md": markdown_report(title, lead, sections)}
     try:
@@ -2764,8 +2773,8 @@ def run_tool(name: str, *argv: object) -> None:
 
 # >>> shared: pages ---- edit in hero_head_analysis.py, then: python tools/check_copies.py --fix
 def render_page(template: str, **values: Any) -> str:
-    """A self-contained HTML page: the template of the folder pages/ beside this script, filled with
-    `values`, all of which are escaped. Raises HandoffError where that folder is missing."""
+    """A self-contained HTML page: the template of the folder pages/ beside this script, filled
+    with `values`, all of which are escaped. Raises HandoffError where that folder is missing."""
     import jinja2
 
     folder = Path(__file__).resolve().parent / "pages"

@@ -142,10 +142,11 @@ class Energy:
 
     formula: str  # for --help
     replaces: str  # what h_l takes the place of, for --help
-    # (block, h [S, T, D], ids [S, T]) -> nats [S, T-1]; position i is about token i+1.
+    # (block, h [S, T, D], ids [S, T]) -> nats [S, T-1]; position i is about token i+1, so that the
+    # last one is left out. `block` has .lm (run, unembed), .layer and .translate.
     nats: Callable[[LossEnergy, Tensor, Tensor], Tensor]
     needs_translator: bool = False  # `LossEnergy.fit` has to come first
-    quantity: str = "loss"  # what the nats are of, for the report
+    quantity: str = "loss"  # what the nats are of, for the report; it need not be a loss
 
 
 # `final` is the model's own loss, with which the others are compared: it has to stay.
