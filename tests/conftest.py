@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: threads would only wait for one another
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the models are tiny: threads would only wait for one another
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest  # noqa: E402
@@ -34,7 +36,17 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smoke_args(text_file: Path, cache_dir: Path) -> list[str]:
     """Command line of a training run of a few seconds: --preset smoke on the small text, float32."""
     data = ["--dataset", str(text_file), "--tokenizer", "train:512", "--cache_dir", str(cache_dir)]
-    return ["--preset", "smoke", "--steps", "30", "--save_interval", "10", "--dtype", "float32", *data]
+    return [
+        "--preset",
+        "smoke",
+        "--steps",
+        "30",
+        "--save_interval",
+        "10",
+        "--dtype",
+        "float32",
+        *data,
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +65,9 @@ def control_checkpoint(smoke_args: list[str], tmp_path_factory: pytest.TempPathF
     import janus_adaptive
 
     folder = tmp_path_factory.mktemp("control")
-    assert janus_adaptive.main([*smoke_args, "--pressure", "control", "--save_dir", str(folder)]) == 0
+    assert (
+        janus_adaptive.main([*smoke_args, "--pressure", "control", "--save_dir", str(folder)]) == 0
+    )
     return folder / "janus_control_final.pt"
 
 
@@ -66,13 +80,26 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("gpt2")
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer, bpe.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(list(topics.values())[:20], trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        list(topics.values())[:20],
+        trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False),
+    )
     PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(folder)
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=600, n_positions=128, n_embd=32, n_layer=4, n_head=2, initializer_range=0.2, bos_token_id=0, eos_token_id=0
+        vocab_size=600,
+        n_positions=128,
+        n_embd=32,
+        n_layer=4,
+        n_head=2,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder

@@ -19,7 +19,13 @@ import hero_head_analysis
 import janus_adaptive as janus
 import train_sae
 
-SCRIPTS = {"train": janus, "harvest": harvest_activations, "sae": train_sae, "ablate": ablation_test, "hero": hero_head_analysis}
+SCRIPTS = {
+    "train": janus,
+    "harvest": harvest_activations,
+    "sae": train_sae,
+    "ablate": ablation_test,
+    "hero": hero_head_analysis,
+}
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +33,10 @@ def chain(smoke_checkpoint, cache_dir, tmp_path_factory) -> Path:
     """A finished pipeline of two layers in one folder: model/, activations/, saes/, results.csv, hero/."""
     root = tmp_path_factory.mktemp("chain")
     shutil.copytree(smoke_checkpoint.parent, root / "model")
-    ckpt, quick = str(root / "model" / "janus_adaptive_final.pt"), ["--dtype", "float32", "--cache_dir", str(cache_dir)]
+    ckpt, quick = (
+        str(root / "model" / "janus_adaptive_final.pt"),
+        ["--dtype", "float32", "--cache_dir", str(cache_dir)],
+    )
     dump = [
         "--model_path",
         ckpt,
@@ -42,7 +51,16 @@ def chain(smoke_checkpoint, cache_dir, tmp_path_factory) -> Path:
         str(root / "activations"),
     ]
     assert harvest_activations.main([*dump, *quick]) == 0
-    sae = ["--runs", "adaptive", "--layers", "3", "--activations_dir", str(root / "activations"), "--save_dir", str(root / "saes")]
+    sae = [
+        "--runs",
+        "adaptive",
+        "--layers",
+        "3",
+        "--activations_dir",
+        str(root / "activations"),
+        "--save_dir",
+        str(root / "saes"),
+    ]
     assert train_sae.main([*sae, "--steps", "20", *quick]) == 0
     csv = str(root / "results.csv")
     small = ["--n_seqs", "12", "--mode", "mean", "--layers", "3", "6", "--bootstrap", "200"]
@@ -52,7 +70,11 @@ def chain(smoke_checkpoint, cache_dir, tmp_path_factory) -> Path:
 
 def contents(folder: Path) -> dict[str, str]:
     """Hash of every file, run.json (which logs the failed attempt) and temporary files aside."""
-    return {str(p.relative_to(folder)): janus.sha256(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "run.json"}
+    return {
+        str(p.relative_to(folder)): janus.sha256(p)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "run.json"
+    }
 
 
 def refused(script: str, argv: list[str], capsys, says: str, folder: Path | None = None) -> None:
@@ -105,7 +127,12 @@ TRAIN = ["--preset", "smoke", "--steps", "5", "--tokenizer", "train:300", "--dty
 )
 def test_texts(name, content, says, tmp_path, cache_dir, capsys):
     path = text(tmp_path, content, name)
-    refused("train", ["--dataset", path, *TRAIN, "--save_dir", tmp_path / "out", "--cache_dir", cache_dir], capsys, says)
+    refused(
+        "train",
+        ["--dataset", path, *TRAIN, "--save_dir", tmp_path / "out", "--cache_dir", cache_dir],
+        capsys,
+        says,
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -135,7 +162,15 @@ def test_texts(name, content, says, tmp_path, cache_dir, capsys):
 def test_training_flags(argv, says, text_file, cache_dir, tmp_path, capsys):
     if "cuda" in argv and torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
-    base = ["--dataset", text_file, *TRAIN, "--save_dir", tmp_path / "out", "--cache_dir", cache_dir]
+    base = [
+        "--dataset",
+        text_file,
+        *TRAIN,
+        "--save_dir",
+        tmp_path / "out",
+        "--cache_dir",
+        cache_dir,
+    ]
     refused("train", [*base, *argv], capsys, says)
     assert not list((tmp_path / "out").glob("*.pt"))
 
@@ -148,7 +183,9 @@ def broken_checkpoints(folder: Path) -> dict[str, tuple[Path, str]]:
         path = folder / f"{name}.pt"
         path.write_bytes(data)
         side = json.loads(janus.sidecar_path(good).read_text())
-        janus.sidecar_path(path).write_text(json.dumps(side | ({"bytes": len(data)} if keep_size else {})))
+        janus.sidecar_path(path).write_text(
+            json.dumps(side | ({"bytes": len(data)} if keep_size else {}))
+        )
         return path
 
     whole = good.read_bytes()
@@ -163,11 +200,23 @@ def broken_checkpoints(folder: Path) -> dict[str, tuple[Path, str]]:
         "missing": (folder / "nowhere.pt", "does not exist; make it with"),
         "a folder": (folder / "model", "is not a file"),
         "no sidecar": (alone, "no sidecar.*did not finish"),
-        "truncated": (variant("truncated", whole[: len(whole) // 2], keep_size=False), "bytes, its sidecar says"),
-        "truncated, sidecar adapted": (variant("cut", whole[: len(whole) // 2]), "cannot be read as a janus.checkpoint"),
-        "a pickled object": (variant("pickled", pickle.dumps({"model": Path("x")})), "cannot be read as a janus.checkpoint"),
+        "truncated": (
+            variant("truncated", whole[: len(whole) // 2], keep_size=False),
+            "bytes, its sidecar says",
+        ),
+        "truncated, sidecar adapted": (
+            variant("cut", whole[: len(whole) // 2]),
+            "cannot be read as a janus.checkpoint",
+        ),
+        "a pickled object": (
+            variant("pickled", pickle.dumps({"model": Path("x")})),
+            "cannot be read as a janus.checkpoint",
+        ),
         "a text": (variant("text", b"hello"), "cannot be read as a janus.checkpoint"),
-        "another model": (variant("shape", other.read_bytes()), "cannot be read as a janus.checkpoint"),
+        "another model": (
+            variant("shape", other.read_bytes()),
+            "cannot be read as a janus.checkpoint",
+        ),
         "NaN weights": (variant("nans", nan.read_bytes()), "golden probe gives nan"),
     }
 
@@ -190,7 +239,10 @@ def broken_checkpoints(folder: Path) -> dict[str, tuple[Path, str]]:
 def test_checkpoints(what, script, copy, cache_dir, capsys):
     path, says = broken_checkpoints(copy)[what]
     flag = {"harvest": "--model_path", "ablate": "--adaptive_model"}[script]
-    where = {"harvest": ["--save_dir", copy / "activations", "--run_name", "x"], "ablate": ["--save_file", copy / "new.csv"]}[script]
+    where = {
+        "harvest": ["--save_dir", copy / "activations", "--run_name", "x"],
+        "ablate": ["--save_file", copy / "new.csv"],
+    }[script]
     refused(script, [flag, path, *where, "--cache_dir", cache_dir], capsys, says, copy)
     assert not (copy / "new.csv").exists() and not list((copy / "activations").glob("x/*.npy"))
 
@@ -204,7 +256,12 @@ def test_pickles_are_never_executed(copy, cache_dir, capsys):
     path.write_bytes(pickle.dumps(Bomb()))
     side = json.loads(janus.sidecar_path(copy / "model" / "janus_adaptive_final.pt").read_text())
     janus.sidecar_path(path).write_text(json.dumps(side | {"bytes": path.stat().st_size}))
-    refused("harvest", ["--model_path", path, "--save_dir", copy / "a", "--cache_dir", cache_dir], capsys, "cannot be read")
+    refused(
+        "harvest",
+        ["--model_path", path, "--save_dir", copy / "a", "--cache_dir", cache_dir],
+        capsys,
+        "cannot be read",
+    )
     assert not (copy / "exploded").exists()
 
 
@@ -214,14 +271,30 @@ def test_a_layer_out_of_range_names_the_valid_range(script, copy, cache_dir, cap
     argv = {
         "harvest": ["--model_path", ckpt, "--run_name", "x", "--save_dir", copy / "activations"],
         "ablate": ["--adaptive_model", ckpt, "--save_file", copy / "new.csv"],
-        "sae": ["--runs", "adaptive", "--activations_dir", copy / "activations", "--save_dir", copy / "new"],
+        "sae": [
+            "--runs",
+            "adaptive",
+            "--activations_dir",
+            copy / "activations",
+            "--save_dir",
+            copy / "new",
+        ],
     }[script]
     says = r"12.*(0 to 11|0\.\.11|0-11)" if script != "sae" else "12"
     refused(script, [*argv, "--layers", "3", "12", "--cache_dir", cache_dir], capsys, says, copy)
 
 
 def test_dumps(copy, capsys):
-    sae = ["--activations_dir", copy / "activations", "--save_dir", copy / "new", "--steps", "5", "--layers", "3"]
+    sae = [
+        "--activations_dir",
+        copy / "activations",
+        "--save_dir",
+        copy / "new",
+        "--steps",
+        "5",
+        "--layers",
+        "3",
+    ]
     refused("sae", [*sae, "--runs", "nobody"], capsys, "nobody", copy)
     refused("sae", [*sae[:-1], "5", "--runs", "adaptive"], capsys, "harvest_activations.py", copy)
     dump = copy / "activations" / "adaptive" / "L3.z.npy"
@@ -236,13 +309,36 @@ def test_dumps(copy, capsys):
 
 
 def test_a_dump_of_another_checkpoint(copy, control_checkpoint, cache_dir, capsys):
-    argv = ["--activations_dir", copy / "activations", "--save_dir", copy / "new", "--steps", "5", "--runs", "adaptive", "--layers", "3"]
-    refused("sae", [*argv, "--model_path", control_checkpoint, "--cache_dir", cache_dir], capsys, "(?i)checkpoint|model", copy)
+    argv = [
+        "--activations_dir",
+        copy / "activations",
+        "--save_dir",
+        copy / "new",
+        "--steps",
+        "5",
+        "--runs",
+        "adaptive",
+        "--layers",
+        "3",
+    ]
+    refused(
+        "sae",
+        [*argv, "--model_path", control_checkpoint, "--cache_dir", cache_dir],
+        capsys,
+        "(?i)checkpoint|model",
+        copy,
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"", "."), (b"run,layer,head\n", "."), (b"a,b\n1,2\n", "."), (b"\xff\xfe\x00 no csv", "."), (None, "ablation_test.py")],
+    [
+        (b"", "."),
+        (b"run,layer,head\n", "."),
+        (b"a,b\n1,2\n", "."),
+        (b"\xff\xfe\x00 no csv", "."),
+        (None, "ablation_test.py"),
+    ],
 )
 def test_ablation_csvs(content, says, copy, capsys):
     path = copy / "wrong.csv"
@@ -263,15 +359,37 @@ def test_ablation_csvs(content, says, copy, capsys):
     ],
 )
 def test_hero_flags(argv, says, copy, cache_dir, capsys):
-    base = ["--ablation_csv", copy / "results.csv", "--saes_dir", copy / "saes", "--activations_dir", copy / "activations"]
-    refused("hero", [*base, "--save_dir", copy / "h", "--cache_dir", cache_dir, *argv], capsys, says, copy)
+    base = [
+        "--ablation_csv",
+        copy / "results.csv",
+        "--saes_dir",
+        copy / "saes",
+        "--activations_dir",
+        copy / "activations",
+    ]
+    refused(
+        "hero",
+        [*base, "--save_dir", copy / "h", "--cache_dir", cache_dir, *argv],
+        capsys,
+        says,
+        copy,
+    )
 
 
 def test_hero_of_a_checkpoint_that_moved(copy, cache_dir, capsys, chain):
     """The CSV names the checkpoint; if another file lies there now, the hash tells."""
     csv = copy / "results.csv"
     csv.write_text(csv.read_text().replace(str(chain / "model"), str(copy / "gone")))
-    base = ["--saes_dir", copy / "saes", "--activations_dir", copy / "activations", "--save_dir", copy / "h", "--cache_dir", cache_dir]
+    base = [
+        "--saes_dir",
+        copy / "saes",
+        "--activations_dir",
+        copy / "activations",
+        "--save_dir",
+        copy / "h",
+        "--cache_dir",
+        cache_dir,
+    ]
     refused("hero", ["--ablation_csv", csv, *base], capsys, ".", copy)
 
 
@@ -279,7 +397,10 @@ def small_disk(tmp_path: Path, megabytes: float) -> Path:
     """A mounted tmpfs of that size; skips where it cannot be mounted."""
     folder = tmp_path / "small"
     folder.mkdir()
-    r = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", str(folder)], capture_output=True)
+    r = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", str(folder)],
+        capture_output=True,
+    )
     if r.returncode:
         pytest.skip("mounting a small disk needs root")
     return folder
@@ -292,8 +413,16 @@ def test_a_full_disk(megabytes, smoke_args, tmp_path, capsys):
     try:
         (folder / "precious").write_text("mine")
         if megabytes > 1:
-            janus.need_disk, kept = (lambda *_: None), janus.need_disk  # let it start, and run out on the way
-        refused("train", [*smoke_args, "--save_interval", "5", "--save_dir", folder / "out"], capsys, "(?i)no space|GB")
+            janus.need_disk, kept = (
+                (lambda *_: None),
+                janus.need_disk,
+            )  # let it start, and run out on the way
+        refused(
+            "train",
+            [*smoke_args, "--save_interval", "5", "--save_dir", folder / "out"],
+            capsys,
+            "(?i)no space|GB",
+        )
         assert (folder / "precious").read_text() == "mine"
         for pt in (folder / "out").glob("*.pt"):
             assert janus.sha256(pt) == json.loads(janus.sidecar_path(pt).read_text())["sha256"]
@@ -310,10 +439,16 @@ def test_a_folder_that_cannot_be_written(smoke_args, tmp_path):
     folder.mkdir()
     folder.chmod(0o500)
     if os.geteuid() == 0:
-        (folder / "out").write_text("a file where a folder is wanted")  # the same class of failure, which root meets too
+        (folder / "out").write_text(
+            "a file where a folder is wanted"
+        )  # the same class of failure, which root meets too
         target = folder / "out" / "x"
     else:
         target = folder / "out"
-    r = subprocess.run([sys.executable, janus.__file__, *smoke_args, "--save_dir", str(target)], capture_output=True, text=True)
+    r = subprocess.run(
+        [sys.executable, janus.__file__, *smoke_args, "--save_dir", str(target)],
+        capture_output=True,
+        text=True,
+    )
     assert r.returncode == 1 and "Traceback" not in r.stderr
     assert r.stderr.strip().count("\n") == 0 and str(folder) in r.stderr

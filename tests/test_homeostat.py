@@ -65,7 +65,9 @@ def test_linear_law_equals_simple_pid():
 
 def test_golden_values():
     pid = janus.Homeostat(0.5, 2.0, 0.1, 3.0, "linear", 10.0, 0.0, (-100.0, 100.0), "none")
-    assert pid.update(0.7) == pytest.approx(2 * 0.2 + 0.1 * 0.2 * 10)  # no derivative kick on the first sample
+    assert pid.update(0.7) == pytest.approx(
+        2 * 0.2 + 0.1 * 0.2 * 10
+    )  # no derivative kick on the first sample
     assert (pid.p, pid.i, pid.d) == pytest.approx((0.4, 0.2, 0.0))
     pid.update(0.6)
     assert (pid.p, pid.i, pid.d) == pytest.approx((0.2, 0.3, 3 * -0.01))
@@ -145,7 +147,9 @@ def test_setpoint_step():
 @pytest.mark.parametrize("tau", [100.0, 300.0, 900.0])
 def test_gain_robust(gain, tau):
     """Stable, without a limit cycle, although the plant's gain or lag is three times off; log law."""
-    sigma, _, _ = run_loop(steps=16000, tau=tau, gain=gain, s0=TARGET * 8.57**gain if gain < 1 else 0.03, start=1.0)
+    sigma, _, _ = run_loop(
+        steps=16000, tau=tau, gain=gain, s0=TARGET * 8.57**gain if gain < 1 else 0.03, start=1.0
+    )
     tail = sigma[-3000:]
     assert tail.std() / tail.mean() <= 0.05
     assert abs(tail.mean() / TARGET - 1) <= 0.05
@@ -155,7 +159,12 @@ def test_saturation_recovery_needs_the_anti_windup():
     """The heads become 30 times more alike for 3,000 steps, beyond what lambda_max can hold."""
 
     def leaves_after(mode):
-        _, _, saturated = run_loop(steps=13000, limits=(1e-5, 20.0), load=lambda t: 30.0 if 5000 <= t < 8000 else 1.0, anti_windup=mode)
+        _, _, saturated = run_loop(
+            steps=13000,
+            limits=(1e-5, 20.0),
+            load=lambda t: 30.0 if 5000 <= t < 8000 else 1.0,
+            anti_windup=mode,
+        )
         assert saturated[7500]
         free = np.flatnonzero(~saturated[8000:])
         return free[0] if len(free) else 5000

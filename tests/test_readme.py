@@ -14,7 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = ["janus_adaptive", "harvest_activations", "train_sae", "ablation_test", "hero_head_analysis"]
+SCRIPTS = [
+    "janus_adaptive",
+    "harvest_activations",
+    "train_sae",
+    "ablation_test",
+    "hero_head_analysis",
+]
 COMMANDS = sorted(set(re.findall(r"python (?!tools/)\w+\.py[^`\n|]*", README)))
 
 
@@ -32,7 +38,9 @@ def test_every_command_of_the_readme_parses(command, monkeypatch):
 
 def test_make_targets_of_the_readme_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"`make ([\w-]+)", README)) | set(re.findall(r"^make ([\w-]+)", README, re.M)):
+    for target in set(re.findall(r"`make ([\w-]+)", README)) | set(
+        re.findall(r"^make ([\w-]+)", README, re.M)
+    ):
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
@@ -44,13 +52,34 @@ def test_linked_files_exist():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_has_the_shared_flags_and_import_is_inert(script, tmp_path, tmp_path_factory):
     mpl = str(tmp_path_factory.mktemp("matplotlib"))  # its font cache
-    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "MPLCONFIGDIR": mpl, "XDG_CACHE_HOME": mpl}
-    r = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True, cwd=tmp_path, env=env)
+    env = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "MPLCONFIGDIR": mpl,
+        "XDG_CACHE_HOME": mpl,
+    }
+    r = subprocess.run(
+        [sys.executable, str(ROOT / f"{script}.py"), "--help"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=env,
+    )
     assert r.returncode == 0 and not list(tmp_path.iterdir())
-    for flag in ("--seed", "--device", "--dtype", "--overwrite", "--preset", "--cache_dir", "--skip_probe"):
+    for flag in (
+        "--seed",
+        "--device",
+        "--dtype",
+        "--overwrite",
+        "--preset",
+        "--cache_dir",
+        "--skip_probe",
+    ):
         assert flag in r.stdout
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {script}"
-    r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    r = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env
+    )
     assert r.returncode == 0 and r.stdout == "" and not list(tmp_path.iterdir())
 
 
@@ -59,7 +88,9 @@ def test_no_script_imports_another():
         source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
         imported = set(re.findall(r"^\s*(?:from|import) (\w+)", source, re.M))
         assert not imported & (set(SCRIPTS) | {"tools", "energy_lens", "energy_lens_minimal"})
-        assert not re.search(r"allow_pickle=True|weights_only=False|pickle\.load|(?<![.\w])(exec|eval)\(", source)
+        assert not re.search(
+            r"allow_pickle=True|weights_only=False|pickle\.load|(?<![.\w])(exec|eval)\(", source
+        )
 
 
 def test_bigram_against_a_dictionary_version():

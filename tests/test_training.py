@@ -19,7 +19,9 @@ import janus_adaptive as janus
 
 
 def run(argv, **kw):
-    return subprocess.run([sys.executable, janus.__file__, *argv], capture_output=True, text=True, timeout=300, **kw)
+    return subprocess.run(
+        [sys.executable, janus.__file__, *argv], capture_output=True, text=True, timeout=300, **kw
+    )
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -54,7 +56,9 @@ def test_outputs_and_telemetry(smoke_checkpoint):
     assert set(named) <= set(t.columns)
     assert t["step"].tolist() == [10, 20, 30]
     assert t["tokens"].iloc[-1] == 30 * 8 * 64
-    assert t["val_loss"].notna().iloc[-1] and np.isclose(np.exp(t["val_loss"].iloc[-1]), t["perplexity"].iloc[-1])
+    assert t["val_loss"].notna().iloc[-1] and np.isclose(
+        np.exp(t["val_loss"].iloc[-1]), t["perplexity"].iloc[-1]
+    )
     assert t["loss"].iloc[-1] < np.log(512)
     assert t["phase"].tolist() == ["warmup", "auto", "auto"]
     layers = pd.read_csv(folder / "layers.csv")
@@ -69,23 +73,40 @@ def test_outputs_and_telemetry(smoke_checkpoint):
     assert len(list(folder.glob("ckpt_*.pt"))) == 2
 
 
-def test_validation_is_the_whole_split_and_equals_a_plain_loop(smoke_checkpoint, smoke_args, cache_dir):
+def test_validation_is_the_whole_split_and_equals_a_plain_loop(
+    smoke_checkpoint, smoke_args, cache_dir
+):
     model, ckpt = janus.load_checkpoint(smoke_checkpoint, torch.device("cpu"), skip_probe=False)
-    val = janus.HFWikiTextLoader(ckpt["dataset"], str(smoke_checkpoint.parent / "tokenizer.json"), 64, "validation", cache_dir)
+    val = janus.HFWikiTextLoader(
+        ckpt["dataset"],
+        str(smoke_checkpoint.parent / "tokenizer.json"),
+        64,
+        "validation",
+        cache_dir,
+    )
     with torch.no_grad():
         losses = [model(*val.batch(np.array([i])))[1].item() for i in range(val.n_windows)]
     t = pd.read_csv(smoke_checkpoint.parent / "telemetry.csv")
     assert np.isclose(np.mean(losses), t["val_loss"].iloc[-1], atol=1e-5)
 
 
-def test_control_equals_a_run_with_all_gains_zero_bit_for_bit(control_checkpoint, smoke_args, tmp_path):
-    assert janus.main([*smoke_args, "--k_p", "0", "--k_i", "0", "--k_d", "0", "--save_dir", str(tmp_path)]) == 0
+def test_control_equals_a_run_with_all_gains_zero_bit_for_bit(
+    control_checkpoint, smoke_args, tmp_path
+):
+    assert (
+        janus.main(
+            [*smoke_args, "--k_p", "0", "--k_i", "0", "--k_d", "0", "--save_dir", str(tmp_path)]
+        )
+        == 0
+    )
     assert same(tmp_path / "janus_adaptive_final.pt", control_checkpoint)
     a, b = (pd.read_csv(f / "telemetry.csv") for f in (tmp_path, control_checkpoint.parent))
     assert a["loss"].equals(b["loss"]) and a["val_loss"].equals(b["val_loss"])
 
 
-def test_arms_share_initial_weights_and_data_but_part_under_pressure(smoke_checkpoint, control_checkpoint):
+def test_arms_share_initial_weights_and_data_but_part_under_pressure(
+    smoke_checkpoint, control_checkpoint
+):
     assert not same(smoke_checkpoint, control_checkpoint)
     a, b = (pd.read_csv(c.parent / "telemetry.csv") for c in (smoke_checkpoint, control_checkpoint))
     assert (b["lambda"] == 0).all() and (a["lambda"] > 0).all()
@@ -95,10 +116,17 @@ def test_arms_share_initial_weights_and_data_but_part_under_pressure(smoke_check
 def test_replay_of_a_run_is_that_run(smoke_checkpoint, smoke_args, tmp_path):
     csv = smoke_checkpoint.parent / "telemetry.csv"
     # The adaptive ramp moves every step within an interval, so without it lambda is exactly what the rows say.
-    assert janus.main([*smoke_args, "--pressure_warmup", "0", "--save_dir", str(tmp_path / "a")]) == 0
+    assert (
+        janus.main([*smoke_args, "--pressure_warmup", "0", "--save_dir", str(tmp_path / "a")]) == 0
+    )
     csv = tmp_path / "a" / "telemetry.csv"
-    assert janus.main([*smoke_args, "--pressure", f"replay:{csv}", "--save_dir", str(tmp_path / "b")]) == 0
-    assert same(tmp_path / "a" / "janus_adaptive_final.pt", tmp_path / "b" / "janus_replay_final.pt")
+    assert (
+        janus.main([*smoke_args, "--pressure", f"replay:{csv}", "--save_dir", str(tmp_path / "b")])
+        == 0
+    )
+    assert same(
+        tmp_path / "a" / "janus_adaptive_final.pt", tmp_path / "b" / "janus_replay_final.pt"
+    )
 
 
 def test_same_command_same_bytes(smoke_checkpoint, smoke_args, tmp_path):
@@ -113,17 +141,32 @@ def test_micro_batches_do_not_move_the_loss_or_sigma(smoke_args, control_checkpo
     assert np.allclose(a[["loss", "sigma_z"]], b[["loss", "sigma_z"]], rtol=2e-3)
 
 
-def test_killed_three_times_and_resumed_equals_uninterrupted(smoke_args, smoke_checkpoint, tmp_path):
+def test_killed_three_times_and_resumed_equals_uninterrupted(
+    smoke_args, smoke_checkpoint, tmp_path
+):
     """SIGKILL at three random moments, dropout on so that the random state matters too."""
     more = ["--dropout", "0.1", "--save_interval", "3", "--steps", "40"]
     assert janus.main([*smoke_args, *more, "--save_dir", str(tmp_path / "whole")]) == 0
     broken, rng = tmp_path / "broken", random.Random(time.time_ns())
-    argv = [sys.executable, janus.__file__, *smoke_args, *more, "--save_dir", str(broken), "--resume"]
+    argv = [
+        sys.executable,
+        janus.__file__,
+        *smoke_args,
+        *more,
+        "--save_dir",
+        str(broken),
+        "--resume",
+    ]
     kills = 0
     while kills < 3:
         seen = len(list(broken.glob("ckpt_*.json")))
         p = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while p.poll() is None and len(list(broken.glob("ckpt_*.pt"))) <= min(seen, 2) and kills < 3 and not newest_moved(broken, p):
+        while (
+            p.poll() is None
+            and len(list(broken.glob("ckpt_*.pt"))) <= min(seen, 2)
+            and kills < 3
+            and not newest_moved(broken, p)
+        ):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.3))
         if p.poll() is not None:
@@ -138,7 +181,10 @@ def test_killed_three_times_and_resumed_equals_uninterrupted(smoke_args, smoke_c
     assert not (broken / "janus_adaptive_final.pt.json").exists()
     assert subprocess.run(argv, capture_output=True).returncode == 0
     assert same(tmp_path / "whole" / "janus_adaptive_final.pt", broken / "janus_adaptive_final.pt")
-    a, b = (pd.read_csv(tmp_path / f / "telemetry.csv").drop(columns="tokens_per_s") for f in ("whole", "broken"))
+    a, b = (
+        pd.read_csv(tmp_path / f / "telemetry.csv").drop(columns="tokens_per_s")
+        for f in ("whole", "broken")
+    )
     pd.testing.assert_frame_equal(a, b)
 
 
@@ -150,8 +196,23 @@ def newest_moved(folder: Path, process: subprocess.Popen, memory={}) -> bool:  #
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends_cleanly(number, smoke_args, tmp_path):
-    argv = [sys.executable, janus.__file__, *smoke_args, "--steps", "5000", "--save_interval", "5000", "--val_interval", "5000"]
-    p = subprocess.Popen([*argv, "--save_dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    argv = [
+        sys.executable,
+        janus.__file__,
+        *smoke_args,
+        "--steps",
+        "5000",
+        "--save_interval",
+        "5000",
+        "--val_interval",
+        "5000",
+    ]
+    p = subprocess.Popen(
+        [*argv, "--save_dir", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     while p.poll() is None and not (tmp_path / "tokenizer.json").exists():
         time.sleep(0.05)
     time.sleep(1.0)
@@ -166,7 +227,20 @@ def test_a_signal_saves_and_ends_cleanly(number, smoke_args, tmp_path):
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(smoke_args, tmp_path, capsys):
     assert (
-        janus.main([*smoke_args, "--learning_rate", "1e18", "--save_interval", "1", "--lr_warmup", "0", "--save_dir", str(tmp_path)]) == 1
+        janus.main(
+            [
+                *smoke_args,
+                "--learning_rate",
+                "1e18",
+                "--save_interval",
+                "1",
+                "--lr_warmup",
+                "0",
+                "--save_dir",
+                str(tmp_path),
+            ]
+        )
+        == 1
     )
     err = capsys.readouterr().err
     assert "not finite" in err and "--learning_rate" in err and err.count("\n") == 1
@@ -192,7 +266,11 @@ def test_existing_output_is_kept_without_overwrite(smoke_checkpoint, smoke_args,
 
 
 @pytest.mark.parametrize(
-    ("what", "drifted"), [("SwiGLU", ("F.silu", torch.relu)), ("norm", ("RMSNorm.forward", lambda self, x: x * self.weight))]
+    ("what", "drifted"),
+    [
+        ("SwiGLU", ("F.silu", torch.relu)),
+        ("norm", ("RMSNorm.forward", lambda self, x: x * self.weight)),
+    ],
 )
 def test_golden_probe_catches_a_drifted_model(what, drifted, smoke_checkpoint, monkeypatch):
     owner, name = drifted[0].split(".")
@@ -208,7 +286,9 @@ def test_redraw_needs_only_the_csv(smoke_checkpoint, control_checkpoint, tmp_pat
     assert (tmp_path / "training.png").stat().st_size > 10_000
     width = plt.imread(tmp_path / "training.png").shape[1]
     assert janus.main(["--redraw", csvs[1], "--save_dir", str(tmp_path)]) == 0
-    assert plt.imread(tmp_path / "training.png").shape[1] < width, "no empty panel for a penalty that the control arm has not"
+    assert plt.imread(tmp_path / "training.png").shape[1] < width, (
+        "no empty panel for a penalty that the control arm has not"
+    )
 
 
 def test_linear_law_and_the_published_preset_parse_to_the_published_numbers():
@@ -228,19 +308,28 @@ def test_linear_law_and_the_published_preset_parse_to_the_published_numbers():
 def test_schedules():
     a = janus.parse_args(["--preset", "full"])
     rate = [janus.learning_rate(s, a) for s in range(1, a.steps + 1)]
-    assert max(rate) == pytest.approx(a.learning_rate) and rate[-1] == pytest.approx(0.1 * a.learning_rate)
+    assert max(rate) == pytest.approx(a.learning_rate) and rate[-1] == pytest.approx(
+        0.1 * a.learning_rate
+    )
     a.schedule = "wsd"
     rate = np.array([janus.learning_rate(s, a) for s in range(1, a.steps + 1)])
-    assert (rate[200 : int(0.8 * a.steps)] == a.learning_rate).all() and 0 < rate[-1] < 0.02 * a.learning_rate
+    assert (rate[200 : int(0.8 * a.steps)] == a.learning_rate).all() and 0 < rate[
+        -1
+    ] < 0.02 * a.learning_rate
 
 
-def test_tensorboard_shows_the_numbers_of_the_csv_and_moves_nothing(smoke_args, smoke_checkpoint, tmp_path):
+def test_tensorboard_shows_the_numbers_of_the_csv_and_moves_nothing(
+    smoke_args, smoke_checkpoint, tmp_path
+):
     pytest.importorskip("tensorboard", reason="requirements-dev.txt installs it")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert janus.main([*smoke_args, "--tensorboard", "--save_dir", str(tmp_path)]) == 0
     assert same(tmp_path / "janus_adaptive_final.pt", smoke_checkpoint)
-    events, t = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0, "histograms": 0}), pd.read_csv(tmp_path / "telemetry.csv")
+    events, t = (
+        EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0, "histograms": 0}),
+        pd.read_csv(tmp_path / "telemetry.csv"),
+    )
     events.Reload()
     for column in ("loss", "val_loss", "sigma_z", "lambda", "grad_norm"):
         rows = t[["step", column]].dropna()
@@ -255,4 +344,8 @@ def test_tensorboard_that_is_missing_is_one_line(smoke_args, tmp_path, monkeypat
     monkeypatch.setattr(janus, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as e:
         janus.main([*smoke_args, "--tensorboard", "--save_dir", str(tmp_path)])
-    assert e.value.code == 2 and "error: --tensorboard needs a package: pip install tensorboard" in capsys.readouterr().err
+    assert (
+        e.value.code == 2
+        and "error: --tensorboard needs a package: pip install tensorboard"
+        in capsys.readouterr().err
+    )
