@@ -284,7 +284,7 @@ class Jump(torch.autograd.Function):
         return d_latents * (pre > threshold), d_threshold.sum(0)
 
 
-def start_at_target(x: Tensor, sae: Weights, now: Now) -> None:
+def begin_at_target(x: Tensor, sae: Weights, now: Now) -> None:
     """Sets all thresholds to where the L0 asked for comes out; then it is only held, as they move
     slowly."""
     pre = (x[:256] - sae.b_dec) @ sae.W_enc.T + sae.b_enc  # [256, F]
@@ -351,7 +351,7 @@ class Architecture:
     extra_rate: their learning rate over that of the weights
     half_fires: half of the latents fire at the start; W_enc starts smaller, so that they sum to x
     clip: whether the norm of the gradient is limited
-    start: sets weights before the first step, from its batch; constrain: mends them after each step
+    begin: sets weights before the first step, from its batch; constrain: mends them after each step
     saelens: the one of ENCODERS that computes the same from the folded weights. Where there is
         none, only load_sae reads the folder and runs the forward, a chunk of tokens at a time: the
         latents of a token must not depend on other tokens
@@ -369,7 +369,7 @@ class Architecture:
     extra_rate: float = 1.0
     half_fires: bool = False
     clip: bool = True
-    start: Callable[[Tensor, Weights, Now], None] | None = None
+    begin: Callable[[Tensor, Weights, Now], None] | None = None
     constrain: Callable[[Weights], None] | None = None
     saelens: str | None = None
     renamed: dict[str, str] = field(default_factory=dict)
@@ -394,7 +394,7 @@ ARCHITECTURES = {
         l0_flag="target_l0",
         extra={"threshold": 0.0},
         extra_rate=10,  # at 1, L0 stays far below its target for hundreds of steps
-        start=start_at_target,
+        begin=begin_at_target,
         constrain=keep_positive,
         saelens="jumprelu",
     ),
@@ -472,8 +472,9 @@ class Trainer:
         self.mean = mean.to(device)
         self.scale = math.sqrt(len(mean)) / norm
         self.sae = self.initial_weights(len(mean), device)
-        self.params = list(vars(self.sae).values())
-        shared, extra = self.params[:4], self.params[4:]
+        shared = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
+        extra = [getattr(self.sae, name) for name in self.architecture.extra]
+        self.params = [*shared, *extra]
         groups = [{"params": group} for group in (shared, extra) if group]
         fused = device.type != "mps"
         self.optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-9, fused=fused)
@@ -489,15 +490,15 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.args.seed)
         w_dec = F.normalize(torch.randn(n_latents, d_in, generator=generator), dim=1)  # [F, D]
         size = 2 / self.args.expansion if self.architecture.half_fires else 1
-        start = {
+        weights = {
             "W_enc": w_dec * size,
             "b_enc": torch.zeros(n_latents),
             "W_dec": w_dec,
             "b_dec": torch.zeros(d_in),
         }
         for name, value in self.architecture.extra.items():
-            start[name] = torch.full((n_latents,), value)
-        return Weights(**{name: w.to(device, copy=True) for name, w in start.items()})
+            weights[name] = torch.full((n_latents,), value)
+        return Weights(**{name: w.to(device, copy=True) for name, w in weights.items()})
 
     def now(self) -> Now:
         """The moment of training, for forwards and fast steps."""
@@ -518,8 +519,8 @@ class Trainer:
         """One optimiser step on raw rows [N, D]. HandoffError if the error is no finite number."""
         self.step_count += 1
         x = (raw.to(self.mean.device).float() - self.mean) * self.scale  # [N, D], trained units
-        if self.step_count == 1 and self.architecture.start:
-            self.architecture.start(x, self.sae, self.now())
+        if self.step_count == 1 and self.architecture.begin:
+            self.architecture.begin(x, self.sae, self.now())
         mse, fired = self.gradients(x)
 
         # what may move, and how far
@@ -826,17 +827,17 @@ def int8_products(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     On CPUs with VNNI twice as fast as bfloat16. The error is 1 % of |x| |w| / sqrt(D) where the
     entries of a row are alike, more where few of them are large.
     """
-    x_levels, x_step = in_levels(x)
-    w_levels, w_step = in_levels(w)
-    sums = torch._int_mm(x_levels, w_levels.T).bfloat16().mul_(x_step)  # [N, F]
-    return torch.addcmul(b.bfloat16(), sums, w_step.T, out=sums)
+    x_levels, x_spacing = in_levels(x)  # [N, D], [N, 1]
+    w_levels, w_spacing = in_levels(w)  # [F, D], [F, 1]
+    sums = torch._int_mm(x_levels, w_levels.T).bfloat16().mul_(x_spacing)  # [N, F]
+    return torch.addcmul(b.bfloat16(), sums, w_spacing.T, out=sums)
 
 
 def in_levels(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows [n, D] as int8 multiples of a step of their own, and the steps [n, 1] in bfloat16."""
+    """rows [n, D] as int8 multiples of a spacing of their own, and it [n, 1] in bfloat16."""
     largest = torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))  # [n, 1]
-    step = (largest / 127).clamp(min=1e-30)
-    return (rows / step).round_().to(torch.int8), step.bfloat16()
+    spacing = (largest / 127).clamp(min=1e-30)
+    return (rows / spacing).round_().to(torch.int8), spacing.bfloat16()
 
 
 # ---- which latents fire
@@ -1041,6 +1042,8 @@ def pair_products(x: Tensor, w: Tensor, latent: Tensor, token: Tensor) -> Tensor
     count = torch.bincount(token, minlength=len(x))  # [N]
     start = count.cumsum(0) - count
     backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    if x.device.type == "cuda":  # where it has no bfloat16
+        return backward(x.float(), w.float(), latent, start, token, 0, -1).to(x.dtype)
     return backward(x, w, latent, start, token, 0, -1)
 
 
@@ -1575,8 +1578,8 @@ def check_fast_step(job: Job, device: torch.device) -> None:
     x = (raw.to(device) - trainer.mean) * trainer.scale  # [256, D], trained units
     trainer.step_count = 1
     trainer.idle[::2] = a.dead_tokens + 1
-    if trainer.architecture.start:
-        trainer.architecture.start(x, trainer.sae, trainer.now())
+    if trainer.architecture.begin:
+        trainer.architecture.begin(x, trainer.sae, trainer.now())
     plain = plain_gradients(x, trainer.sae, trainer.now()).by_name
     fast = trainer.take_gradients(x, trainer.sae, trainer.now()).by_name
     for name in sorted(plain.keys() - {"b_dec"}):  # which is no latent's
@@ -1780,11 +1783,11 @@ def first_change(job: Job, then: dict[str, Any]) -> str:
     defaults = parse_args([])
     defaults.preset = job.args.preset
     default = Job(fill_in(defaults, job.dump), job.dump, job.folder).trajectory
-    now = job.trajectory
-    for name in {**now, **then}:
+    wanted = job.trajectory
+    for name in {**wanted, **then}:
         was = then[name] if name in then else default.get(name)
-        if was != now.get(name):
-            return f"{name} of {job.folder} from {was} to {now.get(name)}"
+        if was != wanted.get(name):
+            return f"{name} of {job.folder} from {was} to {wanted.get(name)}"
     return ""
 
 
