@@ -2228,6 +2228,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 def add_method_flags(parser: argparse.ArgumentParser) -> None:
     """A flag entered here or among the sizes is in `now` by its name, and --resume keeps it."""
     arch_help = "; ".join(f"{name}: {arch.about}" for name, arch in ARCHITECTURES.items())
+    arch_help = arch_help.replace("%", "%%")  # argparse would fill it in
     unit_help = "one SAE for all heads of a layer together, or one a head"
     plain_help = "by autograd in float32, from the forward alone; slower"
     aux_help = "not relu, gated: dead latents a token that fit the residual; 0: off, -1: D / 2"
