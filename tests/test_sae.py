@@ -23,17 +23,48 @@ import train_sae as ts
 
 CPU = torch.device("cpu")
 ROOT = Path(ts.__file__).parent
-SMALL = ["--expansion", "4", "--k", "4", "--batch_size", "128", "--steps", "60", "--learning_rate", "3e-3", "--dead_tokens", "1000"]
-SAELENS = {"batchtopk": "jumprelu", "topk": "topk", "relu": "standard", "jumprelu": "jumprelu", "gated": "gated", "matryoshka": "jumprelu"}
+SMALL = [
+    "--expansion",
+    "4",
+    "--k",
+    "4",
+    "--batch_size",
+    "128",
+    "--steps",
+    "60",
+    "--learning_rate",
+    "3e-3",
+    "--dead_tokens",
+    "1000",
+]
+SAELENS = {
+    "batchtopk": "jumprelu",
+    "topk": "topk",
+    "relu": "standard",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+    "matryoshka": "jumprelu",
+}
 SMALL += ["--eval_tokens", "600", "--device", "cpu", "--dtype", "float32"]
 
 
 def settings(**more) -> argparse.Namespace:
     """What a Trainer reads from the command line."""
     base = dict(
-        arch="topk", expansion=4, k=4, target_l0=4, l1=3e-3, aux_k=-1, dead_tokens=10**9, batch_size=128, steps=100, learning_rate=1e-3
+        arch="topk",
+        expansion=4,
+        k=4,
+        target_l0=4,
+        l1=3e-3,
+        aux_k=-1,
+        dead_tokens=10**9,
+        batch_size=128,
+        steps=100,
+        learning_rate=1e-3,
     )
-    return argparse.Namespace(**base | dict(lr_warmup=5, lr_decay=0.2, seed=0, dtype="float32") | more)
+    return argparse.Namespace(
+        **base | dict(lr_warmup=5, lr_decay=0.2, seed=0, dtype="float32") | more
+    )
 
 
 def trainer(d: int = 16, **more) -> ts.Trainer:
@@ -44,7 +75,11 @@ def trainer(d: int = 16, **more) -> ts.Trainer:
     t.sae.b_enc += 0.1 * torch.randn(t.sae.b_enc.shape, generator=g)
     t.sae.b_dec += 0.3 * torch.randn(t.sae.b_dec.shape, generator=g)
     for p in t.params[4:]:  # a threshold is positive; r_mag and b_mag need not be
-        p += 1 + 0.5 * torch.rand(p.shape, generator=g) if t.args.arch == "jumprelu" else 0.3 * torch.randn(p.shape, generator=g)
+        p += (
+            1 + 0.5 * torch.rand(p.shape, generator=g)
+            if t.args.arch == "jumprelu"
+            else 0.3 * torch.randn(p.shape, generator=g)
+        )
     return t
 
 
@@ -68,7 +103,10 @@ def test_topk_keeps_k_a_token_and_batchtopk_the_largest_of_the_batch():
         code, tau = ts.select_batchtopk(pre, 6, guess)
         assert len(code.value) == 6 * 64
     assert torch.bincount(code.token, minlength=64).max() > 12
-    assert torch.equal(code.value.sort(descending=True).values, pre.flatten().topk(6 * 64).values) and tau == code.value.min()
+    assert (
+        torch.equal(code.value.sort(descending=True).values, pre.flatten().topk(6 * 64).values)
+        and tau == code.value.min()
+    )
     assert torch.equal(pre[code.token, code.latent], code.value)
     assert torch.equal(code.start, torch.searchsorted(code.token, torch.arange(64)))
     code, tau = ts.select_batchtopk(pre - 100, 6)
@@ -91,7 +129,9 @@ class Jump(torch.autograd.Function):
         return d_f * (pre > threshold), -(kernel * (threshold * d_f + d_step)).sum(0), None
 
 
-def dense_loss(t: ts.Trainer, x: torch.Tensor, params: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def dense_loss(
+    t: ts.Trainer, x: torch.Tensor, params: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The documented loss, written densely for autograd; the latents [N, F] and the error [N, D]."""
     a, (w_enc, b_enc, w_dec, b_dec, *more) = t.args, params
     pre = (x - b_dec) @ w_enc.T + b_enc
@@ -100,12 +140,20 @@ def dense_loss(t: ts.Trainer, x: torch.Tensor, params: list[torch.Tensor]) -> tu
     elif a.arch == "gated":
         f = (pre > 0) * (((x - b_dec) @ w_enc.T) * more[0].exp() + more[1]).relu()
     else:
-        cut = 0 if a.arch == "relu" else pre.topk(a.k).values[:, -1:] if a.arch == "topk" else pre.flatten().topk(a.k * len(x)).values[-1]
+        cut = (
+            0
+            if a.arch == "relu"
+            else pre.topk(a.k).values[:, -1:]
+            if a.arch == "topk"
+            else pre.flatten().topk(a.k * len(x)).values[-1]
+        )
         f = pre.relu() * (pre >= cut)
     error = f @ w_dec + b_dec - x
     loss = error.square().sum(1).mean() / x.shape[1]
     if a.arch == "matryoshka":
-        prefixes = [f[:, :m] @ w_dec[:m] + b_dec - x for m in (2, 6, 14, 30, 64)]  # 1, 3, 7, 15 and 32 of 32 parts
+        prefixes = [
+            f[:, :m] @ w_dec[:m] + b_dec - x for m in (2, 6, 14, 30, 64)
+        ]  # 1, 3, 7, 15 and 32 of 32 parts
         loss = sum(part.square().sum(1).mean() for part in prefixes) / 5 / x.shape[1]
     if a.arch == "jumprelu":
         loss = loss + (step.sum(1).mean() / a.target_l0 - 1) ** 2
@@ -124,7 +172,16 @@ def dense_loss(t: ts.Trainer, x: torch.Tensor, params: list[torch.Tensor]) -> tu
     return loss, f, error
 
 
-CASES = [("topk", 0), ("topk", 3), ("batchtopk", -1), ("relu", 0), ("jumprelu", 0), ("jumprelu", 3), ("gated", 0), ("matryoshka", -1)]
+CASES = [
+    ("topk", 0),
+    ("topk", 3),
+    ("batchtopk", -1),
+    ("relu", 0),
+    ("jumprelu", 0),
+    ("jumprelu", 3),
+    ("gated", 0),
+    ("matryoshka", -1),
+]
 
 
 @pytest.mark.parametrize("arch, aux_k", CASES)
@@ -138,14 +195,21 @@ def test_gradients_equal_dense_autograd(arch, aux_k):
     loss, f, error = dense_loss(t, x, params)
     loss.backward()
     for ours, reference in zip(t.params, params, strict=True):
-        assert reference.grad.norm() > 0 and (ours.grad - reference.grad).norm() <= 1e-5 * reference.grad.norm()
+        assert (
+            reference.grad.norm() > 0
+            and (ours.grad - reference.grad).norm() <= 1e-5 * reference.grad.norm()
+        )
     assert torch.equal(fired, (f > 0).sum(0)) and 0 < fired.sum() < f.numel()
     assert mse.item() == pytest.approx(error.square().mean().item(), rel=1e-5)
 
 
 def test_int8_products_are_those_of_the_rounded_rows():
     g = torch.Generator().manual_seed(0)
-    x, w, b = torch.randn(40, 96, generator=g), 1e-3 * torch.randn(64, 96, generator=g), torch.randn(64, generator=g)
+    x, w, b = (
+        torch.randn(40, 96, generator=g),
+        1e-3 * torch.randn(64, 96, generator=g),
+        torch.randn(64, generator=g),
+    )
     x[0], x[1], w[0], w[1] = 0, 3, 7, -7  # nothing; and the largest sums, which must not saturate
     x[2] = x[2] * torch.logspace(-3, 0, 96)
 
@@ -157,10 +221,18 @@ def test_int8_products_are_those_of_the_rounded_rows():
     products = rounded(x) @ rounded(w).T
     assert found.dtype == torch.bfloat16
     # bfloat16 rounds five times by at most 1 in 256 / 2: the sum, both scales, the bias and the result
-    torch.testing.assert_close(found.double(), products + b, rtol=0, atol=float(5 / 512 * (products.abs() + b.abs()).max()))
+    torch.testing.assert_close(
+        found.double(), products + b, rtol=0, atol=float(5 / 512 * (products.abs() + b.abs()).max())
+    )
     big = products.abs() > 20 * b.abs()
-    assert big.sum() > 50 and ((found - products - b)[big].abs() <= 5 / 256 * products[big].abs()).all()
-    error, size = (products - x @ w.T)[3:, 2:], x[3:].norm(dim=1)[:, None] * w[2:].norm(dim=1) / math.sqrt(96)
+    assert (
+        big.sum() > 50
+        and ((found - products - b)[big].abs() <= 5 / 256 * products[big].abs()).all()
+    )
+    error, size = (
+        (products - x @ w.T)[3:, 2:],
+        x[3:].norm(dim=1)[:, None] * w[2:].norm(dim=1) / math.sqrt(96),
+    )
     assert 0.005 < (error / size).square().mean().sqrt() < 0.015  # 1 %, as the docstring says
 
 
@@ -186,7 +258,9 @@ def test_int8_also_fits_the_residual_with_dead_latents():
     params = [p.clone().requires_grad_() for p in t.params]
     _, fired = t.gradients(x)
     dense_loss(t, x, params)[0].backward()
-    assert (silent := (fired == 0) & (t.idle > 50)).sum() > 100  # their gradient comes from the auxiliary loss alone
+    assert (
+        silent := (fired == 0) & (t.idle > 50)
+    ).sum() > 100  # their gradient comes from the auxiliary loss alone
     for ours, reference in list(zip(t.params, params, strict=True))[:3]:
         error = (ours.grad - reference.grad)[silent].norm() / reference.grad[silent].norm()
         assert error < 0.01, error
@@ -204,10 +278,16 @@ def test_training_gradients_in_low_precision_are_within_one_percent_of_dense_flo
     loss, f, _ = dense_loss(t, x, params)
     loss.backward()
     sae, low = t.sae, x - t.sae.b_dec
-    pre = ts.int8_products(low, sae.W_enc, sae.b_enc) if dtype == "int8" else low.bfloat16() @ sae.W_enc.bfloat16().T + sae.b_enc
+    pre = (
+        ts.int8_products(low, sae.W_enc, sae.b_enc)
+        if dtype == "int8"
+        else low.bfloat16() @ sae.W_enc.bfloat16().T + sae.b_enc
+    )
     pre = pre.float()
     code = ts.select_topk(pre, 16) if arch == "topk" else ts.select_batchtopk(pre, 16)[0]
-    assert not torch.equal((f > 0).sum(0), torch.bincount(code.latent, minlength=1024)), "a test of nothing"
+    assert not torch.equal((f > 0).sum(0), torch.bincount(code.latent, minlength=1024)), (
+        "a test of nothing"
+    )
     _, fired = t.gradients(x)
     assert torch.equal(fired, (f > 0).sum(0))
     for ours, reference in zip(t.params, params, strict=True):
@@ -221,7 +301,13 @@ def test_bfloat16_gradients_are_within_one_percent():
     code = ts.select_topk(x @ t.sae.W_enc.T, 8)
     slope = torch.ones_like(code.value)
     exact, exact_value = ts.sparse_backward(x, code, dy, t.sae.W_dec, slope)
-    found, found_value = ts.sparse_backward(x.bfloat16(), code.cast(torch.bfloat16), dy.bfloat16(), t.sae.W_dec.bfloat16(), slope.bfloat16())
+    found, found_value = ts.sparse_backward(
+        x.bfloat16(),
+        code.cast(torch.bfloat16),
+        dy.bfloat16(),
+        t.sae.W_dec.bfloat16(),
+        slope.bfloat16(),
+    )
     for a, b in zip((*found, found_value), (*exact, exact_value), strict=True):
         assert (a - b).norm() < 0.01 * b.norm()
 
@@ -260,8 +346,12 @@ def test_a_latent_that_does_not_fire_stands_still(arch):
     momentum = t.optimizer.state[sae.W_enc]["exp_avg"].abs().sum(1) > 0
     assert fires.sum() > 5 and (momentum & ~fires).sum() > 5  # those would be dragged along
     t.step(x)
-    assert torch.equal(sae.W_enc[~fires], w_enc[~fires]) and torch.equal(sae.b_enc[~fires], b_enc[~fires])
-    torch.testing.assert_close(sae.W_dec[~fires], w_dec[~fires], rtol=1e-6, atol=1e-7)  # its norm is set to 1 again
+    assert torch.equal(sae.W_enc[~fires], w_enc[~fires]) and torch.equal(
+        sae.b_enc[~fires], b_enc[~fires]
+    )
+    torch.testing.assert_close(
+        sae.W_dec[~fires], w_dec[~fires], rtol=1e-6, atol=1e-7
+    )  # its norm is set to 1 again
     assert (sae.W_enc != w_enc)[fires].any(1).all() and (sae.W_dec != w_dec)[fires].any(1).all()
 
 
@@ -274,11 +364,21 @@ def test_a_planted_dictionary_is_recovered(arch):
 
     def draw(n: int) -> torch.Tensor:
         which = torch.rand(n, n_features, generator=g).topk(active).indices
-        return (torch.zeros(n, n_features).scatter(1, which, 1 + torch.rand(n, active, generator=g))) @ planted + mean
+        return (
+            torch.zeros(n, n_features).scatter(1, which, 1 + torch.rand(n, active, generator=g))
+        ) @ planted + mean
 
     x = draw(4096)
     t = ts.Trainer(
-        settings(arch=arch, k=active, target_l0=active, l1=0.03, steps=800, dead_tokens=20_000, learning_rate=3e-3),
+        settings(
+            arch=arch,
+            k=active,
+            target_l0=active,
+            l1=0.03,
+            steps=800,
+            dead_tokens=20_000,
+            learning_rate=3e-3,
+        ),
         x.mean(0),
         (x - x.mean(0)).norm(dim=1).mean().item(),
         CPU,
@@ -287,7 +387,9 @@ def test_a_planted_dictionary_is_recovered(arch):
     for step in range(800):
         t.step(draw(256))
         if step in (0, 799):
-            sae = ts.SparseAutoencoder({"architecture": SAELENS[arch], "k": active}, t.weights(t.scale, t.mean))
+            sae = ts.SparseAutoencoder(
+                {"architecture": SAELENS[arch], "k": active}, t.weights(t.scale, t.mean)
+            )
             error, f = sae.decode(sae.encode(held_out)) - held_out, sae.encode(held_out)
             fvu += [(error.square().sum() / (held_out - held_out.mean(0)).square().sum()).item()]
             l0 = (f > 0).sum(1).float().mean().item()
@@ -310,7 +412,9 @@ def test_folding_changes_nothing_but_the_units(arch):
     folded = ts.SparseAutoencoder(cfg, t.weights(scale, mean))
     f, f_raw = inside.encode((raw - mean) * scale), folded.encode(raw)
     torch.testing.assert_close(f_raw * scale, f, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(folded.decode(f_raw), inside.decode(f) / scale + mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        folded.decode(f_raw), inside.decode(f) / scale + mean, rtol=1e-4, atol=1e-5
+    )
     assert 0 < (f > 0).sum(1).float().mean() <= (4 if arch == "topk" else 64)
 
 
@@ -330,12 +434,24 @@ def made(tmp_path_factory) -> Path:
     """A folder with a small random model, model.pt, and its dump activations/adaptive of 80 windows, layers 0 and 2, made here."""
     root = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
-    cfg = ts.GPTConfig(vocab_size=61, n_layers=3, d_model=24, n_heads=3, n_kv_heads=3, d_head=8, d_ff=40, seq_len=32)
+    cfg = ts.GPTConfig(
+        vocab_size=61,
+        n_layers=3,
+        d_model=24,
+        n_heads=3,
+        n_kv_heads=3,
+        d_head=8,
+        d_ff=40,
+        seq_len=32,
+    )
     model = ts.NewGPT(cfg).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.3 + (1.0 if p.dim() == 1 else 0.0))
-    torch.save({"config": vars(cfg), "model": model.state_dict(), "probe": ts.golden_probe(model)}, root / "model.pt")
+    torch.save(
+        {"config": vars(cfg), "model": model.state_dict(), "probe": ts.golden_probe(model)},
+        root / "model.pt",
+    )
     ts.write_sidecar(root / "model.pt", ts.CHECKPOINT_SCHEMA, [])
     idx = torch.randint(61, (80, 32))
     tap = dict.fromkeys(["z.0", "z.2", "mlp_out.2"])
@@ -344,23 +460,43 @@ def made(tmp_path_factory) -> Path:
     folder = root / "activations" / "adaptive"
     folder.mkdir(parents=True)
     facts = dict(
-        n_heads=3, d_head=8, seq_len=32, preset="smoke", arm="adaptive", run_name="adaptive", dataset="none", tokenizer_hash="none"
+        n_heads=3,
+        d_head=8,
+        seq_len=32,
+        preset="smoke",
+        arm="adaptive",
+        run_name="adaptive",
+        dataset="none",
+        tokenizer_hash="none",
     )
     facts |= dict(checkpoint=str(root / "model.pt"), checkpoint_sha256=ts.sha256(root / "model.pt"))
     np.save(folder / "tokens.npy", idx.flatten().numpy().astype(np.uint16))
-    ts.write_sidecar(folder / "tokens.npy", "janus.tokens/1", [root / "model.pt"], shape=[2560], **facts)
+    ts.write_sidecar(
+        folder / "tokens.npy", "janus.tokens/1", [root / "model.pt"], shape=[2560], **facts
+    )
     for name, value in tap.items():
         x = value.reshape(2560, 24).half().numpy()
         site, layer = name.split(".")
         np.save(folder / f"L{layer}.{site}.npy", x)
-        moments = dict(mean=x.astype(float).mean(0).tolist(), variance=x.astype(float).var(0).tolist())
+        moments = dict(
+            mean=x.astype(float).mean(0).tolist(), variance=x.astype(float).var(0).tolist()
+        )
         where = dict(layer=int(layer), site=site, axes="N D", shape=[2560, 24], dtype="float16")
-        ts.write_sidecar(folder / f"L{layer}.{site}.npy", "janus.activations/1", [root / "model.pt"], **where, **facts, **moments)
+        ts.write_sidecar(
+            folder / f"L{layer}.{site}.npy",
+            "janus.activations/1",
+            [root / "model.pt"],
+            **where,
+            **facts,
+            **moments,
+        )
     return root
 
 
 def run(made: Path, out: Path, *more: str, small: list[str] = SMALL) -> int:
-    return ts.main(["--activations_dir", str(made / "activations"), "--save_dir", str(out), *small, *more])
+    return ts.main(
+        ["--activations_dir", str(made / "activations"), "--save_dir", str(out), *small, *more]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -368,27 +504,43 @@ def finished(made, tmp_path_factory) -> Path:
     """SAEs of each architecture, in <arch>/adaptive/L0 and L2."""
     out = tmp_path_factory.mktemp("saes")
     for arch in SAELENS:
-        assert run(made, out / arch, "--runs", "adaptive", "--layers", "0", "2", "--arch", arch) == 0
+        assert (
+            run(made, out / arch, "--runs", "adaptive", "--layers", "0", "2", "--arch", arch) == 0
+        )
     return out
 
 
 def held_out(made: Path, layer: int) -> torch.Tensor:
     """The last 5 % of 80 windows: 4 windows, 128 rows, float32."""
-    return torch.from_numpy(np.load(made / f"activations/adaptive/L{layer}.z.npy")[-128:].astype(np.float32))
+    return torch.from_numpy(
+        np.load(made / f"activations/adaptive/L{layer}.z.npy")[-128:].astype(np.float32)
+    )
 
 
 def test_tensorboard_shows_the_numbers_of_the_csv(made, finished, tmp_path):
     pytest.importorskip("tensorboard", reason="requirements-dev.txt installs it")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert run(made, tmp_path, "--runs", "adaptive", "--layers", "0", "--arch", "topk", "--tensorboard") == 0
-    folder, events = tmp_path / "adaptive" / "L0", EventAccumulator(str(tmp_path / "adaptive" / "L0" / "tensorboard"))
+    assert (
+        run(
+            made, tmp_path, "--runs", "adaptive", "--layers", "0", "--arch", "topk", "--tensorboard"
+        )
+        == 0
+    )
+    folder, events = (
+        tmp_path / "adaptive" / "L0",
+        EventAccumulator(str(tmp_path / "adaptive" / "L0" / "tensorboard")),
+    )
     events.Reload()
     t = pd.read_csv(folder / "training.csv")
     for column in ("mse_normalised", "l0", "dead_share"):
         shown = [(e.step, e.value) for e in events.Scalars(column)]
-        assert [step for step, _ in shown] == t["step"].tolist() and np.allclose([v for _, v in shown], t[column], rtol=1e-6)
-    assert t.equals(pd.read_csv(finished / "topk" / "adaptive" / "L0" / "training.csv")), "looking must not change the training"
+        assert [step for step, _ in shown] == t["step"].tolist() and np.allclose(
+            [v for _, v in shown], t[column], rtol=1e-6
+        )
+    assert t.equals(pd.read_csv(finished / "topk" / "adaptive" / "L0" / "training.csv")), (
+        "looking must not change the training"
+    )
 
 
 @pytest.mark.parametrize("arch", SAELENS)
@@ -401,17 +553,27 @@ def test_saelens_loads_the_export_and_agrees(made, finished, arch):
     assert theirs.cfg.metadata.hook_name == "blocks.2.attn.hook_z"
     with torch.no_grad():
         f = theirs.encode(x)
-        assert (f - ours.encode(x)).abs().max() <= 1e-5 and (theirs.decode(f) - ours.decode(ours.encode(x))).abs().max() <= 1e-5
+        assert (f - ours.encode(x)).abs().max() <= 1e-5 and (
+            theirs.decode(f) - ours.decode(ours.encode(x))
+        ).abs().max() <= 1e-5
         theirs.turn_on_forward_pass_hook_z_reshaping()  # what the docstring tells users of HookedSAETransformer to do
-        assert torch.equal(theirs(x.view(4, 32, 3, 8)).reshape(128, 24), theirs.decode(f).reshape(128, 24))
+        assert torch.equal(
+            theirs(x.view(4, 32, 3, 8)).reshape(128, 24), theirs.decode(f).reshape(128, 24)
+        )
     assert (ours.weights["W_dec"].norm(dim=1) - 1).abs().max() < 1e-5
     # the metrics, once more, with SAELens' numbers and numpy
     m = json.loads((folder / "sae_weights.safetensors.json").read_text())["metrics"]
     y, n, xn = ours.decode(f).numpy(), (f > 0).sum(1).numpy(), x.numpy()
-    assert m["l0"] == pytest.approx(n.mean(), rel=1e-6) and m["n_windows"] == 4 and m["n_rows"] == 128
-    assert m["fvu"] == pytest.approx(((y - xn) ** 2).sum() / ((xn - xn.mean(0)) ** 2).sum(), rel=1e-4)
+    assert (
+        m["l0"] == pytest.approx(n.mean(), rel=1e-6) and m["n_windows"] == 4 and m["n_rows"] == 128
+    )
+    assert m["fvu"] == pytest.approx(
+        ((y - xn) ** 2).sum() / ((xn - xn.mean(0)) ** 2).sum(), rel=1e-4
+    )
     assert m["mse"] == pytest.approx(((y - xn) ** 2).mean(), rel=1e-4)
-    assert m["ev_legacy"] == pytest.approx((1 - ((y - xn) ** 2).sum(1) / ((xn - xn.mean(0)) ** 2).sum(1)).mean(), rel=1e-4)
+    assert m["ev_legacy"] == pytest.approx(
+        (1 - ((y - xn) ** 2).sum(1) / ((xn - xn.mean(0)) ** 2).sum(1)).mean(), rel=1e-4
+    )
     latents = pd.read_csv(folder / "latent_frequencies.csv")
     assert latents["n_fired"].tolist() == (f > 0).sum(0).tolist()
     assert m["dead_share_eval"] == pytest.approx((latents["frequency"] == 0).mean())
@@ -434,7 +596,9 @@ def test_a_topk_folder_serves_three_libraries(made, finished, monkeypatch):
     assert (f > 0).sum() > 100
     with torch.no_grad():
         theirs, config = dictionary_learning.load_dictionary(str(folder), "cpu")
-        assert config["trainer"]["k"] == theirs.k == 4 and type(theirs).__name__ == "AutoEncoderTopK"
+        assert (
+            config["trainer"]["k"] == theirs.k == 4 and type(theirs).__name__ == "AutoEncoderTopK"
+        )
         assert (theirs.encode(x) - f).abs().max() <= 1e-5 and (theirs(x) - y).abs().max() <= 1e-5
         coder = sparsify.SparseCoder.load_from_disk(folder)
         top = coder.encode(x)
@@ -448,12 +612,32 @@ def test_a_topk_folder_serves_three_libraries(made, finished, monkeypatch):
 def test_another_architecture_leaves_no_twin_behind(made, finished, tmp_path):
     shutil.copytree(finished / "topk", tmp_path, dirs_exist_ok=True)
     assert all((tmp_path / "adaptive/L0" / name).stat().st_size for name in ts.TWINS)
-    assert run(made, tmp_path, "--layers", "0", "--arch", "jumprelu", "--target_l0", "6", "--steps", "5", "--overwrite") == 0
+    assert (
+        run(
+            made,
+            tmp_path,
+            "--layers",
+            "0",
+            "--arch",
+            "jumprelu",
+            "--target_l0",
+            "6",
+            "--steps",
+            "5",
+            "--overwrite",
+        )
+        == 0
+    )
     assert not any((tmp_path / "adaptive/L0" / name).exists() for name in ts.TWINS)
     record = json.loads((tmp_path / "adaptive/L0/sae_weights.safetensors.json").read_text())
     assert record["k"] == record["trajectory"]["target_l0"] == 6
-    assert pd.read_csv(tmp_path / "adaptive/L0/training.csv")["l0"].iloc[-1] == pytest.approx(6, abs=1.5)  # where thresholds start
-    assert pd.read_csv(tmp_path / "sae_metrics.csv").set_index("layer")["arch"].to_dict() == {0: "jumprelu", 2: "topk"}
+    assert pd.read_csv(tmp_path / "adaptive/L0/training.csv")["l0"].iloc[-1] == pytest.approx(
+        6, abs=1.5
+    )  # where thresholds start
+    assert pd.read_csv(tmp_path / "sae_metrics.csv").set_index("layer")["arch"].to_dict() == {
+        0: "jumprelu",
+        2: "topk",
+    }
 
 
 def test_the_export_carries_what_the_next_phase_needs(finished):
@@ -473,7 +657,13 @@ def test_the_export_carries_what_the_next_phase_needs(finished):
     assert len(record["checkpoint_sha256"]) == 64
     rows = pd.read_csv(finished / "topk/sae_metrics.csv")
     assert rows["layer"].tolist() == [0, 2] and rows["l0"].tolist() == pytest.approx([4, 4])
-    for name in ("table2.csv", "table2.md", "figure2_l0_by_depth.png", "figure3_activation_frequency.png", "adaptive/run.json"):
+    for name in (
+        "table2.csv",
+        "table2.md",
+        "figure2_l0_by_depth.png",
+        "figure3_activation_frequency.png",
+        "adaptive/run.json",
+    ):
         assert (finished / "topk" / name).stat().st_size > 100
 
 
@@ -481,20 +671,30 @@ def test_a_head_has_an_sae_of_its_own_beside_what_was_there(made, finished, tmp_
     from sae_lens import SAE
 
     shutil.copytree(finished / "topk", tmp_path, dirs_exist_ok=True)
-    assert run(made, tmp_path, "--layers", "2", "--unit", "head", "--arch", "relu", "--seed", "-3") == 0
+    assert (
+        run(made, tmp_path, "--layers", "2", "--unit", "head", "--arch", "relu", "--seed", "-3")
+        == 0
+    )
     rows = pd.read_csv(tmp_path / "sae_metrics.csv")
-    assert len(rows) == 5 and len(pd.read_csv(tmp_path / "table2.csv")) == 3  # the report covers every finished SAE
+    assert (
+        len(rows) == 5 and len(pd.read_csv(tmp_path / "table2.csv")) == 3
+    )  # the report covers every finished SAE
     rows = rows[rows["unit"] == "head"].reset_index(drop=True)
     assert rows["head"].tolist() == [0, 1, 2] and (rows["d_in"] == 8).all()
     x = held_out(made, 2)[:, 8:16]
-    theirs, ours = SAE.load_from_disk(str(tmp_path / "adaptive/L2/H1")), ts.load_sae(tmp_path / "adaptive/L2/H1")
+    theirs, ours = (
+        SAE.load_from_disk(str(tmp_path / "adaptive/L2/H1")),
+        ts.load_sae(tmp_path / "adaptive/L2/H1"),
+    )
     assert theirs.cfg.metadata.hook_head_index == 1
     assert (theirs.encode(x) - ours.encode(x)).abs().max() <= 1e-5
     fvu = (ours.decode(ours.encode(x)) - x).square().sum() / (x - x.mean(0)).square().sum()
     assert rows["fvu"][1] == pytest.approx(fvu.item(), rel=1e-4)
     table = pd.read_csv(tmp_path / "table2.csv").query("unit == 'head'").iloc[0]
     half = 4.302653 * rows["l0"].std() / math.sqrt(3)  # Student's t, 2 degrees of freedom
-    assert table["interval_over"] == "3 heads" and table["l0_hi"] - table["l0"] == pytest.approx(half, rel=1e-5)
+    assert table["interval_over"] == "3 heads" and table["l0_hi"] - table["l0"] == pytest.approx(
+        half, rel=1e-5
+    )
 
 
 def test_figures_and_table_come_from_the_csvs_alone(finished, tmp_path):
@@ -508,13 +708,20 @@ def test_figures_and_table_come_from_the_csvs_alone(finished, tmp_path):
     ]:
         path.unlink(missing_ok=True)
     assert ts.main(["--redraw", "--save_dir", str(tmp_path / "s")]) == 0
-    for name in ("table2.csv", "table2.md", "figure2_l0_by_depth.png", "figure3_activation_frequency.png"):
+    for name in (
+        "table2.csv",
+        "table2.md",
+        "figure2_l0_by_depth.png",
+        "figure3_activation_frequency.png",
+    ):
         assert (tmp_path / "s" / name).read_bytes() == (finished / "topk" / name).read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------------------ CE recovered
 def model_and_dump(made: Path, layer: int = 2, site: str = "z") -> tuple[ts.NewGPT, ts.Dump]:
-    return ts.load_checkpoint(made / "model.pt", CPU, False)[0], ts.Dump(made / "activations/adaptive", layer, site)
+    return ts.load_checkpoint(made / "model.pt", CPU, False)[0], ts.Dump(
+        made / "activations/adaptive", layer, site
+    )
 
 
 @torch.no_grad()
@@ -526,27 +733,52 @@ def test_splicing_nothing_is_the_model_and_splicing_zero_is_ablation(made):
         assert torch.equal(ts.spliced(model, resid, 1, site, lambda v: v), model(idx)[0])
     scale = torch.ones(3, 3)
     scale[1] = 0
-    torch.testing.assert_close(ts.spliced(model, resid, 1, "z", torch.zeros_like), model(idx, head_scale=scale)[0])
-    torch.testing.assert_close(ts.spliced(model, resid, 1, "attn_out", torch.zeros_like), model(idx, head_scale=scale)[0])
+    torch.testing.assert_close(
+        ts.spliced(model, resid, 1, "z", torch.zeros_like), model(idx, head_scale=scale)[0]
+    )
+    torch.testing.assert_close(
+        ts.spliced(model, resid, 1, "attn_out", torch.zeros_like), model(idx, head_scale=scale)[0]
+    )
     other = model.run_blocks(model.embed(idx.flip(0)), 0, 1)
-    torch.testing.assert_close(ts.spliced(model, resid, 1, "resid_pre", lambda v: v.flip(0)), ts.spliced(model, other, 1, "z", lambda v: v))
+    torch.testing.assert_close(
+        ts.spliced(model, resid, 1, "resid_pre", lambda v: v.flip(0)),
+        ts.spliced(model, other, 1, "z", lambda v: v),
+    )
 
 
 @pytest.mark.parametrize("head", [None, 1])
 def test_ce_recovered_is_one_for_the_identity_and_zero_for_the_ablation(made, head):
     model, _ = model_and_dump(made)
-    dump, tokens = ts.Dump(made / "activations/adaptive", 2, "z", head), np.load(made / "activations/adaptive/tokens.npy")
+    dump, tokens = (
+        ts.Dump(made / "activations/adaptive", 2, "z", head),
+        np.load(made / "activations/adaptive/tokens.npy"),
+    )
     d = dump.array.shape[1]
     eye, mean = torch.eye(d), torch.full((d,), 0.25)
-    identity = dict(W_enc=torch.cat([eye, -eye], 1), b_enc=torch.zeros(2 * d), W_dec=torch.cat([eye, -eye]), b_dec=torch.zeros(d))
+    identity = dict(
+        W_enc=torch.cat([eye, -eye], 1),
+        b_enc=torch.zeros(2 * d),
+        W_dec=torch.cat([eye, -eye]),
+        b_dec=torch.zeros(d),
+    )
     standard = {"architecture": "standard"}
-    out = ts.ce_recovered(model, ts.SparseAutoencoder(standard, identity), dump, tokens, mean, list(dump.held_out))
-    assert out["ce_recovered_zero"] == pytest.approx(1, abs=1e-4) and out["kl_sae"] == pytest.approx(0, abs=1e-6)
+    out = ts.ce_recovered(
+        model, ts.SparseAutoencoder(standard, identity), dump, tokens, mean, list(dump.held_out)
+    )
+    assert out["ce_recovered_zero"] == pytest.approx(1, abs=1e-4) and out[
+        "kl_sae"
+    ] == pytest.approx(0, abs=1e-6)
     nothing = identity | {"W_enc": torch.zeros(d, 2 * d)}
-    out = ts.ce_recovered(model, ts.SparseAutoencoder(standard, nothing), dump, tokens, mean, list(dump.held_out))
-    assert out["ce_recovered_zero"] == pytest.approx(0, abs=1e-6) and out["kl_sae"] == pytest.approx(out["kl_zero"], rel=1e-5)
+    out = ts.ce_recovered(
+        model, ts.SparseAutoencoder(standard, nothing), dump, tokens, mean, list(dump.held_out)
+    )
+    assert out["ce_recovered_zero"] == pytest.approx(0, abs=1e-6) and out[
+        "kl_sae"
+    ] == pytest.approx(out["kl_zero"], rel=1e-5)
     constant = nothing | {"b_dec": mean}
-    out = ts.ce_recovered(model, ts.SparseAutoencoder(standard, constant), dump, tokens, mean, list(dump.held_out))
+    out = ts.ce_recovered(
+        model, ts.SparseAutoencoder(standard, constant), dump, tokens, mean, list(dump.held_out)
+    )
     assert out["ce_recovered_mean"] == pytest.approx(0, abs=1e-6) and out["kl_sae"] > 1e-3
     # the losses, from the model itself
     idx = torch.from_numpy(tokens.reshape(80, 32)[76:].astype(np.int64))
@@ -554,9 +786,14 @@ def test_ce_recovered_is_one_for_the_identity_and_zero_for_the_ablation(made, he
     scale[2] = 0 if head is None else torch.tensor([1.0, 0.0, 1.0])
     with torch.no_grad():
         clean, zero = (
-            F.cross_entropy(model(idx, head_scale=s)[0][:, :-1].flatten(0, 1), idx[:, 1:].flatten()).item() for s in (None, scale)
+            F.cross_entropy(
+                model(idx, head_scale=s)[0][:, :-1].flatten(0, 1), idx[:, 1:].flatten()
+            ).item()
+            for s in (None, scale)
         )
-    assert out["ce_clean"] == pytest.approx(clean, rel=1e-5) and out["ce_zero"] == pytest.approx(zero, rel=1e-5)
+    assert out["ce_clean"] == pytest.approx(clean, rel=1e-5) and out["ce_zero"] == pytest.approx(
+        zero, rel=1e-5
+    )
 
 
 def test_another_site_and_a_model_that_is_gone(made, tmp_path, capsys):
@@ -567,7 +804,12 @@ def test_another_site_and_a_model_that_is_gone(made, tmp_path, capsys):
     assert capsys.readouterr().out.count("CE recovered and KL stay empty") == 1
     row = pd.read_csv(tmp_path / "s/sae_metrics.csv").iloc[0]
     assert row["site"] == "mlp_out" and math.isnan(row["ce_recovered_zero"]) and row["fvu"] > 0
-    assert json.loads((tmp_path / "s/adaptive/L2.mlp_out/cfg.json").read_text())["metadata"]["hook_name"] == "blocks.2.hook_mlp_out"
+    assert (
+        json.loads((tmp_path / "s/adaptive/L2.mlp_out/cfg.json").read_text())["metadata"][
+            "hook_name"
+        ]
+        == "blocks.2.hook_mlp_out"
+    )
     # with the place named, the columns fill
     assert (
         run(
@@ -592,16 +834,28 @@ def test_batches_are_the_training_rows_each_once_an_epoch(tmp_path, monkeypatch)
     monkeypatch.setattr(ts, "BLOCK", 32)
     n = 400 * 16
     np.save(tmp_path / "L0.z.npy", np.arange(n, dtype=np.float32)[:, None].repeat(2, 1))
-    ts.write_sidecar(tmp_path / "L0.z.npy", "janus.activations/1", [], shape=[n, 2], dtype="float32", seq_len=16, d_head=1)
+    ts.write_sidecar(
+        tmp_path / "L0.z.npy",
+        "janus.activations/1",
+        [],
+        shape=[n, 2],
+        dtype="float32",
+        seq_len=16,
+        d_head=1,
+    )
     dump = ts.Dump(tmp_path, 0, "z")
     assert dump.n_train == 380 * 16 and dump.held_out == range(380, 400)
     pools, per_pool = dump.layout(64).n_pools, dump.layout(64).batches_per_pool
     epoch = torch.cat([dump.batch(i, 64, 7)[:, 0] for i in range(pools * per_pool)])
-    assert len(set(epoch.tolist())) == len(epoch) >= 0.9 * dump.n_train and epoch.max() < dump.n_train
+    assert (
+        len(set(epoch.tolist())) == len(epoch) >= 0.9 * dump.n_train and epoch.max() < dump.n_train
+    )
     assert epoch.diff().eq(1).float().mean() < 0.05  # shuffled within blocks
     later = dump.batch(pools * per_pool + 3, 64, 7)
     assert torch.equal(dump.batch(2, 64, 7)[:, 0], epoch[128:192])  # going back gives the same
-    assert not torch.equal(later, dump.batch(3, 64, 7)) and not torch.equal(dump.batch(2, 64, 8)[:, 0], epoch[128:192])
+    assert not torch.equal(later, dump.batch(3, 64, 7)) and not torch.equal(
+        dump.batch(2, 64, 8)[:, 0], epoch[128:192]
+    )
 
 
 @pytest.mark.parametrize("arch", SAELENS)
@@ -625,7 +879,10 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(made, tmp_path, monkeypatc
     assert run(made, tmp_path / "parts", *flags, "--resume") == 0
     for name in ("sae_weights.safetensors", "training.csv", "latent_frequencies.csv"):
         assert (folder / name).read_bytes() == (tmp_path / "whole/adaptive/L2" / name).read_bytes()
-    a, b = (torch.load(tmp_path / w / "adaptive/L2/training_state.pt", weights_only=True) for w in ("parts", "whole"))
+    a, b = (
+        torch.load(tmp_path / w / "adaptive/L2/training_state.pt", weights_only=True)
+        for w in ("parts", "whole")
+    )
     assert all(torch.equal(x, y) for x, y in zip(a["params"], b["params"], strict=True))
 
 
@@ -641,14 +898,26 @@ def test_without_decay_fifty_steps_and_fifty_more_are_a_hundred(made, tmp_path, 
 
 
 def test_a_killed_run_leaves_no_sidecar(made, tmp_path):
-    command = [sys.executable, str(ROOT / "train_sae.py"), "--activations_dir", str(made / "activations"), "--save_dir", str(tmp_path)]
-    job = subprocess.Popen([*command, *SMALL, "--layers", "0", "--steps", "100000", "--save_interval", "10"], stdout=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        str(ROOT / "train_sae.py"),
+        "--activations_dir",
+        str(made / "activations"),
+        "--save_dir",
+        str(tmp_path),
+    ]
+    job = subprocess.Popen(
+        [*command, *SMALL, "--layers", "0", "--steps", "100000", "--save_interval", "10"],
+        stdout=subprocess.DEVNULL,
+    )
     folder, end = tmp_path / "adaptive/L0", time.monotonic() + 60
     while not (folder / "cfg.json").exists() and time.monotonic() < end:
         time.sleep(0.01)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    assert (folder / "training_state.pt").exists() and not list(tmp_path.rglob("*.safetensors.json"))
+    assert (folder / "training_state.pt").exists() and not list(
+        tmp_path.rglob("*.safetensors.json")
+    )
     state = torch.load(folder / "training_state.pt", weights_only=True)
     assert state["step"] % 10 == 0 and state["step"] > 0
 
@@ -658,7 +927,10 @@ def test_a_signal_saves_and_says_how_to_go_on(made, tmp_path, monkeypatch, capsy
 
     def step_and_interrupt(self, raw):
         step(self, raw)
-        if self.step_count == 17 and json.loads((tmp_path / "adaptive/run.json").read_text())["end"] is None:
+        if (
+            self.step_count == 17
+            and json.loads((tmp_path / "adaptive/run.json").read_text())["end"] is None
+        ):
             signal.raise_signal(signal.SIGTERM)
 
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -674,9 +946,13 @@ def test_a_signal_saves_and_says_how_to_go_on(made, tmp_path, monkeypatch, capsy
 
 def test_an_export_that_differs_is_not_signed(made, tmp_path, monkeypatch, capsys):
     weights = ts.Trainer.weights
-    monkeypatch.setattr(ts.Trainer, "weights", lambda self, scale=1.0, _=0.0: weights(self, scale, 0.0))  # the mean forgotten
+    monkeypatch.setattr(
+        ts.Trainer, "weights", lambda self, scale=1.0, _=0.0: weights(self, scale, 0.0)
+    )  # the mean forgotten
     assert run(made, tmp_path, "--layers", "2") == 1
-    assert "unlike the SAE trained" in capsys.readouterr().err and not list(tmp_path.rglob("*.safetensors.json"))
+    assert "unlike the SAE trained" in capsys.readouterr().err and not list(
+        tmp_path.rglob("*.safetensors.json")
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ wrong inputs
@@ -738,9 +1014,15 @@ def test_a_bad_dump_is_one_line(made, tmp_path, capsys, how):
         (["--layers", "7"], "dumps of z of layers 0, 2, not 7"),
         (["--runs", "absent"], "dumps of z of layers none"),
         (["--layers", "0", "--k", "97"], "--k 97 is more than the 96 latents"),
-        (["--layers", "0", "--arch", "jumprelu", "--target_l0", "97"], "--target_l0 97 is more than the 96 latents"),
+        (
+            ["--layers", "0", "--arch", "jumprelu", "--target_l0", "97"],
+            "--target_l0 97 is more than the 96 latents",
+        ),
         (["--layers", "0", "--batch_size", "5000"], "too large for the 2432 training rows"),
-        (["--layers", "0", "--learning_rate", "1e30", "--lr_warmup", "0"], "try a --learning_rate below"),
+        (
+            ["--layers", "0", "--learning_rate", "1e30", "--lr_warmup", "0"],
+            "try a --learning_rate below",
+        ),
     ],
 )
 def test_a_bad_request_is_one_line(made, tmp_path, capsys, flags, message):
@@ -763,9 +1045,15 @@ def test_the_checkpoint_must_be_the_one_that_was_dumped(made, tmp_path, capsys):
     shutil.copy(made / "model.pt", tmp_path / "other.pt")
     with open(tmp_path / "other.pt", "ab") as f:
         f.write(b"x")
-    assert run(made, tmp_path / "s", "--runs", "adaptive", "--model_path", str(tmp_path / "other.pt")) == 1
+    assert (
+        run(made, tmp_path / "s", "--runs", "adaptive", "--model_path", str(tmp_path / "other.pt"))
+        == 1
+    )
     assert "is not the checkpoint of run adaptive" in capsys.readouterr().err
-    assert run(made, tmp_path / "s", "--runs", "adaptive", "--model_path", str(tmp_path / "absent.pt")) == 1
+    assert (
+        run(made, tmp_path / "s", "--runs", "adaptive", "--model_path", str(tmp_path / "absent.pt"))
+        == 1
+    )
     assert not (tmp_path / "s").exists()
 
 
@@ -774,7 +1062,10 @@ def test_what_exists_is_kept_unless_asked(made, finished, tmp_path, capsys):
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert run(made, tmp_path / "s", "--layers", "0", "--arch", "topk") == 1
     assert "pass --overwrite" in capsys.readouterr().err
-    assert run(made, tmp_path / "s", "--layers", "0", "--arch", "topk", "--resume", "--k", "5") in (0, 1)
+    assert run(made, tmp_path / "s", "--layers", "0", "--arch", "topk", "--resume", "--k", "5") in (
+        0,
+        1,
+    )
     assert "would change k" in capsys.readouterr().err
     (tmp_path / "s/adaptive/L2/training_state.pt").write_bytes(pickle.dumps({"a": object}))
     assert run(made, tmp_path / "s", "--layers", "2", "--arch", "topk", "--resume") == 1

@@ -16,13 +16,38 @@ import train_sae as ts
 CPU = torch.device("cpu")
 ARCHS = list(ts.ARCHITECTURES)
 CASES = [(arch, aux_k) for arch in ARCHS for aux_k in (0, 3, -1)]
-SMALL = ["--expansion", "4", "--k", "4", "--batch_size", "128", "--steps", "60", "--learning_rate", "3e-3", "--dead_tokens", "1000"]
+SMALL = [
+    "--expansion",
+    "4",
+    "--k",
+    "4",
+    "--batch_size",
+    "128",
+    "--steps",
+    "60",
+    "--learning_rate",
+    "3e-3",
+    "--dead_tokens",
+    "1000",
+]
 SMALL += ["--eval_tokens", "600", "--device", "cpu"]
 
 
 def settings(**more) -> argparse.Namespace:
-    base = dict(arch="topk", expansion=4, k=4, target_l0=4, l1=3e-3, aux_k=-1, dead_tokens=500, batch_size=128, steps=50)
-    return argparse.Namespace(**base | dict(learning_rate=3e-3, lr_warmup=5, lr_decay=0.2, seed=0, dtype="float32") | more)
+    base = dict(
+        arch="topk",
+        expansion=4,
+        k=4,
+        target_l0=4,
+        l1=3e-3,
+        aux_k=-1,
+        dead_tokens=500,
+        batch_size=128,
+        steps=50,
+    )
+    return argparse.Namespace(
+        **base | dict(learning_rate=3e-3, lr_warmup=5, lr_decay=0.2, seed=0, dtype="float32") | more
+    )
 
 
 def trainer(d: int = 16, plain: bool = False, **more) -> ts.Trainer:
@@ -34,7 +59,11 @@ def trainer(d: int = 16, plain: bool = False, **more) -> ts.Trainer:
     t.sae.b_dec += 0.3 * torch.randn(t.sae.b_dec.shape, generator=g)
     for name in t.architecture.extra:
         weight = getattr(t.sae, name)
-        weight += 1 + 0.5 * torch.rand(weight.shape, generator=g) if name == "threshold" else 0.3 * torch.randn(weight.shape, generator=g)
+        weight += (
+            1 + 0.5 * torch.rand(weight.shape, generator=g)
+            if name == "threshold"
+            else 0.3 * torch.randn(weight.shape, generator=g)
+        )
     return t
 
 
@@ -44,19 +73,29 @@ def both_gradients(x: torch.Tensor, **more) -> tuple[ts.Gradients, ts.Gradients]
     t.idle[::3] = 10**9
     now = t.now()
     assert now.dead.sum() > 5
-    return t.architecture.fast(x, t.sae, now), ts.plain_gradients(x, t.sae, ts.Now(**vars(now) | {"dtype": "float32"}))
+    return t.architecture.fast(x, t.sae, now), ts.plain_gradients(
+        x, t.sae, ts.Now(**vars(now) | {"dtype": "float32"})
+    )
 
 
 @pytest.mark.parametrize("arch, aux_k", CASES)
 def test_the_fast_step_has_the_gradients_of_the_forward(arch, aux_k):
     x = 2 * torch.randn(96, 16, generator=torch.Generator().manual_seed(1))
     fast, plain = both_gradients(x, arch=arch, aux_k=aux_k)
-    assert set(fast.by_name) == set(plain.by_name) == {"W_enc", "b_enc", "W_dec", "b_dec", *ts.ARCHITECTURES[arch].extra}
+    assert (
+        set(fast.by_name)
+        == set(plain.by_name)
+        == {"W_enc", "b_enc", "W_dec", "b_dec", *ts.ARCHITECTURES[arch].extra}
+    )
     for name, gradient in plain.by_name.items():
-        assert gradient.norm() > 0 and (fast.by_name[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+        assert (
+            gradient.norm() > 0 and (fast.by_name[name] - gradient).norm() <= 1e-5 * gradient.norm()
+        ), name
     assert torch.equal(fast.fired, plain.fired) and 0 < plain.fired.sum() < 96 * 64
     torch.testing.assert_close(fast.error, plain.error, rtol=1e-5, atol=1e-5)
-    assert (fast.cut is None) == (plain.cut is None) and (fast.cut is None or fast.cut.item() == pytest.approx(plain.cut.item(), rel=1e-5))
+    assert (fast.cut is None) == (plain.cut is None) and (
+        fast.cut is None or fast.cut.item() == pytest.approx(plain.cut.item(), rel=1e-5)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
@@ -98,24 +137,47 @@ def dumps(tmp_path_factory) -> Path:
     x = torch.zeros(1920, 32).scatter(1, which, 1 + torch.rand(1920, 3, generator=g)) @ planted + 3
     np.save(folder / "L0.z.npy", x.half().numpy())
     np.save(folder / "tokens.npy", np.zeros(1920, np.uint16))
-    facts = dict(seq_len=16, n_heads=3, d_head=8, arm="adaptive", checkpoint="gone.pt", checkpoint_sha256="0", shape=[1920, 24])
+    facts = dict(
+        seq_len=16,
+        n_heads=3,
+        d_head=8,
+        arm="adaptive",
+        checkpoint="gone.pt",
+        checkpoint_sha256="0",
+        shape=[1920, 24],
+    )
     moments = dict(mean=x.mean(0).tolist(), variance=x.var(0).tolist())
-    ts.write_sidecar(folder / "L0.z.npy", "janus.activations/1", [], dtype="float16", preset="smoke", **facts, **moments)
+    ts.write_sidecar(
+        folder / "L0.z.npy",
+        "janus.activations/1",
+        [],
+        dtype="float16",
+        preset="smoke",
+        **facts,
+        **moments,
+    )
     return root
 
 
 def run(dumps: Path, out: Path, *more: str) -> int:
-    return ts.main(["--activations_dir", str(dumps / "activations"), "--save_dir", str(out), *SMALL, *more])
+    return ts.main(
+        ["--activations_dir", str(dumps / "activations"), "--save_dir", str(out), *SMALL, *more]
+    )
 
 
 @pytest.mark.parametrize("arch", ["batchtopk", "jumprelu"])
 def test_plain_from_the_command_line_ends_where_the_fast_step_does(dumps, tmp_path, arch):
     assert run(dumps, tmp_path / "fast", "--arch", arch, "--dtype", "float32") == 0
     assert run(dumps, tmp_path / "plain", "--arch", arch, "--plain") == 0
-    fast, plain = (pd.read_csv(tmp_path / way / "sae_metrics.csv").iloc[0] for way in ("fast", "plain"))
+    fast, plain = (
+        pd.read_csv(tmp_path / way / "sae_metrics.csv").iloc[0] for way in ("fast", "plain")
+    )
     for name in ("l0", "fvu", "mse"):
         assert plain[name] == pytest.approx(fast[name], rel=2e-2), name
-    cfgs = [json.loads((tmp_path / way / "adaptive/L0/cfg.json").read_text()) for way in ("fast", "plain")]
+    cfgs = [
+        json.loads((tmp_path / way / "adaptive/L0/cfg.json").read_text())
+        for way in ("fast", "plain")
+    ]
     assert cfgs[0] == cfgs[1]
 
 
@@ -136,24 +198,43 @@ def test_a_function_in_the_table_is_an_architecture(dumps, tmp_path, monkeypatch
     assert "SAELens has no class for abstopk" in out and "in float32" in out
     folder = tmp_path / "whole/adaptive/L0"
     sae = ts.load_sae(folder)
-    raw = torch.from_numpy(np.load(dumps / "activations/adaptive/L0.z.npy")[-96:].astype(np.float32))
+    raw = torch.from_numpy(
+        np.load(dumps / "activations/adaptive/L0.z.npy")[-96:].astype(np.float32)
+    )
     latents = sae.encode(raw)
     assert ((latents != 0).sum(1) == 4).all() and (latents < 0).sum() > 20
     assert torch.equal(sae.encode(raw.view(6, 16, 24)), latents.view(6, 16, 96))
     row = pd.read_csv(tmp_path / "whole/sae_metrics.csv").iloc[0]
     fvu = (sae.decode(latents) - raw).square().sum() / (raw - raw.mean(0)).square().sum()
-    assert row["arch"] == "abstopk" and row["k"] == row["l0"] == 4 and row["fvu"] == pytest.approx(fvu.item(), rel=1e-4) and row["fvu"] < 0.7
-    assert pd.read_csv(folder / "latent_frequencies.csv")["n_fired"].tolist() == (latents != 0).sum(0).tolist()
-    assert all((tmp_path / "whole" / name).stat().st_size > 1000 for name in ("figure2_l0_by_depth.png", "figure3_activation_frequency.png"))
+    assert (
+        row["arch"] == "abstopk"
+        and row["k"] == row["l0"] == 4
+        and row["fvu"] == pytest.approx(fvu.item(), rel=1e-4)
+        and row["fvu"] < 0.7
+    )
+    assert (
+        pd.read_csv(folder / "latent_frequencies.csv")["n_fired"].tolist()
+        == (latents != 0).sum(0).tolist()
+    )
+    assert all(
+        (tmp_path / "whole" / name).stat().st_size > 1000
+        for name in ("figure2_l0_by_depth.png", "figure3_activation_frequency.png")
+    )
     from sae_lens import SAE
 
     with pytest.raises(KeyError, match="janus.abstopk"):  # its own abstopk wants other settings
         SAE.load_from_disk(str(folder))
-    assert run(dumps, tmp_path / "parts", "--arch", "abstopk", "--lr_decay", "0", "--steps", "30") == 0
+    assert (
+        run(dumps, tmp_path / "parts", "--arch", "abstopk", "--lr_decay", "0", "--steps", "30") == 0
+    )
     assert run(dumps, tmp_path / "parts", "--arch", "abstopk", "--lr_decay", "0", "--resume") == 0
-    assert (tmp_path / "parts/adaptive/L0" / ts.WEIGHTS).read_bytes() == (folder / ts.WEIGHTS).read_bytes()
+    assert (tmp_path / "parts/adaptive/L0" / ts.WEIGHTS).read_bytes() == (
+        folder / ts.WEIGHTS
+    ).read_bytes()
     monkeypatch.delitem(ts.ARCHITECTURES, "abstopk")
-    with pytest.raises(ts.HandoffError, match="of architecture janus.abstopk, not of standard, topk"):
+    with pytest.raises(
+        ts.HandoffError, match="of architecture janus.abstopk, not of standard, topk"
+    ):
         ts.load_sae(folder)
 
 
@@ -164,7 +245,11 @@ def test_what_an_export_cannot_fold_is_not_signed(dumps, tmp_path, monkeypatch, 
         pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc) * sae.gain
         latents = pre.relu()
         reconstruction = latents @ sae.W_dec + sae.b_dec
-        return ts.Output(latents, reconstruction, torch.nn.functional.mse_loss(reconstruction, x) + now.l1 * latents.sum(1).mean())
+        return ts.Output(
+            latents,
+            reconstruction,
+            torch.nn.functional.mse_loss(reconstruction, x) + now.l1 * latents.sum(1).mean(),
+        )
 
     record = ts.Architecture(with_gain, l0_flag=None, extra={"gain": 1.0})
     monkeypatch.setitem(ts.ARCHITECTURES, "gain", record)
@@ -180,7 +265,12 @@ def test_an_edit_of_the_forward_alone_is_found(dumps, tmp_path, monkeypatch, cap
         pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
         latents = pre.relu()
         reconstruction = latents @ sae.W_dec + sae.b_dec
-        return ts.Output(latents, reconstruction, torch.nn.functional.mse_loss(reconstruction, x) + now.l1 * latents.square().sum(1).mean())
+        return ts.Output(
+            latents,
+            reconstruction,
+            torch.nn.functional.mse_loss(reconstruction, x)
+            + now.l1 * latents.square().sum(1).mean(),
+        )
 
     monkeypatch.setattr(ts.ARCHITECTURES["relu"], "forward", squared)
     assert run(dumps, tmp_path, "--arch", "relu") == 1
@@ -192,15 +282,21 @@ def test_an_edit_of_the_forward_alone_is_found(dumps, tmp_path, monkeypatch, cap
 def test_a_weight_of_l1_that_warms_up_is_in_both(dumps, tmp_path, monkeypatch):
     monkeypatch.setattr(ts, "l1_weight", lambda now: now.l1 * min(1, now.step / (0.1 * now.steps)))
     for arch in ("relu", "gated"):
-        assert run(dumps, tmp_path, "--arch", arch, "--overwrite") == 0  # the check of the fast step passes
+        assert (
+            run(dumps, tmp_path, "--arch", arch, "--overwrite") == 0
+        )  # the check of the fast step passes
         t, x = trainer(arch=arch), torch.randn(64, 16)
         t.step_count = 2
         fast, plain = t.architecture.fast(x, t.sae, t.now()), ts.plain_gradients(x, t.sae, t.now())
         t.step_count = 40
         late = ts.plain_gradients(x, t.sae, t.now())
         for name in ("W_enc", "b_enc"):
-            assert (fast.by_name[name] - plain.by_name[name]).norm() <= 1e-5 * plain.by_name[name].norm()
-            assert (late.by_name[name] - plain.by_name[name]).norm() > 1e-3 * plain.by_name[name].norm()
+            assert (fast.by_name[name] - plain.by_name[name]).norm() <= 1e-5 * plain.by_name[
+                name
+            ].norm()
+            assert (late.by_name[name] - plain.by_name[name]).norm() > 1e-3 * plain.by_name[
+                name
+            ].norm()
 
 
 def test_an_older_checkpoint_had_the_default_of_a_new_flag(dumps, tmp_path, monkeypatch, capsys):
@@ -209,10 +305,17 @@ def test_an_older_checkpoint_had_the_default_of_a_new_flag(dumps, tmp_path, monk
     assert run(dumps, tmp_path / "s", *flags, "--steps", "20") == 0
     path = tmp_path / "s/adaptive/L0/training_state.pt"
     state = torch.load(path, weights_only=True)
-    for name in ("plain", "aux_k", "l1"):  # as if the flags were newer than the file; one of them is a size of the preset
+    for name in (
+        "plain",
+        "aux_k",
+        "l1",
+    ):  # as if the flags were newer than the file; one of them is a size of the preset
         del state["trajectory"][name]
     torch.save(state, path)
-    for change, message in ((["--aux_k", "2"], "would change aux_k of"), (["--l1", "0.5"], "from 0.02 to 0.5")):
+    for change, message in (
+        (["--aux_k", "2"], "would change aux_k of"),
+        (["--l1", "0.5"], "from 0.02 to 0.5"),
+    ):
         assert run(dumps, tmp_path / "s", *flags, *change, "--steps", "40", "--resume") == 1
         assert message in capsys.readouterr().err
     assert run(dumps, tmp_path / "s", *flags, "--plain", "--steps", "40", "--resume") == 1
@@ -227,9 +330,15 @@ def test_every_argument_that_decides_the_weights_is_kept(dumps):
     args = ts.parse_args(["--activations_dir", str(dumps / "activations"), *SMALL])
     args.brand_new, args.a_path = 7, Path("x")
     job = ts.find_jobs(args)[0]
-    assert job.trajectory["brand_new"] == 7 and job.trajectory["a_path"] == "x" and "target_l0" not in job.trajectory
+    assert (
+        job.trajectory["brand_new"] == 7
+        and job.trajectory["a_path"] == "x"
+        and "target_l0" not in job.trajectory
+    )
     assert set(ts.MAY_DIFFER) <= set(vars(job.args)) | {"epochs"}
-    assert not {"arch", "k", "l1", "seed", "dtype", "steps", "lr_decay", "aux_k", "plain"} & set(ts.MAY_DIFFER)
+    assert not {"arch", "k", "l1", "seed", "dtype", "steps", "lr_decay", "aux_k", "plain"} & set(
+        ts.MAY_DIFFER
+    )
 
 
 @pytest.mark.parametrize("flags", [["--plain", "--dtype", "bfloat16"], ["--plain", "--int8"]])
