@@ -3258,8 +3258,8 @@ def documentation_strings() -> dict[str, list[str]]:
 
 # >>> shared: pages ---- edit in hero_head_analysis.py, then: python tools/check_copies.py --fix
 def render_page(template: str, **values: Any) -> str:
-    """A self-contained HTML page: the template of the folder pages/ beside this script, filled with
-    `values`, all of which are escaped. Raises HandoffError where that folder is missing."""
+    """A self-contained HTML page: the template of the folder pages/ beside this script, filled
+    with `values`, all of which are escaped. Raises HandoffError where that folder is missing."""
     import jinja2
 
     folder = Path(__file__).resolve().parent / "pages"

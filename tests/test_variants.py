@@ -28,7 +28,7 @@ def code_blocks(text: str) -> list[str]:
 def edited(script: str, old: str, new: str, folder: Path):
     """The script with one edit in its method section, imported from `folder`."""
     source = (ROOT / f"{script}.py").read_text(encoding="utf-8")
-    method = source[source.index("method: edit here") : source.index(" run\n")]
+    method = source[source.index("method: edit here") : source.index("-- run\n")]
     assert source.count(old) == 1, old
     assert old in method, "the edit lies in the marked section"
     path = folder / f"{script}.py"
