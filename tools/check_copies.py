@@ -18,11 +18,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+# From the line that names the region to the line that ends the same one
 REGION = re.compile(
     rb"^# >>> shared: (?P<name>[a-z_]+) ---- edit in (?P<owner>\w+\.py), [^\n]*\n"
     rb"(?P<body>.*?)^# <<< shared: (?P=name)\n",
     re.MULTILINE | re.DOTALL,
 )
+# Anything that looks like one of the two lines: a misspelt one must not hide a region
 MARKER = re.compile(rb"^#\s*(?:>>>|<<<)\s*shared\b", re.MULTILINE)
 # A function, class or constant at the left margin: its name, and all lines that belong to it.
 DEFINITION = re.compile(
@@ -58,6 +60,7 @@ def compare_regions(scripts: dict[str, bytes]) -> list[str]:
     problems = []
     for script, text in scripts.items():
         found = regions(text)
+        # A broken marker leaves its partner alone, so that the numbers differ
         n_markers = len(MARKER.findall(text))
         if n_markers != 2 * len(found):
             problems.append(
@@ -65,6 +68,7 @@ def compare_regions(scripts: dict[str, bytes]) -> list[str]:
             )
         for name, match in found.items():
             owner = match["owner"].decode()
+            # The marker lines are compared too: they name the owner
             original = regions(scripts.get(owner, b"")).get(name)
             where = f"{script}:{line_of(text, match.start())}"
             if original is None:
@@ -80,12 +84,14 @@ def compare_definitions(scripts: dict[str, bytes]) -> list[str]:
     for text in scripts.values():
         for name, match in regions(text).items():
             shared_names.update(dict.fromkeys(definitions(match["body"]), name))
+    # What stands outside regions in two scripts could drift apart unseen
     problems = []
     holders = defaultdict(list)  # name and source -> the scripts that have it
     for script, text in scripts.items():
         for name, source in definitions(REGION.sub(b"", text)).items():
             if name in shared_names:
                 problems.append(f"{script}: {name} is defined by the region {shared_names[name]}")
+            # Constants of different scripts may well be alike
             is_function = source.startswith((b"def ", b"class ", b"async ", b"@"))
             if is_function and name not in ALLOWED_TWICE:
                 holders[name, source].append(script)
@@ -100,9 +106,9 @@ def fix(scripts: dict[str, bytes], root: Path) -> None:
     for script, text in scripts.items():
         for name, match in regions(text).items():
             original = regions(scripts.get(match["owner"].decode(), b"")).get(name)
-            if original is not None:
+            if original is not None:  # a region without owner is told by compare_regions
                 text = text.replace(match[0], original[0])
-        if text != scripts[script]:
+        if text != scripts[script]:  # an equal file keeps its time, so that make remakes nothing
             (root / script).write_bytes(text)
             scripts[script] = text
             print(f"fixed {script}")
@@ -115,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fix", action="store_true", help="copy each region from its owner")
     args = parser.parse_args(argv)
     scripts = {path.name: path.read_bytes() for path in sorted(args.root.glob("*.py"))}
-    if args.fix:
+    if args.fix:  # then look again: --fix does not mend what stands outside regions
         fix(scripts, args.root)
     problems = compare_regions(scripts) + compare_definitions(scripts)
     print("\n".join(problems) or f"{len(scripts)} scripts: all shared regions are equal")

@@ -64,12 +64,12 @@ BOOTSTRAP = "95 % bootstrap over sequences, Bonferroni within the table"
 class Exhibit:
     """A figure of one run, and what a reader needs to judge it."""
 
-    title: str
+    title: str  # as the paper numbers it
     image: str  # paths are relative to the run's folder
-    csv: str
+    csv: str  # what the figure is drawn from, and the numbers of `reading` are taken from
     reading: str  # what it shows in this run, in numbers of the CSV
     n: str  # of what is the unit of the interval
-    interval: str
+    interval: str  # its level, method and correction, or why there is none
     null: str  # what it would look like if there were nothing to see
     command: str  # that draws it again
 
@@ -155,11 +155,13 @@ def topology(run: Run) -> list[Exhibit]:
     # Of the residual writes: unlike z, they do not depend on the basis of a head's values.
     sigma = pd.concat(tables).query("metric == 'sigma_resid'")
     parts = []
+    # Layers are not replicates: their span is shown instead of an interval of the mean.
     for arm, layers in sigma.groupby("run"):  # a row a layer
         span = f"layers {layers.value.min():.4f} to {layers.value.max():.4f}"
         null = f"bases turned at random: {layers.null_mean.mean():.4f}"
         parts.append(f"{arm}: {layers.value.mean():.4f} ({span}; {null})")
     what = "Mean absolute cosine between what the heads write (sigma_resid), mean over layers. "
+    # The smallest of the arms and layers, so that no n is overstated
     n_windows = int(sigma.n_windows.min())
     n_tokens = int(sigma.n_tokens.min())
     redraw = "python harvest_activations.py --redraw --run_name adaptive"
@@ -178,6 +180,7 @@ def topology(run: Run) -> list[Exhibit]:
 
 def saes(run: Run) -> list[Exhibit]:
     table = run.table("saes/sae_metrics.csv")  # a row an SAE: arm and layer
+    # What an SAE does not explain, and the latents that it pays for in vain
     unexplained = []
     dead = []
     for arm, layers in table.groupby("run"):
@@ -251,6 +254,7 @@ def share_explained(best: pd.Series, preserving: pd.DataFrame, name: str) -> str
     if best.impact_low <= 0 <= best.impact_high:  # a share of what may be nothing
         vague = f"The loss impact of {name} is not told from 0 on these sequences"
         return f"{vague}, so shares of it mean nothing."
+    # As many keys or features, drawn at random: what keeping anything would keep
     matched = preserving[preserving.kind == "matched-random"].set_index("mechanism").value
     at_random = matched.get(best.mechanism, float("nan"))
     share = f"{best.value:.0%} [{best.ci_low:.0%}, {best.ci_high:.0%}]"
@@ -498,8 +502,8 @@ def verdict(run: Run) -> list[Verdict]:
 class Picture:
     """A picture that an address carries."""
 
-    address: str
-    width: int  # pixels
+    address: str  # data:image/webp
+    width: int  # pixels, so that the page does not jump when it loads
     height: int
 
 
@@ -516,17 +520,17 @@ class Download:
 class Card:
     """An exhibit with its picture and data."""
 
-    label: str
+    label: str  # which run it is of, where there are several
     exhibit: Exhibit
     picture: Picture
-    data: Download
+    data: Download  # its CSV
 
 
 @dataclass
 class GridCell:
     """The loss impact of one head."""
 
-    millinats: str
+    millinats: str  # what the cell shows
     share: str  # of the largest impact of the mode, 0 to 1: how deep the cell is coloured
     tell: str  # what it says when it is pointed at
 
@@ -537,7 +541,7 @@ class GridTable:
 
     mode: str
     caption: str
-    heads: list[int]
+    heads: list[int]  # the columns
     layers: dict[int, list[GridCell]]  # a cell a head
 
 
