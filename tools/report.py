@@ -520,7 +520,7 @@ class Download:
 class Card:
     """An exhibit with its picture and data."""
 
-    label: str  # which run it is of, where there are several
+    label: str  # its title, with the name of the run where there are several
     exhibit: Exhibit
     picture: Picture
     data: Download  # its CSV
