@@ -381,23 +381,26 @@ def compare_models(
     seen, asked = mask_tokens(ids, torch.Generator().manual_seed(seed))
     unmasked = ~asked & (seen != MASK)  # [S', L]
     _, xs = descend(et, seen, 100, alpha)
-    logits = {"unigram": unigram_logits(corpus).expand(*seen.shape, -1)}  # [S', L, V] each
-    for steps in (4, 20, 100):
-        logits[f"Energy Transformer, {steps} steps"] = et.logits(xs[steps])
-    logits["ordinary transformer, 2 layers"] = transformer(seen)
     rows = []
-    for model, scores in logits.items():
-        decoded = scores.argmax(-1)  # [S', L]
+
+    def add_row(model: str, logits: Tensor) -> None:
+        """Logits [S', L, V], one model's at a time, for memory."""
+        decoded = logits.argmax(-1)  # [S', L]
         rows.append(
             {
                 "model": model,
-                "masked_nats": F.cross_entropy(scores[asked], ids[asked]).item(),
+                "masked_nats": F.cross_entropy(logits[asked], ids[asked]).item(),
                 "accuracy": (decoded == ids)[asked].float().mean().item(),
                 "n_masked": int(asked.sum()),
                 "distinct_decoded": len(decoded.unique()),
                 "unmasked_kept": (decoded == seen)[unmasked].float().mean().item(),
             }
         )
+
+    add_row("unigram", unigram_logits(corpus).expand(*seen.shape, -1))
+    for steps in (4, 20, 100):
+        add_row(f"Energy Transformer, {steps} steps", et.logits(xs[steps]))
+    add_row("ordinary transformer, 2 layers", transformer(seen))
     return pd.DataFrame(rows)
 
 
@@ -784,9 +787,9 @@ class Moments:
     mean: Tensor  # [K] float64, exact
     var: Tensor  # [K] float64, exact
 
-    def z(self) -> Tensor:
-        """How far T lies from its mean, in standard deviations, [K]."""
-        return (self.observed - self.mean) / self.var.sqrt()
+    def z_of(self, sums: Tensor) -> Tensor:
+        """How far sums T [..., K] lie from their mean, in standard deviations."""
+        return (sums - self.mean) / self.var.sqrt()
 
 
 def seqperm_moments(f: Tensor, y: Tensor, strata: Tensor) -> Moments:
@@ -814,6 +817,13 @@ def seqperm_moments(f: Tensor, y: Tensor, strata: Tensor) -> Moments:
 
 
 # The second null, random directions: is this dictionary special?
+def random_directions(centred: Tensor, n: int, rng: np.random.Generator) -> Tensor:
+    """n unit vectors with the covariance of centred states [N, D], as random mixes of them: [n,
+    D]."""
+    mix = torch.from_numpy(rng.standard_normal((n, len(centred)), dtype=np.float32))  # [n, N]
+    return F.normalize(mix @ centred, dim=-1)
+
+
 def direction_null(
     x: Tensor, gx: Tensor, rates: Tensor, n: int, rng: np.random.Generator, n_bins: int = 8
 ) -> tuple[Tensor, Tensor]:
@@ -836,9 +846,7 @@ def direction_null(
         threshold_ranks.append(min(n_tokens - 1, max(1, n_active)))
 
     centred = x - x.mean(0)  # [N, D]
-    # A random mix of the states has their covariance.
-    mix = torch.from_numpy(rng.standard_normal((n, n_tokens), dtype=np.float32))
-    directions = F.normalize(mix @ centred, dim=-1)  # [n, D]
+    directions = random_directions(centred, n, rng)  # [n, D]
     null = torch.empty(n_bins, n)
     for first in range(0, n, 200):  # 200 directions at a time, for memory
         some = directions[first : first + 200]
@@ -938,9 +946,8 @@ def feature_statistics(
     # The token null is tested on normal scores, whose moments are exact and whose tails are light.
     score = rank_normal(a)  # [S, L, K]
     null = seqperm_moments(f, score, draws.strata)
-    z = null.z()  # [K]
-    permuted = seqperm_mc(f, score, draws.perms)  # [P, K]
-    z_permuted = ((permuted - null.mean) / null.var.sqrt()).abs().float()
+    z = null.z_of(null.observed)  # [K]
+    z_permuted = null.z_of(seqperm_mc(f, score, draws.perms)).abs().float()  # [P, K]
     n_perms = len(draws.perms)
 
     # The same moments of the raw A, in units of EFAS, are for the figure and the original's rule.
@@ -950,13 +957,14 @@ def feature_statistics(
     spread = sd_f * sd_a * (f.shape[0] * f.shape[1])
     product_of_means = f.double().sum((0, 1)) * a.double().mean((0, 1))
 
-    # What else is known: the halves and bootstrap draws, f against another feature's direction,
-    # and the mutual information beside that of one permutation.
+    # What else is known: the halves and bootstrap draws, f against another feature's direction
+    # (`roll`), and the mutual information beside that of the first permutation.
     r = pearson(sequence_sums(f, a), draws.weights)  # [2 + B, K]
-    other_direction = a.roll(1, -1)
+    shuffled = pearson(sequence_sums(f, a.roll(1, -1)))[0]
     flat_f = f.flatten(0, 1)  # [S L, K]
     information, entropy = mi_binned(flat_f, score.flatten(0, 1))
-    one_permuted = rank_normal(a[draws.perms[0].long()]).flatten(0, 1)
+    permuted_score = rank_normal(a[draws.perms[0].long()])
+    information_permuted, _ = mi_binned(flat_f, permuted_score.flatten(0, 1))
     columns = {
         "z_token": z,
         "p_token": 2 * torch.special.ndtr(-z.abs()),
@@ -966,11 +974,11 @@ def feature_statistics(
         "mc_sd_ratio": z_permuted.square().mean(0).sqrt(),
         "efas_a": r[0],
         "efas_b": r[1],
-        "efas_shuffled": pearson(sequence_sums(f, other_direction))[0],
+        "efas_shuffled": shuffled,
         "legacy": pearson(sequence_sums(f, legacy[..., None].expand_as(f)))[0],
         "mi": information,
         "mi_share": information / entropy,
-        "mi_permuted": mi_binned(flat_f, one_permuted)[0],
+        "mi_permuted": information_permuted,
     }
     return FeatureStatistics(columns, r[2:], z_permuted.amax(1))
 
@@ -1007,7 +1015,9 @@ def analyse_layer(
         table = efas_table(index, f, a)
         eligible = np.flatnonzero(table.eligible)
         if len(eligible):
-            statistics = feature_statistics(f[..., eligible], a[..., eligible], legacy, draws)
+            f = f[..., eligible]  # [S, L, K'], in place of the larger one, for memory
+            a = a[..., eligible]
+            statistics = feature_statistics(f, a, legacy, draws)
             for name, value in statistics.columns.items():
                 table.loc[eligible, name] = value.double().numpy()
             boots.append(statistics.boot.numpy())
@@ -1372,7 +1382,8 @@ def concept_features(
         if n == 0 or n_others == 0:
             continue
         inside = torch.from_numpy(member)[..., None]  # [S, L, 1]
-        z = seqperm_moments(f, inside.expand_as(f).float(), strata).z()  # [K']
+        moments = seqperm_moments(f, inside.expand_as(f).float(), strata)
+        z = moments.z_of(moments.observed)  # [K']
         precision = ((active & inside).sum((0, 1)) / active.sum((0, 1))).numpy()
         base_rate = n / member.size
         rank_sum = ranks[member.ravel()].sum(0)  # Mann and Whitney: AUROC from the ranks inside

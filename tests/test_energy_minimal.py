@@ -288,7 +288,7 @@ def p_values(f, a, strata=None):
     moments = lens.seqperm_moments(
         f, lens.rank_normal(a), torch.zeros(len(f)) if strata is None else strata
     )
-    return 2 * stats.norm.sf(moments.z().abs().numpy())
+    return 2 * stats.norm.sf(moments.z_of(moments.observed).abs().numpy())
 
 
 def iid_p_values(f, a):
