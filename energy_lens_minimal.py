@@ -2041,19 +2041,20 @@ def build_corpus(
     index = {word: i for i, word in enumerate(vocab)}
 
     train = []
-    prose: list[tuple[list[int], list[str]]] = []  # held-out windows: ids, written tokens
-    templated: list[tuple[list[int], list[str]]] = []
+    prose: list[tuple[np.ndarray, list[str]]] = []  # held-out windows: ids, written tokens
+    templated: list[tuple[np.ndarray, list[str]]] = []
     for name, tokens in words.items():
-        ids = [index.get(word, UNK) for word in tokens]
-        windows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)]
+        n_windows = len(tokens) // length
+        ids = np.array([index.get(word, UNK) for word in tokens[: n_windows * length]], np.int64)
+        windows = ids.reshape(n_windows, length)
         if name not in held_out:
-            train += windows
-        elif windows:
+            train.append(windows)
+        elif n_windows:
             group = templated if name.startswith("templated/") else prose
             group.append((windows[0], written_tokens(texts[name], length)))
     n_templated = min(len(templated), sequences // 4)
     n_prose = sequences - n_templated
-    if len(prose) < n_prose or not train:
+    if len(prose) < n_prose:
         found = f"{len(prose)} held-out documents of {length} tokens, needed {n_prose}"
         advice = "use a larger --corpus or fewer --sequences"
         raise HandoffError(f"not enough data: {found}; {advice}")
@@ -2063,8 +2064,8 @@ def build_corpus(
     rows += [templated[i] for i in rng.permutation(len(templated))[:n_templated]]
     return Corpus(
         vocab,
-        train=torch.tensor(train),
-        test=torch.tensor([ids for ids, _ in rows]),
+        train=torch.from_numpy(np.concatenate(train)),
+        test=torch.from_numpy(np.stack([ids for ids, _ in rows])),
         written=np.array([forms for _, forms in rows]),
         strata=torch.tensor([0] * n_prose + [1] * n_templated),
     )
