@@ -160,11 +160,12 @@ def topology(run: Run) -> list[Exhibit]:
         span = f"layers {layers.value.min():.4f} to {layers.value.max():.4f}"
         null = f"bases turned at random: {layers.null_mean.mean():.4f}"
         parts.append(f"{arm}: {layers.value.mean():.4f} ({span}; {null})")
+    # In words: the page is read without METRICS.md
     what = "Mean absolute cosine between what the heads write (sigma_resid), mean over layers. "
     # The smallest of the arms and layers, so that no n is overstated
     n_windows = int(sigma.n_windows.min())
     n_tokens = int(sigma.n_tokens.min())
-    redraw = "python harvest_activations.py --redraw --run_name adaptive"
+    redraw = "python harvest_activations.py --redraw --run_name adaptive"  # needs no model
     exhibit = Exhibit(
         title="Figure 1: head-by-head cosines",
         image="activations/adaptive/figure1_head_cosines.png",
@@ -257,6 +258,7 @@ def share_explained(best: pd.Series, preserving: pd.DataFrame, name: str) -> str
     # As many keys or features, drawn at random: what keeping anything would keep
     matched = preserving[preserving.kind == "matched-random"].set_index("mechanism").value
     at_random = matched.get(best.mechanism, float("nan"))
+    # The interval is corrected for the number of mechanisms tried
     share = f"{best.value:.0%} [{best.ci_low:.0%}, {best.ci_high:.0%}]"
     kept = f"Keeping only “{best.mechanism}” keeps {share} of the loss impact of {name}"
     return f"{kept}; as many at random {at_random:.0%}."
@@ -585,6 +587,7 @@ def read_picture(path: Path) -> Picture:
     webp = io.BytesIO()
     with Image.open(path) as image:
         width, height = image.size
+        # Nothing is lost, so that quality is only the effort of packing
         image.convert("RGB").save(webp, "WEBP", lossless=True, quality=60)
     return Picture(data_address("image/webp", webp.getvalue()), width, height)
 
@@ -594,7 +597,7 @@ def read_download(path: Path) -> Download:
     name = path.name
     kind = "text/csv"
     if len(content) > COMPRESS_BYTES:
-        content = gzip.compress(content, mtime=0)
+        content = gzip.compress(content, mtime=0)  # without the time: the same bytes always
         name = f"{path.name}.gz"  # the reader's browser saves it as it is
         kind = "application/gzip"
     if len(content) > EMBED_BYTES:
@@ -608,6 +611,7 @@ def grid_table(run: Run, mode: str, arm: str, heads: pd.DataFrame, largest: floa
     for layer, of_layer in heads.groupby("layer"):
         cells = []  # a head each
         for row in of_layer.sort_values("head").to_dict("records"):
+            # Each interval is of its head alone, not corrected for the other cells
             impact = f"{row['delta']:+.4f} nats [{row['ci_lo']:+.4f}, {row['ci_hi']:+.4f}]"
             head = f"{run.name}, {arm}, {mode}: L{layer}H{row['head']}"
             cell = GridCell(
@@ -630,6 +634,7 @@ def impact_grid(run: Run, number: int) -> Grid:
     impacts = run.table("results_ablation.csv")  # a row an arm, mode and head
     modes = [mode for mode in MODES if (impacts["mode"] == mode).any()]
     tables = []
+    # Of all modes, of which the page shows one at a time
     for mode in modes:
         of_mode = impacts[impacts["mode"] == mode]
         largest = max(of_mode.delta.max(), 1e-12)  # one colour scale for all arms
