@@ -45,6 +45,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -175,7 +176,7 @@ def training_means(
     model: NewGPT, train: HFWikiTextLoader, args: argparse.Namespace, autocast: Any
 ) -> dict[int, Tensor]:
     """{layer: mean z [H, K]} of --layers over --n_mean windows of the training split; float32."""
-    windows = spaced(train.n_windows, args.n_mean)
+    windows = train.spread(args.n_mean)
     n_batches = math.ceil(len(windows) / args.batch_size)
     total = {layer: torch.zeros(()) for layer in args.layers}
     for batch in np.array_split(windows, n_batches):
@@ -639,7 +640,7 @@ def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
     fill_in_sizes(args, reference)
     with rank_0_first():  # it fills the cache
         train, val = open_splits(args, reference)
-    windows = spaced(val.n_windows, args.n_seqs)
+    windows = val.spread(args.n_seqs)
     if len(windows) < 4 * args.block:
         fact = f"{len(windows)} validation sequences do not make 4 units of --block {args.block}"
         raise HandoffError(f"{fact}: use more text, or --block 1")
@@ -744,13 +745,6 @@ def list_passes(modes: list[str], resample_draws: int) -> list[tuple[str, int]]:
         assert draws, f"{mode}: without a draw its scores would stay 0"
         passes += [(mode, draw) for draw in draws]
     return passes
-
-
-def spaced(n_windows: int, n: int) -> np.ndarray:
-    """n evenly spaced windows of a split that has n_windows; all of them if n is 0 or more than
-    there are."""
-    n = min(n or n_windows, n_windows)
-    return np.arange(n) * n_windows // n
 
 
 def unigram_loss(train: HFWikiTextLoader, val: HFWikiTextLoader, windows: np.ndarray) -> np.ndarray:
@@ -2385,8 +2379,9 @@ class HFWikiTextLoader:
     `seq_len` tokens.
 
     Tokenised once, with all cores, and cached as <cache_dir>/<dataset>-<tokenizer>-<split>.npy
-    (uint16 or uint32). Attributes: tokenizer, tokens [n], n_windows, and `description` (dataset,
-    its key, tokenizer hash, ...) for sidecars.
+    (uint16 or uint32), with <...>.documents.npy beside it. Attributes: tokenizer, tokens [n],
+    document_starts [documents] (where in `tokens` each document begins), n_windows, and
+    `description` (dataset, its key, tokenizer hash, ...) for sidecars.
     """
 
     def __init__(
@@ -2399,11 +2394,16 @@ class HFWikiTextLoader:
         tokenizer_hash = hashlib.sha256(serialised).hexdigest()[:12]
         key = dataset_key(dataset)
         path = cache / f"{key}-{tokenizer_hash}-{split}.npy"
-        if not path.exists():
-            tokens = self.tokenise(read_documents(dataset, split), split)
+        starts_path = path.with_suffix(".documents.npy")
+        if not (path.exists() and starts_path.exists()):
+            texts = read_documents(dataset, split)
+            tokens, text_starts = self.tokenise(texts, split)
+            with atomic(starts_path) as temporary:
+                np.save(temporary, text_starts[first_texts(texts)])
             with atomic(path) as temporary:
                 np.save(temporary, tokens)
         self.tokens = np.load(path, mmap_mode="r")  # [n]
+        self.document_starts = np.load(starts_path)  # [documents]
         self.n_windows = (len(self.tokens) - 1) // seq_len  # the last token has no target
         self.description = {
             "dataset": dataset,
@@ -2416,8 +2416,9 @@ class HFWikiTextLoader:
             found = f"{split} split of {dataset}: {len(self.tokens)} tokens"
             raise HandoffError(f"{found}, expected more than --seq_len {seq_len}; use more text")
 
-    def tokenise(self, texts: list[str], split: str) -> np.ndarray:
-        """Token ids [n] of all texts, one after the other, an empty line between two."""
+    def tokenise(self, texts: list[str], split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [n] of all texts, one after the other, an empty line between two; and where
+        each text begins [texts]."""
         fits_16_bits = self.tokenizer.get_vocab_size() <= 1 << 16
         dtype = np.uint16 if fits_16_bits else np.uint32
         ids = [np.zeros(0, dtype)]
@@ -2426,7 +2427,20 @@ class HFWikiTextLoader:
             batch = [text + "\n\n" for text in texts[first : first + 1000]]
             encodings = self.tokenizer.encode_batch(batch, add_special_tokens=False)
             ids += [np.asarray(encoding.ids, dtype) for encoding in encodings]
-        return np.concatenate(ids)
+        lengths = [len(of_text) for of_text in ids]  # the first one is empty
+        return np.concatenate(ids), np.cumsum(lengths[:-1])
+
+    def spread(self, n: int) -> np.ndarray:
+        """Numbers of n windows, evenly spaced over the split; of all if n is 0 or there are no
+        more. The first windows alone would be those of a few documents."""
+        n = min(n or self.n_windows, self.n_windows)
+        return np.arange(n) * self.n_windows // n
+
+    def documents(self, windows: np.ndarray) -> np.ndarray:
+        """Number of the document of each token of these windows [B] -> [B, T]."""
+        first = np.asarray(windows)[:, None] * self.seq_len  # [B, 1]
+        places = first + np.arange(self.seq_len)  # [B, T], in the stream
+        return np.searchsorted(self.document_starts, places, side="right") - 1
 
     def batch(self, windows: np.ndarray, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Windows by number [B] -> inputs and targets, both int64 [B, T]; `offset` shifts all
@@ -2549,6 +2563,23 @@ def read_documents(dataset: str, split: str) -> list[str]:
     lengths = [len(text) for text in texts]
     ends = np.cumsum(lengths) / max(1, sum(lengths))  # share of the characters so far
     return [text for text, end in zip(texts, ends, strict=True) if low < end <= high + 1e-9]
+
+
+def first_texts(texts: list[str]) -> list[int]:
+    """Which texts begin a document: the titles of articles (" = Title = ", as WikiText marks
+    them); where there are none, texts are lines or rows, and a document goes on until it has 2,000
+    characters. Statistics hold out and resample whole documents."""
+    titles = [i for i, text in enumerate(texts) if re.fullmatch(r"= [^=].*[^=] =", text.strip())]
+    if titles:
+        return sorted({0, *titles})  # what stands before the first title is a document too
+    first = []
+    n_characters = 2000  # of the document so far
+    for i, text in enumerate(texts):
+        if n_characters >= 2000:
+            first.append(i)
+            n_characters = 0
+        n_characters += len(text)
+    return first
 
 
 def read_rows(path: Path, split: str) -> tuple[Any, bool]:

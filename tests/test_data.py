@@ -68,6 +68,45 @@ def test_tokens_decode_to_the_text_and_the_cache_is_reused(corpus, tmp_path, mon
     assert np.array_equal(again.tokens, loader.tokens)
 
 
+def test_documents_begin_at_titles_or_after_2000_characters(tmp_path):
+    titled = ["before the first title", " = Rain = ", "It rains.", " = = Causes = = ", "Clouds."]
+    titled += [" = Iron = ", "A metal."]
+    assert janus.first_texts(titled) == [0, 1, 5]
+    lines = ["x" * 600] * 10 + ["y" * 5000, "z"]
+    assert janus.first_texts(lines) == [0, 4, 8, 11]  # 4 x 600 are 2,400 characters
+
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(LINES))
+    data = janus.HFWikiTextLoader(str(path), "train:300", 16, "train", tmp_path / "cache")
+    texts = janus.read_documents(str(path), "train")
+    first = janus.first_texts(texts)
+    assert len(data.document_starts) == len(first) > 10
+    for number in (0, 1, len(first) - 1):
+        begins = data.tokenizer.decode(data.tokens[data.document_starts[number] :][:40].tolist())
+        assert begins.startswith(texts[first[number]][:20])
+
+    # The number of a token's document is how many documents began at or before it, less one
+    windows = np.array([0, 3, data.n_windows - 1])
+    numbers = data.documents(windows)
+    for row, window in enumerate(windows):
+        for place in (0, 7, 15):
+            began = (data.document_starts <= window * 16 + place).sum()
+            assert numbers[row, place] == began - 1
+    again = janus.HFWikiTextLoader(str(path), "train:300", 16, "train", tmp_path / "cache")
+    assert np.array_equal(again.document_starts, data.document_starts)
+
+
+@pytest.mark.parametrize(("n", "expected"), [(0, 11), (5, 5), (11, 11), (99, 11)])
+def test_spread_windows_are_distinct_and_cover_the_split(n, expected, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(LINES))
+    data = janus.HFWikiTextLoader(str(path), "train:300", 16, "train", tmp_path / "cache")
+    data.n_windows = 11
+    windows = data.spread(n)
+    assert len(set(windows)) == expected and windows.max() < 11
+    assert windows[0] == 0 and windows[-1] >= 11 - np.ceil(11 / expected)
+
+
 def test_changed_content_is_not_served_from_the_cache(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("\n".join(LINES))

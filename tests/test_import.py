@@ -95,7 +95,7 @@ def validation_text(checkpoint: Path, cache_dir: Path) -> janus.HFWikiTextLoader
 def windows(n: int, checkpoint: Path, cache_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The validation windows that ablation_test.py takes for --n_seqs n: inputs, targets [n, T]."""
     data = validation_text(checkpoint, cache_dir)
-    return data.batch(ablation_test.spaced(data.n_windows, n))
+    return data.batch(data.spread(n))
 
 
 @pytest.mark.parametrize("tied", [True, False])
