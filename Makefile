@@ -16,19 +16,19 @@ LAST   := $(lastword $(LAYERS))
 # setpoint is 0.009, not the published 0.0035; its loop is faster because its run is shorter; and its learning rate stays
 # constant, because heads hardly respond once it has decayed (RESULTS.md).
 SETPOINT ?= 0.009
-TRAIN  ?= --preset demo --dataset builtin --target_sigma $(SETPOINT) --lambda_start 2 --pressure_warmup 100 --control_interval 5 --filter_beta 0.8 --k_p 4 --k_i 0.1 --schedule constant --lr_warmup 100
+TRAIN  ?= --preset demo --dataset builtin --target_sigma $(SETPOINT) --lambda_start 2 --pressure_warmup 100 --control_interval 5 --sample_steps 5 --filter_beta 0.7 --k_p 8 --k_i 0.1 --schedule constant --lr_warmup 100
 TEXT   ?= The quick brown fox jumps over the lazy dog because of complex physics.
 MODELS := $(RUN)/adaptive/janus_adaptive_final.pt.json $(RUN)/control/janus_control_final.pt.json
 DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.npy.json)
 SAES   := $(foreach arm,adaptive control,$(RUN)/saes/$(arm)/L$(LAST)/sae_weights.safetensors.json)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures report seeds demo-smollm2 bench clean
+.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures report seeds loops demo-smollm2 bench clean
 
 help:
 	@echo "make demo   set up, then train, harvest, SAEs, ablation, hero, a small Energy-Lens: everything in $(RUN)"
 	@echo "make test   set up, then run all tests"
-	@echo "make setup | train | harvest | sae | ablate | hero | energy | figures | report | seeds | smoke | check | bench | retrain | clean"
+	@echo "make setup | train | harvest | sae | ablate | hero | energy | figures | report | seeds | loops | smoke | check | bench | retrain | clean"
 
 # Bytecode is compiled when a module is first used: compiling all of it here takes a minute.
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
@@ -100,6 +100,15 @@ seeds: setup
 	for s in $(SEEDS); do $(MAKE) --no-print-directory -j2 train RUN=runs/seeds/$$s "TRAIN=$(TRAIN) --seed $$s" || exit 1; done
 	printf '%s\n' $(SEEDS) | xargs -P 2 -I{} $(MAKE) --no-print-directory ablate RUN=runs/seeds/{}
 	$(PY) tools/seeds.py $(SEEDS:%=runs/seeds/%)
+
+# Does the loop hold on seeds that it was not tuned for, and follow a step of its setpoint? No control arm, no ablation.
+LOOP_SEEDS ?= 1 2 3 4 5 6 42
+STEP       ?= 350 0.009
+LOOP_RUN   := $(PY) janus_adaptive.py $(TRAIN) --overwrite
+loops: setup
+	printf '%s\n' $(LOOP_SEEDS) | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(LOOP_RUN) --seed {} --save_dir runs/loops/{}
+	printf '%s\n' $(LOOP_SEEDS) | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(LOOP_RUN) --seed {} --setpoint_step $(STEP) --save_dir runs/loops/step{}
+	$(PY) tools/loops.py $(LOOP_SEEDS:%=runs/loops/%) $(LOOP_SEEDS:%=runs/loops/step%) --save_dir runs/loops
 
 # ------------------------------------------------------------------------------------------------------------- tests
 test: setup-dev

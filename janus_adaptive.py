@@ -167,16 +167,24 @@ class Homeostat:
     """PID controller: measured head similarity sigma in, penalty weight lambda out.
 
     law "log" works on e = ln(sigma/target) and u = ln(lambda), where the gain of the loop is the
-    same at every level; law "linear" on e = sigma - target and u = lambda, and is then
-    simple_pid.PID with its gains negated.
+    same at every level; law "linear" on e = sigma - target and u = lambda.
 
-        u = k_p e + I + k_d de/dt,   I += k_i e dt,   u clipped to the limits
+        u = k_p e + I + k_d de/dt,   I += k_i e dt,   lambda from u clipped to the limits
 
     The derivative acts on the measurement (D does not kick on a setpoint step); a first-order
-    filter smooths the measurement; back-calculation ("tracking") or clamping of I prevents
-    wind-up; a sample that is not finite is held, not integrated. Gains are per optimiser step, dt
-    is in steps. All state is Python floats: in bfloat16 a slow integral rounds to nothing.
-    (Astrom & Hagglund 2006; as a Lagrange multiplier: Stooke et al. 2020.)
+    filter smooths the measurement; a sample that is not finite is held, not integrated. Against
+    wind-up, anti_windup is
+
+        tracking   while u is beyond a limit, I gives back what the limit cuts off, over the
+                   tracking time T_t = k_p / k_i (not below dt): a limit that holds empties I, one
+                   wild sample hardly moves it
+        clamp      I itself is clipped to the limits; the linear law is then simple_pid.PID with
+                   its gains negated
+        none
+
+    Gains are per optimiser step, dt is in steps. All state is Python floats: in bfloat16 a slow
+    integral rounds to nothing. (Astrom & Hagglund 2006, back-calculation: section 3.5; as a
+    Lagrange multiplier: Stooke et al. 2020.)
     """
 
     def __init__(
@@ -197,6 +205,8 @@ class Homeostat:
         self.dt = dt  # steps between two samples
         self.beta = filter_beta  # 0: no filter
         self.anti_windup = anti_windup
+        # Steps over which I follows a limit; without an integral gain nothing winds up
+        self.tracking_time = max(dt, k_p / k_i) if k_i > 0 else math.inf
         self.log = law == "log"
         self.low = self.scaled(limits[0])  # of u
         self.high = self.scaled(limits[1])
@@ -234,12 +244,14 @@ class Homeostat:
         P does not give."""
         error = 0.0 if self.filtered is None else self.filtered - self.setpoint
         u = self.scaled(max(value, 1e-300) if self.log else value)
-        self.i = min(max(u, self.low), self.high) - self.k_p * error
+        self.p = self.k_p * error
+        self.i = min(max(u, self.low), self.high) - self.p
+        self.d = 0.0
         self.value = value
 
     def update(self, sigma: float, integrate: bool = True) -> float:
-        """One sample of sigma -> lambda for the next dt steps. Without `integrate` I does not
-        grow; at a limit it still gives back."""
+        """One sample of sigma -> lambda for the next dt steps. Without `integrate` I stands
+        still."""
         slope = self.measure(sigma)
         if slope is None or self.filtered is None:
             return self.value  # hold
@@ -248,19 +260,21 @@ class Homeostat:
         self.d = self.k_d * slope
         if integrate:
             self.i += self.k_i * error * self.dt
-        if self.anti_windup == "clamp":
-            self.i = min(max(self.i, self.low), self.high)
+            if self.anti_windup == "clamp":
+                self.i = min(max(self.i, self.low), self.high)
         u = self.p + self.i + self.d
         limited = min(max(u, self.low), self.high)
         self.saturated = limited != u
-        if self.anti_windup == "tracking":  # I gives back what the limit cut off
-            self.i += limited - u
         self.value = math.exp(limited) if self.log else limited
+        if integrate and self.anti_windup == "tracking":  # from the next sample on
+            self.i += (limited - u) * self.dt / self.tracking_time
         return self.value
 
 
-def setpoint(step: int, args: argparse.Namespace) -> float:  # noqa: ARG001 -- a schedule needs it
+def setpoint(step: int, args: argparse.Namespace) -> float:
     """The sigma that the loop should hold at `step` (from 1 to --steps)."""
+    if args.setpoint_step and step >= args.setpoint_step[0]:
+        return args.setpoint_step[1]
     return args.target_sigma
 
 
@@ -492,6 +506,7 @@ class Training:
     device: torch.device
     autocast: Any  # context of the forward pass, see --dtype
     facts: dict[str, Any]  # describe the run in checkpoints and sidecars
+    sample: Tensor | None = None  # Gram matrices [L, H, H] of the sample of sigma being taken
     telemetry: list[dict[str, Any]] = field(default_factory=list)  # rows of telemetry.csv
     layers: list[dict[str, Any]] = field(default_factory=list)  # rows of layers.csv
     steps_done: int = 0
@@ -519,7 +534,9 @@ def train_model(training: Training, signals: list[int]) -> int:
         is_last = step == args.steps
         is_sample = step % args.control_interval == 0
         is_check = step % args.val_interval == 0 or is_last
-        measure = is_sample or is_check
+        steps_to_sample = -step % args.control_interval
+        is_sampled = steps_to_sample < args.sample_steps  # its tokens count in the next sample
+        measure = is_sampled or is_check
         lambdas = pressure.weights(step)
         weights = torch.tensor(lambdas, device=training.device) * penalty_shares  # [L]
         batches = micro_batches(training, step)
@@ -532,18 +549,24 @@ def train_model(training: Training, signals: list[int]) -> int:
         training.optimizer.step()
         training.optimizer.zero_grad(set_to_none=True)
 
+        # Gram matrices add up: one sample of sigma is that of the tokens of all its steps
+        if is_sampled:
+            grams = grams if training.sample is None else training.sample + grams
+            training.sample = grams
+
         # Telemetry tells what was in use at this step; then the controller sees its sigma
-        if measure:
+        if is_sample or is_check:
             row = telemetry_row(step, args, loss, grams, lambdas, pressure)
             row["grad_norm"] = norm
             row["tokens_per_s"] = clock.steps_per_s(step) * tokens_per_step(args)
             training.telemetry.append(row)
         if is_sample:
             pressure.observe(step, sigma_of(grams).tolist(), rate / args.learning_rate)
+            training.sample = None
         if is_check:
             check(training, step, lambdas)
             clock.restart(step)  # validation is no training time
-        if board is not None and measure:
+        if board is not None and (is_sample or is_check):
             show_live(board, step, training.telemetry[-1], grams)
 
         # What is kept
@@ -708,6 +731,7 @@ def save_checkpoint(path: Path, training: Training, step: int) -> None:
         # What --resume needs besides
         "optimizer": training.optimizer.state_dict(),
         "pressure": training.pressure.state_dict(),
+        "sample": training.sample,
         "rng": random_states(),
         "logs": {"telemetry": training.telemetry, "layers": training.layers},
     }
@@ -763,6 +787,8 @@ def resume(training: Training) -> None:
     training.model.load_state_dict(saved.state_dict())
     training.optimizer.load_state_dict(ckpt["optimizer"])
     training.pressure.load_state_dict(ckpt["pressure"])
+    if ckpt.get("sample") is not None:  # a checkpoint between two samples
+        training.sample = ckpt["sample"].to(training.device)
     restore_random_states(ckpt["rng"])
     # The CSVs are written whole, from the rows that the checkpoint kept
     training.telemetry = ckpt["logs"]["telemetry"]
@@ -965,8 +991,8 @@ def telemetry_row(
             filtered.append(math.exp(loop.filtered) if loop.log else loop.filtered)
 
     def mean_term(term: str) -> float:
-        """P, I or D, mean over the loops."""
-        if not pressure.closed_loop:
+        """P, I or D, mean over the loops; none while the loop is open."""
+        if pressure.phase not in ("auto", "hold"):
             return math.nan
         return sum(vars(loop)[term] for loop in loops) / len(loops)
 
@@ -983,7 +1009,8 @@ def telemetry_row(
         "D": mean_term("d"),
         "saturated": int(any(loop.saturated for loop in loops)),
         "phase": pressure.phase,
-        # What it sees of this step; sigma_filtered is from before it
+        "setpoint": setpoint(step, args),
+        # What it sees of this sample; sigma_filtered is from before it
         "sigma_z": mean_sigma if args.sigma_space == "z" else math.nan,
         "sigma_resid": mean_sigma if args.sigma_space == "resid" else math.nan,
         "max_layer_sigma": max(sigmas),
@@ -1056,9 +1083,12 @@ def draw_training(csvs: list[str | Path], target: float, out: Path) -> None:
     for label, table in runs:  # the arms keep their colours in every figure
         draw_run(axes, label, table, ARM_COLOURS.get(label) or next(left))
 
-    # Where the loop should hold sigma
-    band = f"setpoint {target:g} $\\pm$ 10 %"
-    axes[1].axhspan(0.9 * target, 1.1 * target, color="0.85", label=band)
+    # Where the loop should hold sigma; a file from before the column has one setpoint
+    table = runs[0][1]
+    aims = table["setpoint"] if "setpoint" in table else target + 0 * table["step"]
+    name = f"setpoint {aims.iloc[-1]:g} $\\pm$ 10 %"
+    band = {"color": "0.85", "step": "post", "label": name}
+    axes[1].fill_between(table["step"], 0.9 * aims, 1.1 * aims, **band)
     axes[0].set_title("Loss (thin: training, dots: validation)")
     axes[0].set_ylabel("cross-entropy (nats a token)")
     axes[1].set_title("What the Homeostat measures (thick: filtered)")
@@ -1169,6 +1199,8 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     real = positive(float)
     pressure = "adaptive, control, constant:LAMBDA or replay:TELEMETRY.csv"
     target = "setpoint of sigma, mean absolute cosine between heads"
+    moved = "from optimiser step STEP on, hold SIGMA instead: how well does the loop follow?"
+    sampled = "steps, the last ones before a sample, whose tokens it is measured on"
     space = "where: head outputs, or what heads write to the stream"
     penalty = "; ".join(f"{name}: {first_words(f)}" for name, f in PENALTIES.items())
     # Gains are per step, so they do not change with --control_interval
@@ -1181,6 +1213,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("method: pressure and Homeostat").add_argument
     add("--pressure", default="adaptive", help=pressure)
     add("--target_sigma", type=real, default=0.0035, help=target)
+    add("--setpoint_step", nargs=2, type=real, metavar=("STEP", "SIGMA"), help=moved)
     add("--sigma_space", choices=["z", "resid"], default="z", help=space)
     add("--penalty", choices=list(PENALTIES), default="cos2", help=penalty)
     add("--layer_weights", choices=["uniform", "cubic"], default="uniform", help=layers)
@@ -1189,6 +1222,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--k_i", type=float, default=0.003, help="integral gain, as k_p but per step")
     add("--k_d", type=float, default=0.0, help="derivative gain, as k_p times steps")
     add("--control_interval", type=count, default=10, help="steps between two samples of sigma")
+    add("--sample_steps", type=count, default=1, help=sampled)
     add("--filter_beta", type=float, default=0.9, help=memory)
     add("--pressure_warmup", type=int, help=ramp)
     add("--lambda_start", type=float, default=1.0, help="lambda at the end of the ramp")
@@ -1250,6 +1284,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if not 0 <= args.filter_beta < 1 or not 0 <= args.dropout < 1:
         shares = f"--filter_beta {args.filter_beta} and --dropout {args.dropout}"
         parser.error(f"{shares} must lie in [0, 1)")
+    if args.sample_steps > args.control_interval:
+        fact = f"--sample_steps {args.sample_steps}: expected at most --control_interval"
+        parser.error(f"{fact} {args.control_interval}")
     gains = (args.k_p, args.k_i, args.k_d)
     if not min(*gains, args.pressure_warmup, args.lambda_start, args.weight_decay) >= 0:
         others = "--pressure_warmup, --lambda_start and --weight_decay"

@@ -1,5 +1,6 @@
 """The walk-through of README's "Try a variant", as a reader does it: make, one edit, make, two runs in one page, a browser."""
 
+import math
 import re
 import shutil
 import subprocess
@@ -7,11 +8,13 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
+import headlines  # noqa: E402
 import report  # noqa: E402
 
 PARTS = "train harvest sae ablate hero figures"
@@ -150,20 +153,36 @@ def test_tracking_of_known_loops():
             step=range(0, 80, 10),
             phase=phase,
             sigma_filtered=[9, 9, 1.5, 1.05, 0.95, 1.2, 1.0, 0.5],
+            sigma_z=[9, 9, 1.5, 1.2, 0.8, 1.2, 1.0, 0.5],
+            sigma_resid=math.nan,
         )
     )
-    held = report.tracking(t, 1.0)
-    assert (
-        held["settled_step"] == 30
-        and held["n"] == 4
-        and held["share"] == 0.75
-        and held["hold_mean"] == 0.5
-    )
-    assert held["mean"] == pytest.approx(1.05)
+    held = report.tracking(t, 1.0, 0.0)
+    assert (held.settled_step, held.n, held.share, held.raw_share) == (30, 4, 0.75, 0.25)
+    assert held.hold_mean == 0.5 and held.mean == pytest.approx(1.05)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        never = report.tracking(t.assign(sigma_filtered=2.0), 1.0)
-    assert never["n"] == 0 and never["share"] == 0 and never["mean"] != never["mean"]
+        never = report.tracking(t.assign(sigma_filtered=2.0), 1.0, 0.0)
+    assert never.n == 0 and never.share == 0 and never.mean != never.mean
+    # A setpoint that moved: each sample against its own
+    moved = t.assign(setpoint=[1, 1, 1, 1, 1, 2, 2, 2], sigma_filtered=[9, 9, 9, 1, 1, 2, 2, 2])
+    assert report.tracking(moved, 1.0, 0.0).share == 1
+
+
+def test_share_of_noise_is_what_a_simulation_finds():
+    """White noise of 20 % through the first-order filter, against the closed form on 200 of its samples."""
+    rng = np.random.default_rng(0)
+    noise = 0.2 * rng.standard_normal(200_000)
+    filtered, level = [], 0.0
+    for value in noise:
+        level = 0.8 * level + 0.2 * value
+        filtered.append(level)
+    simulated = (np.abs(np.exp(filtered) - 1) <= 0.1).mean()
+    found = [headlines.share_of_noise(pd.Series(np.exp(noise[i : i + 200])), 0.8) for i in range(0, 20_000, 200)]  # fmt: skip
+    assert np.mean(found) == pytest.approx(simulated, abs=0.01)
+    # A slow change under the noise does not count as noise
+    drifting = np.exp(noise[:200] + np.linspace(0, 1, 200))
+    assert headlines.share_of_noise(pd.Series(drifting), 0.8) == pytest.approx(found[0], abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,14 @@ def write_arm(folder: Path, arm: str, seed: int, values: dict[str, float]) -> No
     frame = pd.DataFrame({"step": STEPS, "loss": values["val_loss"], "lambda": 1.0})
     frame["phase"] = "auto"
     frame["sigma_z"] = sigma
+    frame["sigma_resid"] = np.nan
     frame["sigma_filtered"] = sigma
     for name, value in values.items():
         frame[name] = np.nan
         frame.loc[frame.index[-1], name] = value
     (folder / arm).mkdir(parents=True)
     frame.to_csv(folder / arm / "telemetry.csv", index=False)
-    record = {"arguments": {"seed": seed, "target_sigma": TARGET}}
+    record = {"arguments": {"seed": seed, "target_sigma": TARGET, "filter_beta": 0.8}}
     (folder / arm / "run.json").write_text(json.dumps(record))
 
 

@@ -61,6 +61,13 @@ def test_outputs_and_telemetry(smoke_checkpoint):
     )
     assert t["loss"].iloc[-1] < np.log(512)
     assert t["phase"].tolist() == ["warmup", "auto", "auto"]
+    # The terms of the law add up to what is used, from the first row that it decides; before it there are none
+    assert t[["P", "I", "D"]].iloc[0].isna().all()
+    closed = t[t["phase"] == "auto"]
+    assert np.allclose(
+        np.exp(closed["P"] + closed["I"] + closed["D"]), closed["lambda"], rtol=1e-12
+    )
+    assert (t["setpoint"] == 0.0035).all()
     layers = pd.read_csv(folder / "layers.csv")
     assert layers["layer"].tolist() == list(range(12))
     assert np.isclose(layers["sigma_z"].mean(), t["val_sigma_z"].iloc[-1])
@@ -141,11 +148,44 @@ def test_micro_batches_do_not_move_the_loss_or_sigma(smoke_args, control_checkpo
     assert np.allclose(a[["loss", "sigma_z"]], b[["loss", "sigma_z"]], rtol=2e-3)
 
 
+def test_a_sample_is_sigma_of_all_its_steps(smoke_args, tmp_path):
+    """Weights that stand still (no learning rate to speak of): sigma of steps 3 to 5 together, by NumPy from z."""
+    still = ["--pressure", "control", "--learning_rate", "1e-12", "--steps", "5"]
+    several = ["--control_interval", "5", "--sample_steps", "3", "--save_dir", str(tmp_path)]
+    assert janus.main([*smoke_args, *still, *several]) == 0
+    logged = pd.read_csv(tmp_path / "telemetry.csv")["sigma_z"].tolist()
+    model, ckpt = janus.load_checkpoint(tmp_path / "janus_control_final.pt", torch.device("cpu"))
+    args = ckpt["arguments"]
+    where = (args["dataset"], str(tmp_path / "tokenizer.json"), args["seq_len"], "train")
+    data = janus.HFWikiTextLoader(*where, args["cache_dir"])
+    x, _ = data.shuffled(2 * args["batch_size"], 3 * args["batch_size"], args["seed"])
+    tap = {f"z.{layer}": None for layer in range(12)}
+    with torch.no_grad():
+        model(x, x, tap=tap)
+    sigmas = []
+    for z in tap.values():
+        flat = z.double().permute(2, 0, 1, 3).flatten(1).numpy()  # [H, all tokens x d_head]
+        flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+        sigmas.append(np.abs((flat @ flat.T)[np.triu_indices(3, 1)]).mean())
+    assert logged == pytest.approx([np.mean(sigmas)], rel=1e-4)
+
+
+def test_a_setpoint_step_is_logged_and_pressed_for(smoke_args, tmp_path):
+    moved = ["--control_interval", "5", "--k_p", "2", "--setpoint_step", "20", "0.001"]
+    assert janus.main([*smoke_args, *moved, "--save_dir", str(tmp_path)]) == 0
+    t = pd.read_csv(tmp_path / "telemetry.csv").set_index("step")
+    assert t["setpoint"].tolist() == [0.0035] * 3 + [0.001] * 3
+    # P of the row after the step answers to the new setpoint
+    error = np.log(t["sigma_filtered"][25] / 0.001)
+    assert t["P"][25] == pytest.approx(2 * error)
+    assert t["lambda"][25] > 2 * t["lambda"][20]
+
+
 def test_killed_three_times_and_resumed_equals_uninterrupted(
     smoke_args, smoke_checkpoint, tmp_path
 ):
     """SIGKILL at three random moments, dropout on so that the random state matters too."""
-    more = ["--dropout", "0.1", "--save_interval", "3", "--steps", "40"]
+    more = ["--dropout", "0.1", "--save_interval", "3", "--steps", "40", "--sample_steps", "7"]
     assert janus.main([*smoke_args, *more, "--save_dir", str(tmp_path / "whole")]) == 0
     broken, rng = tmp_path / "broken", random.Random(time.time_ns())
     argv = [

@@ -9,12 +9,15 @@ What is printed is also written to <folder>/headlines.csv, one number a row.
 
 import argparse
 import json
+import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from janus_adaptive import (  # noqa: E402
@@ -54,44 +57,73 @@ def bigram_loss(train: np.ndarray, val: np.ndarray, n_kinds: int) -> float:
     return float(-np.log(p).mean())
 
 
-def tracking(telemetry: pd.DataFrame, target: float) -> dict[str, float]:
-    """How well the filtered sigma, which the controller acts on, was held by the closed loop.
+@dataclass
+class Tracking:
+    """How well a closed loop held its setpoint.
 
-    settled_step: the first sample within 10 % of target after the hand-over; of the n samples from
-    there on, the share within 10 %, and mean and standard deviation (sd) relative to the target.
-    hold_mean: mean while the integral was frozen. NaN where there was no such sample.
+    Of the n samples from settled_step on, the first one within 10 % after the hand-over: the share
+    within 10 % of the setpoint, filtered (share) and as measured (raw_share); what white noise
+    around the setpoint, of the size of the samples' own, would give through the same filter with
+    no loop at all (noise_share); mean and standard deviation of the filtered sigma over the
+    setpoint. hold_mean: its mean while the integral was frozen. NaN where there was no sample.
     """
-    relative = telemetry["sigma_filtered"] / target
+
+    settled_step: float
+    n: int
+    share: float
+    raw_share: float
+    noise_share: float
+    mean: float
+    sd: float
+    hold_mean: float
+
+
+def tracking(telemetry: pd.DataFrame, target: float, filter_beta: float) -> Tracking:
+    """How the closed loop (phase auto) of a run held `target`, or the setpoint of each row."""
+    aim = telemetry.get("setpoint", target)
+    filtered = telemetry["sigma_filtered"] / aim  # what the controller acts on; 1 is the setpoint
+    measured = telemetry[["sigma_z", "sigma_resid"]].max(axis=1) / aim  # one of them is filled
     # hold: the learning rate has decayed, heads hardly respond, and the integral stands still
-    hold_mean = relative[telemetry["phase"] == "hold"].mean()
+    hold_mean = filtered[telemetry["phase"] == "hold"].mean()
     # auto: the loop is closed, so this is what the controller answers for
     auto = telemetry["phase"] == "auto"
-    step = telemetry["step"][auto].to_numpy()  # [samples]
-    relative = relative[auto].to_numpy()  # [samples], 1 is the setpoint
-    inside = np.abs(relative - 1) <= 0.10
+    inside = is_within(filtered[auto])  # [samples]
     if not inside.any():
-        return {
-            "settled_step": np.nan,
-            "share": 0.0,
-            "mean": np.nan,
-            "sd": np.nan,
-            "n": 0,
-            "hold_mean": hold_mean,
-        }
+        nothing = math.nan
+        return Tracking(nothing, 0, 0.0, nothing, nothing, nothing, nothing, hold_mean)
     first = int(inside.argmax())  # the approach before it says nothing about how well it holds
-    return {
-        "settled_step": float(step[first]),
-        "share": inside[first:].mean(),
-        "n": len(relative) - first,
-        "hold_mean": hold_mean,
-        "mean": relative[first:].mean(),
-        "sd": relative[first:].std(),
-    }
+    settled = filtered[auto].iloc[first:]
+    raw = measured[auto].iloc[first:]
+    return Tracking(
+        settled_step=float(telemetry["step"][auto].iloc[first]),
+        n=len(settled),
+        share=inside[first:].mean(),
+        raw_share=is_within(raw).mean(),
+        noise_share=share_of_noise(raw, filter_beta),
+        mean=settled.mean(),
+        sd=settled.std(ddof=0),
+        hold_mean=hold_mean,
+    )
 
 
-def after_settling(telemetry: pd.DataFrame, held: dict[str, float]) -> float:
+def is_within(relative: pd.Series) -> np.ndarray:
+    """Which values, relative to the setpoint, are within 10 % of it [samples]."""
+    return np.abs(relative.to_numpy() - 1) <= 0.10
+
+
+def share_of_noise(relative: pd.Series, filter_beta: float) -> float:
+    """Share within 10 % of the setpoint of filtered white noise around it, as large as that of
+    these samples (normal in ln sigma). The noise is half of the squared difference of neighbours
+    (von Neumann 1941), which slow changes hardly touch."""
+    differences = np.diff(np.log(relative.to_numpy()))
+    noise = math.sqrt(np.square(differences).mean() / 2) if len(differences) else math.nan
+    filtered = noise * math.sqrt((1 - filter_beta) / (1 + filter_beta))
+    return stats.norm.cdf(math.log(1.1) / filtered) - stats.norm.cdf(math.log(0.9) / filtered)
+
+
+def after_settling(telemetry: pd.DataFrame, held: Tracking) -> float:
     """Mean sigma_z of an arm over the steps in which the other's loop had settled (`held`)."""
-    return telemetry["sigma_z"][telemetry["step"] >= held["settled_step"]].mean()
+    return telemetry["sigma_z"][telemetry["step"] >= held.settled_step].mean()
 
 
 def last_value(telemetry: pd.DataFrame, column: str) -> float:
@@ -134,8 +166,7 @@ def losses(folder: Path, telemetry: dict[str, pd.DataFrame], bigram: float) -> l
     # Phase 4 took the same sequences through both models, so their differences are paired
     with np.load(folder / "results_ablation.npz", allow_pickle=False) as npz:
         price = npz["adaptive.base"] - npz["control.base"]  # [sequences], nats a token
-    half = 1.96 * price.std(ddof=1) / np.sqrt(len(price))  # of the 95 % interval
-    low, high = price.mean() - half, price.mean() + half
+    low, high = stats.ttest_1samp(price, 0).confidence_interval()  # 95 %
     percent = 100 * (loss["adaptive"] / loss["control"] - 1)
     return [
         (
@@ -152,20 +183,25 @@ def losses(folder: Path, telemetry: dict[str, pd.DataFrame], bigram: float) -> l
     ]
 
 
-def sigma_against_setpoint(telemetry: dict[str, pd.DataFrame], target: float) -> Headline:
+def sigma_against_setpoint(
+    telemetry: dict[str, pd.DataFrame], arguments: dict[str, Any]
+) -> Headline:
     """How the loop held the adaptive arm, and how far above the setpoint the control stays."""
-    held = tracking(telemetry["adaptive"], target)
+    target = arguments["target_sigma"]
+    held = tracking(telemetry["adaptive"], target, arguments["filter_beta"])
     control = telemetry["control"]
     whole = {arm: last_value(telemetry[arm], "val_sigma_z") for arm in ARMS}
-    if held["n"]:
+    if held.n:
         free = after_settling(control, held)
         hold = ""
-        if not np.isnan(held["hold_mean"]):
-            hold = f" (mean {held['hold_mean']:.2f} in the hold phase at the end)"
+        if not np.isnan(held.hold_mean):
+            hold = f" (mean {held.hold_mean:.2f} in the hold phase at the end)"
         loop = (
-            f"filtered sigma {held['mean']:.3f} +- {held['sd']:.3f} of it "
-            f"from step {held['settled_step']:.0f} on, "
-            f"{held['share']:.0%} of {held['n']} samples within 10 %{hold}; "
+            f"filtered sigma {held.mean:.3f} +- {held.sd:.3f} of it "
+            f"from step {held.settled_step:.0f} on, "
+            f"{held.share:.0%} of {held.n} samples within 10 %{hold}, "
+            f"{held.raw_share:.0%} unfiltered; "
+            f"noise of their size alone, filtered, would give {held.noise_share:.0%}; "
         )
     else:
         free = control["sigma_z"].mean()  # nothing settled, so over the whole run
@@ -237,7 +273,7 @@ def headlines(folder: Path) -> list[Headline]:
     bigram = bigram_of(folder, arguments)
     return [
         *losses(folder, telemetry, bigram),
-        sigma_against_setpoint(telemetry, arguments["target_sigma"]),
+        sigma_against_setpoint(telemetry, arguments),
         sae_quality(folder),
         *hero_heads(folder),
         best_mechanism(folder),

@@ -34,7 +34,7 @@ from scipy import stats
 
 TOOLS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TOOLS.parent), str(TOOLS)]
-from headlines import tracking  # noqa: E402
+from headlines import Tracking, tracking  # noqa: E402
 
 from hero_head_analysis import render_page  # noqa: E402
 from janus_adaptive import (  # noqa: E402
@@ -107,6 +107,12 @@ class Run:
         """The setpoint of sigma."""
         return float(self.record("adaptive")["arguments"]["target_sigma"])
 
+    @cached_property
+    def held(self) -> Tracking:
+        """How the adaptive arm's loop held its setpoint."""
+        arguments = self.record("adaptive")["arguments"]
+        return tracking(self.telemetry["adaptive"], self.target, arguments["filter_beta"])
+
     def last(self, arm: str, column: str) -> float:
         """The last value of a column of the telemetry that is only filled now and then."""
         return float(self.telemetry[arm][column].dropna().iloc[-1])
@@ -115,13 +121,15 @@ class Run:
 # ------------------------------------------------------------------ the sections, from the CSVs
 def training(run: Run) -> list[Exhibit]:
     """How the loop held its setpoint; both arms in one figure."""
-    held = tracking(run.telemetry["adaptive"], run.target)
+    held = run.held
     # Only what the closed loop answers for: from the first sample near the setpoint on.
-    if held["n"]:
+    if held.n:
         loop = (
-            f"From step {held['settled_step']:.0f} on the filtered sigma is {held['mean']:.3f} "
-            f"± {held['sd']:.3f} of its setpoint {run.target:g}, "
-            f"within 10 % at {held['share']:.0%} of {held['n']} samples"
+            f"From step {held.settled_step:.0f} on the filtered sigma is {held.mean:.3f} "
+            f"± {held.sd:.3f} of its setpoint {run.target:g}, "
+            f"within 10 % at {held.share:.0%} of {held.n} samples "
+            f"({held.raw_share:.0%} unfiltered; noise of their size alone, filtered, "
+            f"would give {held.noise_share:.0%})"
         )
     else:
         loop = (
@@ -408,10 +416,13 @@ def judge(claim: str, holds: bool, evidence: str) -> Verdict:
 
 
 def judge_control(run: Run) -> list[Verdict]:
-    held = tracking(run.telemetry["adaptive"], run.target)
+    held = run.held
     claim = "The Homeostat holds sigma within 10 % of its setpoint for 90 % of the time"
-    evidence = f"{held['share']:.0%} of {held['n']} samples, one run"
-    return [judge(f"{claim} after settling", held["share"] >= 0.9, evidence)]
+    evidence = (
+        f"{held.share:.0%} of {held.n} filtered samples, one run; "
+        f"noise alone would give {held.noise_share:.0%}, so this is about their mean"
+    )
+    return [judge(f"{claim} after settling", held.share >= 0.9, evidence)]
 
 
 def judge_loss(run: Run) -> list[Verdict]:

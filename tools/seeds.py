@@ -11,6 +11,7 @@ control loop was tuned on seed 42: leave that seed out, it is no evidence about 
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def measure(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         summary = summary[summary["mode"] == summary["ranked_by"]].set_index("run")
         arguments = read_arguments(folder)
         seed, target = arguments["seed"], arguments["target_sigma"]
+        filter_beta = arguments["filter_beta"]
         for arm, frame in telemetry.items():
             for metric in METRICS:
                 # What training measured is in the telemetry, what ablation measured in its summary
@@ -82,9 +84,9 @@ def measure(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         found = f"{folder} is not a pair of finished runs ({e!r})"
         raise HandoffError(f"{found}; make it with: make seeds") from None
 
-    held = tracking(telemetry["adaptive"], target)
+    held = tracking(telemetry["adaptive"], target, filter_beta)
     free = after_settling(telemetry["control"], held)  # the same metric, over the same steps
-    loop = {"seed": seed, "control_over_setpoint": free / target} | held | heroes
+    loop = {"seed": seed, "control_over_setpoint": free / target} | asdict(held) | heroes
     return rows, loop
 
 
