@@ -41,7 +41,7 @@ from number_blocks import (
     Kept,
     NumbersError,
     Source,
-    render,
+    render_all,
 )
 
 DOCUMENTS = ("README.md", "RESULTS.md")
@@ -60,12 +60,14 @@ def collect(root: Path, name: str, folder: Path) -> bool:
     chosen = chosen_files(source, folder)
     if not chosen:
         return False
-    runs = [read_run(path, folder) for path in sorted(folder.glob(source.records or "\0"))]
-    if not source.records:  # its own time and this commit stand for a record
+    if source.records:
+        runs = [read_run(path, folder) for path in sorted(folder.glob(source.records))]
+    else:
         runs = [unrecorded(root, source, chosen[0])]
     if not runs:
         raise NumbersError(f"{folder} has no {source.records}; run {source.command}")
 
+    # From here on nothing is refused: what was kept before may go
     kept = root / NUMBERS / name
     shutil.rmtree(kept, ignore_errors=True)
     hashes = {}
@@ -83,6 +85,7 @@ def collect(root: Path, name: str, folder: Path) -> bool:
 def chosen_files(source: Source, folder: Path) -> list[Path]:
     """The files to keep, each vouched for; none if the command has written none of them."""
     found = {pattern: sorted(folder.glob(pattern)) for pattern in (*source.files, *source.bare)}
+    # Nothing at all: the command was not run. A part: it was not run to its end
     if not any(found.values()):
         return []
     for pattern, paths in found.items():
@@ -110,6 +113,7 @@ def check_time(path: Path, folder: Path, records: str, command: str) -> None:
     """Raises NumbersError if a run of `records` began after the file was written: a later run would
     have another one."""
     for record in folder.glob(records) if records else []:
+        # Not the end: a run writes its files before its record says that it ended
         began = read_run(record, folder)["time"]
         if path.stat().st_mtime < datetime.fromisoformat(began).timestamp():
             raise NumbersError(f"{path} is older than the run of {record}; run {command}")
@@ -149,7 +153,7 @@ def unrecorded(root: Path, source: Source, path: Path) -> dict[str, Any]:
         "script": source.command,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S+0000", written),
         "commit": commit.stdout.strip() or "unknown",
-        "dirty": changes.returncode != 0,
+        "dirty": changes.returncode == 1,
         "torch": "",
         "gpu": None,
     }
@@ -185,6 +189,7 @@ def check_kept(root: Path) -> list[str]:
         if not (folder / PROVENANCE).exists():
             problems.append(f"{folder}: no {PROVENANCE}; collect it again")
             continue
+        # Both ways: a file that was changed or lost, and one that somebody put there
         expected = Kept(root).provenance(name)["files"]
         present = {}
         for path in sorted(folder.rglob("*")):
@@ -204,32 +209,35 @@ BLOCK = re.compile(
 MARKER = re.compile(r"<!--\s*(?:numbers\b|end\b)")
 
 
-def fix(text: str, kept: Kept) -> str:
-    """The document with every block written anew."""
+def fix(text: str, rendered: dict[str, str]) -> str:
+    """The document with every block written anew; `rendered`: what render_all gives."""
 
     def anew(match: re.Match[str]) -> str:
         name = match["name"]
-        if name not in BLOCKS:  # check_blocks tells it
+        if name not in rendered:  # check_blocks tells it
             return match[0]
-        return f"<!-- numbers: {name} -->\n{render(name, kept)}\n<!-- end -->"
+        return f"<!-- numbers: {name} -->\n{rendered[name]}\n<!-- end -->"
 
     return BLOCK.sub(anew, text)
 
 
-def check_blocks(document: str, text: str, kept: Kept) -> list[str]:
+def check_blocks(document: str, text: str, rendered: dict[str, str]) -> list[str]:
     """A line for each block of a document that differs, is missing, stands twice or is unknown."""
     problems = []
     names = []
+    # What stands in the document is what its files say
     for match in BLOCK.finditer(text):
-        names.append(match["name"])
-        where = f"{document}:{line_of(text, match.start())}: block {match['name']}"
-        block = BLOCKS.get(match["name"])
-        if block is None:
+        name = match["name"]
+        names.append(name)
+        where = f"{document}:{line_of(text, match.start())}: block {name}"
+        if name not in rendered:
             problems.append(f"{where} is not in tools/number_blocks.py")
-        elif match["body"] != f"{render(match['name'], kept)}\n":
+        elif match["body"] != f"{rendered[name]}\n":
             problems.append(f"{where} differs from the kept files; run with --fix")
+    # A broken marker leaves its partner alone, so that the numbers differ
     if len(MARKER.findall(text)) != 2 * len(names):
         problems.append(f"{document}: a marker of a block stands without its partner")
+    # What should stand there does, once: nobody deletes a block unseen
     for name, block in BLOCKS.items():
         expected = 1 if block.document == document else 0
         if names.count(name) != expected:
@@ -250,18 +258,19 @@ NO_SENTENCE = (
     re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL),
     re.compile(r"(?<=\n\n)(?:    .*\n)+"),
     re.compile(r"^#.*$", re.MULTILINE),
-    re.compile(r"`[^`]+`"),
-    re.compile(r"\]\([^)]*\)"),
+    re.compile(r"`(?:(?!\n\n)[^`])+`"),  # an unpaired one must not hide the next paragraph
+    re.compile(r"\]\([^)\s]*\)"),
 )
-# 84.95M, -.012, 1,652, 5 %; not the 3 of L3, of GPT-3 or of v0.3
-DIGITS = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.?\d+)(?:\s?%)?"
+# 84.95M, -.012, 1,652, 1e-6, 5 %; not the 3 of L3, of GPT-3 or of v0.3
+DIGITS = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?(?:\s?%)?"
 NUMBER = re.compile(rf"(?<![\w.,/-]){DIGITS}")
 # Phase 4, two GPUs; but 4 of 7, 4x, 4 times are results
-COUNTING_WORD = re.compile(r"(?<!\sof\s)(?<!\d)[1-9](?![\d%x]|\s%|\sof\s\d|\stimes|[.,]\d)")
+COUNTING_WORD = re.compile(r"(?<!\sof\s)[1-9](?![\w%]|\s%|\sof\s\d|\stimes|[.,]\d)")
 
 
 def sentences(text: str) -> str:
     """The text with spaces for all that is no sentence; every character keeps its place."""
+    # Lines stay where they are, so that a problem can name its line
     for pattern in NO_SENTENCE:
         text = pattern.sub(lambda match: blank(match[0]), text)
     return text
@@ -282,7 +291,7 @@ class Claim:
     """A number in a sentence, and where it comes from."""
 
     phrase: str  # a template: the format of the number stands in its place
-    value: Any  # in the file
+    value: float  # in the file
     tolerance: float  # by which the sentence may be off; 0: only by rounding
 
     def rendered(self) -> str:
@@ -294,17 +303,17 @@ class Claim:
         parts = list(string.Formatter().parse(self.phrase))
         before = parts[0][0]
         after = parts[1][0] if len(parts) > 1 else ""
-        number = f"(?P<number>{DIGITS})"
+        # What NUMBER must not follow, or a claim would take the end of another number
+        number = rf"(?<![\w.,/-])(?P<number>{DIGITS})"
         return re.compile(f"{as_pattern(before)}{number}{as_pattern(after)}")
 
     def holds(self, number: str) -> bool:
         """Whether the number of the sentence is that of the file."""
-        _, _, spec, _ = next(
-            part for part in string.Formatter().parse(self.phrase) if part[1] == ""
-        )
+        spec = list(string.Formatter().parse(self.phrase))[0][2]
+        # As it rounds, it must be the same text: a digit more would be a digit invented
         if plain(number) == plain(format(self.value, spec or "")):
             return True
-        return abs(as_float(number) - float(self.value)) <= self.tolerance
+        return abs(as_float(number) - self.value) <= self.tolerance
 
 
 def plain(number: str) -> str:
@@ -340,9 +349,11 @@ def read_claim(root: Path, row: pd.Series) -> Claim:
         raise NumbersError(f"{where}: {path} was not collected; delete the sentence and its claim")
     try:
         table = pd.read_csv(path)
-        values = (table.query(row["row"]) if row["row"] else table)[row["column"]].tolist()
+        chosen = table.query(row["row"]) if row["row"] else table
+        values = chosen[row["column"]].astype(float).tolist()
     except (KeyError, ValueError, SyntaxError, pd.errors.UndefinedVariableError) as e:
-        raise NumbersError(f"{where}: {path} has no such row or column ({e})") from None
+        raise NumbersError(f"{where}: {path} has no such number ({e})") from None
+    # Of several rows it would be unclear which one the sentence is about
     if len(values) != 1:
         raise NumbersError(f"{where}: {len(values)} rows of {path}, expected one")
     return Claim(row["phrase"], values[0], float(row["tolerance"] or 0))
@@ -353,6 +364,7 @@ def check_sentences(root: Path, document: str, text: str) -> list[str]:
     needs, and each number that has neither."""
     problems = []
     rest = sentences(text)
+    # What is claimed or allowed is blanked out of `rest`, until only what nobody knows is left
     claims = read_list(root, "claims.csv", CLAIMS)
     for _, row in claims[claims["document"] == document].iterrows():
         claim = read_claim(root, row)
@@ -366,6 +378,7 @@ def check_sentences(root: Path, document: str, text: str) -> list[str]:
             start, end = match.span("number")
             rest = rest[:start] + blank(rest[start:end]) + rest[end:]
 
+    # A claim covers its number; an allowance covers the whole phrase
     allowed = read_list(root, "allowed.csv", ALLOWED)
     for _, row in allowed[allowed["document"] == document].iterrows():
         pattern = re.compile(as_pattern(row["phrase"]))
@@ -387,16 +400,17 @@ def check_sentences(root: Path, document: str, text: str) -> list[str]:
 def check(root: Path) -> list[str]:
     """A line for everything that is wrong."""
     problems = check_kept(root)
-    kept = Kept(root)
+    rendered = render_all(root)
     for document in DOCUMENTS:
         text = (root / document).read_text(encoding="utf-8")
-        problems += check_blocks(document, text, kept)
+        problems += check_blocks(document, text, rendered)
         problems += check_sentences(root, document, text)
     return problems
 
 
 def collect_all(root: Path, places: list[str]) -> None:
     """Collects from `name=folder`, or from every command's own folder where it has run."""
+    # `--collect` alone: every command has a folder of its own, where it writes by default
     if not places:
         places = [f"{name}={root / source.folder}" for name, source in SOURCES.items()]
     for place in places:
@@ -408,15 +422,17 @@ def collect_all(root: Path, places: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    # In this order, so that one call does all: collect, write, check
     if args.collect is not None:
         collect_all(args.root, args.collect)
     if args.fix:
+        rendered = render_all(args.root)
         for document in DOCUMENTS:
             path = args.root / document
             text = path.read_text(encoding="utf-8")
-            path.write_text(fix(text, Kept(args.root)), encoding="utf-8")
+            path.write_text(fix(text, rendered), encoding="utf-8")
     if args.collect is not None and not args.fix:
-        return 0
+        return 0  # the blocks are not written yet: they would all differ
     problems = check(args.root)
     n_blocks = len(BLOCKS)
     print("\n".join(problems) or f"{n_blocks} blocks and all sentences say what the files hold")

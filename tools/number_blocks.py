@@ -43,7 +43,8 @@ SOURCES = {
         "make demo",
         "runs/demo",
         (ABLATION, "activations/*/topology_stats.csv", "saes/table2.csv", PRESERVING),
-        {"headlines.csv": "**/run.json", TABLE_3: "run.json"},
+        # The picture of README is kept, too, so that it does not outlive its run
+        {"headlines.csv": "**/run.json", TABLE_3: "run.json", "training.png": "adaptive/run.json"},
     ),
     "seeds": Source(
         "make seeds",
@@ -168,6 +169,7 @@ def where_from(kept: Kept) -> str:
 def origin(record: dict[str, Any]) -> list[str]:
     """Date, commit, machine and torch of the runs of a command."""
     runs = record["runs"]
+    # More than one where an edited phase was run again
     commits = []
     for run in runs:
         commit = run["commit"][:8] + (" with changes" if run["dirty"] else "")
@@ -196,6 +198,7 @@ def demo_phases(kept: Kept) -> str:
     """How long each phase took."""
     runs = pd.DataFrame(kept.provenance("demo")["runs"])
     rows = []
+    # A phase of both arms has two runs, and perhaps two times
     for script, about in PHASES.items():
         own = runs[runs["script"] == script]
         if len(own):
@@ -224,6 +227,7 @@ def demo_topology(kept: Kept) -> str:
     """Similarity of heads by layer, control -> adaptive."""
     columns = ["layer", "metric", "value", "ci_lo", "ci_hi"]
     arms = {}
+    # In the order of the cells: what is, and what the pressure makes of it
     for arm in ("control", "adaptive"):
         arms[arm] = kept.table("demo", f"activations/{arm}/topology_stats.csv", columns)
     metrics = ["sigma_z", "sigma_resid", "linear_cka"]
@@ -270,6 +274,7 @@ def first_heads(kept: Kept, source: str) -> str:
     columns += ["n_seq", "base_loss", "delta", "crossfit", "crossfit_lo", "crossfit_hi", "p_maxT"]
     table = kept.table(source, ABLATION, columns)
     rows = []
+    # Every mode has rows; the ranking, and so the first head, comes from one of them
     for _, arm in table[table["mode"] == table["ranked_by"]].iterrows():
         unique = "yes" if arm["unique_hero"] else "no"
         interval = bounds(arm["crossfit_lo"], arm["crossfit_hi"], "+.4f")
@@ -279,6 +284,7 @@ def first_heads(kept: Kept, source: str) -> str:
                 f"L{arm['hero_layer']:.0f}H{arm['hero_head']:.0f}",
                 unique,
                 f"{arm['delta'] / arm['base_loss']:+.2%}",
+                # Picked on one half of the sequences, measured on the other
                 f"{arm['crossfit']:+.4f} {interval}",
                 f"{arm['p_maxT']:.3g}",
                 f"{arm['n_seq']:.0f}",
@@ -292,6 +298,7 @@ def demo_hero(kept: Kept) -> str:
     """The first head of both arms, and whether one is stronger."""
     columns = ["mode", "ranked_by", "difference", "difference_lo", "difference_hi"]
     table = kept.table("demo", ABLATION, columns)
+    # The difference is of both arms, and stands in the rows of each
     ranking = table[table["mode"] == table["ranked_by"]].iloc[0]
     low, high = ranking["difference_lo"], ranking["difference_hi"]
     verdict = direction(low, high, PUBLISHED_DIFFERENCE, "on this seed")
@@ -335,6 +342,7 @@ def demo_mechanism(kept: Kept) -> str:
     columns += ["value", "ci_low", "ci_high", "n", "unit"]
     table = kept.table("demo", PRESERVING, columns)
     hero = table[table["role"] == "hero"]
+    # As many keys or features drawn at random preserve what any would
     chance = hero[hero["kind"] == "matched-random"].set_index("mechanism")["value"]
     rows = []
     for _, found in hero[hero["kind"] == "claimed"].iterrows():
@@ -400,6 +408,7 @@ def seeds_each(kept: Kept) -> str:
     """adaptive - control of every seed, a row a metric."""
     columns = ["seed", "arm", "metric", "value"]
     table = kept.table("seeds", "results/seeds.csv", columns)
+    # A row a metric, so that subtracting the arms pairs what shares a seed
     wide = table.pivot(index="metric", columns=["arm", "seed"], values="value")
     difference = wide["adaptive"] - wide["control"]  # a row a metric, a column a seed
     rows = []
@@ -437,6 +446,7 @@ def seeds_loops(kept: Kept) -> str:
         "mean +- sd, of setpoint",
     ]
     header += ["control, of setpoint", "first head, adaptive", "first head, control"]
+    # What the demo asks of a loop
     n_held = (table["share"] >= 0.9).sum()
     held = f"At least 90 % of the samples within 10 %: on {n_held} of {len(table)} seeds."
     return f"{markdown(header, rows)}\n\n{held}"
@@ -446,8 +456,9 @@ def seeds_brief(kept: Kept) -> str:
     """In a sentence, which metrics the arms differ in."""
     columns = ["metric", "n_seeds", "difference", "ci_lo", "ci_hi"]
     table = kept.table("seeds", "results/seeds_summary.csv", columns)
-    differ = []
-    same = []
+    # Written from the intervals, so that the sentence turns when they do
+    differ: list[str] = []
+    same: list[str] = []
     for _, found in table.iterrows():
         label = METRICS.get(found["metric"], found["metric"])
         interval = bounds(found["ci_lo"], found["ci_hi"], "+.3g")
@@ -499,9 +510,10 @@ def lens_counts(kept: Kept, source: str) -> dict[str, str]:
     """How many features pass what, over all layers."""
     columns = ["layer", "n_seq", "n_tokens", "latents", "eligible", "split_half_r"]
     columns += ["rule_passes", "rule_false_directions", "token_null", "direction_null"]
-    columns += ["aligned", "aligned_positive", "aligned_clusters", "directions", "fewest"]
+    columns += ["within_documents", "aligned", "aligned_positive", "aligned_clusters"]
+    columns += ["directions", "fewest"]
     layers = kept.table(source, "layers.csv", columns)
-    total = layers.sum()
+    total = layers.sum()  # a feature of two layers is two features: one family over all
     sae = kept.table(source, "sae.csv", ["dictionary", "fvu"])
     of_sae = sae[sae["dictionary"].str.startswith("SAE")]["fvu"]
     of_tokens = sae[sae["dictionary"].str.startswith("one atom a token")]["fvu"]
@@ -519,6 +531,7 @@ def lens_counts(kept: Kept, source: str) -> dict[str, str]:
             f"{total['rule_passes']:,.0f}; {total['rule_false_directions']:,.1f}"
         ),
         "pass: sequences permuted": f"{total['token_null']:,.0f}",
+        "pass: signs flipped within documents": f"{total['within_documents']:,.0f}",
         "pass: random directions": f"{total['direction_null']:,.0f}",
         "fewest that could have passed; random directions a layer": (
             f"{layers['fewest'].max():,}; {layers['directions'].max():,}"
@@ -552,7 +565,9 @@ def lens_prediction(kept: Kept, source: str) -> dict[str, str]:
     """Spearman of each predictor with what ablations do, the slightest and the full one; of a
     pretrained model by block."""
     columns = ["eps", "predictor", "scale", "spearman", "ci_lo", "ci_hi"]
+    columns += ["minus_efas", "minus_efas_lo", "minus_efas_hi"]
     table = kept.table(source, "predictors.csv", columns)
+    # The sign is half of what a predictor says
     table = table[table["scale"] == "signed"]
     facts = {}
     for dose, eps in (("slight", table["eps"].min()), ("full", table["eps"].max())):
@@ -565,6 +580,12 @@ def lens_prediction(kept: Kept, source: str) -> dict[str, str]:
             if not found:
                 raise NumbersError(f"{source}: predictors.csv has no predictor {predictor}")
             facts[f"{dose} ablation, Spearman: {label}"] = ", ".join(found)
+        # On equal terms: both from the half of the documents that is not intervened on
+        more = []
+        for _, row in at_dose[at_dose["predictor"] == "attribution_a"].iterrows():
+            interval = bounds(row["minus_efas_lo"], row["minus_efas_hi"], "+.2f")
+            more.append(f"{row['minus_efas']:+.2f} {interval}")
+        facts[f"{dose} ablation: attribution minus EFAS, other half"] = ", ".join(more)
         facts[f"eps of a {dose} ablation"] = f"{eps:g}"
     return facts
 
@@ -637,7 +658,7 @@ TARGETS = "targets.csv"  # what is asked for; benchmarks/results.json has what w
 def bench(kept: Kept) -> str:
     """Targets and what was measured."""
     path = kept.root / "benchmarks" / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = json.loads(path.read_text(encoding="utf-8"))  # its own record of machine and commit
     measured = pd.DataFrame(results["rows"])
     rows = []
     for _, target in pd.read_csv(kept.folder / TARGETS).iterrows():
@@ -725,3 +746,9 @@ def render(name: str, kept: Kept) -> str:
         return BLOCKS[name].render(kept)
     except NotKeptError as missing:
         return str(missing)
+
+
+def render_all(root: Path) -> dict[str, str]:
+    """The text of every block, by name."""
+    kept = Kept(root)
+    return {name: render(name, kept) for name in BLOCKS}
