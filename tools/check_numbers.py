@@ -45,6 +45,7 @@ from number_blocks import (
 )
 
 DOCUMENTS = ("README.md", "RESULTS.md")
+# Columns of the two lists that people write, in docs/numbers
 CLAIMS = ["document", "phrase", "file", "row", "column", "tolerance", "why"]
 ALLOWED = ["document", "phrase", "why"]
 
@@ -77,6 +78,7 @@ def collect(root: Path, name: str, folder: Path) -> bool:
         shutil.copyfile(path, kept / relative)
         hashes[relative.as_posix()] = sha256(path)
     provenance = {"command": source.command, **this_machine(), "runs": runs, "files": hashes}
+    # Last, as with the sidecars of the scripts: it vouches for the rest
     text = json.dumps(provenance, indent=1) + "\n"
     (kept / PROVENANCE).write_text(text, encoding="utf-8")
     return True
@@ -88,6 +90,7 @@ def chosen_files(source: Source, folder: Path) -> list[Path]:
     # Nothing at all: the command was not run. A part: it was not run to its end
     if not any(found.values()):
         return []
+    # A refusal names the command, because nothing here may be mended by hand
     for pattern, paths in found.items():
         if not paths:
             raise NumbersError(f"{folder} has no {pattern}; run {source.command}")
@@ -104,6 +107,7 @@ def check_sidecar(path: Path, command: str) -> None:
     sidecar = Path(f"{path}.json")
     if not sidecar.exists():
         raise NumbersError(f"{path} has no sidecar {sidecar.name}: unfinished; run {command}")
+    # Sidecars are written last: with one the file is whole, with its hash it is the same file
     expected = json.loads(sidecar.read_text(encoding="utf-8"))["sha256"]
     if sha256(path) != expected:
         raise NumbersError(f"{path} is not what {sidecar.name} describes; run {command}")
@@ -122,6 +126,7 @@ def check_time(path: Path, folder: Path, records: str, command: str) -> None:
 def read_run(path: Path, folder: Path) -> dict[str, Any]:
     """What is kept of a run.json. Raises NumbersError unless the run ended well."""
     record = json.loads(path.read_text(encoding="utf-8"))
+    # None: it is still running, or was killed
     if record["exit_status"] != 0:
         raise NumbersError(f"{path}: exit status {record['exit_status']}, expected 0")
     began = datetime.fromisoformat(record["time"])
@@ -148,6 +153,7 @@ def unrecorded(root: Path, source: Source, path: Path) -> dict[str, Any]:
     git = ["git", "-C", str(root)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     changes = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
+    # The time of the file, not of now: it may have been written days ago
     written = time.gmtime(path.stat().st_mtime)
     return {
         "script": source.command,
@@ -164,8 +170,11 @@ def this_machine() -> dict[str, Any]:
     facts = {}
     if platform.system() == "Linux":
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            facts[name.strip()] = value.strip()
+            # A line a core and fact, all cores alike; empty lines between cores
+            if ":" in line:
+                name, value = line.split(":", 1)
+                facts[name.strip()] = value.strip()
+    # These two decide which kernels run, and with it how sums are rounded
     flags = facts.get("flags", "").split()
     return {
         "cpu": facts.get("model name", platform.processor()),
@@ -186,6 +195,7 @@ def check_kept(root: Path) -> list[str]:
         folder = root / NUMBERS / name
         if not folder.exists():
             continue
+        # Written last: without it a collection was cut off
         if not (folder / PROVENANCE).exists():
             problems.append(f"{folder}: no {PROVENANCE}; collect it again")
             continue
@@ -301,6 +311,7 @@ class Claim:
     def pattern(self) -> re.Pattern[str]:
         """The phrase with any number in the place of its own, which is the group `number`."""
         parts = list(string.Formatter().parse(self.phrase))
+        # Its parser gives the text before the braces, and what follows them as another part
         before = parts[0][0]
         after = parts[1][0] if len(parts) > 1 else ""
         # What NUMBER must not follow, or a claim would take the end of another number
@@ -331,6 +342,7 @@ def read_list(root: Path, name: str, columns: list[str]) -> pd.DataFrame:
     """claims.csv or allowed.csv, as text. Raises NumbersError if it is another kind."""
     path = root / NUMBERS / name
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    # As text, so that nothing that looks like a number is rewritten
     if list(table.columns) != columns:
         raise NumbersError(f"{path} has the columns {list(table.columns)}, expected {columns}")
     return table
@@ -344,6 +356,7 @@ def read_claim(root: Path, row: pd.Series) -> Claim:
         raise NumbersError(f"{where} needs one number in braces, such as {{:.2f}}")
     if row["tolerance"] and not row["why"]:
         raise NumbersError(f"{where} has a tolerance without a reason")
+    # A deleted run takes its sentences along
     path = root / NUMBERS / row["file"]
     if not path.exists():
         raise NumbersError(f"{where}: {path} was not collected; delete the sentence and its claim")
@@ -371,6 +384,7 @@ def check_sentences(root: Path, document: str, text: str) -> list[str]:
         found = list(claim.pattern().finditer(rest))
         if not found:
             problems.append(f"{document}: the sentence of a claim is gone: {row['phrase']!r}")
+        # A phrase may stand twice: each of them must be right
         for match in found:
             if not claim.holds(match["number"]):
                 where = f"{document}:{line_of(text, match.start())}"
@@ -388,6 +402,7 @@ def check_sentences(root: Path, document: str, text: str) -> list[str]:
             problems.append(f"allowed.csv: {row['phrase']!r} without a reason")
         rest = pattern.sub(lambda match: blank(match[0]), rest)
 
+    # What is left has neither
     for match in NUMBER.finditer(rest):
         if not COUNTING_WORD.match(rest, match.start()):
             where = f"{document}:{line_of(text, match.start())}"
@@ -399,6 +414,7 @@ def check_sentences(root: Path, document: str, text: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------- run
 def check(root: Path) -> list[str]:
     """A line for everything that is wrong."""
+    # Files first: where they are wrong, so are the blocks
     problems = check_kept(root)
     rendered = render_all(root)
     for document in DOCUMENTS:
@@ -414,8 +430,9 @@ def collect_all(root: Path, places: list[str]) -> None:
     if not places:
         places = [f"{name}={root / source.folder}" for name, source in SOURCES.items()]
     for place in places:
-        name, _, folder = place.partition("=")
-        if name not in SOURCES:
+        name = place.split("=", 1)[0]
+        folder = place.removeprefix(name).removeprefix("=")
+        if name not in SOURCES or not folder:
             raise NumbersError(f"--collect {place}: expected NAME=FOLDER, NAME of {list(SOURCES)}")
         kept = collect(root, name, Path(folder))
         print(f"{name}: {'kept' if kept else 'nothing'} from {folder}")

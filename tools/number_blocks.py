@@ -33,11 +33,13 @@ class Source:
     records: str = "**/run.json"  # of all runs of the command
 
 
+# Files that several commands write, by the names that their scripts give them
 ABLATION = "results_ablation_summary.csv"
 TABLE_3 = "results_ablation_table3.csv"
 PRESERVING = "hero_analysis/hero_preserving.csv"
 LENS = ("layers.csv", "sae.csv", "predictors.csv")
 
+# Small files only: what a table of README or RESULTS shows, not what it was computed from
 SOURCES = {
     "demo": Source(
         "make demo",
@@ -48,7 +50,7 @@ SOURCES = {
     ),
     "seeds": Source(
         "make seeds",
-        ".",
+        ".",  # tables and runs lie in two folders, results/ and runs/seeds/
         bare={
             "results/seeds.csv": "runs/seeds/*/*/run.json",
             "results/seeds_summary.csv": "runs/seeds/*/*/run.json",
@@ -106,6 +108,7 @@ class Kept:
         if not path.exists():
             raise NotKeptError(source)
         table = pd.read_csv(path)
+        # A column that was renamed is an error, never an empty cell
         missing = [column for column in columns if column not in table]
         if missing:
             where = "tools/number_blocks.py asks for it"
@@ -123,6 +126,7 @@ class Kept:
 # ------------------------------------------------------------------------------------------- format
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
     """A Markdown table."""
+    # Cells are not padded: a longer number would change every line of the diff
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -134,6 +138,7 @@ def bounds(low: float, high: float, spec: str) -> str:
 
 def span(values: pd.Series, spec: str) -> str:
     """The smallest and the largest of some values."""
+    # Compared as text: what looks the same to a reader is one number
     low = f"{values.min():{spec}}"
     high = f"{values.max():{spec}}"
     return low if low == high else f"{low} to {high}"
@@ -146,6 +151,7 @@ def layer_names(layers: pd.Series) -> str:
 
 def only(table: pd.DataFrame, **values: Any) -> pd.Series:
     """The one row in which columns have these values. Raises NumbersError unless there is one."""
+    # Of two rows the reader would see one, and never know which
     for column, value in values.items():
         table = table[table[column] == value]
     if len(table) != 1:
@@ -157,6 +163,7 @@ def only(table: pd.DataFrame, **values: Any) -> pd.Series:
 def where_from(kept: Kept) -> str:
     """A row a command: when, from which commit and on which machine its files were written."""
     rows = []
+    # Commands that were not run have a row, too: the reader sees what is missing
     for name, source in SOURCES.items():
         try:
             rows.append([f"`{source.command}`", *origin(kept.provenance(name))])
@@ -177,6 +184,7 @@ def origin(record: dict[str, Any]) -> list[str]:
             commits.append(commit)
     flags = ", ".join(record["cpu_flags"]) or "no fast bfloat16"
     machine = f"{record['cpu']}, {record['cpus']} cores, {flags}"
+    # Rounding differs between machines and versions, and with it every trained model
     gpus = sorted({run["gpu"] for run in runs if run["gpu"]})
     torch = sorted({run["torch"] for run in runs})
     began = min(run["time"] for run in runs)[:10]
@@ -210,6 +218,7 @@ def demo_phases(kept: Kept) -> str:
 def demo_headlines(kept: Kept) -> str:
     """The last lines of `make demo`."""
     headlines = kept.table("demo", "headlines.csv", ["what", "number"])
+    # Word for word what the terminal showed, so that a reader can compare
     lines = [f"{what}: {number}" for what, number in headlines.itertuples(index=False)]
     return "\n".join(["```", *lines, "```"])
 
@@ -235,7 +244,7 @@ def demo_topology(kept: Kept) -> str:
     for layer in sorted(arms["control"]["layer"].unique()):
         cells = [f"{layer}"]
         for metric in metrics:
-            found = []
+            found = []  # of both arms
             for table in arms.values():
                 row = only(table, layer=layer, metric=metric)
                 interval = bounds(row["ci_lo"], row["ci_hi"], ".3g")
@@ -248,6 +257,7 @@ def demo_topology(kept: Kept) -> str:
 def demo_saes(kept: Kept) -> str:
     """What the SAE of each layer leaves unexplained, and which of its latents are silent."""
     columns = ["run", "layer", "interval_over", "l0", "fvu", "fvu_lo", "fvu_hi", "dead_share_eval"]
+    # Layers are the units, so they stand one by one
     table = kept.table("demo", "saes/table2.csv", columns)
     rows = []
     for _, sae in table.iterrows():
@@ -265,6 +275,7 @@ def demo_saes(kept: Kept) -> str:
 
 
 # --------------------------------------------------------------------------------------------- hero
+# Of the original study, .932 % and .367 % of its loss
 PUBLISHED_DIFFERENCE = 0.018  # nats: best head of the adaptive model minus that of the control
 
 
@@ -301,6 +312,7 @@ def demo_hero(kept: Kept) -> str:
     # The difference is of both arms, and stands in the rows of each
     ranking = table[table["mode"] == table["ranked_by"]].iloc[0]
     low, high = ranking["difference_lo"], ranking["difference_hi"]
+    # One seed: the interval is over sequences, and so is the verdict
     verdict = direction(low, high, PUBLISHED_DIFFERENCE, "on this seed")
     return (
         f"{first_heads(kept, 'demo')}\n\n"
@@ -328,6 +340,7 @@ def demo_ranking(kept: Kept) -> str:
     published = ["published_head", "published_zero_pct_impact"]
     table = kept.table("demo", TABLE_3, columns + published)
     rows = []
+    # The two columns share ranks and nothing else: other model, other size, other ablation
     for _, head in table.iterrows():
         interval = bounds(head["ci_lo_pct"], head["ci_hi_pct"], ".3f")
         impact = f"{head['pct_impact']:.3f} % {interval}"
@@ -355,6 +368,7 @@ def demo_mechanism(kept: Kept) -> str:
                 f"{found['n']:.0f} {found['unit']}s",
             ]
         )
+    # One hero: its name stands in every row
     who = f"L{hero['layer'].iloc[0]}H{hero['head'].iloc[0]} of {hero['run'].iloc[0]}"
     return markdown([f"{who} keeps only", "impact left", "as much at random", "n"], rows)
 
@@ -396,6 +410,7 @@ def seeds_summary(kept: Kept) -> str:
         )
     header = ["adaptive - control", "seeds", "adaptive", "control"]
     text = markdown([*header, "difference", "relative", "p (t, corrected)"], rows)
+    # Cross-fitted, because the impact of a head that was picked for its impact is too large
     hero = only(table, metric="crossfit")
     verdict = direction(hero["ci_lo"], hero["ci_hi"], PUBLISHED_DIFFERENCE, "over these seeds")
     return (
@@ -412,6 +427,7 @@ def seeds_each(kept: Kept) -> str:
     wide = table.pivot(index="metric", columns=["arm", "seed"], values="value")
     difference = wide["adaptive"] - wide["control"]  # a row a metric, a column a seed
     rows = []
+    # In the order of the file, which is that of the summary
     for metric in table["metric"].unique():
         of_seeds = difference.loc[metric]
         cells = [f"{value:+.3g}" for value in of_seeds]
@@ -426,6 +442,7 @@ def seeds_loops(kept: Kept) -> str:
     columns = ["seed", "settled_step", "share", "n", "mean", "sd"]
     columns += ["control_over_setpoint", "hero_adaptive", "hero_control"]
     rows = []
+    # A row a seed: a mean over seeds would hide the one that does not hold
     table = kept.table("seeds", "results/seeds_loops.csv", columns)
     for _, loop in table.iterrows():
         rows.append(
@@ -462,6 +479,7 @@ def seeds_brief(kept: Kept) -> str:
     for _, found in table.iterrows():
         label = METRICS.get(found["metric"], found["metric"])
         interval = bounds(found["ci_lo"], found["ci_hi"], "+.3g")
+        # Corrected for their number, so that all of them may be looked at
         apart = found["ci_lo"] > 0 or found["ci_hi"] < 0
         said = f"{label} {found['difference']:+.3g} {interval}"
         (differ if apart else same).append(said)
@@ -473,6 +491,7 @@ def seeds_brief(kept: Kept) -> str:
 
 
 # -------------------------------------------------------------------------------------- Energy-Lens
+# Both scripts write the same tables; a layer is a descent step of one, a block of the other
 MODELS = {"energy": "Energy Transformer", "real": "SmolLM2-135M (4-bit file), loss energy"}
 STATES = {"energy": "descent steps", "real": "blocks"}
 NOT_RUN = "not run yet on this version"
@@ -490,7 +509,7 @@ def energy_lens(kept: Kept) -> str:
     # A model that was not run has none of the rows, so the other one names them
     labels = dict.fromkeys(label for facts in columns for label in facts)
     rows = []
-    for label in labels:
+    for label in labels:  # a row a label, a cell a model
         rows.append([label, *[facts.get(label, "") for facts in columns]])
     return markdown(["measured, one seed", *MODELS.values()], rows)
 
@@ -501,7 +520,7 @@ def lens_facts(kept: Kept, source: str) -> dict[str, str]:
     facts |= lens_counts(kept, source)
     facts["the same on an untrained model"] = untrained_count(kept, source)
     facts |= lens_prediction(kept, source)
-    run = kept.provenance(source)["runs"][0]
+    run = kept.provenance(source)["runs"][0]  # there is one
     facts["time, memory"] = run["cost"]
     return facts
 
@@ -512,10 +531,12 @@ def lens_counts(kept: Kept, source: str) -> dict[str, str]:
     columns += ["rule_passes", "rule_false_directions", "token_null", "direction_null"]
     columns += ["within_documents", "aligned", "aligned_positive", "aligned_clusters"]
     columns += ["directions", "fewest"]
+    # Counts of features, and of clusters of near-copies: copies pass a null as a block
     layers = kept.table(source, "layers.csv", columns)
     total = layers.sum()  # a feature of two layers is two features: one family over all
     sae = kept.table(source, "sae.csv", ["dictionary", "fvu"])
     of_sae = sae[sae["dictionary"].str.startswith("SAE")]["fvu"]
+    # The trivial dictionary: where it explains more, a feature need be no more than a token
     of_tokens = sae[sae["dictionary"].str.startswith("one atom a token")]["fvu"]
     aligned = f"{total['aligned']:,.0f}, in {total['aligned_clusters']:,.0f} clusters of copies"
     return {
@@ -545,9 +566,11 @@ def lens_counts(kept: Kept, source: str) -> dict[str, str]:
 
 def untrained_count(kept: Kept, source: str) -> str:
     """Aligned features of a model that was never trained; the pretrained ones have no such twin."""
+    # Its weights would have to be drawn as those of its authors were
     if source != "energy":
         return "not measured"
     columns = ["layer", "eligible", "aligned", "fewest"]
+    # One step was analysed. What also appears there owes nothing to training
     found = kept.table(source, "untrained.csv", columns).iloc[0]
     count = f"{found['aligned']:,.0f} of {found['eligible']:,.0f}"
     return f"{count} (step {found['layer']:.0f}; fewest {found['fewest']:,.0f})"
@@ -571,7 +594,7 @@ def lens_prediction(kept: Kept, source: str) -> dict[str, str]:
     table = table[table["scale"] == "signed"]
     facts = {}
     for dose, eps in (("slight", table["eps"].min()), ("full", table["eps"].max())):
-        at_dose = table[table["eps"] == eps]
+        at_dose = table[table["eps"] == eps]  # the doses in between are in the report
         for predictor, label in PREDICTIONS.items():
             found = []
             for _, row in at_dose[at_dose["predictor"] == predictor].iterrows():
@@ -619,6 +642,7 @@ def lens_layers(kept: Kept, source: str) -> str:
         counts = [f"{layer[name]:,.0f}" for name in columns[:6]]
         interval = bounds(layer["median_ci_lo"], layer["median_ci_hi"], ".3f")
         rows.append([*counts, f"{layer['median_abs_efas']:.3f} {interval}"])
+    # The median says how far EFAS is from 0, which no count does
     header = [STATES[source].rstrip("s"), "eligible", "pass: sequences", "pass: directions"]
     return markdown([*header, "aligned", "clusters", "median \\|EFAS\\|"], rows)
 
@@ -628,6 +652,7 @@ def real_validity(kept: Kept) -> str:
     columns = ["layer", "energy", "nats", "cosine_with_true_gradient", "own_change", "final_change"]
     rows = []
     for _, found in kept.table("real", "validity.csv", columns).iterrows():
+        # An energy is one as far as lowering it lowers the loss
         changes = [f"{found[name]:+.3f}" for name in columns[4:]]
         cosine = f"{found['cosine_with_true_gradient']:.2f}"
         rows.append(
@@ -643,6 +668,7 @@ def calibration(kept: Kept) -> str:
     columns = ["statistic", "setting", "figure", "value"]
     table = kept.table("calibration", "calibration.csv", columns)
     rows = []
+    # A setting may have several figures: coverage, power, the p value of a uniformity test
     for (statistic, setting), own in table.groupby(["statistic", "setting"], sort=False):
         figures = [
             f"{name} {value:.3g}" for name, value in zip(own["figure"], own["value"], strict=True)
@@ -677,6 +703,7 @@ def bench(kept: Kept) -> str:
 def against_target(target: pd.Series, own: pd.DataFrame) -> list[str]:
     """A row of the table; `own`: the measurements of its work."""
     found = only(own, variant=target["variant"])
+    # Lowest and highest round: the machine's speed drifts
     spread = bounds(found["low"], found["high"], ".3g")
     # times_peer: against the best that is not ours; times: against the variant named there
     if target["show"] == "times_peer":
@@ -713,6 +740,7 @@ class Block:
     render: Callable[[Kept], str]
 
 
+# A block stands in one document only: two places would be two sentences to read
 README = "README.md"
 RESULTS = "RESULTS.md"
 BLOCKS = {
