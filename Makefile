@@ -14,7 +14,7 @@ LAYERS ?= 0 1 2 3 4 5
 LAST   := $(lastword $(LAYERS))
 # The demo model samples sigma from 2,048 tokens a step, which alone gives independent heads a sigma of about 0.003: its
 # setpoint is 0.009, not the published 0.0035; its loop is faster because its run is shorter; and its learning rate stays
-# constant, because heads hardly respond once it has decayed (RESULTS.md).
+# constant, because heads hardly respond once it has decayed.
 SETPOINT ?= 0.009
 TRAIN  ?= --preset demo --dataset builtin --target_sigma $(SETPOINT) --lambda_start 2 --pressure_warmup 100 --control_interval 5 --sample_steps 5 --filter_beta 0.7 --k_p 8 --k_i 0.1 --schedule constant --lr_warmup 100
 TEXT   ?= The quick brown fox jumps over the lazy dog because of complex physics.
@@ -23,12 +23,12 @@ DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.np
 SAES   := $(foreach arm,adaptive control,$(RUN)/saes/$(arm)/L$(LAST)/sae_weights.safetensors.json)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures report seeds loops demo-smollm2 bench clean
+.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures report seeds loops demo-smollm2 bench numbers clean
 
 help:
 	@echo "make demo   set up, then train, harvest, SAEs, ablation, hero, a small Energy-Lens: everything in $(RUN)"
 	@echo "make test   set up, then run all tests"
-	@echo "make setup | train | harvest | sae | ablate | hero | energy | figures | report | seeds | loops | smoke | check | bench | retrain | clean"
+	@echo "make setup | train | harvest | sae | ablate | hero | energy | figures | report | seeds | loops | smoke | check | bench | numbers | retrain | clean"
 
 # Bytecode is compiled when a module is first used: compiling all of it here takes a minute.
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
@@ -133,6 +133,10 @@ smoke: setup
 # Beside other libraries, with all cores: benchmarks/RESULTS.md (under 25 minutes on two idle cores).
 bench: setup-dev
 	$(PY) -W ignore benchmarks/bench.py --run $(RUN)
+
+# After new runs: keeps their small files in docs/numbers, and writes the numbers of README and RESULTS from them.
+numbers: setup
+	$(PY) tools/check_numbers.py --collect --fix
 
 # Phases 2 to 5 on a pretrained model, SmolLM2-135M, in float32, so that other libraries can check it: under 30 minutes on two cores.
 SMOL ?= runs/smollm2
