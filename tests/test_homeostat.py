@@ -232,15 +232,16 @@ def simulate_demo(lag, gain, noise, seed):
     """The demo's own Pressure on a plant -> share of filtered samples within 10 % after the first one within it.
 
     ln sigma follows ln(3.4 target / (1 + lambda / l0)^gain) with a lag (steps) and a dead time of one step. From step 200
-    on l0 falls by .5 % a step, as it does in training: the same sigma takes a fifth of the pressure at the end. Each step
-    is measured with `noise` (sd of ln sigma), and a sample is the mean over its steps.
+    on l0 falls by .3 % a step, as it does in training: the same sigma takes a third of the pressure at the end. Each step
+    is measured with `noise` (sd of ln sigma), and a sample is the root mean square over its steps, which the noise makes
+    larger by exp(noise^2).
     """
     demo = demo_arguments()
     pressure, rng = janus.Pressure(demo), random.Random(seed)
     target = math.log(demo.target_sigma)
     log_sigma, lam, steps, filtered = target + math.log(3.4), 0.0, [], []
     for step in range(1, demo.steps + 1):
-        l0 = 3 * math.exp(-0.005 * max(0, step - 200))
+        l0 = 3 * math.exp(-0.003 * max(0, step - 200))
         level = target + math.log(3.4) - gain * math.log1p(lam / l0)
         log_sigma += (level - log_sigma) / lag
         lam = pressure.weights(step)[0]
@@ -254,9 +255,9 @@ def simulate_demo(lag, gain, noise, seed):
     return inside[inside.argmax() :].mean() if inside.any() else 0.0
 
 
-@pytest.mark.parametrize("lag", [20, 50, 100, 150])
+@pytest.mark.parametrize("lag", [2, 10, 30, 60])
 @pytest.mark.parametrize("gain", [0.3, 0.6, 1.0])
-@pytest.mark.parametrize("noise", [0.07, 0.13])
+@pytest.mark.parametrize("noise", [0.1, 0.2])
 def test_the_demo_loop_holds_on_plants_it_was_not_tuned_for(lag, gain, noise):
     shares = [simulate_demo(lag, gain, noise, seed) for seed in range(8)]
     record(
