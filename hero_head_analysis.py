@@ -1882,7 +1882,7 @@ def opening(
         f"[{impact['ci_low']:.5f}, {impact['ci_high']:.5f}]; {best_explanation(tables)}. "
         f"Measured on {measured_on(tables['impact'])}, in windows of {inputs.val.seq_len} tokens; "
         f"means of z from {args.n_seqs} windows of the training split. "
-        f"Intervals: 95 % bootstrap-t over documents, Bonferroni within a table. "
+        f"Intervals: 95 % bootstrap-t over documents, Bonferroni-corrected where a table says so. "
         f"The hero was chosen on the validation split too; its impact without the luck of that "
         f"choice is the column crossfit of {summary}. "
         f"Direct attribution adds up to the logits within {study.gap:.1e}. "
