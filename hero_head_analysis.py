@@ -6,25 +6,33 @@ description explain? All answers stand beside a null and beside control heads: h
 model that write about as much and, with a second run in the CSV, that run's own hero and its head
 that does most nearly the same (never the one with the same index).
 
+Everything that is measured about the hero is measured on the validation split, in windows spread
+over it. The unit of replication is the document. Control heads, means of z and feature frequencies
+are of the training split.
+
 Reads   --ablation_csv of phase 4: names the checkpoints and the hero (rank 1 under mean ablation)
-        <activations_dir>/<run>/tokens.npy [N] and L<layer>.z.npy [N, H*K] of phase 2
-        <saes_dir>/<run>/L<layer>[/H<head>] of phase 3; without it there is no SAE section
+        the text that the checkpoint names, or --dataset
+        <saes_dir>/<run>/L<layer>[/H<head>] of phase 3, and <activations_dir>/<run>/tokens.npy [N]
+        and L<layer>.z.npy [N, H*K] of phase 2, for the top contexts of its features; without them
+        there is no SAE section
 Writes  <save_dir>/hero_report.md and .html (one file, no network)
         <save_dir>/hero_*.csv (tidy), hero_*.png (each from its CSV alone)
 Quick   python hero_head_analysis.py --ablation_csv results_ablation.csv
         (smoke model: 15 s of one CPU core, 0.7 GB)
-Full    the same command (64 windows of 512 tokens, some 80 passes over them)
+Full    the same command (64 + 64 windows of 512 tokens, some 80 passes over them)
         Expected: the direct logit attribution adds up to the logits within 1e-4.
-Shapes  n windows, B batch, T tokens, D d_model, H heads, K d_head, L layers, F SAE features,
-        V vocabulary, N dumped tokens.
+Shapes  n windows (in `interval`: documents), B batch, T tokens, D d_model, H heads, K d_head,
+        L layers, F SAE features, V vocabulary, N dumped tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
 import contextlib
 import functools
+import gc
 import hashlib
 import html
 import json
@@ -32,15 +40,22 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import threading
 import time
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +64,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from scipy import stats
 from scipy.optimize import linear_sum_assignment
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -64,6 +80,7 @@ PHASE_PRESETS = {
 OFFSETS = (1, 2, 8, 64)  # distances at which query-key scores are decoded, tokens
 N_RANDOM = 4  # control heads drawn from the hero's own model
 N_BOOTSTRAP = 10_000  # draws of every interval
+MIN_DOCUMENTS = 16  # with fewer an interval covers less than it says (test_calibration_hero.py)
 BATCH_NUMBERS = 2**25  # in the largest tensor of a batch: logits or patterns of 128 MB
 
 
@@ -74,9 +91,10 @@ BATCH_NUMBERS = 2**25  # in the largest tensor of a batch: logits or patterns of
 def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
     """The whole method: what the hero does, beside what its controls do."""
     hero = inputs.hero
-    n = args.n_seqs
-    analysed = inputs.harvested[-n:]
-    held_out = inputs.harvested[-2 * n : -n]  # for choosing controls and for means
+    # What is measured is of the validation split. The training split, whose documents are others,
+    # gives what must be known beforehand: controls, means of z, frequencies of features.
+    analysed = spread_over(inputs.val, args.n_seqs, inputs.shown)
+    held_out = spread_over(inputs.train, args.n_seqs, inputs.shown)
     tables: dict[str, Any] = {}
 
     # 1. Heads to compare with.
@@ -85,7 +103,7 @@ def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
 
     # 2. What every component of the model adds to the logit of the right next token.
     attribution = attribute_next_token(hero, analysed)
-    tables["dla"] = attribution_rows(attribution)
+    tables["dla"] = attribution_rows(attribution, analysed)
 
     # 3. What each head attends to.
     tables["scores"] = score_table(heads, analysed)
@@ -94,7 +112,7 @@ def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
     for name in ("impact", "ov", "qk_pairs", "qk_bands"):
         tables[name] = []
     ablation = ablate(hero, analysed, held_out)
-    common = commonest_tokens(hero.model, inputs.harvested)
+    common = commonest_tokens(hero.model, held_out)
     add_head_rows(tables, hero, ablation, attribution, common, len(heads))
     for control in controls.heads:  # its ablation is large, and only kept for the call
         add_head_rows(
@@ -102,8 +120,7 @@ def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
         )
 
     # 5. Where in the text the hero matters.
-    first_window = len(inputs.harvested) - n
-    tables["tokens"] = tokens_that_need(hero, ablation, attribution, first_window)
+    tables["tokens"] = tokens_that_need(hero, ablation, attribution)
 
     # 6. Its SAE features: those that write most are described. What they explain together is a
     # mechanism of step 7, so that another choice changes it, and its control, too.
@@ -113,9 +130,7 @@ def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
         facts = feature_facts(hero, sae, ablation)
         ranked = rank_features(hero, sae, facts)
         described = ranked[: args.n_features]
-        features = describe_features(
-            hero, inputs.harvested_sae, inputs.harvested, ablation, facts, described
-        )
+        features = describe_features(hero, inputs.harvested_sae, ablation, facts, described)
         tables["features"] = features.rows
         tables["contexts"] = features.contexts
         mechanisms += features.mechanisms
@@ -151,9 +166,11 @@ class Text:
 
     idx: Tensor  # [n, T] token ids
     say: Say
+    split: str  # which split of the dataset they are of, or where else they come from
+    documents: np.ndarray  # [n] number of the document that each begins in: the unit of replication
 
     def __getitem__(self, windows: slice) -> Text:
-        return Text(self.idx[windows], self.say)
+        return Text(self.idx[windows], self.say, self.split, self.documents[windows])
 
     def __len__(self) -> int:
         return len(self.idx)
@@ -162,36 +179,90 @@ class Text:
         return [self.say(token) for token in self.idx[window].tolist()]
 
 
+def spread_over(split: HFWikiTextLoader, n: int, like: Text) -> Text:
+    """n windows, evenly spread over a split, on the device of another text."""
+    windows = split.spread(n)
+    idx, _ = split.batch(windows)  # [n, T]
+    documents = split.documents(windows)[:, 0]  # [n]
+    return Text(idx.to(like.idx.device), like.say, split.description["split"], documents)
+
+
 @dataclass
 class Interval:
-    """A mean over n units with its 95 % interval, simultaneous for the tests it was made for."""
+    """A ratio of sums over n units with its 95 % interval, simultaneous for `tests` of them."""
 
     value: float
-    ci_low: float
+    ci_low: float  # nan with fewer than MIN_DOCUMENTS units, infinite where nothing bounds it
     ci_high: float
-    n: int
-    unit: str = "sequence"
+    n: int  # units: documents
+    unit: str
+    sequences: int  # windows of those documents
+    split: str
+    tests: int
 
 
-def interval(numerator: Any, denominator: Any = 1.0, tests: int = 1) -> Interval:
-    """mean(numerator) / mean(denominator) of paired values [n], one a sequence, which is the unit
-    drawn; percentile bootstrap, Bonferroni-corrected for `tests` intervals.
+def interval(text: Text, numerator: Any, denominator: Any = 1.0, tests: int = 1) -> Interval:
+    """sum(numerator) / sum(denominator) of values [windows] of a text, and its 95 % interval,
+    Bonferroni-corrected for `tests` intervals.
 
-    A sequence whose numerator is nan has none of what is measured, and is left out.
+    The unit is the document: what its windows have is summed first. The interval holds each ratio r
+    for which numerator - r denominator has a mean that the bootstrap finds near enough to 0, in
+    standard errors (Fieller 1954; bootstrap-t, Efron & Tibshirani 1993, 12.5). It has no end where
+    the denominator itself is not told from 0.
+
+    A window whose numerator is nan has none of what is measured, and is left out.
     """
     num, den = np.broadcast_arrays(np.asarray(numerator, float), np.asarray(denominator, float))
     measured = np.isfinite(num)
-    if measured.any():
-        num, den = num[measured], den[measured]
-    else:
-        num, den = np.array([math.nan]), np.array([math.nan])
-    rng = np.random.default_rng(0)  # the same draws for every interval, so they stay paired
-    drawn = rng.integers(len(num), size=(N_BOOTSTRAP, len(num)))
-    tail = 0.025 / tests
+    documents, place = np.unique(text.documents[measured], return_inverse=True)
+    num = np.bincount(place, num[measured], len(documents))  # [n], of each document
+    den = np.bincount(place, den[measured], len(documents))  # [n]
+    if den.sum() < 0:  # the same ratio, with a positive denominator
+        num = -num
+        den = -den
+    value = low = high = math.nan
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = num[drawn].mean(1) / den[drawn].mean(1)  # [N_BOOTSTRAP]
-        low, high = np.quantile(ratios, [tail, 1 - tail])
-    return Interval(num.mean() / den.mean(), low, high, len(num))
+        value = num.sum() / den.sum()
+        if len(documents) >= MIN_DOCUMENTS:
+            t = bootstrap_t(num - value * den)  # [N_BOOTSTRAP]
+            tail = 0.025 / tests
+            t_low, t_high = np.quantile(t, [tail, 1 - tail], method="nearest")
+            low = ratio_at(t_high, num, den)  # the larger the ratio, the smaller t
+            high = ratio_at(t_low, num, den)
+    n_windows = int(measured.sum())
+    return Interval(value, low, high, len(documents), "document", n_windows, text.split, tests)
+
+
+def bootstrap_t(error: np.ndarray) -> np.ndarray:
+    """Errors [n], which sum to 0 -> mean over standard error in resamples of them [N_BOOTSTRAP];
+    infinite where a resample has no variance."""
+    n = len(error)
+    moments = resamples(n) @ np.stack((error, error**2), 1) / n  # [N_BOOTSTRAP, 2]
+    mean = moments[:, 0]
+    variance = moments[:, 1] - mean**2
+    se = np.sqrt(variance.clip(0) / (n - 1))
+    return np.where(mean == 0, 0, mean / se)
+
+
+@functools.lru_cache(maxsize=4)
+def resamples(n: int) -> np.ndarray:
+    """How often each of n units is in each resample [N_BOOTSTRAP, n]. The same for every interval,
+    so they stay paired."""
+    rng = np.random.default_rng(0)
+    return rng.multinomial(n, np.full(n, 1 / n), size=N_BOOTSTRAP).astype(float)
+
+
+def ratio_at(t: float, num: np.ndarray, den: np.ndarray) -> float:
+    """The ratio r at which num - r den [n] has a mean of t standard errors: a root of
+    a r^2 - 2 b r + c = 0. Infinite where there is none: the mean of den is itself too near to 0."""
+    covariance = np.cov(num, den) / len(num)  # [2, 2], of the two means
+    a = den.mean() ** 2 - t**2 * covariance[1, 1]
+    b = num.mean() * den.mean() - t**2 * covariance[0, 1]
+    c = num.mean() ** 2 - t**2 * covariance[0, 0]
+    side = -np.sign(t)
+    if not a > 0:
+        return side * math.inf
+    return (b + side * math.sqrt(max(0.0, b * b - a * c))) / a
 
 
 @dataclass
@@ -497,11 +568,12 @@ def attribute_next_token(hero: Head, text: Text) -> Attribution:
     return Attribution(hero.run, components, parts, rms, gap)
 
 
-def attribution_rows(attribution: Attribution) -> Rows:
+def attribution_rows(attribution: Attribution, text: Text) -> Rows:
+    """Mean part of each component; each interval is for itself."""
     by_component = attribution.parts.mean(1).T.cpu()  # [C, n]
     rows = []
     for component, parts in zip(attribution.components, by_component, strict=True):
-        rows.append(dict(component=component, **vars(interval(parts))))
+        rows.append(dict(component=component, **vars(interval(text, parts))))
     return rows
 
 
@@ -586,7 +658,7 @@ class Reads(Enum):
     """What the model reads for a score, and what it reads for the score's null. Under the null the
     kinds of keys stay where they were in the unshuffled text."""
 
-    HARVESTED = "the analysed windows; null: each with its tokens shuffled"
+    ANALYSED = "the analysed windows; null: each with its tokens shuffled"
     REPEATED = "[x, r, r], r random without repeats (Olsson 2022); null: the second r shuffled"
 
 
@@ -601,14 +673,14 @@ class Score:
 
 
 SCORES = [
-    Score("first position", mass_on(first_position), Reads.HARVESTED),  # a sink: nothing to say
-    Score("current token", mass_on(current_token), Reads.HARVESTED),
-    Score("previous token", mass_on(previous_token), Reads.HARVESTED),  # positional: null as high
-    Score("0-5 tokens back", mass_on(up_to_5_back), Reads.HARVESTED),  # local
-    Score("duplicate token", mass_on(duplicate_token), Reads.HARVESTED),
-    Score("induction", mass_on(after_duplicate), Reads.HARVESTED),
-    Score("entropy", relative_entropy, Reads.HARVESTED),  # 1: looks at everything alike
-    Score("distance", relative_distance, Reads.HARVESTED),
+    Score("first position", mass_on(first_position), Reads.ANALYSED),  # a sink: nothing to say
+    Score("current token", mass_on(current_token), Reads.ANALYSED),
+    Score("previous token", mass_on(previous_token), Reads.ANALYSED),  # positional: null as high
+    Score("0-5 tokens back", mass_on(up_to_5_back), Reads.ANALYSED),  # local
+    Score("duplicate token", mass_on(duplicate_token), Reads.ANALYSED),
+    Score("induction", mass_on(after_duplicate), Reads.ANALYSED),
+    Score("entropy", relative_entropy, Reads.ANALYSED),  # 1: looks at everything alike
+    Score("distance", relative_distance, Reads.ANALYSED),
     Score("induction, random tokens", mass_on(after_duplicate), Reads.REPEATED),
 ]
 
@@ -635,10 +707,12 @@ def score_texts(analysed: Text, vocab_size: int) -> dict[Reads, ScoredText]:
     r = x_and_r[:, 1:]
     repeated = torch.cat((x_and_r, r), 1).to(idx.device)  # [n, 1 + 2 half]
     not_repeated = torch.cat((x_and_r, r[:, order]), 1).to(idx.device)
+    apart = np.arange(len(idx))  # each is a document of its own
+    repeated_text = Text(repeated, analysed.say, "random tokens", apart)
     new_places = torch.rand(idx.shape, generator=rng).argsort(1).to(idx.device)
     return {
-        Reads.HARVESTED: ScoredText(analysed, idx.gather(1, new_places)),
-        Reads.REPEATED: ScoredText(Text(repeated, analysed.say), not_repeated),
+        Reads.ANALYSED: ScoredText(analysed, idx.gather(1, new_places)),
+        Reads.REPEATED: ScoredText(repeated_text, not_repeated),
     }
 
 
@@ -669,7 +743,8 @@ def score_every_head(
 
 
 def score_table(heads: list[Head], analysed: Text) -> Rows:
-    """All scores of `heads`, each beside its value under the null."""
+    """All scores of `heads`, each beside its value under the null and the interval of how far it is
+    above it, window by window. Intervals are simultaneous for all scores of one head."""
     texts = score_texts(analysed, heads[0].model.cfg.vocab_size)
     rows = []
     for run_name in dict.fromkeys(head.run for head in heads):
@@ -679,10 +754,16 @@ def score_table(heads: list[Head], analysed: Text) -> Rows:
         null = score_every_head(model, texts, under_null=True)
         for head in heads_of_run:
             for score in SCORES:
-                # Simultaneous for all scores of one head.
-                estimate = interval(real[score.name][:, head.layer, head.head], tests=len(SCORES))
-                of_null = interval(null[score.name][:, head.layer, head.head])
-                rows.append(head.row(score=score.name, **vars(estimate), null=of_null.value))
+                text = texts[score.reads].text
+                of_head = real[score.name][:, head.layer, head.head]  # [n]
+                under_null = null[score.name][:, head.layer, head.head]  # [n]
+                estimate = interval(text, of_head, tests=len(SCORES))
+                above = interval(text, of_head - under_null, tests=len(SCORES))
+                row = head.row(score=score.name, **vars(estimate))
+                row["null"] = estimate.value - above.value
+                row["above_null_low"] = above.ci_low
+                row["above_null_high"] = above.ci_high
+                rows.append(row)
     return rows
 
 
@@ -740,15 +821,32 @@ def add_head_rows(
 def impact_row(head: Head, ablation: Ablation, attribution: Attribution, n_heads: int) -> Row:
     """Impact of a head (simultaneous for the n_heads compared), how much of it falls on the worst
     1 % of tokens and, for a head of the attributed model, its part of the right logit."""
-    delta = ablation.delta
-    impact = interval(delta.mean(1).cpu(), tests=n_heads)
-    largest_first = delta.flatten().sort(descending=True).values
-    top_1_percent = largest_first[: math.ceil(len(largest_first) / 100)]
-    share = (top_1_percent.sum() / largest_first.clamp_min(0).sum()).item()
-    row = head.row(**vars(impact), on_top_1_percent=share)
+    text = ablation.seen.text
+    delta = ablation.delta.cpu().double().numpy()  # [n, T-1]
+    impact = interval(text, delta.mean(1), tests=n_heads)
+    row = head.row(**vars(impact), **share_on_worst(text, delta))
     if head.run == attribution.run:
         row["direct_logits"] = attribution.of_head(head).mean().item()
     return row
+
+
+def share_on_worst(text: Text, delta: np.ndarray) -> Row:
+    """Which part of the loss increase [n, T-1] the 1 % of tokens that lose most make up: of the net
+    impact (more than 1 where the others gain), and of all losses without the gains. normal: of the
+    net impact if delta were normally distributed, with its mean and variance."""
+    # The sum over the worst 1 %, written as one over all tokens, which an error of the limit
+    # between the two does not move to first order (Rockafellar & Uryasev 2000).
+    limit = np.quantile(delta, 0.99)
+    on_worst = (delta - limit).clip(0) + limit / 100  # [n, T-1]
+    of_net = interval(text, on_worst.sum(1), delta.sum(1))
+    of_normal = 0.01 + stats.norm.pdf(stats.norm.ppf(0.99)) * delta.std() / delta.mean()
+    return dict(
+        on_top_1_percent=of_net.value,
+        on_top_low=of_net.ci_low,
+        on_top_high=of_net.ci_high,
+        on_top_normal=of_normal,
+        harm_on_top_1_percent=on_worst.sum() / delta.clip(0).sum(),
+    )
 
 
 def commonest_tokens(model: NewGPT, text: Text) -> Tensor:
@@ -872,21 +970,20 @@ def decode_qk(head: Head, ids: Tensor, say: Say) -> tuple[Rows, Rows]:
 
 
 # ---- step 5: where in the text the hero matters
-def tokens_that_need(
-    hero: Head, ablation: Ablation, attribution: Attribution, first_window: int
-) -> Rows:
-    """The 50 next tokens whose loss rises most without the hero, and what it attends to there.
-    first_window: number of the first analysed window among the harvested ones."""
+def tokens_that_need(hero: Head, ablation: Ablation, attribution: Attribution) -> Rows:
+    """The 50 next tokens whose loss rises most without the hero, and what it attends to there."""
     delta = ablation.delta  # [n, T-1]
     own = attribution.of_head(hero)  # [n, T-1]
     attention = ablation.seen.attention  # [n, T, T]
+    text = ablation.seen.text
     rows = []
     for place in delta.flatten().topk(min(50, delta.numel())).indices.tolist():
         window, position = divmod(place, delta.shape[1])
-        words = ablation.seen.text.words(window)
+        words = text.words(window)
         key = int(attention[window, position].argmax())
         row = dict(
-            window=first_window + window,
+            document=int(text.documents[window]),
+            window=window,
             position=position,
             delta_nats=delta[window, position].item(),
             direct_logits=own[window, position].item(),
@@ -932,10 +1029,11 @@ class SAE:
 
 @dataclass
 class HarvestedSAE:
-    """An SAE, and the harvested z [N, H*K] that its features are looked for in."""
+    """An SAE, and the harvested tokens, the only ones that its features' top contexts are of."""
 
     sae: SAE
-    dump: np.ndarray
+    dump: np.ndarray  # [N, H*K] z of the tokens
+    text: Text  # the tokens, in whole windows
 
 
 WhichFeatures = list[int] | slice  # their numbers, in the order wanted
@@ -1012,11 +1110,11 @@ class FeatureFacts:
 
 
 def feature_facts(hero: Head, sae: SAE, ablation: Ablation) -> FeatureFacts:
-    """The facts about all features; frequencies from the analysed and the held-out windows."""
+    """The facts about all features; frequencies from the held-out windows."""
     rng = torch.Generator().manual_seed(0)
     decoder = sae.decoder(hero.model.cfg.n_heads)  # [F, H, K]
     by_window = []
-    for z in torch.cat((ablation.seen.z, ablation.held.z)).split(1):  # [1, T, H, K]
+    for z in ablation.held.z.split(1):  # [1, T, H, K]
         is_active = encode(sae, z) > 0  # [1, T, F]
         by_window.append(is_active.double().mean((0, 1)))
     basis = write_basis(hero.model, hero.layer)  # [H, K, K]
@@ -1091,15 +1189,13 @@ class Peaks:
     position: Tensor  # [windows, features] its position in the window
 
 
-def find_peaks(
-    hero: Head, harvested_sae: HarvestedSAE, harvested: Text, features: list[int]
-) -> Peaks:
+def find_peaks(hero: Head, harvested_sae: HarvestedSAE, features: list[int]) -> Peaks:
     """Peaks of some features in all harvested windows. Raises HandoffError where the dump is not
     finite."""
     sae = harvested_sae.sae
     like = sae.weights["W_dec"]  # device and type
-    n_tokens = harvested.idx.numel()
-    seq_len = harvested.idx.shape[1]
+    n_tokens = harvested_sae.text.idx.numel()
+    seq_len = harvested_sae.text.idx.shape[1]
     # Whole windows at a time: encoding needs F numbers a token.
     step = seq_len * max(1, 2**24 // (seq_len * sae.n_features))
     starts = range(0, n_tokens, step)
@@ -1172,7 +1268,6 @@ class DescribedFeatures:
 def describe_features(
     hero: Head,
     harvested_sae: HarvestedSAE,
-    harvested: Text,
     ablation: Ablation,
     facts: FeatureFacts,
     described: Tensor,
@@ -1180,13 +1275,14 @@ def describe_features(
     """What each of the `described` features writes, where it is active, and what the loss loses
     without it; each beside a twin, another head's feature of about the same firing frequency."""
     sae = harvested_sae.sae
+    harvested = harvested_sae.text
     seen = ablation.seen
     hero_decoder = sae.decoder(hero.model.cfg.n_heads)[:, hero.head]  # [F, K]
     own = features_of_hero(hero, sae, facts, described)  # [F], for the mechanisms
     twins = match_by_frequency(facts, own.index_fill(0, described, True))
     chosen = with_twins(described, twins)
     numbers = [feature.number for feature in chosen]
-    peaks = find_peaks(hero, harvested_sae, harvested, numbers)
+    peaks = find_peaks(hero, harvested_sae, numbers)
     w_u_o = unembedding(hero.model) @ hero.weights().w_o  # [V, K]
     rows = []
     contexts = []
@@ -1194,7 +1290,8 @@ def describe_features(
         writes = hero_decoder[feature.number]  # [K], at activation 1
         without = seen.head_z - encode(sae, seen.z, [feature.number]) * writes  # [n, T, K]
         effect = hero.loss(seen, without).mean(1).cpu() - ablation.clean.mean(1).cpu()  # [n]
-        estimate = interval(effect, tests=len(chosen))  # simultaneous for the features described
+        # Simultaneous for the features described.
+        estimate = interval(seen.text, effect, tests=len(chosen))
         logits = w_u_o @ writes  # [V]
         rows.append(feature_row(hero, feature, facts, estimate, logits, harvested.say))
         activation = peaks.activation[:, i]  # [windows]
@@ -1281,13 +1378,14 @@ def explained(head: Head, ablation: Ablation, mechanisms: list[Mechanism]) -> Ro
     each mechanism and by its control. Simultaneous for the mechanisms, not for their controls."""
     ablated = ablation.ablated.mean(1).cpu()  # [n]
     clean = ablation.clean.mean(1).cpu()  # [n]
-    impact = interval(ablated - clean)
+    text = ablation.seen.text
+    impact = interval(text, ablated - clean)
     rows = []
     for mechanism in tqdm(mechanisms, desc="preserving ablation", unit="mechanism", disable=None):
         by_kind = {"claimed": mechanism.claimed, "matched-random": mechanism.control}
         for kind, part in by_kind.items():
             kept = head.preserved_loss(ablation.seen, ablation.held, part).mean(1).cpu()  # [n]
-            share = interval(ablated - kept, ablated - clean, tests=len(mechanisms))
+            share = interval(text, ablated - kept, ablated - clean, tests=len(mechanisms))
             row = head.row(
                 mechanism=mechanism.name,
                 kind=kind,
@@ -1340,7 +1438,8 @@ def run(args: argparse.Namespace) -> int:
     inputs = read_inputs(args, device)
     args = with_sizes(args, inputs)
     hero = inputs.hero
-    texts = f"{args.n_seqs} + {args.n_seqs} windows of {inputs.harvested.idx.shape[1]} tokens"
+    n = args.n_seqs
+    texts = f"{n} validation and {n} training windows of {inputs.val.seq_len} tokens"
     cost = f"about {50 + 3 * args.n_features} passes"
     print(f"hero: {hero.run} L{hero.layer}H{hero.head}; {texts}, {cost}", flush=True)
     with run_record(args.save_dir, args) as record:
@@ -1360,14 +1459,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def with_sizes(args: argparse.Namespace, inputs: Inputs) -> argparse.Namespace:
-    """The arguments with the preset's sizes where no flag says otherwise. Half of the harvested
-    windows are analysed at most: as many others give the means."""
+    """The arguments with the preset's sizes where no flag says otherwise, and no more windows than
+    either split has."""
     preset = args.preset
     if preset == "auto":
         preset = inputs.ckpt.get("preset", "full")
     sizes = PHASE_PRESETS.get(preset, PHASE_PRESETS["full"])
     args = argparse.Namespace(**vars(args))
-    args.n_seqs = min(args.n_seqs or sizes["n_seqs"], len(inputs.harvested) // 2)
+    n_windows = min(inputs.val.n_windows, inputs.train.n_windows)
+    args.n_seqs = min(args.n_seqs or sizes["n_seqs"], n_windows)
     args.n_features = args.n_features or sizes["n_features"]
     return args
 
@@ -1392,9 +1492,14 @@ def write_results(
     if args.features and inputs.harvested_sae is not None:
         draw_features(args, inputs.ckpt["path"], inputs.harvested_sae.sae)
         names.append("hero_features.html")
-    facts = inputs.hero.row(checkpoint_sha256=inputs.ckpt["sha256"], seed=args.seed)
+    facts = inputs.hero.row(
+        checkpoint_sha256=inputs.ckpt["sha256"],
+        seed=args.seed,
+        data=inputs.val.description,
+        n_seqs=args.n_seqs,
+    )
     for name in names:
-        write_sidecar(args.save_dir / name, "janus.hero/1", [args.ablation_csv], **facts)
+        write_sidecar(args.save_dir / name, "janus.hero/2", [args.ablation_csv], **facts)
 
 
 # ---- what the earlier phases made
@@ -1409,7 +1514,8 @@ class Inputs:
     is_unique: bool  # whether phase 4 calls the top-ranked head a unique hero
     other_hero: Head | None  # the hero of another run in the CSV; None where there is none
     shown: Text  # one window, the text of --text: its attention is drawn, nothing is measured
-    harvested: Text  # all harvested windows: everything is measured on some of them
+    train: HFWikiTextLoader  # the text of the checkpoint: what must be known beforehand
+    val: HFWikiTextLoader  # everything is measured on windows of this split
     harvested_sae: HarvestedSAE | None  # the SAE of the hero; None where there is none
     no_sae: str  # then the line that says how to make one, else empty
 
@@ -1433,17 +1539,19 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
     hero = mine.hero
     ckpt = mine.ckpt
 
-    say, shown = read_shown_text(args.text, ckpt["path"], hero.model.cfg.seq_len)
+    train = open_split("train", args, ckpt)
+    val = open_split("validation", args, ckpt)
+    if val.n_windows < 4:
+        fact = f"the validation split of {val.description['dataset']} has {val.n_windows} windows"
+        raise HandoffError(f"{fact} of {val.seq_len} tokens, 4 needed; give more text: --dataset")
+    shown = read_shown_text(args.text, val, device)
     harvest = f"python harvest_activations.py --model_path {ckpt['path']} --run_name {run_name}"
     harvest += f" --save_dir {args.activations_dir} --layers {hero.layer}"
-    token_dump = args.activations_dir / run_name / "tokens.npy"
-    tokens = open_dump(token_dump, "janus.tokens/1", ckpt, harvest)  # [N]
-    windows = whole_windows(tokens, hero.model.cfg, shown, harvest)
-    harvested_sae = open_hero_sae(args, hero, ckpt, harvest, len(tokens))
+    harvested_sae = open_hero_sae(args, hero, ckpt, harvest, shown)
     no_sae = ""
     if harvested_sae is None:
-        train = train_command(args, hero)
-        no_sae = f"There is no SAE of layer {hero.layer}; make it with `{harvest}` and `{train}`."
+        command = train_command(args, hero)
+        no_sae = f"There is no SAE of layer {hero.layer}; make it with `{harvest}` and `{command}`."
         if args.features:
             raise HandoffError(f"--features: {no_sae}")
     return Inputs(
@@ -1453,8 +1561,9 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
         top=mine.top,
         is_unique=is_unique,
         other_hero=None if other is None else other.hero,
-        shown=Text(torch.tensor([shown], device=device), say),
-        harvested=Text(windows.to(device), say),
+        shown=shown,
+        train=train,
+        val=val,
         harvested_sae=harvested_sae,
         no_sae=no_sae,
     )
@@ -1540,22 +1649,40 @@ def need_same_text(mine: OpenedRun, other: OpenedRun) -> None:
         raise HandoffError(f"{fact}: they cannot read the same text")
 
 
-def read_shown_text(text: str, checkpoint: Path, seq_len: int) -> tuple[Say, list[int]]:
-    """The text of a token by its id, and the ids of --text, cut at the context of the model."""
-    vocabulary = checkpoint.with_name("tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(vocabulary))
-    except Exception as e:
-        origin = "janus_adaptive.py writes it beside the checkpoint"
-        raise HandoffError(f"{vocabulary} cannot be read ({e}); {origin}") from None
+def open_split(name: str, args: argparse.Namespace, ckpt: dict[str, Any]) -> HFWikiTextLoader:
+    """A split of the text that the checkpoint was trained on, or of --dataset. Raises HandoffError
+    where it is gone, or its tokens are not those of the model."""
+    path = ckpt["path"]
+    dataset = args.dataset or ckpt["dataset"]
+    is_local = dataset != "builtin" and dataset not in HUB_DATASETS
+    if is_local and args.dataset is None and not Path(dataset).exists():
+        fact = f"{dataset}, the text that {path} was trained on, is not there"
+        raise HandoffError(f"{fact}; say where it is, or name another text, with --dataset")
+    tokenizer = args.tokenizer or str(path.with_name("tokenizer.json"))
+    split = HFWikiTextLoader(dataset, tokenizer, ckpt["config"]["seq_len"], name, args.cache_dir)
+    found = split.description
+    trained = ckpt["data"]
+    if found["tokenizer_hash"] != trained["tokenizer_hash"]:
+        fact = f"tokenizer {tokenizer} has hash {found['tokenizer_hash']}"
+        raise HandoffError(f"{fact}, {path} was trained with {trained['tokenizer_hash']}")
+    if name == "validation" and found["dataset_key"] != trained["dataset_key"]:
+        fact = f"note: the text is {found['dataset_key']}"
+        print(f"{fact}, {path} was trained on {trained['dataset_key']}")
+    return split
+
+
+def read_shown_text(text: str, split: HFWikiTextLoader, device: torch.device) -> Text:
+    """--text as one window, cut at the context of the model."""
+    tokenizer = split.tokenizer
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if not ids:
-        raise HandoffError(f"--text {text!r} has no tokens under {vocabulary}")
-    if len(ids) > seq_len:
-        used = f"only the first {seq_len}, the context of the model, are used"
+        raise HandoffError(f"--text {text!r} has no tokens under the tokenizer of the checkpoint")
+    if len(ids) > split.seq_len:
+        used = f"only the first {split.seq_len}, the context of the model, are used"
         print(f"--text has {len(ids)} tokens; {used}")
     say = functools.cache(functools.partial(token_text, tokenizer))
-    return say, ids[:seq_len]
+    idx = torch.tensor([ids[: split.seq_len]], device=device)  # [1, tokens]
+    return Text(idx, say, "--text", np.zeros(1, int))
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
@@ -1567,18 +1694,17 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return text.translate({32: "·", 9: "⇥", 10: "⏎", 13: "␍"})
 
 
-def whole_windows(tokens: np.ndarray, cfg: GPTConfig, shown: list[int], harvest: str) -> Tensor:
-    """Harvested tokens [N] as windows [n, T]. Raises HandoffError where there are too few, or
-    where a token, of these or of the shown text, is not in the vocabulary."""
+def whole_windows(tokens: np.ndarray, cfg: GPTConfig, shown: Text, harvest: str) -> Text:
+    """Harvested tokens [N], cut to whole windows. Raises HandoffError where there is none, or where
+    a token is not in the vocabulary."""
     n_tokens = len(tokens) // cfg.seq_len * cfg.seq_len
-    windows = torch.from_numpy(tokens[:n_tokens].astype(np.int64)).view(-1, cfg.seq_len)
-    largest = max(shown)
-    if len(windows):
-        largest = max(largest, int(windows.max()))
-    if len(windows) < 4 or largest >= cfg.vocab_size:
-        fact = f"{len(windows)} windows of {cfg.seq_len} harvested tokens (4 needed)"
-        raise HandoffError(f"{fact}, token {largest} of {cfg.vocab_size}; harvest with: {harvest}")
-    return windows
+    idx = torch.from_numpy(tokens[:n_tokens].astype(np.int64)).view(-1, cfg.seq_len)  # [n, T]
+    largest = int(idx.max()) if len(idx) else 0
+    if not len(idx) or largest >= cfg.vocab_size:
+        fact = f"{len(idx)} windows of {cfg.seq_len} harvested tokens, token {largest}"
+        raise HandoffError(f"{fact} of {cfg.vocab_size}; harvest with: {harvest}")
+    # Nothing is resampled here, so each may stand for itself.
+    return Text(idx.to(shown.idx.device), shown.say, "harvested tokens", np.arange(len(idx)))
 
 
 def need_made_from(path: Path, schema: str, ckpt: dict[str, Any], remedy: str) -> None:
@@ -1627,10 +1753,10 @@ def train_command(args: argparse.Namespace, hero: Head) -> str:
 
 
 def open_hero_sae(
-    args: argparse.Namespace, hero: Head, ckpt: dict[str, Any], harvest: str, n_tokens: int
+    args: argparse.Namespace, hero: Head, ckpt: dict[str, Any], harvest: str, shown: Text
 ) -> HarvestedSAE | None:
-    """The SAE of the hero's layer, else of the head alone, and the harvested z of n_tokens tokens;
-    None where one of them is missing."""
+    """The SAE of the hero's layer, else of the head alone, and the harvested tokens with their z;
+    None where the SAE or z is missing."""
     cfg = hero.model.cfg
     layer = f"L{hero.layer}"
     dump_path = args.activations_dir / hero.run / f"{layer}.z.npy"
@@ -1643,8 +1769,9 @@ def open_hero_sae(
         return None
     sae = open_sae(weights, head, ckpt, train_command(args, hero))
     dump = open_dump(dump_path, "janus.activations/1", ckpt, harvest)
-    if dump.shape != (n_tokens, cfg.n_heads * cfg.d_head):
-        fact = f"{dump_path} has shape {dump.shape}, not that of tokens.npy ({n_tokens} rows)"
+    tokens = open_dump(dump_path.with_name("tokens.npy"), "janus.tokens/1", ckpt, harvest)  # [N]
+    if dump.shape != (len(tokens), cfg.n_heads * cfg.d_head):
+        fact = f"{dump_path} has shape {dump.shape}, not that of tokens.npy ({len(tokens)} rows)"
         raise HandoffError(f"{fact}; remake both with: {harvest}")
     for feature in args.features or []:
         if not 0 <= feature < sae.n_features:
@@ -1652,7 +1779,7 @@ def open_hero_sae(
             raise HandoffError(f"--features {feature}: {fact}")
     like = hero.model.norm.weight  # device and type
     sae.weights = {name: weight.to(like) for name, weight in sae.weights.items()}
-    return HarvestedSAE(sae, dump)
+    return HarvestedSAE(sae, dump, whole_windows(tokens, cfg, shown, harvest))
 
 
 def draw_features(args: argparse.Namespace, checkpoint: Path, sae: SAE) -> None:
@@ -1667,21 +1794,27 @@ def draw_features(args: argparse.Namespace, checkpoint: Path, sae: SAE) -> None:
 SECTIONS = {  # table: (heading, what it shows)
     "impact": (
         "How much it matters",
-        "Loss increase under mean ablation (nats a token), its share on the worst 1 % of tokens, "
-        "logits.",
+        "Loss increase under mean ablation, nats a token. on_top_1_percent: share of this net "
+        "impact on the 1 % of tokens that lose most, with its own interval (more than 1: the "
+        "others gain); on_top_normal: the same if the differences were normal around their mean; "
+        "harm_on_top_1_percent: share of all losses, gains left out. direct_logits: mean part of "
+        "the right logit.",
     ),
     "scores": (
         "What it attends to",
         "Attention mass by kind of key, relative entropy and distance; null: reading shuffled "
-        "tokens.",
+        "tokens; above_null: simultaneous interval of how far the hero is above it, window by "
+        "window.",
     ),
     "ov": (
         "What it writes, by its weights",
-        "For the tokens it attends to most: the next tokens that its OV circuit raises and lowers.",
+        "For the tokens it attends to most on the validation split: the next tokens that its OV "
+        "circuit raises and lowers.",
     ),
     "qk_pairs": (
         "What it looks for, by its weights",
-        "Largest query-key scores among the 256 commonest tokens, by offset in tokens.",
+        "Largest query-key scores among the 256 commonest tokens of the training split, by offset "
+        "in tokens.",
     ),
     "qk_bands": (
         "At which distances",
@@ -1690,27 +1823,32 @@ SECTIONS = {  # table: (heading, what it shows)
     ),
     "dla": (
         "Direct logit attribution",
-        "Parts of the logit of the right next token, largest first; all of them sum to it.",
+        "Parts of the logit of the right next token, largest first; all of them sum to it. Each "
+        "interval is for itself, not corrected for the number of rows.",
     ),
     "tokens": (
         "Where in the text it matters",
-        "Next tokens whose loss rises most when the head is ablated, and what it attends to there.",
+        "Next tokens of the validation split whose loss rises most when the head is ablated, and "
+        "what it attends to there.",
     ),
     "features": (
         "Sparse features",
-        "By share of norm(W_dec W_O), each above one as frequent; value: loss increase without it, "
-        "nats.",
+        "By share of norm(W_dec W_O), each above one as frequent on the training split; value: "
+        "loss increase without it, nats.",
     ),
     "contexts": (
         "Their top contexts",
-        "Where in the harvested tokens each feature is most active, one place a window.",
+        "Where in the harvested tokens (of the training split) each feature is most active, one "
+        "place a window.",
     ),
     "preserving": (
         "What the description explains",
-        "Share of the loss impact kept when only one part of its output may vary (1: all).",
+        "Share of the loss impact kept when only one part of its output may vary (1: all). A share "
+        "of an impact that is not told from 0 has no bounds: inf.",
     ),
 }
 ROWS_SHOWN = 40  # of each table of the report; its CSV has all
+HOW_MEASURED = ["n", "unit", "sequences", "split", "tests"]  # columns of an Interval
 
 
 def opening(
@@ -1727,6 +1865,7 @@ def opening(
     else:
         verdict = "no unique hero: this is the top-ranked head"
     standing = f"L{top['layer']}H{top['head']} is top-1 in {top['p_top1']:.1%} of bootstrap draws"
+    summary = args.ablation_csv.with_name(f"{args.ablation_csv.stem}_summary.csv").name
 
     matched = ""
     if study.match is not None and inputs.other_hero is not None:
@@ -1737,25 +1876,43 @@ def opening(
         )
 
     impact = tables["impact"].iloc[0]
-    if impact["ci_low"] > 0:
-        claimed = tables["preserving"].query("kind == 'claimed'")
-        best = claimed.sort_values("value").iloc[-1]
-        best_share = f"{best['value']:.0%} [{best['ci_low']:.0%}, {best['ci_high']:.0%}]"
-        explanation = f"{best['mechanism']} alone keeps {best_share} of it"
-    else:
-        explanation = "not told from 0 here, so shares of it mean nothing: more --n_seqs"
-
-    n = args.n_seqs
-    n_tokens = inputs.harvested.idx.shape[1]
     return (
         f"L{hero.layer}H{hero.head} of {inputs.ckpt['path']} (run {hero.run}): {verdict} "
         f"({standing}, p {top['p_maxT']:.4f}).{matched} Impact {impact['value']:.5f} nats a token "
-        f"[{impact['ci_low']:.5f}, {impact['ci_high']:.5f}]; {explanation}. "
-        f"{n} windows of {n_tokens} harvested tokens, means from {n} others; "
-        f"intervals: 95 % bootstrap over windows, Bonferroni within a table. "
+        f"[{impact['ci_low']:.5f}, {impact['ci_high']:.5f}]; {best_explanation(tables)}. "
+        f"Measured on {measured_on(tables['impact'])}, in windows of {inputs.val.seq_len} tokens; "
+        f"means of z from {args.n_seqs} windows of the training split. "
+        f"Intervals: 95 % bootstrap-t over documents, Bonferroni-corrected where a table says so. "
+        f"The hero was chosen on the validation split too; its impact without the luck of that "
+        f"choice is the column crossfit of {summary}. "
         f"Direct attribution adds up to the logits within {study.gap:.1e}. "
         f"One training run a model: descriptive only."
     )
+
+
+def best_explanation(tables: dict[str, pd.DataFrame]) -> str:
+    """What of the head's impact the best of the claimed mechanisms keeps."""
+    impact = tables["impact"].iloc[0]
+    if impact["n"] < MIN_DOCUMENTS:
+        return f"intervals need {MIN_DOCUMENTS} documents: more --n_seqs, or more text"
+    if not impact["ci_low"] > 0:
+        return "not told from 0 here, so shares of it mean nothing: more --n_seqs"
+    claimed = tables["preserving"].query("kind == 'claimed'")
+    best = claimed.sort_values("value").iloc[-1]
+    best_share = f"{best['value']:.0%} [{best['ci_low']:.0%}, {best['ci_high']:.0%}]"
+    return f"{best['mechanism']} alone keeps {best_share} of it, the most of {len(claimed)} tried"
+
+
+def measured_on(table: pd.DataFrame) -> str:
+    """On how much of which text a table's intervals rest; rows that need what few windows have rest
+    on less."""
+    measured = table[table["unit"] == "document"]
+    parts = []
+    for split, rows in measured.groupby("split", sort=False):
+        text = split if split == "random tokens" else f"the {split} split"
+        most = rows.loc[rows["sequences"].idxmax()]
+        parts.append(f"{most['sequences']:.0f} sequences of {most['n']:.0f} documents of {text}")
+    return " and ".join(parts)
 
 
 def importance_table(inputs: Inputs, heads: list[Head]) -> pd.DataFrame:
@@ -1831,8 +1988,9 @@ def redrawn(
 
 
 def error_bars(table: pd.DataFrame) -> np.ndarray:
-    """From the value down to ci_low and up to ci_high, [2, rows]."""
-    return np.abs(table[["ci_low", "ci_high"]].sub(table["value"], axis=0)).to_numpy().T
+    """From the value down to ci_low and up to ci_high, [2, rows]; far, where there is no end."""
+    lengths = np.abs(table[["ci_low", "ci_high"]].sub(table["value"], axis=0)).to_numpy().T
+    return np.where(np.isinf(lengths), 100, lengths)
 
 
 def draw_attention(folder: Path) -> None:
@@ -1947,9 +2105,9 @@ def draw_preserving(folder: Path) -> None:
         ax.set_xlabel(f"{label}, simultaneous 95 % intervals, cut at the frame")
         impact = table.loc[0]
         ends = f"[{impact['impact_low']:.5f}, {impact['impact_high']:.5f}]"
-        vague = (
-            "" if impact["impact_low"] > 0 else ": not told from 0, so these shares mean nothing"
-        )
+        vague = ""
+        if not impact["impact_low"] > 0:
+            vague = ": not told from 0, so these shares mean nothing"
         ax.set_title(f"impact {impact['impact']:.5f} nats a token {ends}{vague}", fontsize=10)
         ax.legend()
 
@@ -1988,7 +2146,8 @@ def heads_side_by_side(scores: pd.DataFrame) -> pd.DataFrame:
     roles = list(scores["role"].unique())
     hero = scores[scores["role"] == roles[0]].set_index("score")
     values = scores.pivot(index="score", columns="role", values="value")
-    return hero[["ci_low", "ci_high", "null"]].join(values[roles]).reset_index()
+    intervals = ["ci_low", "ci_high", "null", "above_null_low", "above_null_high"]
+    return hero.filter(intervals).join(values[roles]).reset_index()
 
 
 def report_sections(tables: dict[str, pd.DataFrame], missing: str) -> list[ReportSection]:
@@ -1999,8 +2158,13 @@ def report_sections(tables: dict[str, pd.DataFrame], missing: str) -> list[Repor
             sections.append(ReportSection(heading, missing, None))
             continue
         table = tables[name]
+        if set(HOW_MEASURED) <= set(table):  # alike in all rows: said once
+            about += f" Measured on {measured_on(table)}."
+            if table["tests"].max() > 1:
+                about += f" Intervals are simultaneous for {table['tests'].max():.0f}."
         if name == "scores":
             table = heads_side_by_side(table)
+        table = table.drop(columns=HOW_MEASURED, errors="ignore")
         if name == "dla":
             table = table.sort_values("value", key=abs, ascending=False)
         if len(table) > ROWS_SHOWN:
@@ -2070,6 +2234,10 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     fox = "The quick brown fox jumps over the lazy dog because of complex physics."
     text = "text whose attention is drawn; cut at the context of the model"
     add("--text", default=fox, help=text)
+    dataset = "text that is analysed, as for janus_adaptive.py; none: that of the checkpoint"
+    add("--dataset", help=dataset)
+    tokenizer = "as for janus_adaptive.py; none: tokenizer.json beside the checkpoint"
+    add("--tokenizer", help=tokenizer)
     run_help = "run of the CSV whose hero is analysed; none: adaptive, else the first"
     add("--run", help=run_help)
     add("--saes_dir", type=Path, default=Path("saes"), help="output folder of train_sae.py")
@@ -2088,7 +2256,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("method").add_argument
     presets = ["auto", *PHASE_PRESETS]
     add("--preset", choices=presets, default="auto", help="sizes; auto: the checkpoint's preset")
-    windows = "windows of harvested tokens to analyse, sequences; none: by preset"
+    windows = "validation windows to analyse, and training windows for means; none: by preset"
     add("--n_seqs", type=positive(int), help=windows)
     add("--n_features", type=positive(int), help="SAE features to describe; none: by preset")
     page = "numbers of SAE features to draw a page about, hero_features.html"
@@ -2769,6 +2937,382 @@ def run_tool(name: str, *argv: object) -> None:
 
 
 # <<< shared: tools
+
+
+# >>> shared: builtin ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+# Import name -> distribution, of the packages whose documentation `builtin` reads.
+BUILTIN_PACKAGES = {
+    "numpy": "numpy",
+    "pandas": "pandas",
+    "scipy": "scipy",
+    "matplotlib": "matplotlib",
+    "seaborn": "seaborn",
+    "torch": "torch",
+    "transformers": "transformers",
+    "datasets": "datasets",
+    "sklearn": "scikit-learn",
+}
+BUILTIN_VERSION = 1  # raise it when the cleaning changes: it is part of the token cache's name
+
+
+@functools.cache  # reading ten thousand files takes half a minute, and each split asks for it
+def builtin_documents() -> dict[str, str]:
+    """English prose that is already on the machine: {name: text}, in a fixed order.
+
+    The language reference (pydoc_data.topics) and the documentation strings of the standard
+    library and of BUILTIN_PACKAGES, one document a source file; paragraphs that are mostly
+    letters, each kept once.
+    """
+    documents: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for name, texts in documentation_strings().items():
+        for paragraph in "\n\n".join(texts).split("\n\n"):
+            paragraph = " ".join(paragraph.split())
+            if is_prose(paragraph) and paragraph not in seen:
+                seen.add(paragraph)
+                documents.setdefault(name, []).append(paragraph)
+    return {name: "\n\n".join(paragraphs) for name, paragraphs in documents.items()}
+
+
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph is long enough, no session of an interpreter, and mostly letters."""
+    if len(paragraph) < 60 or ">>>" in paragraph:
+        return False
+    n_letters = sum(character.isalpha() or character == " " for character in paragraph)
+    return n_letters > 0.8 * len(paragraph)
+
+
+def documentation_strings() -> dict[str, list[str]]:
+    """{name: texts} of the language reference, and of every source file that can be parsed."""
+    topics = import_module("pydoc_data.topics").topics
+    sources = {f"topics/{name}": [text] for name, text in sorted(topics.items())}
+    roots = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}
+    for package in BUILTIN_PACKAGES:
+        spec = find_spec(package)
+        roots[package] = Path(spec.origin).parent  # type: ignore[union-attr, arg-type]
+    files = []
+    for package, root in roots.items():
+        files += [(package, file) for file in sorted(root.rglob("*.py"))]
+
+    left_out = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3"}
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    gc.disable()  # else a third of the time goes into looking for garbage among the syntax trees
+    for package, file in tqdm(files, desc="documentation strings", unit="file", disable=None):
+        inner = file.relative_to(roots[package])
+        if left_out & set(inner.parts):
+            continue
+        if package == "transformers" and inner.parts[0] == "models":  # the same text, 400 times
+            continue
+        with (
+            contextlib.suppress(SyntaxError, ValueError, OSError),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
+            docstrings = [ast.get_docstring(node) for node in nodes]
+            sources[f"{package}/{inner.as_posix()}"] = [text for text in docstrings if text]
+    gc.enable()
+    return sources
+
+
+# <<< shared: builtin
+
+
+# >>> shared: hub ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+TEXT_ADVICE = "use --dataset builtin, or --dataset PATH with --tokenizer train:4096"
+
+
+def from_hub(
+    what: str, load: Callable[[], Any], advice: str = TEXT_ADVICE, seconds: float = 6.0
+) -> Any:
+    """Runs `load`, with the hub libraries offline (their cache only) if the hub does not answer
+    within `seconds`.
+
+    Raises HandoffError, which ends in `advice`: what to do without a network.
+    """
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    answered = threading.Event()
+
+    def ask() -> None:
+        request = urllib.request.Request(url, method="HEAD")
+        with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(urllib.error.HTTPError):  # it refused this, so it is there
+                urllib.request.urlopen(request, timeout=seconds)
+            answered.set()
+
+    # In a thread, because `timeout` does not bound a silent name server
+    threading.Thread(target=ask, daemon=True).start()
+    if not answered.wait(seconds):  # the libraries read this when they are first imported
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["HF_DATASETS_OFFLINE"] = "1"
+    try:
+        return load()
+    except Exception as e:  # the hub libraries raise many types
+        cause = first_line(e, 100) if answered.is_set() else f"no answer from {url}"
+        fact = f"{what} cannot be had from the Hugging Face hub or its cache ({cause})"
+        raise HandoffError(f"{fact}; {advice}") from None
+
+
+# <<< shared: hub
+
+
+# >>> shared: text ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+HUB_DATASETS = {
+    "wikitext-103-raw-v1": "Salesforce/wikitext",
+    "wikitext-2-raw-v1": "Salesforce/wikitext",
+}
+# Of a dataset that has no splits: the shares where each begins and ends
+SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
+
+
+class HFWikiTextLoader:
+    """One split of a text dataset as a flat, memory-mapped token stream, cut into windows of
+    `seq_len` tokens.
+
+    Tokenised once, with all cores, and cached as <cache_dir>/<dataset>-<tokenizer>-<split>.npy
+    (uint16 or uint32), with <...>.documents.npy beside it. Attributes: tokenizer, tokens [n],
+    document_starts [documents] (where in `tokens` each document begins), n_windows, and
+    `description` (dataset, its key, tokenizer hash, ...) for sidecars.
+    """
+
+    def __init__(
+        self, dataset: str, tokenizer: str, seq_len: int, split: str, cache_dir: str | Path
+    ) -> None:
+        cache = Path(cache_dir).expanduser()
+        self.seq_len = seq_len
+        self.tokenizer = load_tokenizer(tokenizer, dataset, cache)
+        serialised = self.tokenizer.to_str().encode()
+        tokenizer_hash = hashlib.sha256(serialised).hexdigest()[:12]
+        key = dataset_key(dataset)
+        path = cache / f"{key}-{tokenizer_hash}-{split}.npy"
+        starts_path = path.with_suffix(".documents.npy")
+        if not (path.exists() and starts_path.exists()):
+            texts = read_documents(dataset, split)
+            tokens, text_starts = self.tokenise(texts, split)
+            with atomic(starts_path) as temporary:
+                np.save(temporary, text_starts[first_texts(texts)])
+            with atomic(path) as temporary:
+                np.save(temporary, tokens)
+        self.tokens = np.load(path, mmap_mode="r")  # [n]
+        self.document_starts = np.load(starts_path)  # [documents]
+        self.n_windows = (len(self.tokens) - 1) // seq_len  # the last token has no target
+        self.description = {
+            "dataset": dataset,
+            "dataset_key": key,
+            "split": split,
+            "tokenizer_hash": tokenizer_hash,
+            "n_tokens": len(self.tokens),
+        }
+        if self.n_windows < 1:
+            found = f"{split} split of {dataset}: {len(self.tokens)} tokens"
+            raise HandoffError(f"{found}, expected more than --seq_len {seq_len}; use more text")
+
+    def tokenise(self, texts: list[str], split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [n] of all texts, one after the other, an empty line between two; and where
+        each text begins [texts]."""
+        fits_16_bits = self.tokenizer.get_vocab_size() <= 1 << 16
+        dtype = np.uint16 if fits_16_bits else np.uint32
+        ids = [np.zeros(0, dtype)]
+        batches = range(0, len(texts), 1000)
+        for first in tqdm(batches, desc=f"tokenising {split}", unit="kdoc", disable=None):
+            batch = [text + "\n\n" for text in texts[first : first + 1000]]
+            encodings = self.tokenizer.encode_batch(batch, add_special_tokens=False)
+            ids += [np.asarray(encoding.ids, dtype) for encoding in encodings]
+        lengths = [len(of_text) for of_text in ids]  # the first one is empty
+        return np.concatenate(ids), np.cumsum(lengths[:-1])
+
+    def spread(self, n: int) -> np.ndarray:
+        """Numbers of n windows, evenly spaced over the split; of all if n is 0 or there are no
+        more. The first windows alone would be those of a few documents."""
+        n = min(n or self.n_windows, self.n_windows)
+        return np.arange(n) * self.n_windows // n
+
+    def documents(self, windows: np.ndarray) -> np.ndarray:
+        """Number of the document of each token of these windows [B] -> [B, T]."""
+        first = np.asarray(windows)[:, None] * self.seq_len  # [B, 1]
+        places = first + np.arange(self.seq_len)  # [B, T], in the stream
+        return np.searchsorted(self.document_starts, places, side="right") - 1
+
+    def batch(self, windows: np.ndarray, offset: int = 0) -> tuple[Tensor, Tensor]:
+        """Windows by number [B] -> inputs and targets, both int64 [B, T]; `offset` shifts all
+        windows, in tokens."""
+        starts = np.asarray(windows) * self.seq_len + offset
+        rows = [self.tokens[start : start + self.seq_len + 1] for start in starts]
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T + 1]
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def shuffled(self, first: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Windows first..first+n-1 of an endless shuffled stream: inputs and targets, int64 [n,
+        T].
+
+        A pure function of its arguments, so the data cursor of a run is one number. Every epoch
+        shuffles anew and moves the window borders by a random offset.
+        """
+        per_epoch = max(1, self.n_windows - 1)
+        inputs = []
+        targets = []
+        while n > 0:
+            epoch, position = divmod(first, per_epoch)
+            rng = np.random.default_rng([seed % 2**32, epoch])
+            offset = int(rng.integers(self.seq_len)) if self.n_windows > 1 else 0
+            order = rng.permutation(per_epoch)
+            x, y = self.batch(order[position : position + n], offset)
+            inputs.append(x)
+            targets.append(y)
+            first += len(x)
+            n -= len(x)
+        return torch.cat(inputs), torch.cat(targets)
+
+
+def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
+    """`train:N` (byte-level BPE of N tokens, trained on the training split), a tokenizer.json, a
+    folder, or a hub name.
+
+    `auto` is gpt2 for WikiText and train:4096 for any other dataset.
+    """
+    if tokenizer == "auto":
+        tokenizer = "gpt2" if dataset in HUB_DATASETS else "train:4096"
+    if tokenizer.startswith("train:"):
+        vocab_size = tokenizer.removeprefix("train:")
+        path = cache / f"{dataset_key(dataset)}-bpe{vocab_size}.json"
+        if not path.exists():
+            bpe = train_bpe(read_documents(dataset, "train"), int(vocab_size))
+            with atomic(path) as temporary:
+                bpe.save(str(temporary))
+        tokenizer = str(path)
+    if tokenizer.endswith(".json"):
+        try:
+            return Tokenizer.from_file(tokenizer)
+        except Exception as e:  # the library raises bare Exception
+            fact = f"tokenizer {tokenizer} cannot be read ({e})"
+            raise HandoffError(f"{fact}; expected a tokenizer.json") from None
+    name = "openai-community/gpt2" if tokenizer == "gpt2" else tokenizer
+
+    def load() -> Tokenizer:
+        return import_module("transformers").AutoTokenizer.from_pretrained(name).backend_tokenizer
+
+    return from_hub(f"tokenizer {tokenizer!r}", load)
+
+
+def train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer (Sennrich et al. 2016) of `vocab_size` tokens: no text is
+    unknown."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def read_documents(dataset: str, split: str) -> list[str]:
+    """The non-empty texts of one split: rows of a dataset, lines of a .txt, or documents of
+    `builtin`.
+
+    A dataset without splits is cut in order, 90 % train, 5 % validation, 5 % test (by
+    characters); `builtin` by document. Raises HandoffError for a missing, unreadable or empty
+    dataset.
+    """
+    low, high = SPLITS[split]
+    if dataset == "builtin":
+        texts = []
+        for name, text in builtin_documents().items():
+            digest = hashlib.sha256(name.encode()).hexdigest()
+            share = int(digest, 16) % 1000 / 1000  # of a name, the same on every machine
+            if low <= share < high:
+                texts.append(text)
+        return texts
+    if dataset in HUB_DATASETS:
+        repository = HUB_DATASETS[dataset]
+
+        def load() -> Any:
+            return import_module("datasets").load_dataset(repository, dataset, split=split)
+
+        rows = from_hub(f"dataset {dataset!r}", load)["text"]
+        return [row for row in rows if row.strip()]
+
+    try:
+        rows, has_splits = read_rows(Path(dataset), split)
+        if has_splits:
+            return [row for row in rows if row.strip()]
+    except UnicodeDecodeError as e:
+        fact = f"--dataset {dataset} is not UTF-8 text (byte {e.start})"
+        raise HandoffError(f"{fact}; convert it, e.g. with iconv -t UTF-8") from None
+    except KeyError:
+        raise HandoffError(f"--dataset {dataset} has no column `text`") from None
+    except Exception as e:  # pandas, pyarrow and datasets raise many types
+        raise HandoffError(f"--dataset {dataset} cannot be read: {first_line(e, 120)}") from None
+    texts = [str(row) for row in rows if str(row).strip()]
+    if len(texts) < 100:  # a few long texts: cut between words, so that every split gets its share
+        words = " ".join(texts).split(" ")
+        n_words = len(words) // 100 + 1
+        starts = range(0, len(words), n_words)
+        texts = [" ".join(words[start : start + n_words]) for start in starts]
+    lengths = [len(text) for text in texts]
+    ends = np.cumsum(lengths) / max(1, sum(lengths))  # share of the characters so far
+    return [text for text, end in zip(texts, ends, strict=True) if low < end <= high + 1e-9]
+
+
+def first_texts(texts: list[str]) -> list[int]:
+    """Which texts begin a document: the titles of articles (" = Title = ", as WikiText marks
+    them); where there are none, texts are lines or rows, and a document goes on until it has 2,000
+    characters. Statistics hold out and resample whole documents."""
+    titles = [i for i, text in enumerate(texts) if re.fullmatch(r"= [^=].*[^=] =", text.strip())]
+    if titles:
+        return sorted({0, *titles})  # what stands before the first title is a document too
+    first = []
+    n_characters = 2000  # of the document so far
+    for i, text in enumerate(texts):
+        if n_characters >= 2000:
+            first.append(i)
+            n_characters = 0
+        n_characters += len(text)
+    return first
+
+
+def read_rows(path: Path, split: str) -> tuple[Any, bool]:
+    """Column `text` of a local file or saved folder, and whether it is `split` of a folder that
+    has splits (else it is everything)."""
+    if path.is_dir():
+        saved = import_module("datasets").load_from_disk(str(path))
+        if not isinstance(saved, dict):
+            return saved["text"], False
+        has_split = split in saved
+        return saved[split if has_split else "train"]["text"], has_split
+    if path.suffix == ".parquet":
+        return pd.read_parquet(path)["text"], False
+    if path.suffix in (".jsonl", ".json"):
+        return pd.read_json(path, lines=path.suffix == ".jsonl")["text"], False
+    return path.read_text(encoding="utf-8").splitlines(), False
+
+
+def dataset_key(dataset: str) -> str:
+    """A name for the content of a dataset: what it is called, and a hash of the bytes (or the
+    versions) that it comes from."""
+    path = Path(dataset)
+    if dataset == "builtin":
+        versions = [version(package) for package in BUILTIN_PACKAGES.values()]
+        source = repr([BUILTIN_VERSION, platform.python_version(), versions])
+    elif dataset in HUB_DATASETS:
+        source = HUB_DATASETS[dataset]
+    else:
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+        if not files or not files[0].is_file():
+            names = ", ".join([*HUB_DATASETS, "builtin"])
+            raise HandoffError(f"--dataset {dataset}: no such file or folder, nor one of {names}")
+        if not path.is_dir() and path.suffix not in (".txt", ".parquet", ".jsonl", ".json"):
+            kinds = "a .txt, .parquet, .jsonl or .json file, or a folder"
+            raise HandoffError(f"--dataset {dataset}: expected {kinds}")
+        source = " ".join(sha256(file) for file in files)
+    return f"{path.stem}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+
+# <<< shared: text
 
 
 # >>> shared: pages ---- edit in hero_head_analysis.py, then: python tools/check_copies.py --fix

@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from scipy.optimize import brentq
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import hero_head_analysis as hero
@@ -47,8 +48,26 @@ def windows(model: hero.NewGPT, n: int, seed: int = 0) -> torch.Tensor:
     )
 
 
-def as_text(idx: torch.Tensor) -> hero.Text:
-    return hero.Text(idx, lambda token: f"<{token}>")
+def spoken(model: hero.NewGPT, n: int) -> torch.Tensor:
+    """Windows that the model itself draws, so that without one of its heads it predicts them worse."""
+    rng = torch.Generator().manual_seed(0)
+    idx = windows(model, n)[:, :1]
+    while idx.shape[1] < model.cfg.seq_len:
+        p = model(idx)[0][:, -1].softmax(-1)
+        idx = torch.cat((idx, p.multinomial(1, generator=rng)), 1)
+    return idx
+
+
+def as_text(idx: torch.Tensor, documents: np.ndarray | None = None) -> hero.Text:
+    """Windows of validation text, each of a document of its own if none are given."""
+    documents = np.arange(len(idx)) if documents is None else documents
+    return hero.Text(idx, lambda token: f"<{token}>", "validation", documents)
+
+
+def interval(numerator, denominator=1.0, documents=None, **how) -> hero.Interval:
+    n = len(numerator)
+    text = as_text(torch.zeros(n, 1, dtype=torch.long), documents)
+    return hero.interval(text, numerator, denominator, **how)
 
 
 # ------------------------------------------------------------------------------------------------------ identities
@@ -182,7 +201,7 @@ def test_planted_induction_head_is_found_and_a_random_head_is_not():
         some_head(model, 1, 1, "random"),
         some_head(model, 0, 0, "previous"),
     ]
-    table = pd.DataFrame(hero.score_table(heads, as_text(windows(model, 12))))
+    table = pd.DataFrame(hero.score_table(heads, as_text(windows(model, 16))))
     score = table.set_index(["role", "score"])
     value, null = score["value"].unstack(), score["null"].unstack()
     assert (
@@ -198,7 +217,7 @@ def test_planted_induction_head_is_found_and_a_random_head_is_not():
         null.loc["previous", "previous token"] > 0.9
     )  # a positional head does not care about the tokens
     assert (
-        (table["n"] == 12).all()
+        (table["n"] == 16).all()
         and (table["ci_low"] <= table["value"]).all()
         and (table["value"] <= table["ci_high"]).all()
     )
@@ -240,9 +259,9 @@ def test_a_new_score_is_one_function_and_one_entry_and_no_mechanism(monkeypatch)
         return is_seven[:, None, :] & (hero.tokens_back(text) >= 0)
 
     model, n_mechanisms = make_model(), len(hero.MECHANISMS)
-    idx, head = windows(model, 6), some_head(model, 1, 2)
+    idx, head = windows(model, 16), some_head(model, 1, 2)
     before = pd.DataFrame(hero.score_table([head], as_text(idx))).set_index("score")
-    new = hero.Score("sevens", hero.mass_on(ends_in_7), hero.Reads.HARVESTED)
+    new = hero.Score("sevens", hero.mass_on(ends_in_7), hero.Reads.ANALYSED)
     monkeypatch.setattr(hero, "SCORES", [*hero.SCORES, new])
     after = pd.DataFrame(hero.score_table([head], as_text(idx))).set_index("score")
     assert list(after.index) == [*before.index, "sevens"] and len(hero.MECHANISMS) == n_mechanisms
@@ -271,21 +290,89 @@ def test_features_are_ranked_by_what_they_write_and_dead_ones_are_left_out():
     assert sorted(ranked.tolist()) == facts.live.nonzero()[:, 0].tolist()
 
 
-def test_interval_covers_and_skips_missing():
+def test_interval_skips_missing_and_widens_with_the_number_of_tests():
     rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(100):
-        den = rng.gamma(5, size=60)
-        r = hero.interval(0.7 * den + rng.normal(size=60), den)
-        hits += r.ci_low < 0.7 < r.ci_high
-    assert hits >= 88  # 95 % nominal
-    assert (
-        hero.interval([1.0, math.nan, 3.0]).value == 2
-        and hero.interval([1.0, math.nan, 3.0]).n == 2
+    missing = interval([1.0, math.nan, 3.0])
+    assert (missing.value, missing.n, missing.sequences) == (2, 2, 2)
+    assert math.isnan(interval([math.nan]).value)
+    sample = rng.normal(size=50)
+    wide, narrow = (interval(sample, tests=k) for k in (20, 1))
+    assert wide.ci_low < narrow.ci_low < wide.value < narrow.ci_high < wide.ci_high
+    assert (wide.tests, narrow.tests) == (20, 1)
+
+
+def test_below_the_least_number_of_documents_there_is_no_interval():
+    n = hero.MIN_DOCUMENTS
+    sample = np.random.default_rng(2).normal(size=3 * n)
+    enough = interval(sample, documents=np.arange(3 * n) % n)
+    too_few = interval(sample, documents=np.arange(3 * n) % (n - 1))
+    assert enough.n == n and enough.ci_low < enough.value < enough.ci_high
+    assert too_few.n == n - 1 and too_few.sequences == 3 * n
+    assert math.isnan(too_few.ci_low) and math.isnan(too_few.ci_high)
+    assert math.isclose(too_few.value, sample.mean(), rel_tol=1e-12)
+
+
+def test_windows_of_one_document_are_one_unit():
+    """Copies of a window within its document add nothing, and the ratio is one of sums."""
+    rng = np.random.default_rng(3)
+    num, den = rng.normal(1, 1, size=20), rng.gamma(5, size=20)
+    once = interval(num, den)
+    thrice = interval(np.repeat(num, 3), np.repeat(den, 3), documents=np.repeat(np.arange(20), 3))
+    assert (thrice.n, thrice.sequences, thrice.unit) == (20, 60, "document")
+    ends = ["value", "ci_low", "ci_high"]
+    np.testing.assert_allclose(
+        [getattr(thrice, end) for end in ends], [getattr(once, end) for end in ends], rtol=1e-9
     )
-    assert math.isnan(hero.interval([math.nan]).value)
-    wide, narrow = (hero.interval(rng.normal(size=50), tests=k) for k in (20, 1))
-    assert wide.ci_high - wide.ci_low > narrow.ci_high - narrow.ci_low
+    assert math.isclose(once.value, num.sum() / den.sum(), rel_tol=1e-12)
+    negative = interval(-num, -den)
+    np.testing.assert_allclose([negative.ci_low, negative.ci_high], [once.ci_low, once.ci_high])
+
+
+def test_a_ratio_to_what_may_be_zero_has_no_bounds():
+    rng = np.random.default_rng(4)
+    noise, effect = rng.normal(size=30), rng.normal(5, 1, size=30)
+    unbounded = interval(effect, noise - noise.mean() + 0.01)
+    assert math.isinf(unbounded.ci_low) or math.isinf(unbounded.ci_high)
+    assert np.isfinite([interval(noise, effect).ci_low, interval(noise, effect).ci_high]).all()
+
+
+def test_the_ends_of_the_interval_are_the_ratios_of_their_t():
+    """Against scipy's root finder on the definition: mean(num - r den) is t standard errors."""
+    rng = np.random.default_rng(5)
+    num, den = rng.gamma(2, size=25), rng.gamma(5, size=25)
+
+    def t_of(r: float) -> float:
+        difference = num - r * den
+        return difference.mean() / (difference.std(ddof=1) / math.sqrt(25))
+
+    for t in (2.5, -2.5, 1.0, 0.0):
+        root = brentq(lambda r, t=t: t_of(r) - t, -5, 5)
+        assert math.isclose(hero.ratio_at(t, num, den), root, rel_tol=1e-9)
+
+
+def test_bootstrap_t_is_that_of_resamples_drawn_one_by_one():
+    error = np.random.default_rng(6).gamma(1, size=12)
+    error -= error.mean()
+    t = hero.bootstrap_t(error)
+    for counts, found in zip(hero.resamples(12)[:50], t[:50], strict=True):
+        drawn = np.repeat(error, counts.astype(int))
+        se = drawn.std(ddof=1) / math.sqrt(12)
+        assert len(drawn) == 12 and math.isclose(found, drawn.mean() / se, rel_tol=1e-9)
+
+
+def test_share_on_the_worst_tokens_is_of_the_net_impact():
+    """Most tokens gain a little, some lose much: the share of the net impact, by sorting."""
+    rng = np.random.default_rng(7)
+    delta = rng.exponential(1, size=(40, 50)) ** 3 - 2  # [n, T-1], 2,000 tokens
+    row = hero.share_on_worst(as_text(torch.zeros(40, 51, dtype=torch.long)), delta)
+    worst = np.sort(delta.ravel())[-20:].sum()
+    assert math.isclose(row["on_top_1_percent"], worst / delta.sum(), rel_tol=0.01)
+    assert math.isclose(row["harm_on_top_1_percent"], worst / delta[delta > 0].sum(), rel_tol=0.01)
+    assert row["on_top_low"] < row["on_top_1_percent"] < row["on_top_high"]
+    assert row["on_top_1_percent"] > row["harm_on_top_1_percent"]
+    normal = rng.normal(0.5, 2, size=(400, 500))
+    row = hero.share_on_worst(as_text(torch.zeros(400, 501, dtype=torch.long)), normal)
+    assert math.isclose(row["on_top_1_percent"], row["on_top_normal"], rel_tol=0.03)
 
 
 # ------------------------------------------------------------------------------------------------------ loss
@@ -314,7 +401,7 @@ def test_replaced_z_equals_the_naive_forward():
 def test_preserving_everything_explains_all_and_nothing_explains_nothing():
     model = make_model()
     at = some_head(model, 0, 1)
-    ablation = hero.ablate(at, as_text(windows(model, 12)), as_text(windows(model, 12, seed=1)))
+    ablation = hero.ablate(at, as_text(spoken(model, 16)), as_text(windows(model, 16, seed=1)))
     seen, held = ablation.seen, ablation.held
 
     def whole(seen: hero.Seen) -> torch.Tensor:
@@ -483,7 +570,7 @@ def test_features_are_ranked_by_written_share_with_naive_contexts_and_effects():
     facts = hero.feature_facts(at, sae, ablation)
     ranked = hero.rank_features(at, sae, facts)
     found = hero.describe_features(
-        at, hero.HarvestedSAE(sae, dump), as_text(idx), ablation, facts, ranked[:5]
+        at, hero.HarvestedSAE(sae, dump, as_text(idx)), ablation, facts, ranked[:5]
     )
     rows, contexts = pd.DataFrame(found.rows), pd.DataFrame(found.contexts)
     mine, other = (rows[rows["kind"] == kind] for kind in ("hero", "matched-random"))
@@ -522,7 +609,7 @@ def test_features_of_a_one_head_sae():
     facts = hero.feature_facts(at, sae, ablation)
     ranked = hero.rank_features(at, sae, facts)
     found = hero.describe_features(
-        at, hero.HarvestedSAE(sae, dump), as_text(idx), ablation, facts, ranked[:4]
+        at, hero.HarvestedSAE(sae, dump, as_text(idx)), ablation, facts, ranked[:4]
     )
     assert {r["kind"] for r in found.rows} == {"hero", "matched-random"} and all(
         r["share"] == 1 for r in found.rows
@@ -620,10 +707,28 @@ TEXT = "the quick brown fox jumps over lazy dog because of complex physics . < >
 WORDS = TEXT.split(" ")
 
 
-def write_checkpoint(folder: Path, model: hero.NewGPT, arm: str) -> Path:
+def write_text(path: Path, n_documents: int = 600) -> None:
+    """Documents of 12 to 144 random words, each under a title; no twelve words stand twice."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(n_documents):
+        lines.append(f" = Title {number} = ")
+        for _ in range(int(rng.integers(1, 13))):
+            lines.append(" ".join(rng.choice(WORDS, size=12)))
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def write_checkpoint(folder: Path, model: hero.NewGPT, arm: str, text: Path) -> Path:
     path = folder / f"janus_{arm}_final.pt"
     folder.mkdir(parents=True)
-    facts = dict(preset="smoke", arm=arm, data={"tokenizer_hash": "words"}, step=1)
+    tokenizer = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate([*WORDS, "[UNK]"])}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    where = (str(folder / "tokenizer.json"), model.cfg.seq_len, "train", text.parent / "cache")
+    data = hero.HFWikiTextLoader(str(text), *where).description
+    facts = dict(preset="smoke", arm=arm, data=data, dataset=str(text), step=1)
     content = dict(
         schema=hero.CHECKPOINT_SCHEMA,
         config=asdict(model.cfg),
@@ -632,11 +737,6 @@ def write_checkpoint(folder: Path, model: hero.NewGPT, arm: str) -> Path:
     )
     torch.save(content | facts, path)
     hero.write_sidecar(path, hero.CHECKPOINT_SCHEMA, [], **facts)
-    tokenizer = Tokenizer(
-        models.WordLevel({w: i for i, w in enumerate([*WORDS, "[UNK]"])}, unk_token="[UNK]")
-    )
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
-    tokenizer.save(str(folder / "tokenizer.json"))
     return path
 
 
@@ -679,8 +779,9 @@ def study(tmp_path_factory) -> Path:
     """A folder with the hand-offs of phases 1-4 for a small model and its permuted twin as control; hero L1H2."""
     root = tmp_path_factory.mktemp("study")
     model = make_model(vocab_size=len(WORDS) + 1, n_kv_heads=4)
+    write_text(root / "text.txt")
     paths = {
-        arm: write_checkpoint(root / arm, m, arm)
+        arm: write_checkpoint(root / arm, m, arm, root / "text.txt")
         for arm, m in (("adaptive", model), ("control", permuted(model, [2, 0, 3, 1])))
     }
     write_csv(root / "results_ablation.csv", paths, model, {"adaptive": (1, 2), "control": (0, 0)})
@@ -722,8 +823,10 @@ def run(root: Path, *flags: str) -> int:
         str(root / "activations"),
         "--save_dir",
         str(root / "out"),
+        "--cache_dir",
+        str(root / "cache"),
     ]
-    sizes = ["--n_seqs", "8", "--n_features", "3", "--device", "cpu"]
+    sizes = ["--n_seqs", "30", "--n_features", "3", "--device", "cpu"]
     return hero.main(
         ["--ablation_csv", str(root / "results_ablation.csv"), *sizes, *places, *flags]
     )
@@ -784,6 +887,98 @@ def test_whole_analysis_writes_report_tables_figures_and_sidecars(done: Path):
     ) == 7
 
 
+def windows_of_lines(study: Path, low: float, high: float, n: int) -> tuple[torch.Tensor, list]:
+    """n windows of 20 tokens, spread over the lines that end between two shares of the text's
+    characters, and the document (counted by titles) that each begins in. No code of the project."""
+    lines = (study / "text.txt").read_text().split("\n")
+    ends = np.cumsum([len(line) for line in lines]) / sum(len(line) for line in lines)
+    tokenizer = Tokenizer.from_file(str(study / "adaptive" / "tokenizer.json"))
+    ids, document = [], []
+    n_documents = 0
+    for line, end in zip(lines, ends, strict=True):
+        if not low < end <= high + 1e-9:
+            continue
+        n_documents += not ids or line.startswith(" = ")
+        of_line = tokenizer.encode(line + "\n\n").ids
+        ids += of_line
+        document += [n_documents - 1] * len(of_line)
+    n_windows = (len(ids) - 1) // 20
+    chosen = [i * n_windows // n for i in range(n)]
+    rows = torch.tensor([ids[20 * w : 20 * w + 20] for w in chosen])
+    return rows, [document[20 * w] for w in chosen]
+
+
+def test_everything_is_measured_on_validation_text_by_document(study: Path, done: Path):
+    """The dump, the training text and the validation text have no window in common."""
+    idx, documents = windows_of_lines(study, 0.9, 0.95, 30)
+    train, _ = windows_of_lines(study, 0.0, 0.9, 30)
+    n_documents = len(set(documents))
+    assert hero.MIN_DOCUMENTS < n_documents < 30  # some documents have several windows
+    cpu = torch.device("cpu")
+    model, _ = hero.load_checkpoint(study / "adaptive/janus_adaptive_final.pt", cpu, False)
+    model.requires_grad_(False)
+    at = some_head(model, 1, 2)
+    tap = {"z.1": None}
+    model(train, tap=tap)
+    mean_z = tap["z.1"][:, :, 2].mean((0, 1))
+    seen = at.look(as_text(idx))
+    delta = at.loss(seen, mean_z.expand_as(seen.value)) - naive_loss(model, idx)
+    impact = pd.read_csv(done / "hero_impact.csv").iloc[0]
+    assert math.isclose(impact["value"], delta.mean().item(), abs_tol=1e-5)
+    assert (impact["n"], impact["sequences"]) == (n_documents, 30)
+
+    for name in ("impact", "scores", "dla", "features", "preserving"):
+        table = pd.read_csv(done / f"hero_{name}.csv").query("unit != 'permutation'")
+        assert set(table["split"]) <= {"validation", "random tokens"}, name
+        assert (table["n"] <= n_documents).mean() >= 8 / 9, name  # random tokens have no documents
+        assert (table["tests"] >= 1).all() and table["ci_low"].notna().all(), name
+    places = pd.read_csv(done / "hero_tokens.csv")
+    assert set(places["document"]) <= set(documents)
+    for place in places.itertuples():
+        words = [study_word(token) for token in idx[place.window].tolist()]
+        assert place.context == "".join(words[max(0, place.position - 11) : place.position + 1])
+        assert place.document == documents[place.window]
+    text = (done / "hero_report.md").read_text()
+    said = f"30 sequences of {n_documents} documents of the validation split"
+    assert text.count(said) >= 6  # the opening, and every table that is measured
+    facts = json.loads((done / "hero_impact.csv.json").read_text())
+    assert facts["data"]["split"] == "validation" and facts["n_seqs"] == 30
+
+
+def study_word(token: int) -> str:
+    return [*WORDS, "[UNK]"][token]
+
+
+def test_with_few_documents_there_is_no_interval_and_the_report_says_so(
+    study: Path, tmp_path: Path
+):
+    assert run(study, "--n_seqs", "4", "--save_dir", str(tmp_path)) == 0
+    impact = pd.read_csv(tmp_path / "hero_impact.csv")
+    assert (impact["n"] <= 4).all() and impact[["ci_low", "ci_high"]].isna().all().all()
+    text = (tmp_path / "hero_report.md").read_text()
+    assert f"intervals need {hero.MIN_DOCUMENTS} documents" in text and "alone keeps" not in text
+
+
+def test_text_that_is_gone_is_one_line_and_dataset_says_where_it_is(
+    study: Path, tmp_path: Path, capsys
+):
+    moved = (study / "text.txt").rename(study / "moved.txt")
+    try:
+        out = ["--save_dir", str(tmp_path / "out")]
+        assert run(study, *out) == 1
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and "text.txt" in lines[0] and "--dataset" in lines[0]
+        assert run(study, *out, "--dataset", str(moved)) == 0
+        assert "note: the text is moved-" in capsys.readouterr().out
+        table = pd.read_csv(tmp_path / "out" / "hero_impact.csv")
+        assert (table["split"] == "validation").all()
+        (study / "short.txt").write_text("the cat sat on the mat and it is here " * 80)
+        assert run(study, "--save_dir", str(tmp_path / "no"), "--dataset", str(study / "short.txt"))
+        assert "4 needed" in capsys.readouterr().err
+    finally:
+        moved.rename(study / "text.txt")
+
+
 def test_same_command_same_numbers_and_redraw_needs_no_model(study: Path, done: Path):
     assert (
         run(
@@ -817,7 +1012,16 @@ def test_a_page_about_chosen_features_and_a_number_that_the_sae_does_not_have(
 
 def test_missing_sae_is_one_line_with_both_commands(study: Path, tmp_path: Path):
     assert (
-        run(study, "--saes_dir", str(tmp_path / "none"), "--save_dir", str(tmp_path / "out")) == 0
+        run(
+            study,
+            "--saes_dir",
+            str(tmp_path / "none"),
+            "--activations_dir",
+            str(tmp_path / "none"),  # without SAE no dump is needed
+            "--save_dir",
+            str(tmp_path / "out"),
+        )
+        == 0
     )
     line = [
         x
@@ -982,7 +1186,8 @@ def test_memory_does_not_grow_with_the_windows_that_are_scored():
         model = hero.NewGPT(hero.GPTConfig(**sizes)).eval().requires_grad_(False)
         peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e3
         before = peak()
-        text = hero.Text(torch.randint(100, (int(sys.argv[1]), 512)), str)
+        idx = torch.randint(100, (int(sys.argv[1]), 512))
+        text = hero.Text(idx, str, "validation", torch.arange(len(idx)).numpy())
         hero.score_table([hero.Head("hero", "adaptive", 1, 0, model)], text)
         print(peak() - before)
     """
