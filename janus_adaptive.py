@@ -534,30 +534,19 @@ def train_model(training: Training, signals: list[int]) -> int:
         is_last = step == args.steps
         is_sample = step % args.control_interval == 0
         is_check = step % args.val_interval == 0 or is_last
-        steps_to_sample = -step % args.control_interval
-        is_sampled = steps_to_sample < args.sample_steps  # its tokens count in the next sample
-        measure = is_sampled or is_check
+        measure = is_check or is_sampled(step, args)
         lambdas = pressure.weights(step)
         weights = torch.tensor(lambdas, device=training.device) * penalty_shares  # [L]
         batches = micro_batches(training, step)
         loss, grams = training_step(model, batches, weights, args, training.autocast, measure)
         is_stopped = anybody_signalled(signals)
-
-        # The update
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
-        refuse_divergence(step, loss, norm, args)
-        training.optimizer.step()
-        training.optimizer.zero_grad(set_to_none=True)
-
-        # Gram matrices add up: one sample of sigma is that of the tokens of all its steps
-        if is_sampled:
-            grams = grams if training.sample is None else training.sample + grams
-            training.sample = grams
+        norm = update_weights(training, step, loss)
 
         # Telemetry tells what was in use at this step; then the controller sees its sigma
+        if is_sampled(step, args):
+            grams = add_to_sample(training, grams)
         if is_sample or is_check:
-            row = telemetry_row(step, args, loss, grams, lambdas, pressure)
-            row["grad_norm"] = norm
+            row = telemetry_row(step, args, loss, norm, grams, lambdas, pressure)
             row["tokens_per_s"] = clock.steps_per_s(step) * tokens_per_step(args)
             training.telemetry.append(row)
         if is_sample:
@@ -579,6 +568,30 @@ def train_model(training: Training, signals: list[int]) -> int:
         if is_stopped and not is_last:
             return end_early(args, step, signals)
     return 0
+
+
+def update_weights(training: Training, step: int, loss: float) -> float:
+    """One step of the optimiser, with clipped gradients -> their norm before clipping. Raises
+    HandoffError before loss or gradients that are not finite reach the weights."""
+    norm = nn.utils.clip_grad_norm_(training.model.parameters(), training.args.grad_clip).item()
+    refuse_divergence(step, loss, norm, training.args)
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def is_sampled(step: int, args: argparse.Namespace) -> bool:
+    """Whether the tokens of this step count in the next sample of sigma."""
+    steps_to_sample = -step % args.control_interval
+    return steps_to_sample < args.sample_steps
+
+
+def add_to_sample(training: Training, grams: Tensor | None) -> Tensor:
+    """Gram matrices [L, H, H] of the sample so far, with those of one more step. They add up:
+    sigma of a sample is that of the tokens of all its steps."""
+    assert grams is not None  # a sampled step is measured
+    training.sample = grams if training.sample is None else training.sample + grams
+    return training.sample
 
 
 def progress(training: Training) -> tqdm:
@@ -977,6 +990,7 @@ def telemetry_row(
     step: int,
     args: argparse.Namespace,
     loss: float,
+    grad_norm: float,
     grams: Tensor | None,
     lambdas: list[float],
     pressure: Pressure,
@@ -1017,6 +1031,7 @@ def telemetry_row(
         "worst_layer": sigmas.index(max(sigmas)),
         "sigma_filtered": sum(filtered) / len(filtered) if filtered else math.nan,
         "lr": learning_rate(step, args),
+        "grad_norm": grad_norm,
     }
 
 

@@ -46,7 +46,7 @@ def null(request):
 def test_intervals_over_seeds_hold_all_differences_at_once(null):
     """95 % of the tables have no interval that misses: that is what dividing by the number of metrics is for."""
     setting, tables = null
-    covered = np.mean([((t["ci_lo"] <= 0) & (0 <= t["ci_hi"])).all() for t in tables])
+    covered = np.mean([((t["ci_lo"] <= 0) & (t["ci_hi"] >= 0)).all() for t in tables])
     record("seeds: simultaneous interval", str(setting), coverage=covered, simulations=len(tables))
     error = np.sqrt(0.95 * 0.05 / len(tables))
     assert covered >= 0.95 - 3 * error

@@ -1,4 +1,4 @@
-"""How well the control loop of each of several training runs held its setpoint, and followed a step.
+"""How well the control loop of each of several runs held its setpoint, and followed a step.
 
     python tools/loops.py runs/loops/1 runs/loops/2 runs/loops/step
 
