@@ -148,16 +148,18 @@ def test_micro_batches_do_not_move_the_loss_or_sigma(smoke_args, control_checkpo
     assert np.allclose(a[["loss", "sigma_z"]], b[["loss", "sigma_z"]], rtol=2e-3)
 
 
-def test_a_sample_is_sigma_of_all_its_steps(smoke_args, tmp_path):
+def test_a_sample_is_sigma_of_all_its_steps(smoke_args, cache_dir, tmp_path):
     """Weights that stand still (no learning rate to speak of): sigma of steps 3 to 5 together, by NumPy from z."""
     still = ["--pressure", "control", "--learning_rate", "1e-12", "--steps", "5"]
     several = ["--control_interval", "5", "--sample_steps", "3", "--save_dir", str(tmp_path)]
     assert janus.main([*smoke_args, *still, *several]) == 0
     logged = pd.read_csv(tmp_path / "telemetry.csv")["sigma_z"].tolist()
-    model, ckpt = janus.load_checkpoint(tmp_path / "janus_control_final.pt", torch.device("cpu"))
+    model, ckpt = janus.load_checkpoint(
+        tmp_path / "janus_control_final.pt", torch.device("cpu"), False
+    )
     args = ckpt["arguments"]
     where = (args["dataset"], str(tmp_path / "tokenizer.json"), args["seq_len"], "train")
-    data = janus.HFWikiTextLoader(*where, args["cache_dir"])
+    data = janus.HFWikiTextLoader(*where, cache_dir)
     x, _ = data.shuffled(2 * args["batch_size"], 3 * args["batch_size"], args["seed"])
     tap = {f"z.{layer}": None for layer in range(12)}
     with torch.no_grad():
