@@ -78,6 +78,11 @@ MIN_SEQUENCES = 10
 RULE = 0.1  # the original study called a feature aligned when |EFAS| exceeded this
 ALPHA = 0.05  # false discovery rate
 N_BOOT = 200  # bootstrap draws of an interval
+# A p value against random directions is counted where ten or more of them lie beyond the feature.
+# Further out it is read off a tail fitted to the outermost, and believed so far and no further.
+COUNTED = 10  # draws beyond a value that are enough to count
+TAIL = 250  # outermost draws that a tail is fitted to; a tenth of all where that is less
+REACH = 100  # the smallest p of the tail, as a share of the smallest that can be counted: 1 / REACH
 # Sizes only: both take the same code path; a flag given explicitly beats the preset.
 PRESETS: dict[str, dict[str, Any]] = {
     "full": dict(
@@ -88,7 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         sae_tokens=4096,
         sae_iterations=30,
         permutations=10_000,
-        directions=2000,
+        directions=20_000,
         energy_layers=[0, 1, 2, 4, 6],
         intervened=100,
         relaxed=24,
@@ -101,7 +106,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         sae_tokens=1024,
         sae_iterations=8,
         permutations=1000,
-        directions=300,
+        directions=1000,
         energy_layers=[1, 2],
         intervened=12,
         relaxed=4,
@@ -729,7 +734,8 @@ def efas(f: Tensor, a: Tensor) -> dict[str, Tensor]:
     return found
 
 
-# The first null, permuted sequences: is there an association beyond the structure of a sequence?
+# The first null, permuted sequences: is there any association, with the document as the unit? A
+# topic that raises both f and A passes as well as a pull that follows f from token to token.
 def permutations(strata: Tensor, n: int, rng: np.random.Generator) -> Tensor:
     """n permutations of the sequences within their strata [S], [n, S] int32."""
     orders = np.tile(np.arange(len(strata), dtype=np.int32), (n, 1))  # [n, S] in order
@@ -816,50 +822,172 @@ def seqperm_moments(f: Tensor, y: Tensor, strata: Tensor) -> Moments:
     return Moments(observed, mean, var)
 
 
+# Beside it, signs flipped by document: is there an association of tokens within documents?
+def within_documents(y: Tensor, strata: Tensor) -> Tensor:
+    """y [S, L, K] less its mean over each document and, within strata [S], over each position."""
+    rest = y - y.mean(1, keepdim=True)  # [S, L, K]
+    for stratum in strata.unique():
+        members = strata == stratum
+        rest[members] -= rest[members].mean(0)
+    return rest
+
+
+def signflip_z(f: Tensor, y: Tensor, strata: Tensor) -> Tensor:
+    """z [K] of the sum of c_s, the covariance of f and y [S, L, K] within document s, when the sign
+    of each c_s is flipped at random.
+
+    Whatever a document shares, its length of f or of y included, is in the size of c_s, which the
+    null keeps. A sum of n signs is at most sqrt(n): z is the smaller, the fewer documents count.
+    """
+    products = within_documents(f, strata) * within_documents(y, strata)  # [S, L, K]
+    c = products.sum(1, dtype=torch.float64)  # [S, K]
+    return c.sum(0) / c.square().sum(0).sqrt()
+
+
 # The second null, random directions: is this dictionary special?
 def random_directions(centred: Tensor, n: int, rng: np.random.Generator) -> Tensor:
-    """n unit vectors with the covariance of centred states [N, D], as random mixes of them: [n,
-    D]."""
-    mix = torch.from_numpy(rng.standard_normal((n, len(centred)), dtype=np.float32))  # [n, N]
-    return F.normalize(mix @ centred, dim=-1)
+    """n unit vectors with the covariance of centred states [N, D]: [n, D]."""
+    covariance = centred.double().T @ centred.double()  # [D, D]
+    variances, axes = torch.linalg.eigh(covariance)
+    root = axes * variances.clamp_min(0).sqrt()  # [D, D] root @ root.T is the covariance
+    noise = torch.from_numpy(rng.standard_normal((n, len(root)), dtype=np.float32))  # [n, D]
+    return F.normalize(noise @ root.T.float(), dim=-1)
+
+
+@dataclass
+class DirectionNull:
+    """EFAS of n random directions u ~ N(0, cov x), f = relu(<u, x> - threshold), decoder u, at
+    thresholds that let each fire on a given number of tokens."""
+
+    n_active: Tensor  # [R] int64, those numbers of tokens, ascending
+    efas: Tensor  # [R, n]
+
+    def at(self, n_active: Tensor) -> Tensor:
+        """EFAS of the directions if they fired on n_active [K] tokens: [K, n]; between two numbers
+        by the logarithm."""
+        known = self.n_active.double().log()  # [R]
+        wanted = n_active.double().log()  # [K]
+        upper = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
+        lower = upper - 1
+        share = (wanted - known[lower]) / (known[upper] - known[lower])
+        share = share.clamp(0, 1).float()[:, None]  # [K, 1]
+        return torch.lerp(self.efas[lower], self.efas[upper], share)
+
+
+def firing_numbers(n_active: Tensor, n_tokens: int, n: int = 16) -> Tensor:
+    """Up to n numbers of tokens, evenly spaced in the logarithm over those of the features: [R]."""
+    lowest = min(int(n_active.min()), n_tokens - 2)
+    highest = min(max(int(n_active.max()), lowest + 1), n_tokens - 1)
+    return torch.logspace(math.log10(lowest), math.log10(highest), n).round().long().unique()
 
 
 def direction_null(
-    x: Tensor, gx: Tensor, rates: Tensor, n: int, rng: np.random.Generator, n_bins: int = 8
-) -> tuple[Tensor, Tensor]:
-    """EFAS of n random directions u ~ N(0, cov x), f = relu(<u, x> - threshold), decoder u: [bins,
-    n]; and each feature's bin [K].
-
-    x, gx [N, D]. The thresholds give the firing rates of the bins, which are quantiles of the
-    features' `rates` [K].
-    """
-    rates = rates.double()
-    edges = torch.quantile(rates, torch.linspace(0, 1, n_bins + 1, dtype=torch.float64))
-    bins = torch.searchsorted(edges[1:-1].contiguous(), rates)  # [K]
-    n_tokens = len(x)
-    threshold_ranks = []  # how many tokens a direction fires on, by bin
-    # A bin stands for its features with their geometric mean rate; an empty bin with its edge.
-    for b in range(n_bins):
-        own = rates[bins == b]
-        rate = own.log().mean().exp() if len(own) else edges[b]
-        n_active = round(rate.item() * n_tokens)
-        threshold_ranks.append(min(n_tokens - 1, max(1, n_active)))
-
+    x: Tensor, gx: Tensor, n_active: Tensor, n: int, rng: np.random.Generator
+) -> DirectionNull:
+    """EFAS of n random directions at the firing rates of the features, which are active on n_active
+    [K] of the tokens; x, gx [N, D]."""
+    numbers = firing_numbers(n_active, len(x))  # [R]
     centred = x - x.mean(0)  # [N, D]
+    centred_gx = gx - gx.mean(0)
     directions = random_directions(centred, n, rng)  # [n, D]
-    null = torch.empty(n_bins, n)
-    for first in range(0, n, 200):  # 200 directions at a time, for memory
-        some = directions[first : first + 200]
-        projection = centred @ some.T  # [N, 200]
-        pull = -(gx @ some.T)  # [N, 200]
-        pull = F.normalize(pull - pull.mean(0), dim=0)  # centred, of length 1
-        ordered = projection.sort(0, descending=True).values  # [N, 200]
-        for b, rank in enumerate(threshold_ranks):
-            # So many tokens lie above the threshold; what is left is Pearson's formula.
-            f = (projection - ordered[rank]).relu()  # [N, 200]
-            f = f - f.mean(0)
-            null[b, first : first + 200] = (f * pull).sum(0) / f.norm(dim=0)
-    return null.nan_to_num(0.0), bins
+    null = []
+    for some in directions.split(200):  # 200 directions at a time, for memory
+        null.append(direction_efas(some @ centred.T, -(some @ centred_gx.T), numbers))
+    return DirectionNull(numbers, torch.cat(null, dim=1).nan_to_num(0.0))
+
+
+def direction_efas(projection: Tensor, pull: Tensor, numbers: Tensor) -> Tensor:
+    """EFAS of directions that fire on so many tokens, `numbers` [R]: [R, n].
+
+    projection <u, x> and pull [n, N] are centred over the tokens. Only the tokens above a threshold
+    enter the sums of Pearson's formula: the rest have f = 0.
+    """
+    n_tokens = projection.shape[1]
+    pull = F.normalize(pull, dim=1)
+    top, tokens = projection.topk(int(numbers[-1]) + 1, dim=1)  # [n, most], falling
+    top_pull = pull.gather(1, tokens)  # [n, most]
+    found = []
+    for number in numbers.tolist():
+        f = top[:, :number] - top[:, number : number + 1]  # [n, number] above the next token
+        squares = f.square().sum(1) - f.sum(1).square() / n_tokens  # of f less its mean
+        found.append((f * top_pull[:, :number]).sum(1) / squares.sqrt())
+    return torch.stack(found)
+
+
+@dataclass
+class Tail:
+    """A generalised Pareto tail above a threshold (Pickands 1975), a row a null."""
+
+    threshold: Tensor  # [K]
+    scale: Tensor  # [K]
+    shape: Tensor  # [K] 0: exponential; above 0: heavier
+    share: float  # of the draws, beyond the threshold
+
+    def beyond(self, value: Tensor) -> Tensor:
+        """P(draw >= value) [K]; meant for values above the threshold."""
+        excess = (value - self.threshold).clamp_min(0) / self.scale
+        heavy = (1 + self.shape * excess).pow(-1 / self.shape)
+        return self.share * torch.where(self.shape > 0, heavy, (-excess).exp())
+
+    def quantile(self, p: float) -> Tensor:
+        """The value that is reached with probability p, [K]: the inverse of `beyond`."""
+        folds = math.log(self.share / p)
+        heavy = (self.shape * folds).expm1() / self.shape
+        excess = torch.where(self.shape > 0, heavy, torch.full_like(heavy, folds))
+        return self.threshold + self.scale * excess
+
+
+def tail_size(n: int) -> int:
+    """How many of n draws a tail is fitted to."""
+    return min(TAIL, n // 10)
+
+
+def fit_tail(draws: Tensor) -> Tail:
+    """The upper tail of draws [K, n] by probability-weighted moments (Hosking and Wallis 1987).
+
+    The shape is not let below 0. A bounded tail would call everything beyond its end impossible;
+    the exponential one errs to larger p.
+    """
+    size = tail_size(draws.shape[1])
+    outermost = draws.double().topk(size + 1, dim=1).values  # [K, size + 1], falling
+    threshold = outermost[:, -1]
+    excess = outermost[:, :-1] - threshold[:, None]  # [K, size]
+    mean = excess.mean(1).clamp_min(1e-300)
+    # E[excess x P(another is larger)]: of the largest, none is.
+    share_above = torch.arange(size, dtype=torch.float64) / (size - 1)  # [size]
+    weighted = (excess * share_above).mean(1)
+    shape = 2 - mean / (mean - 2 * weighted).clamp_min(1e-300)
+    shape = shape.clamp(0, 0.9)
+    return Tail(threshold, mean * (1 - shape), shape, size / draws.shape[1])
+
+
+def smallest_p(n: int) -> tuple[float, float]:
+    """The smallest two-sided p that n draws give by counting, and with a fitted tail."""
+    counted = 2 / (1 + n)
+    fitted = counted / REACH if tail_size(n) > COUNTED else counted
+    return counted, fitted
+
+
+def one_sided_p(value: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """How often draws [K, n] reach value [K], by counting; and by a tail where fewer than COUNTED
+    do. [K] each."""
+    n = draws.shape[1]
+    n_beyond = (draws >= value[:, None]).sum(1)  # [K]
+    counted = (1 + n_beyond) / (1 + n)
+    if tail_size(n) <= COUNTED:
+        return counted, counted
+    fitted = fit_tail(draws).beyond(value).clamp_min(smallest_p(n)[1] / 2)
+    return counted, torch.where(n_beyond < COUNTED, torch.minimum(fitted, counted), counted)
+
+
+def direction_p(r: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Two-sided p of EFAS r [K] among that of random directions, own [K, n]: by counting, and with
+    a fitted tail."""
+    above = one_sided_p(r, own)
+    below = one_sided_p(-r, -own)
+    counted = 2 * torch.minimum(above[0], below[0])
+    fitted = 2 * torch.minimum(above[1], below[1])
+    return counted.clamp(max=1), fitted.clamp(max=1)
 
 
 def mi_binned(f: Tensor, score: Tensor, bins: int = 8) -> tuple[Tensor, Tensor]:
@@ -893,13 +1021,19 @@ def fdr(p: np.ndarray, method: str = "bh") -> np.ndarray:
     return q
 
 
+def fewest_findable(smallest: float, family: int) -> int:
+    """How many of a family of tests must share the smallest possible p before Benjamini and
+    Hochberg pass any of them."""
+    return math.floor(smallest * family / ALPHA) + 1
+
+
 # EFAS of a layer, and what both nulls say of it.
 @dataclass
 class Layer:
     """EFAS of one layer (or descent step)."""
 
     features: pd.DataFrame  # a row a feature
-    null: Tensor  # [bins, n] EFAS of random directions
+    null: Tensor  # [8, n] EFAS of random directions, firing like eight eighths of the features
     facts: dict[str, Any]  # scalars of the layer
     boot: np.ndarray  # [B, K'] EFAS of the eligible features under the sequence bootstrap
 
@@ -949,6 +1083,7 @@ def feature_statistics(
     z = null.z_of(null.observed)  # [K]
     z_permuted = null.z_of(seqperm_mc(f, score, draws.perms)).abs().float()  # [P, K]
     n_perms = len(draws.perms)
+    z_within = signflip_z(f, score, draws.strata)
 
     # The same moments of the raw A, in units of EFAS, are for the figure and the original's rule.
     raw = seqperm_moments(f, a, draws.strata)
@@ -972,6 +1107,8 @@ def feature_statistics(
         "null_mean": (raw.mean - product_of_means) / spread,
         "null_sd": raw.var.sqrt() / spread,
         "mc_sd_ratio": z_permuted.square().mean(0).sqrt(),
+        "z_within": z_within,
+        "p_within": 2 * torch.special.ndtr(-z_within.abs()),
         "efas_a": r[0],
         "efas_b": r[1],
         "efas_shuffled": shuffled,
@@ -1036,8 +1173,8 @@ def analyse_layer(
     if not n_eligible:
         return Layer(table, torch.zeros(1, 0), facts, np.zeros((N_BOOT, 0)))
     table.loc[table.eligible, "p_maxt"] = familywise_p(table.z_token[table.eligible], max_z)
-    null, bins = compare_with_directions(table, x, gx, sae, args.directions, rng)
-    facts |= layer_facts(table[table.eligible], null, bins)
+    null = compare_with_directions(table, x, gx, sae, args.directions, rng)
+    facts |= layer_facts(table[table.eligible], null)
     return Layer(table, null, facts, np.concatenate(boots, axis=1))
 
 
@@ -1060,36 +1197,46 @@ def familywise_p(z: pd.Series, max_z: Tensor) -> list[float]:
 
 def compare_with_directions(
     table: pd.DataFrame, x: Tensor, gx: Tensor, sae: SAE, n: int, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Adds p_direction and z_direction to the eligible rows of `table`; the null [bins, n], and the
-    bin of each eligible feature [K']."""
+) -> Tensor:
+    """Adds what random directions say to the eligible rows of `table`. EFAS of the directions [8,
+    n], firing like the features at the middle of each eighth of them."""
     eligible = table.eligible
     inside = sae.covers(x)  # [S, L]
-    rates = torch.tensor(table.n_active[eligible].to_numpy() / inside.numel())
-    null, bins = direction_null(x[inside], gx[inside], rates, n, rng)
-    own = null[bins]  # [K', n] directions that fire as often as the feature
-    r = torch.tensor(table.efas[eligible].to_numpy())  # [K']
-    n_above = (own >= r[:, None]).sum(1)  # [K']
-    n_below = (own <= r[:, None]).sum(1)  # [K']
-    two_sided = 2 * (1 + torch.minimum(n_above, n_below)) / (1 + n)
-    table.loc[eligible, "p_direction"] = two_sided.clamp(max=1).numpy()
-    table.loc[eligible, "z_direction"] = ((r - own.mean(1)) / own.std(1)).numpy()
-    return null, bins
+    n_active = torch.tensor(table.n_active[eligible].to_numpy())  # [K']
+    r = torch.tensor(table.efas[eligible].to_numpy())
+    null = direction_null(x[inside], gx[inside], n_active, n, rng)
+    columns = []
+    # Each feature meets all n directions, which fire as often as it does; 128 features at a time.
+    for r_some, n_some in zip(r.split(128), n_active.split(128), strict=True):
+        own = null.at(n_some)  # [128, n]
+        counted, fitted = direction_p(r_some, own)
+        columns.append(
+            {
+                "p_direction": fitted,
+                "p_direction_counted": counted,
+                "z_direction": (r_some - own.mean(1)) / own.std(1),
+                "rule_share_directions": (own.abs() > RULE).double().mean(1),
+            }
+        )
+    for name in columns[0]:
+        table.loc[eligible, name] = torch.cat([some[name] for some in columns]).numpy()
+    middles = torch.arange(0.5, 8, dtype=torch.float64) / 8
+    return null.at(n_active.double().quantile(middles))
 
 
-def layer_facts(eligible: pd.DataFrame, null: Tensor, bins: Tensor) -> dict[str, Any]:
+def layer_facts(eligible: pd.DataFrame, null: Tensor) -> dict[str, Any]:
     """Scalars of a layer from the rows of its eligible features: what the original's rule passes
     and what it would pass of either null, and how EFAS replicates."""
     mean = eligible.null_mean.to_numpy()
     sd = eligible.null_sd.to_numpy()
     passes_above = stats.norm.sf((RULE - mean) / sd)
     passes_below = stats.norm.cdf((-RULE - mean) / sd)
-    own = null[bins]  # [K', n]
     small_enough = null.numel() < 2**24  # for torch's quantile
     return {
+        "directions": null.shape[1],
         "rule_passes": int((eligible.efas.abs() > RULE).sum()),
         "rule_false_permuted": float((passes_above + passes_below).sum()),
-        "rule_false_directions": float((own.abs() > RULE).double().mean(1).sum()),
+        "rule_false_directions": float(eligible.rule_share_directions.sum()),
         "random_directions_positive": float((null > 0).double().mean()),
         "random_directions_q95": float(null.abs().quantile(0.95)) if small_enough else math.nan,
         "shuffled_pairing_q95": float(eligible.efas_shuffled.abs().quantile(0.95)),
@@ -1101,8 +1248,8 @@ def layer_facts(eligible: pd.DataFrame, null: Tensor, bins: Tensor) -> dict[str,
 
 # fmt: off
 TESTED_COLUMNS = (
-    "z_token", "p_token", "p_mc", "p_maxt", "p_direction", "z_direction",
-    "efas_a", "efas_b", "mi", "legacy",
+    "z_token", "p_token", "p_mc", "p_maxt", "z_within", "p_within", "null_sd",
+    "p_direction", "p_direction_counted", "z_direction", "efas_a", "efas_b", "mi", "legacy",
 )
 # fmt: on
 
@@ -1117,36 +1264,77 @@ def call_aligned(layers: list[Layer]) -> tuple[pd.DataFrame, pd.DataFrame]:
     # One family: the false discovery rate is that of all layers together.
     features["q_token"] = fdr(features.p_token.to_numpy())
     features["q_token_by"] = fdr(features.p_token.to_numpy(), "by")
+    features["q_within"] = fdr(features.p_within.to_numpy())
     features["q_direction"] = fdr(features.p_direction.to_numpy())
+    features["q_direction_counted"] = fdr(features.p_direction_counted.to_numpy())
     features["replicates"] = np.sign(features.efas_a) == np.sign(features.efas_b)
-    passes_both = (features.q_token < ALPHA) & (features.q_direction < ALPHA)
-    features["aligned"] = passes_both & features.replicates & features.eligible
+    associated = (features.q_token < ALPHA) & features.replicates & features.eligible
+    features["aligned"] = associated & (features.q_direction < ALPHA)
+    features["aligned_counted"] = associated & (features.q_direction_counted < ALPHA)
+    family = int(features.p_direction.notna().sum())
     rows = []
     for layer in layers:
         own = features[(features.layer == layer.facts["layer"]) & features.eligible]
-        rows.append(layer.facts | summarise(own, layer.boot))
+        row = layer.facts | summarise(own, layer.boot)
+        if len(own):
+            row |= least_found(own, layer.null, family)
+        rows.append(row)
     return features, pd.DataFrame(rows)
+
+
+def least_found(own: pd.DataFrame, null: Tensor, family: int) -> dict[str, Any]:
+    """What the tests could have found at least: in one layer, whose eligible features are `own` and
+    whose directions `null` [8, n], in a family of so many tests over all layers."""
+    counted, fitted = smallest_p(null.shape[1])
+    alone = ALPHA / family  # the p below which a feature passes though no other does
+    below = torch.tensor([math.nan])
+    above = torch.tensor([math.nan])
+    if fitted < alone:
+        below = -fit_tail(-null).quantile(alone / 2)  # [8]
+        above = fit_tail(null).quantile(alone / 2)  # [8]
+    z_alone = stats.norm.isf(alone / 2)
+    return {
+        "family": family,
+        "smallest_p_counted": counted,
+        "smallest_p": fitted,
+        "fewest_counted": fewest_findable(counted, family),
+        "fewest": fewest_findable(fitted, family),
+        "efas_alone_below": below.median().item(),
+        "efas_alone_above": above.median().item(),
+        "efas_alone_permuted": z_alone * own.null_sd.median(),
+        # A sum of n random signs never lies more than sqrt(n) standard deviations out.
+        "within_too_few": int((own.n_seq <= z_alone**2).sum()),
+    }
+
+
+def median_interval(efas: pd.Series, boot: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the median |EFAS| from its bootstrap [B, K']. Resampling adds noise, which
+    raises |EFAS|: the interval is shifted back."""
+    if not boot.shape[1]:
+        return math.nan, math.nan
+    medians = np.nanmedian(np.abs(boot), axis=1)  # [B]
+    medians += efas.abs().median() - medians.mean()
+    return np.quantile(medians, 0.025), np.quantile(medians, 0.975)
 
 
 def summarise(own: pd.DataFrame, boot: np.ndarray) -> dict[str, Any]:
     """How many eligible features of a layer pass what; the median |EFAS| with its interval from the
     bootstrap [B, K']."""
-    median = own.efas.abs().median()
-    medians = np.full(N_BOOT, np.nan)
-    if boot.shape[1]:
-        medians = np.nanmedian(np.abs(boot), axis=1)
-    # Resampling adds noise, which raises |EFAS|: the interval is shifted back.
-    medians += median - medians.mean()
+    ci_lo, ci_hi = median_interval(own.efas, boot)
     return {
         "token_null": int((own.q_token < ALPHA).sum()),
         "token_null_by": int((own.q_token_by < ALPHA).sum()),
         "token_null_maxt": int((own.p_maxt < ALPHA).sum()),
+        "within_documents": int((own.q_within < ALPHA).sum()),
         "direction_null": int((own.q_direction < ALPHA).sum()),
+        "direction_null_counted": int((own.q_direction_counted < ALPHA).sum()),
         "aligned": int(own.aligned.sum()),
+        "aligned_counted": int(own.aligned_counted.sum()),
+        "aligned_within": int((own.aligned & (own.q_within < ALPHA)).sum()),
         "aligned_positive": int((own.aligned & (own.efas > 0)).sum()),
-        "median_abs_efas": median,
-        "median_ci_lo": np.quantile(medians, 0.025),
-        "median_ci_hi": np.quantile(medians, 0.975),
+        "median_abs_efas": own.efas.abs().median(),
+        "median_ci_lo": ci_lo,
+        "median_ci_hi": ci_hi,
         "median_mi_nats": own.mi.median(),
         "median_mi_permuted": own.mi_permuted.median() if len(own) else np.nan,
     }
@@ -2387,7 +2575,8 @@ def run(args: argparse.Namespace) -> int:
         res.to_json(raw)
         record |= {"cost": cost, "facts": res.facts}
     shown = (
-        "layer eligible rule_passes token_null direction_null aligned median_abs_efas split_half_r"
+        "layer eligible rule_passes token_null within_documents direction_null fewest aligned "
+        "median_abs_efas split_half_r"
     )
     print(res.tables["layers"][shown.split()].to_string(index=False, float_format="%.3f"))
     print(f"{cost}; report: {report}")
@@ -2654,7 +2843,8 @@ def against_original(
     split_half = np.corrcoef(own.efas_a, own.efas_b)[0, 1] if len(own) > 2 else math.nan
     passed = (
         f"{int(layers.aligned.sum())} of {int(layers.eligible.sum())} eligible pass both nulls at "
-        f"q < {ALPHA} and replicate (expected false: at most {ALPHA:.0%}); |EFAS| > {RULE} passes "
+        f"q < {ALPHA} and replicate (expected false: at most {ALPHA:.0%}; fewest that could have "
+        f"passed: {fewest_number(layers)}); |EFAS| > {RULE} passes "
         f"{int(layers.rule_passes.sum())}, of which {layers.rule_false_permuted.sum():.0f} "
         f"expected by permuted sequences, {layers.rule_false_directions.sum():.0f} by random "
         "directions"
@@ -2680,6 +2870,58 @@ def against_original(
     ]
     # fmt: on
     return pd.DataFrame(rows, columns=["original", "measured here", "why they differ"])
+
+
+def fewest_number(layers: pd.DataFrame) -> str:
+    """The smallest number of features that could have passed random directions."""
+    if "fewest" not in layers or layers.fewest.isna().all():
+        return "no eligible feature"
+    return f"{int(layers.fewest.max())}"
+
+
+def floor_line(layers: pd.DataFrame) -> str:
+    """What random directions could have found at least, by counting and with the fitted tail, and
+    what each finds."""
+    if fewest_number(layers) == "no eligible feature":
+        return "No feature is eligible: nothing was tested."
+    own = layers.dropna(subset="fewest")
+    n = int(own.directions.min())
+    p_counted = own.smallest_p_counted.max()
+    alone = "no feature can pass alone."
+    if own.efas_alone_above.notna().any():
+        alone = (
+            f"a feature passes alone if its EFAS is below {own.efas_alone_below.median():.3f} or "
+            f"above {own.efas_alone_above.median():.3f} (median over layers and firing rates)."
+        )
+    return (
+        f"What random directions could have found at least: {n:,} of them a layer give no "
+        f"two-sided p below {p_counted:.1e} by counting, so that of {int(own.family.iloc[0]):,} "
+        f"features {int(own.fewest_counted.max())} must lie beyond all of them before any passes. "
+        f"Where fewer than {COUNTED} lie beyond a feature, its p is read off a generalised Pareto "
+        f"tail of the outermost {tail_size(n)}, never lighter than an exponential one, and is "
+        f"never below {own.smallest_p.max():.1e}. So {fewest_number(layers)} could have passed; "
+        f"{alone} By counting {int(own.direction_null_counted.sum())} pass and "
+        f"{int(own.aligned_counted.sum())} are aligned; with the tail "
+        f"{int(own.direction_null.sum())} and {int(own.aligned.sum())}."
+    )
+
+
+def unit_line(layers: pd.DataFrame) -> str:
+    """What permuted documents test and what they do not, and what is found within documents."""
+    if fewest_number(layers) == "no eligible feature":
+        return "No feature is eligible: nothing was tested."
+    own = layers.dropna(subset="fewest")
+    return (
+        "Permuted documents test any association of f with A, with the document as the unit. What "
+        "raises both in the same documents passes, even if within a document neither follows the "
+        "other. Their p has no floor (exact moments, normal tail): a feature passes alone if its "
+        f"EFAS lies {own.efas_alone_permuted.median():.3f} from the permuted mean (median). Within "
+        "documents (f and A less their means by document and by position; the sign of each "
+        f"document's covariance flipped at random) {int(own.within_documents.sum())} of "
+        f"{int(own.family.iloc[0]):,} pass at q < {ALPHA}, and {int(own.aligned_within.sum())} of "
+        f"the {int(own.aligned.sum())} aligned; {int(own.within_too_few.sum())} are active in too "
+        "few documents to pass that alone."
+    )
 
 
 def concept_line(concepts: pd.DataFrame) -> str:
@@ -2740,9 +2982,11 @@ def introduction(res: LensResults, args: Any, cost: str) -> list[ReportPart]:
         "the energy along its decoder direction, A = -<dE/dx, d>. Positive: amplifying (the pull "
         "grows with the feature); negative: restoring. It does not say that the feature lowers the "
         "energy: that is the attribution f*A. A feature is called aligned only if it passes two "
-        "nulls (whole sequences permuted; random directions with the states' covariance) at a "
+        "nulls at a "
         f"false discovery rate of {ALPHA:.0%} over all layers, and has the same sign in both "
-        "halves of the documents."
+        "halves of the documents. Whole sequences permuted: is there any association of f with A, "
+        "with the document as the unit, be it of tokens or of whole documents? Random directions "
+        "with the states' covariance: is it more than a direction of the same firing rate has?"
     )
     n_seq = int(res.tables["layers"].n_seq.iloc[0])
     setting = (
@@ -2791,9 +3035,11 @@ def efas_section(res: LensResults, folder: Path) -> list[ReportPart]:
     untrained_too = (
         "The same on an Energy Transformer that was never trained (own SAE, step "
         f"{int(control.layer)}): {int(control.aligned)} of {int(control.eligible)} eligible "
-        f"features pass, median |EFAS| {control.median_abs_efas:.3f}. What also appears there owes "
-        "nothing to training."
+        f"features pass (fewest that could have passed: {fewest_number(res.tables['untrained'])}), "
+        f"median |EFAS| {control.median_abs_efas:.3f}. What also appears there owes nothing to "
+        "training."
     )
+    layers = res.tables["layers"]
     figure = folder / "efas_distribution.png"
     draw_distribution(res.tables["efas_distribution"], figure, "descent step")
     caption = "EFAS of the features, of permuted sequences and of random directions"
@@ -2802,7 +3048,9 @@ def efas_section(res: LensResults, folder: Path) -> list[ReportPart]:
         ("t", res.tables["sae"]),
         ("p", sae_line(res.tables["sae"])),
         ("h", "EFAS against its nulls"),
-        ("t", upright(res.tables["layers"])),
+        ("t", upright(layers)),
+        ("p", floor_line(layers)),
+        ("p", unit_line(layers)),
         ("p", columns),
         ("p", untrained_too),
         ("img", (figure, caption)),
@@ -2934,9 +3182,12 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     gradients = ["autograd", "finite_difference"]
     slow = "of the energy; the latter along the 16 most active features only, in minutes"
     group.add_argument("--gradient", choices=gradients, default="autograd", help=slow)
-    orders = "Monte Carlo permutations of sequences"
+    orders = "Monte Carlo permutations of sequences (p_mc, p_maxt; p_token is exact moments)"
     group.add_argument("--permutations", type=count, help=orders)
-    directions = "covariance-matched random directions"
+    directions = (
+        "covariance-matched random directions a layer: of m features, 40 m / directions must lie "
+        "beyond all before one passes by counting; a fitted tail reaches 100 times further"
+    )
     group.add_argument("--directions", type=count, help=directions)
     ablated = "features that are ablated, half of them aligned"
     group.add_argument("--intervened", type=count, help=ablated)

@@ -91,7 +91,7 @@ class EnergyLensConfig:
     sae_l1: float | None = None  # penalty per unit of whitened activation; None: SAE_L1
     sae_iterations: int = 30  # of L-BFGS; each stands for 20 steps of Adam
     permutations: int = 2000  # of the sequences
-    directions: int = 2000  # at random, with the covariance of the states
+    directions: int = 24_000  # at random, with the covariance of the states
     intervened: int = 16  # features a layer that are ablated, half of them aligned
     preset: str = "full"  # sizes of the built-in Energy Transformer
     seed: int = 42  # of NumPy and torch
@@ -1190,7 +1190,9 @@ def print_summary(results: LensResults) -> None:
         "eligible",
         "rule_passes",
         "token_null",
+        "within_documents",
         "direction_null",
+        "fewest",
         "aligned",
         "median_abs_efas",
         "split_half_r",
@@ -1272,6 +1274,8 @@ def efas_blocks(tables: dict[str, pd.DataFrame], out: Path) -> list[ReportPart]:
     return [
         ("h", "EFAS against its nulls"),
         ("t", lens.upright(tables["layers"])),
+        ("p", lens.floor_line(tables["layers"])),
+        ("p", lens.unit_line(tables["layers"])),
         ("img", (figure, caption)),
     ]
 
@@ -1413,8 +1417,12 @@ def add_statistics_flags(parser: argparse.ArgumentParser) -> None:
     count = positive(int)
     ablated = "features a layer that are ablated, half of them aligned"
     add = parser.add_argument_group("method: statistics").add_argument
-    add("--permutations", type=count, help="Monte Carlo permutations of sequences")
-    add("--directions", type=count, help="covariance-matched random directions")
+    orders = "Monte Carlo permutations of sequences (p_mc, p_maxt; p_token is exact moments)"
+    add("--permutations", type=count, help=orders)
+    directions = "covariance-matched random directions a block: of m features, 40 m / directions "
+    directions += "must lie beyond all before one passes by counting; a fitted tail reaches 100 "
+    directions += "times further"
+    add("--directions", type=count, help=directions)
     add("--intervened", type=count, help=ablated)
 
 
