@@ -91,7 +91,7 @@ class EnergyLensConfig:
     sae_l1: float | None = None  # penalty per unit of whitened activation; None: SAE_L1
     sae_iterations: int = 30  # of L-BFGS; each stands for 20 steps of Adam
     permutations: int = 2000  # of the sequences
-    directions: int = 24_000  # at random, with the covariance of the states
+    directions: int = 25_000  # at random, with the covariance of the states
     intervened: int = 16  # features a layer that are ablated, half of them aligned
     preset: str = "full"  # sizes of the built-in Energy Transformer
     seed: int = 42  # of NumPy and torch

@@ -58,33 +58,36 @@ def direction_table(x, gx, sae, n, seed):
     return table
 
 
-@pytest.mark.parametrize("case", ["one rate", "rates over a factor of 60"])
+@pytest.mark.parametrize("case", ["one rate", "a few rates far from the others"])
 def test_p_against_random_directions_is_uniform_for_random_directions(case):
-    dim, k = 24, 400
+    dim, k = 24, 800
     x, gx = quadratic_states(0, dim)
     r = rng(1)
-    n_active = torch.full((k,), 150)
+    n_active = np.full(k, 150)
     if case != "one rate":
-        n_active = torch.tensor(np.exp(r.uniform(math.log(30), math.log(1800), k)).astype(int))
-    table = direction_table(
-        x, gx, dictionary(x, unit_vectors(r, k, dim), n_active), 4000 * LONGER, 2
-    )
-    p = table.p_direction.to_numpy()
+        far = np.exp(r.uniform(math.log(30), math.log(2500), 100))
+        n_active = np.concatenate([r.integers(100, 150, k - 100), far]).astype(int)
+    directions = unit_vectors(r, k, dim)
+    sae = dictionary(x, directions, torch.tensor(n_active))
+    p = direction_table(x, gx, sae, 4000, 2).p_direction.to_numpy()
     uniform = stats.kstest(p, "uniform").pvalue
-    share = (p < 0.05).mean()
-    record("p_direction", case, n=k, ks_p=uniform, below_05=share, below_01=(p < 0.01).mean())
+    # The rate of the feature itself must be met: at either end of the rates as well
+    ends = np.argsort(n_active)
+    shares = {}
+    for name, some in (("all", ends), ("rarest", ends[:30]), ("most frequent", ends[-30:])):
+        for level in (0.05, 0.01):
+            shares[f"below_{level:g}, {name}"] = (p[some] < level).mean()
+            assert (p[some] < level).mean() <= upper_limit(level, len(some)), (name, level)
+    record("p_direction", case, n=k, ks_p=uniform, **shares)
     assert uniform > 1e-3
-    assert share <= upper_limit(0.05, k)
-    # The rate of a feature, and not only that of its neighbours, must be met: at either end as well.
-    rarest, most = np.argsort(n_active.numpy())[:40], np.argsort(n_active.numpy())[-40:]
-    assert (p[rarest] < 0.05).mean() <= upper_limit(0.05, 40)
-    assert (p[most] < 0.05).mean() <= upper_limit(0.05, 40)
 
 
 @pytest.mark.parametrize("planted", [1, 2, 5, 12, 20])
 def test_few_planted_features_are_found_among_many(planted):
-    """The axes have more EFAS than any random direction. Counting 2,000 directions needs 13 of them among 600."""
-    dim, k, n = 48, 600, 2000
+    """The axes have more EFAS than any random direction. Counting 4,000 directions needs 6 of them among 600."""
+    dim, k, n = 48, 600, 4000
+    assert lens.fewest_findable(lens.smallest_p(n)[0], k) == 6
+    assert lens.fewest_findable(lens.smallest_p(n)[1], k) == 1
     x, gx = quadratic_states(3, dim)
     directions = unit_vectors(rng(4), k, dim)
     directions[:planted] = torch.eye(dim)[torch.linspace(0, dim - 1, planted).long()]
@@ -101,7 +104,7 @@ LAWS = {
     "normal": stats.norm(),
     "bounded": stats.beta(3, 9),
     "skewed": stats.gamma(2),
-    "heavy, t with 4 degrees": stats.t(4),
+    "heavy, t with 3 degrees": stats.t(3),
 }
 
 
@@ -109,27 +112,28 @@ LAWS = {
 @pytest.mark.parametrize("n", [300, 2000, 20_000])
 def test_the_fitted_tail_promises_no_more_than_the_law_holds(law, n):
     """How often a feature from the null's own law falls below a level: exactly, from the law, averaged over draws."""
-    n_sim = (10 if n > 2000 else 60) * LONGER
+    n_sim = (5 if n > 2000 else 40) * LONGER
     draws = tensor(LAWS[law].rvs((n_sim, n), random_state=rng(6)))
-    for level in (1e-2, 1e-3, 1e-4, 1e-5):
-        if level < lens.smallest_p(n)[1]:
+    counted, fitted = lens.smallest_p(n)
+    for level in (10 * counted, counted, counted / 3, fitted):
+        if level < fitted:  # so few draws that no tail is fitted
             continue
-        low, high = critical_values(draws, level)
+        level *= 1 + 1e-9  # a p that equals its floor is at the level
+        low, high = critical_values(draws, level, LAWS[law].ppf(1e-9), LAWS[law].isf(1e-9))
         true = LAWS[law].cdf(low) + LAWS[law].sf(high)
         error = true.std() / math.sqrt(n_sim)
-        record(
-            "p_direction, tail", f"{law}, {n} draws, level {level:g}", true=true.mean(), se=error
-        )
+        setting = f"{law}, {n} draws, {level / counted:.1g} x the smallest counted p"
+        record("p of a fitted tail", setting, true_over_level=true.mean() / level, se=error / level)
         assert true.mean() <= level + 2 * error, (level, true.mean(), error)
 
 
-def critical_values(draws, level):
+def critical_values(draws, level, lowest, highest):
     """The values at which p falls to the level, on both sides of draws [B, n], by bisection."""
     edges = []
-    for sign in (-1, 1):
+    for end in (lowest, highest):
         inner = draws.median(1).values.double()
-        outer = inner + sign * 1e4
-        for _ in range(60):
+        outer = torch.full_like(inner, end)
+        for _ in range(20):
             middle = (inner + outer) / 2
             rejected = lens.direction_p(middle, draws)[1] <= level
             outer = torch.where(rejected, middle, outer)
@@ -138,28 +142,28 @@ def critical_values(draws, level):
     return edges
 
 
-def test_the_fitted_tail_meets_two_hundred_thousand_directions():
-    """The law of a real null is not known: 100 times as many directions are counted instead."""
-    dim, n = 16, 2000
-    x, gx = (y.flatten(0, 1)[:500] for y in quadratic_states(7, dim))
+def test_the_fitted_tail_meets_a_hundred_thousand_directions():
+    """The law of a real null is not known: 50 times as many directions are counted instead."""
+    dim, n, n_many = 16, 2000, 100_000
+    x, gx = (y.flatten(0, 1)[:400] for y in quadratic_states(7, dim))
     number = torch.tensor([60])
-    many = lens.direction_null(x, gx, number, 200_000, rng(8)).at(number)[0].double()
-    ratios = []
-    for seed in range(10 * LONGER):
+    many = lens.direction_null(x, gx, number, n_many, rng(8)).at(number)[0].double()
+    level = lens.smallest_p(n)[0] / 3
+    beyond = []
+    for seed in range(6 * LONGER):
         few = lens.direction_null(x, gx, number, n, rng(100 + seed)).at(number)
-        low, high = critical_values(few, 1e-4)
-        ratios.append(
-            ((many <= low.item()).sum() + (many >= high.item()).sum()).item() / 2e5 / 1e-4
-        )
-    error = np.std(ratios) / math.sqrt(len(ratios))
-    record("p_direction, tail", "directions, level 1e-4", true_over_level=np.mean(ratios), se=error)
-    # The count of 200,000 has an error of its own: 20 directions are expected beyond the level
-    assert np.mean(ratios) <= 1 + 2 * math.hypot(error, 20**-0.5)
+        low, high = critical_values(few, level, -1, 1)
+        beyond.append(((many <= low.item()).sum() + (many >= high.item()).sum()).item())
+    ratio = np.mean(beyond) / n_many / level
+    error = np.std(beyond) / n_many / level / math.sqrt(len(beyond))
+    record("p of a fitted tail", "random directions, 1/3 of it", true_over_level=ratio, se=error)
+    # The count has an error of its own too
+    assert ratio <= 1 + 2 * math.hypot(error, (n_many * level) ** -0.5)
 
 
 def test_fdr_against_random_directions_holds_with_near_copies():
     """No feature is special; each stands there twenty times, hardly changed."""
-    dim, n_sim = 24, 15 * LONGER
+    dim, n_sim = 24, 12 * LONGER
     shares = []
     for seed in range(n_sim):
         x, gx = quadratic_states(seed, dim, sequences=50)
@@ -200,13 +204,12 @@ def both_tests(f, a, strata=None):
     score = lens.rank_normal(a)
     moments = lens.seqperm_moments(f, score, strata)
     z = moments.z_of(moments.observed).numpy()
-    z_within = lens.signflip_z(f, score, strata).numpy()
-    return 2 * stats.norm.sf(np.abs(z)), 2 * stats.norm.sf(np.abs(z_within))
+    within = lens.signflip_p(lens.document_covariances(f, score, strata)).numpy()
+    return 2 * stats.norm.sf(np.abs(z)), within
 
 
 SETTINGS = {
     "40 documents": dict(sequences=40, active=0.1),
-    "120 documents": dict(),
     "120 documents, heavy tails": dict(heavy=True),
     "200 documents, rare": dict(sequences=200, active=0.008),
 }
@@ -215,7 +218,7 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_p_of_both_tests_is_uniform_without_association(setting):
     right, within = [], []
-    for seed in range(8 * LONGER):
+    for seed in range(4 * LONGER):
         f, a = documents(seed, 200, **SETTINGS[setting])
         enough = lens.efas(f, a)["eligible"].numpy()
         p, q = both_tests(f, a)
@@ -234,49 +237,63 @@ def test_p_of_both_tests_is_uniform_without_association(setting):
 def test_a_shared_document_effect_passes_permuted_documents_and_no_flipped_signs():
     """.25 sd of f and of A belong to the document, and within a document nothing follows anything."""
     false, found = [], []
-    for seed in range(20 * LONGER):
-        f, a = documents(seed, 100, sequences=320, active=0.1, shared=0.25)
-        p, within = both_tests(f, a)
+    for seed in range(8 * LONGER):
+        r = rng(seed)
+        topic = 0.25 * r.standard_normal((400, 1, 40), dtype=np.float32)
+        f = topic + r.standard_normal((400, 48, 40), dtype=np.float32)
+        a = topic + r.standard_normal((400, 48, 40), dtype=np.float32)
+        p, within = both_tests(tensor(f - stats.norm.isf(0.1)).relu(), tensor(a))
         found.append((lens.fdr(p) < 0.05).mean())
         false.append((lens.fdr(within) < 0.05).any())
     n_sim = len(false)
     record("q_within", "document effect .25 sd, nothing within", fdr=np.mean(false), n_sim=n_sim)
     record("q_token", "document effect .25 sd, nothing within", passing=np.mean(found))
-    assert np.mean(found) > 0.5
+    assert np.mean(found) > 0.9
     assert np.mean(false) <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / n_sim)
 
 
 def test_an_association_within_documents_is_found():
-    f, a = documents(50, 200, sequences=320, active=0.05, within=0.15)
-    f_null, a_null = documents(51, 200, sequences=320, active=0.05)
+    f, a = documents(50, 80, sequences=320, active=0.05, within=0.2)
+    f_null, a_null = documents(51, 80, sequences=320, active=0.05)
     _, within = both_tests(torch.cat([f, f_null], -1), torch.cat([a, a_null], -1))
     found = lens.fdr(within) < 0.05
-    power, false = found[:200].mean(), found[200:].sum() / max(1, found.sum())
-    record("q_within", "A holds .15 of f's own, half of 400 features", power=power, false=false)
+    power, false = found[:80].mean(), found[80:].sum() / max(1, found.sum())
+    record("q_within", "A holds .2 of f's own, half of 160 features", power=power, false=false)
     assert power > 0.9
-    assert found[200:].sum() <= stats.binom.ppf(0.999, found.sum(), 0.05)
+    assert found[80:].sum() <= stats.binom.ppf(0.999, found.sum(), 0.05)
 
 
 def test_flipped_signs_equal_brute_force():
-    f, a = documents(52, 3, sequences=12, active=0.3)
-    strata = torch.tensor([0] * 7 + [1] * 5)
-    z = lens.signflip_z(f, a, strata)
-    for k in range(3):
-        c = []
-        own = [f[..., k].double(), a[..., k].double()]
+    """All 2^14 flips, of covariances that are computed by hand."""
+    n_seq, k = 14, 40
+    f, a = documents(52, k, sequences=n_seq, active=0.3, within=0.4)
+    strata = torch.tensor([0] * 8 + [1] * 6)
+    c = lens.document_covariances(f, a, strata)
+    p = lens.signflip_p(c).numpy()
+    signs = 1 - 2 * ((np.arange(2**n_seq)[:, None] >> np.arange(n_seq)) & 1)
+    exact = []
+    for i in range(k):
+        own = [f[..., i].double(), a[..., i].double()]
         for y in own:
             y -= y.mean(1, keepdim=True)
             for stratum in (0, 1):
                 y[strata == stratum] -= y[strata == stratum].mean(0)
-        c = (own[0] * own[1]).sum(1).numpy()
-        signs = 1 - 2 * ((np.arange(4096)[:, None] >> np.arange(12)) & 1)  # all of them
-        sums = signs @ c
-        assert abs(sums.mean()) < 1e-9
-        assert z[k].item() == pytest.approx(c.sum() / sums.std(), rel=1e-5)
+        by_hand = (own[0] * own[1]).sum(1).numpy()
+        sums = np.abs(signs @ by_hand)
+        assert c.sum(0)[i].item() == pytest.approx(
+            by_hand.sum() / np.sqrt((sums**2).mean()), rel=1e-4
+        )
+        exact.append((sums >= abs(by_hand.sum()) * (1 - 1e-9)).mean())
+    ratio = p / np.array(exact)
+    record("p_within", "14 documents, over all flips", smallest=ratio.min(), largest=ratio.max())
+    assert min(exact) < 0.01
+    # A saddlepoint is smooth where flips are few: at the very end one flip is as much as p itself
+    one = 2 / 2**n_seq
+    assert np.all(np.abs(p - exact) <= 0.15 * np.array(exact) + one)
 
 
 def test_fdr_of_both_tests_holds_with_near_copies():
-    n_sim = 30 * LONGER
+    n_sim = 20 * LONGER
     false = {"q_token": [], "q_within": []}
     for seed in range(n_sim):
         f, a = documents(200 + seed, 10, sequences=80)
@@ -295,7 +312,7 @@ def settings(**changes):
 
 
 def test_monte_carlo_and_familywise_p_hold_their_level():
-    n_sim, k = 25 * LONGER, 60
+    n_sim, k = 15 * LONGER, 60
     counted, familywise = [], []
     for seed in range(n_sim):
         f, a = documents(400 + seed, k, sequences=60, heavy=True, active=0.1)
@@ -312,28 +329,6 @@ def test_monte_carlo_and_familywise_p_hold_their_level():
 
 
 # ---------------------------------------------------------------- intervals and concepts
-def test_the_interval_of_the_median_covers_it():
-    """Features of true EFAS .1 to .5, tokens of a document alike: the median over the features of this dictionary."""
-    k, covered = 40, []
-    for seed in range(60 * LONGER):
-        r = rng(500 + seed)
-        strength = np.linspace(0.1, 0.5, k)
-        document = r.standard_normal((100, 1, k))
-        f = math.sqrt(0.5) * document + math.sqrt(0.5) * r.standard_normal((100, 20, k))
-        noise = math.sqrt(0.5) * r.standard_normal((100, 1, k))
-        noise = noise + math.sqrt(0.5) * r.standard_normal((100, 20, k))
-        a = strength * f + np.sqrt(1 - strength**2) * noise  # Pearson(f, A) = strength
-        draws = lens.resample(torch.zeros(100), 2, r)
-        found = lens.pearson(lens.sequence_sums(tensor(f), tensor(a)), draws.weights[2:])
-        whole = lens.pearson(lens.sequence_sums(tensor(f), tensor(a)))[0]
-        own = pd.DataFrame(dict(efas=whole.numpy()))
-        lo, hi = lens.median_interval(own.efas, found.numpy())
-        covered.append(lo <= np.median(strength) <= hi)
-    coverage, n_sim = np.mean(covered), len(covered)
-    record("median_ci", "true EFAS .1 to .5, 100 documents", coverage=coverage, n_sim=n_sim)
-    assert coverage >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / n_sim)
-
-
 @pytest.mark.parametrize("law", ["normal", "lognormal"])
 @pytest.mark.parametrize("n", [8, 40])
 def test_the_interval_of_a_mean_over_features_covers_it(law, n):
@@ -345,7 +340,11 @@ def test_the_interval_of_a_mean_over_features_covers_it(law, n):
         values = pd.Series(np.repeat(means, 3) + 0.3 * r.standard_normal(3 * n))
         interval = lens.bootstrap_mean(values, pd.Series(np.repeat(np.arange(n), 3)), seed)
         covered.append(interval.lo <= true <= interval.hi)
-    record("bootstrap_mean", f"{law}, {n} features", coverage=np.mean(covered), n_sim=len(covered))
+    coverage, n_sim = np.mean(covered), len(covered)
+    record("bootstrap_mean", f"{law}, {n} features", coverage=coverage, n_sim=n_sim)
+    stated = 0.95 if law == "normal" else 0.85  # as its docstring says of few lognormal groups
+    assert coverage >= stated - 3 * math.sqrt(stated * (1 - stated) / n_sim)
+    assert coverage <= 0.95 + 3 * math.sqrt(0.05 * 0.95 / n_sim)
 
 
 CLASS_SETTINGS = {
@@ -358,11 +357,12 @@ CLASS_SETTINGS = {
 def test_p_of_concepts_is_uniform_without_association(setting):
     case = CLASS_SETTINGS[setting]
     ps = []
-    for seed in range(4 * LONGER):
+    for seed in range(3 * LONGER):
         f, _ = documents(700 + seed, 200, sequences=240, active=case["active"])
         enough = lens.efas(f, f)["eligible"].numpy()
         members = rng(seed).random(f.shape[:2]) < case["base_rate"]
-        table = lens.concept_features(f, {"word": members}, torch.zeros(240), np.arange(200))
+        perms = lens.permutations(torch.zeros(240), 2000, rng(seed))
+        table = lens.concept_features(f, {"word": members}, torch.zeros(240), perms, np.arange(200))
         ps.append(table.p.to_numpy()[enough])
     p = np.concatenate(ps)
     figures = {f"below_{level:g}": (p < level).mean() for level in (0.05, 0.01, 1e-3)}

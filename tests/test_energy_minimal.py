@@ -39,6 +39,10 @@ def field_and_state(et):
     return b, b + torch.randn_like(b)
 
 
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
 def structured(seed, k, heavy=True, active=0.05, sequences=S, seq_share=0.3, rho=0.7):
     """Independent f and A [S, L, k] with AR(1) tokens, a sequence effect, sparsity, and heavy tails in A."""
     r = rng(seed)
@@ -387,6 +391,51 @@ def test_random_directions_do_not_pass_the_direction_null():
     assert table.aligned.mean() <= 0.05
 
 
+def test_random_directions_equal_explicit_features():
+    """Each direction as a feature of its own: thresholded by sorting, correlated by NumPy."""
+    r = rng(9)
+    n_tokens, dim, n = 700, 8, 250
+    x = tensor(r.standard_normal((n_tokens, dim)) @ r.standard_normal((dim, dim)) + 3)
+    gx = torch.tanh(x) - 0.3 * x.roll(1, 1) + 1
+    n_active = torch.tensor([30, 41, 97, 333, 690])  # some lie between the numbers of the table
+    null = lens.direction_null(x, gx, n_active, n, rng(1))
+    u = lens.random_directions(x - x.mean(0), n, rng(1))
+    assert torch.allclose(u.norm(dim=1), torch.ones(n), atol=1e-5)
+    found = null.at(n_active)
+    for k, number in enumerate(n_active.tolist()):
+        for i in range(0, n, 25):
+            projection = (x @ u[i]).double().numpy()
+            f = np.maximum(projection - np.sort(projection)[::-1][number], 0)
+            pull = -(gx @ u[i]).double().numpy()
+            by_hand = np.corrcoef(f, pull)[0, 1]
+            exact = number in null.n_active.tolist()
+            assert found[k, i].item() == pytest.approx(by_hand, abs=2e-5 if exact else 0.02)
+
+
+def test_random_directions_have_the_covariance_of_the_states():
+    r = rng(10)
+    x = tensor(r.standard_normal((60, 5)) @ r.standard_normal((5, 5)))
+    centred = x - x.mean(0)
+    u = lens.random_directions(centred, 20_000, rng(2)).double()
+    mixes = torch.nn.functional.normalize(tensor(r.standard_normal((20_000, 60))) @ centred, dim=-1)
+    expected = (mixes.T @ mixes / len(mixes)).double()
+    assert torch.allclose(u.T @ u / len(u), expected, atol=5 * 20_000**-0.5)
+
+
+@pytest.mark.parametrize(
+    "n, family, fewest", [(2000, 6144, 123), (24_000, 2048, 4), (24_000, 6144, 11), (300, 296, 40)]
+)
+def test_the_fewest_that_counting_can_find(n, family, fewest):
+    """Benjamini and Hochberg themselves: of `family` tests, so many at the smallest p there is."""
+    smallest = 2 / (1 + n)
+    assert lens.smallest_p(n)[0] == smallest
+    assert lens.fewest_findable(smallest, family) == fewest
+    for at_floor, passing in ((fewest - 1, 0), (fewest, fewest)):
+        p = np.full(family, 0.999)
+        p[:at_floor] = smallest
+        assert (lens.fdr(p) < 0.05).sum() == passing
+
+
 def test_mutual_information_of_known_cases():
     r = rng(2)
     f = torch.tensor(np.maximum(r.standard_normal((8000, 3)) - 0.5, 0), dtype=torch.float32)
@@ -496,10 +545,13 @@ def test_concepts_find_a_planted_class():
         dtype=torch.float32,
     )
     members = {name: classes == name for name in lens.CLASSES}
-    t = lens.concept_features(f, members, torch.zeros(S), np.array([3, 9])).set_index(
+    perms = lens.permutations(torch.zeros(S), 2000, rng(2))
+    t = lens.concept_features(f, members, torch.zeros(S), perms, np.array([3, 9])).set_index(
         ["token_class", "feature"]
     )
-    assert t.auroc["number", 3] > 0.99 and t.lift["number", 3] > 8 and t.q["number", 3] < 1e-6
+    floor = 1 / 2001 / lens.REACH  # the smallest p of 2,000 permutations and their tail
+    assert t.auroc["number", 3] > 0.99 and t.lift["number", 3] > 8
+    assert t.p["number", 3] == pytest.approx(floor) and t.q["number", 3] <= floor * len(t)
     assert abs(t.auroc["number", 9] - 0.5) < 0.06 and t.q["number", 9] > 0.01
 
 
@@ -595,6 +647,10 @@ def test_the_command_writes_everything_it_names(tmp_path):
     report = (out / "research_report.md").read_text()
     for headline in ("496", "0.8559", "0.3775", "0.7388", "7 regex", "0.67", "30 minutes"):
         assert headline in report
+    layers = pd.read_csv(out / "layers.csv").iloc[0]
+    assert f"{int(layers.fewest_counted)} must lie beyond all of them" in report
+    assert f"{int(layers.fewest)} could have passed" in report
+    assert "with the document as the unit" in report and "Within documents" in report
     page = (out / "research_report.html").read_text()
     assert (
         page.count("data:image/png;base64") == report.count("![") >= 3
