@@ -904,25 +904,28 @@ def firing_numbers(n_active: Tensor, n_tokens: int, n: int = 16) -> Tensor:
 
 
 def direction_null(
-    x: Tensor, gx: Tensor, n_active: Tensor, n: int, rng: np.random.Generator
+    x: Tensor, gx: Tensor, inside: Tensor, n_active: Tensor, n: int, rng: np.random.Generator
 ) -> DirectionNull:
     """EFAS of n random directions at the firing rates of the features, which are active on n_active
-    [K] of the tokens; x, gx [N, D]."""
-    numbers = firing_numbers(n_active, len(x))  # [R]
-    centred = x - x.mean(0)  # [N, D]
+    [K] of the tokens; x, gx [N, D]. Like the features, they fire on no token outside the dictionary
+    (`inside` [N] is False)."""
+    numbers = firing_numbers(n_active, int(inside.sum()))  # [R]
+    centred = x - x[inside].mean(0)  # [N, D]
     centred_gx = gx - gx.mean(0)
-    directions = random_directions(centred, n, rng)  # [n, D]
+    directions = random_directions(centred[inside], n, rng)  # [n, D]
     null = []
     for some in directions.split(200):  # 200 directions at a time, for memory
-        null.append(direction_efas(some @ centred.T, -(some @ centred_gx.T), numbers))
+        projection = (some @ centred.T).masked_fill_(~inside, -torch.inf)  # [200, N]
+        pull = -(some @ centred_gx.T)  # [200, N]
+        null.append(direction_efas(projection, pull, numbers))
     return DirectionNull(numbers, torch.cat(null, dim=1).nan_to_num(0.0))
 
 
 def direction_efas(projection: Tensor, pull: Tensor, numbers: Tensor) -> Tensor:
     """EFAS of directions that fire on so many tokens, `numbers` [R]: [R, n].
 
-    projection <u, x> and pull [n, N] are centred over the tokens. Only the tokens above a threshold
-    enter the sums of Pearson's formula: the rest have f = 0.
+    projection <u, x> and pull, each [n, N]; the pull is centred over the tokens. Only the tokens
+    above a threshold enter the sums of Pearson's formula: the rest have f = 0.
     """
     n_tokens = projection.shape[1]
     pull = F.normalize(pull, dim=1)
@@ -976,7 +979,8 @@ def fit_tail(draws: Tensor) -> Tail:
     share_above = torch.arange(size, dtype=torch.float64) / (size - 1)  # [size]
     weighted = (excess * share_above).mean(1)
     shape = 2 - mean / (mean - 2 * weighted).clamp_min(1e-300)
-    shape = (shape + 2 * 1.3 / math.sqrt(size)).clamp(-0.5, 0.9)
+    error = 1.3 / math.sqrt(size)  # 1.15 at shape 0, 1.5 at 0.33
+    shape = (shape + 2 * error).clamp(-0.5, 0.9)
     shape = torch.where(shape.abs() < 1e-6, 1e-6, shape)  # the exponential is the limit at 0
     return Tail(threshold, mean * (1 - shape), shape, size / draws.shape[1])
 
@@ -1226,10 +1230,10 @@ def compare_with_directions(
     """Adds what random directions say to the eligible rows of `table`. EFAS of the directions [8,
     n], firing like the features at the middle of each eighth of them."""
     eligible = table.eligible
-    inside = sae.covers(x)  # [S, L]
+    flat_x = x.flatten(0, 1)  # [N, D]
     n_active = torch.tensor(table.n_active[eligible].to_numpy())  # [K']
     r = torch.tensor(table.efas[eligible].to_numpy())
-    null = direction_null(x[inside], gx[inside], n_active, n, rng)
+    null = direction_null(flat_x, gx.flatten(0, 1), sae.covers(flat_x), n_active, n, rng)
     columns = []
     # Each feature meets all n directions, which fire as often as it does; 128 features at a time.
     for r_some, n_some in zip(r.split(128), n_active.split(128), strict=True):
@@ -2928,21 +2932,25 @@ def floor_line(layers: pd.DataFrame) -> str:
         return "No feature is eligible: nothing was tested."
     own = layers.dropna(subset="fewest")
     n = int(own.directions.min())
-    p_counted = own.smallest_p_counted.max()
+    tail = "So few directions have no tail to fit. "
+    if has_tail(n):
+        tail = (
+            "For a feature beyond every direction p is read off a generalised Pareto tail fitted "
+            f"to the outermost {tail_size(n)} (its shape two standard errors heavier than "
+            f"estimated), down to {own.smallest_p.max():.1e}. "
+        )
     alone = "no feature can pass alone."
     if own.efas_alone_above.notna().any():
         alone = (
-            f"a feature passes alone if its EFAS is below {own.efas_alone_below.median():.3f} or "
-            f"above {own.efas_alone_above.median():.3f} (median over layers and firing rates)."
+            "a feature passes alone if its EFAS is below about "
+            f"{own.efas_alone_below.median():.3f} or above {own.efas_alone_above.median():.3f} "
+            "(median over layers and firing rates)."
         )
     return (
         f"What random directions could have found at least: {n:,} of them a layer give no "
-        f"two-sided p below {p_counted:.1e} by counting, so that of {int(own.family.iloc[0]):,} "
-        f"features {int(own.fewest_counted.max())} must lie beyond all of them before any passes. "
-        "Beyond all of them p is read off a generalised Pareto "
-        f"tail fitted to the outermost {tail_size(n)} (its shape two standard errors heavier than "
-        f"estimated), and is never below {own.smallest_p.max():.1e}. So {fewest_number(layers)} "
-        "could have passed; "
+        f"two-sided p below {own.smallest_p_counted.max():.1e} by counting, so that of "
+        f"{int(own.family.iloc[0]):,} features {int(own.fewest_counted.max())} must lie beyond "
+        f"all of them before any passes. {tail}So {fewest_number(layers)} could have passed; "
         f"{alone} By counting {int(own.direction_null_counted.sum())} pass and "
         f"{int(own.aligned_counted.sum())} are aligned; with the tail "
         f"{int(own.direction_null.sum())} and {int(own.aligned.sum())}."

@@ -146,12 +146,12 @@ def test_the_fitted_tail_meets_a_hundred_thousand_directions():
     """The law of a real null is not known: 50 times as many directions are counted instead."""
     dim, n, n_many = 16, 2000, 100_000
     x, gx = (y.flatten(0, 1)[:400] for y in quadratic_states(7, dim))
-    number = torch.tensor([60])
-    many = lens.direction_null(x, gx, number, n_many, rng(8)).at(number)[0].double()
+    number, everywhere = torch.tensor([60]), torch.ones(400, dtype=torch.bool)
+    many = lens.direction_null(x, gx, everywhere, number, n_many, rng(8)).at(number)[0].double()
     level = lens.smallest_p(n)[0] / 3
     beyond = []
     for seed in range(6 * LONGER):
-        few = lens.direction_null(x, gx, number, n, rng(100 + seed)).at(number)
+        few = lens.direction_null(x, gx, everywhere, number, n, rng(100 + seed)).at(number)
         low, high = critical_values(few, level, -1, 1)
         beyond.append(((many <= low.item()).sum() + (many >= high.item()).sum()).item())
     ratio = np.mean(beyond) / n_many / level
