@@ -63,7 +63,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from scipy import stats
+from scipy import sparse, stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -77,7 +77,14 @@ MIN_ACTIVE = 30
 MIN_SEQUENCES = 10
 RULE = 0.1  # the original study called a feature aligned when |EFAS| exceeded this
 ALPHA = 0.05  # false discovery rate
+COPY = 0.9  # features whose directions have a larger |cosine| count as copies of each other
 N_BOOT = 200  # bootstrap draws of an interval
+# A Monte Carlo p is counted. Beyond all draws it is read off a tail fitted to the outermost ones,
+# and believed down to a tenth of what counting can give.
+TAIL = 250  # outermost draws that a tail is fitted to; a tenth of all where that is less
+REACH = 10  # the smallest p that can be counted, over the smallest that the tail may give
+MIN_GROUPS = 8  # an interval over fewer clusters or sequences covers too little: none is given
+LOOKED_AT = 20  # passing features that are looked at one by one, beside as many that do not pass
 # Sizes only: both take the same code path; a flag given explicitly beats the preset.
 PRESETS: dict[str, dict[str, Any]] = {
     "full": dict(
@@ -88,7 +95,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         sae_tokens=4096,
         sae_iterations=30,
         permutations=10_000,
-        directions=2000,
+        directions=20_000,
         energy_layers=[0, 1, 2, 4, 6],
         intervened=100,
         relaxed=24,
@@ -101,7 +108,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         sae_tokens=1024,
         sae_iterations=8,
         permutations=1000,
-        directions=300,
+        directions=1000,
         energy_layers=[1, 2],
         intervened=12,
         relaxed=4,
@@ -531,7 +538,7 @@ def train_sae(
     z = (x - mean) / scale  # [N', D] whitened: variance 1 on average over the dimensions
 
     # The dictionary starts at random tokens, the encoder as its transpose.
-    tokens = z[torch.randint(len(z), (n_latents,), generator=generator)]  # [K, D]
+    tokens = z[start_tokens(len(z), n_latents, generator)]  # [K, D]
     atoms = tokens + 0.1 * torch.randn(n_latents, d, generator=generator)
     w_dec = F.normalize(atoms, dim=-1).requires_grad_()  # [K, D]
     w_enc = w_dec.detach().T.contiguous().clone().requires_grad_()  # [D, K]
@@ -550,6 +557,14 @@ def train_sae(
         b_dec=centre,
         limit=5 * (x - centre).norm(dim=-1).median().item(),
     )
+
+
+def start_tokens(n_tokens: int, n_latents: int, generator: torch.Generator) -> Tensor:
+    """Which token each latent starts at, [K]: drawn without replacement, as two that start at the
+    same one stay copies. With more latents than tokens, every token once before any again."""
+    rounds = math.ceil(n_latents / n_tokens)
+    orders = [torch.randperm(n_tokens, generator=generator) for _ in range(rounds)]
+    return torch.cat(orders)[:n_latents]
 
 
 def sae_loss(sae: SAE, batch: Tensor, l1: float) -> Tensor:
@@ -599,19 +614,28 @@ def fit_adam(sae: SAE, z: Tensor, l1: float, iterations: int, generator: torch.G
 OPTIMISERS = {"lbfgs": fit_lbfgs, "adam": fit_adam}
 
 
-def token_dictionary(train_x: Tensor, train_ids: Tensor, x: Tensor, ids: Tensor) -> float:
+TOKEN_DICTIONARY = "one atom a token id + position"
+
+
+def token_dictionary(
+    train_x: Tensor, train_ids: Tensor, x: Tensor, ids: Tensor, scored: Tensor
+) -> float:
     """FVU of the trivial dictionary, one atom a token id plus one a position: train_x [n, L, D] ->
-    its score on x [S, L, D]."""
-    mean = train_x.mean((0, 1))  # [D]
+    its score on the tokens of x [S, L, D] that `scored` [S, L] bool names.
+
+    To compare it with an SAE, give it the tokens that the SAE was fitted on and is scored on.
+    """
     position = train_x.mean(0)  # [L, D] the atoms of the positions
     rest = (train_x - position).flatten(0, 1)  # [n L, D]
     flat_ids = train_ids.flatten()  # [n L]
     n_ids = int(max(flat_ids.max(), ids.max())) + 1
     total = torch.zeros(n_ids, x.shape[-1]).index_add_(0, flat_ids, rest)  # [V, D]
     count = torch.bincount(flat_ids, minlength=n_ids).clamp_min(1)[:, None]  # [V, 1]
-    # The atom of a token is the mean of what its position leaves.
+    # The atom of a token is the mean of what its position leaves; of an unseen one it is zero.
     error = x - position - (total / count)[ids]  # [S, L, D]
-    return (error.square().sum() / (x - mean).square().sum()).item()
+    states = x[scored]  # [N, D]
+    spread = (states - states.mean(0)).square().sum()
+    return (error[scored].square().sum() / spread).item()
 
 
 def dictionary_learning(train: Tensor, test: Tensor, l0: float, seed: int) -> dict[str, float]:
@@ -635,6 +659,40 @@ def dictionary_learning(train: Tensor, test: Tensor, l0: float, seed: int) -> di
     error = test - mean - torch.from_numpy(code @ model.components_).float() * scale
     fvu = (error.square().sum() / (test - mean).square().sum()).item()
     return {"fvu": fvu, "l0": n_active}
+
+
+# ---- copies among the features: how many different ones a count is of ----
+def copy_clusters(directions: Tensor) -> np.ndarray:
+    """The cluster of each feature, numbered from 0, [K]: unit directions [K, D] are joined where
+    their |cosine| exceeds COPY, and a cluster is a connected component (single linkage)."""
+    n = len(directions)
+    pairs = []
+    for first in range(0, n, 1024):  # a part of all cosines at a time, for memory
+        cosines = directions[first : first + 1024] @ directions.T  # [1024, K]
+        joined = (cosines.abs() > COPY).nonzero().numpy()  # [n, 2]
+        pairs.append(joined + [first, 0])
+    row, column = np.concatenate(pairs).T
+    graph = sparse.coo_array((np.ones(len(row)), (row, column)), shape=(n, n))
+    _, labels = sparse.csgraph.connected_components(graph, directed=False)
+    return labels
+
+
+def participation_ratio(directions: Tensor) -> float:
+    """How many directions some unit directions [n, D] amount to: (sum of v)^2 / sum of v^2 over the
+    eigenvalues v of their Gram matrix. n at right angles, 1 if all are parallel, 0 of none."""
+    n = len(directions)
+    if not n:
+        return 0.0
+    second_moment = directions.T.double() @ directions.double()  # [D, D], the same eigenvalues
+    return n**2 / second_moment.square().sum().item()
+
+
+def one_a_cluster_first(rows: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """`rows` in their order, but the first of every cluster before the second of any; clusters [K]
+    are of all features."""
+    own = pd.Series(clusters[rows])
+    turn = own.groupby(own).cumcount().to_numpy()
+    return rows[np.argsort(turn, kind="stable")]
 
 
 # ---- EFAS and its two nulls ----
@@ -729,7 +787,8 @@ def efas(f: Tensor, a: Tensor) -> dict[str, Tensor]:
     return found
 
 
-# The first null, permuted sequences: is there an association beyond the structure of a sequence?
+# The first null, permuted sequences: is there any association, with the document as the unit? A
+# topic that raises both f and A passes as well as a pull that follows f from token to token.
 def permutations(strata: Tensor, n: int, rng: np.random.Generator) -> Tensor:
     """n permutations of the sequences within their strata [S], [n, S] int32."""
     orders = np.tile(np.arange(len(strata), dtype=np.int32), (n, 1))  # [n, S] in order
@@ -816,50 +875,202 @@ def seqperm_moments(f: Tensor, y: Tensor, strata: Tensor) -> Moments:
     return Moments(observed, mean, var)
 
 
+# Beside it, signs flipped by document: is there an association of tokens within documents?
+def within_documents(y: Tensor, strata: Tensor) -> Tensor:
+    """y [S, L, K] less its mean over each document and, within strata [S], over each position."""
+    rest = y - y.mean(1, keepdim=True)  # [S, L, K]
+    for stratum in strata.unique():
+        members = strata == stratum
+        rest[members] -= rest[members].mean(0)
+    return rest
+
+
+def document_covariances(f: Tensor, y: Tensor, strata: Tensor) -> Tensor:
+    """Of f and y [S, L, K] within each document: c [S, K] float64, scaled to sum c^2 = 1.
+
+    Without association within documents each c is as likely as -c. Whatever a document shares, the
+    size of its f and y included, is in |c|, which flipped signs leave as it is.
+    """
+    products = within_documents(f, strata) * within_documents(y, strata)  # [S, L, K]
+    c = products.sum(1, dtype=torch.float64)  # [S, K]
+    return c / c.square().sum(0).sqrt()
+
+
+def signflip_p(c: Tensor) -> Tensor:
+    """Two-sided p [K] of sum c, c [S, K] with sum c^2 = 1, among all flips of the signs: a
+    saddlepoint approximation (Lugannani and Rice 1980).
+
+    The normal tail would be too long where few documents count: n of them cannot lie further out
+    than sqrt(n) standard deviations, nor reach a p below 2^(1 - n).
+    """
+    c = c.abs() * c.sum(0).sign() * c.sign()  # the sum is positive now
+    total = c.sum(0)  # [K]
+    size = c.abs()
+    # The saddlepoint: sum |c| tanh(t |c|) = total. The left side is concave, so Newton climbs.
+    t = total.clone()
+    for _ in range(40):
+        slope = (size / (t * size).cosh()).square().sum(0)
+        t = t + (total - (size * (t * size).tanh()).sum(0)) / slope.clamp_min(1e-12)
+    log_mean = (F.softplus(2 * t * size) - t * size - math.log(2)).sum(0)  # log cosh, summed
+    w = (2 * (t * total - log_mean)).clamp_min(0).sqrt()
+    u = t * (size / (t * size).cosh()).square().sum(0).sqrt()
+    density = (-w.square() / 2).exp() / math.sqrt(2 * math.pi)
+    p = 2 * (torch.special.ndtr(-w) + density * (1 / u - 1 / w))
+    p = torch.where(w < 0.01, 2 * torch.special.ndtr(-total), p)  # 0/0 at the centre
+    return torch.minimum(p, 2 * (-w.square() / 2).exp()).clamp(0, 1)  # Chernoff's bound holds
+
+
 # The second null, random directions: is this dictionary special?
 def random_directions(centred: Tensor, n: int, rng: np.random.Generator) -> Tensor:
-    """n unit vectors with the covariance of centred states [N, D], as random mixes of them: [n,
-    D]."""
-    mix = torch.from_numpy(rng.standard_normal((n, len(centred)), dtype=np.float32))  # [n, N]
-    return F.normalize(mix @ centred, dim=-1)
+    """n unit vectors with the covariance of centred states [N, D]: [n, D]."""
+    covariance = centred.double().T @ centred.double()  # [D, D]
+    variances, axes = torch.linalg.eigh(covariance)
+    root = axes * variances.clamp_min(0).sqrt()  # [D, D] root @ root.T is the covariance
+    noise = torch.from_numpy(rng.standard_normal((n, len(root)), dtype=np.float32))  # [n, D]
+    return F.normalize(noise @ root.T.float(), dim=-1)
+
+
+@dataclass
+class DirectionNull:
+    """EFAS of n random directions u ~ N(0, cov x), f = relu(<u, x> - threshold), decoder u, at
+    thresholds that let each fire on a given number of tokens."""
+
+    n_active: Tensor  # [R] int64, those numbers of tokens, ascending
+    efas: Tensor  # [R, n]
+
+    def at(self, n_active: Tensor) -> Tensor:
+        """EFAS of the directions if they fired on n_active [K] tokens: [K, n]; between two numbers
+        by the logarithm."""
+        known = self.n_active.double().log()  # [R]
+        wanted = n_active.double().log()  # [K]
+        upper = torch.searchsorted(known, wanted).clamp(1, len(known) - 1)
+        lower = upper - 1
+        share = (wanted - known[lower]) / (known[upper] - known[lower])
+        share = share.clamp(0, 1).float()[:, None]  # [K, 1]
+        return torch.lerp(self.efas[lower], self.efas[upper], share)
+
+
+def firing_numbers(n_active: Tensor, n_tokens: int, n: int = 16) -> Tensor:
+    """Up to n numbers of tokens, evenly spaced in the logarithm over those of the features: [R]."""
+    lowest = min(int(n_active.min()), n_tokens - 2)
+    highest = min(max(int(n_active.max()), lowest + 1), n_tokens - 1)
+    return torch.logspace(math.log10(lowest), math.log10(highest), n).round().long().unique()
 
 
 def direction_null(
-    x: Tensor, gx: Tensor, rates: Tensor, n: int, rng: np.random.Generator, n_bins: int = 8
-) -> tuple[Tensor, Tensor]:
-    """EFAS of n random directions u ~ N(0, cov x), f = relu(<u, x> - threshold), decoder u: [bins,
-    n]; and each feature's bin [K].
+    x: Tensor, gx: Tensor, inside: Tensor, n_active: Tensor, n: int, rng: np.random.Generator
+) -> DirectionNull:
+    """EFAS of n random directions at the firing rates of the features, which are active on n_active
+    [K] of the tokens; x, gx [N, D]. Like the features, they fire on no token outside the dictionary
+    (`inside` [N] is False)."""
+    numbers = firing_numbers(n_active, int(inside.sum()))  # [R]
+    centred = x - x[inside].mean(0)  # [N, D]
+    centred_gx = gx - gx.mean(0)
+    directions = random_directions(centred[inside], n, rng)  # [n, D]
+    null = []
+    for some in directions.split(200):  # 200 directions at a time, for memory
+        projection = (some @ centred.T).masked_fill_(~inside, -torch.inf)  # [200, N]
+        pull = -(some @ centred_gx.T)  # [200, N]
+        null.append(direction_efas(projection, pull, numbers))
+    return DirectionNull(numbers, torch.cat(null, dim=1).nan_to_num(0.0))
 
-    x, gx [N, D]. The thresholds give the firing rates of the bins, which are quantiles of the
-    features' `rates` [K].
+
+def direction_efas(projection: Tensor, pull: Tensor, numbers: Tensor) -> Tensor:
+    """EFAS of directions that fire on so many tokens, `numbers` [R]: [R, n].
+
+    projection <u, x> and pull, each [n, N]; the pull is centred over the tokens. Only the tokens
+    above a threshold enter the sums of Pearson's formula: the rest have f = 0.
     """
-    rates = rates.double()
-    edges = torch.quantile(rates, torch.linspace(0, 1, n_bins + 1, dtype=torch.float64))
-    bins = torch.searchsorted(edges[1:-1].contiguous(), rates)  # [K]
-    n_tokens = len(x)
-    threshold_ranks = []  # how many tokens a direction fires on, by bin
-    # A bin stands for its features with their geometric mean rate; an empty bin with its edge.
-    for b in range(n_bins):
-        own = rates[bins == b]
-        rate = own.log().mean().exp() if len(own) else edges[b]
-        n_active = round(rate.item() * n_tokens)
-        threshold_ranks.append(min(n_tokens - 1, max(1, n_active)))
+    n_tokens = projection.shape[1]
+    pull = F.normalize(pull, dim=1)
+    top, tokens = projection.topk(int(numbers[-1]) + 1, dim=1)  # [n, most], falling
+    top_pull = pull.gather(1, tokens)  # [n, most]
+    found = []
+    for number in numbers.tolist():
+        f = top[:, :number] - top[:, number : number + 1]  # [n, number] above the next token
+        squares = f.square().sum(1) - f.sum(1).square() / n_tokens  # of f less its mean
+        found.append((f * top_pull[:, :number]).sum(1) / squares.sqrt())
+    return torch.stack(found)
 
-    centred = x - x.mean(0)  # [N, D]
-    directions = random_directions(centred, n, rng)  # [n, D]
-    null = torch.empty(n_bins, n)
-    for first in range(0, n, 200):  # 200 directions at a time, for memory
-        some = directions[first : first + 200]
-        projection = centred @ some.T  # [N, 200]
-        pull = -(gx @ some.T)  # [N, 200]
-        pull = F.normalize(pull - pull.mean(0), dim=0)  # centred, of length 1
-        ordered = projection.sort(0, descending=True).values  # [N, 200]
-        for b, rank in enumerate(threshold_ranks):
-            # So many tokens lie above the threshold; what is left is Pearson's formula.
-            f = (projection - ordered[rank]).relu()  # [N, 200]
-            f = f - f.mean(0)
-            null[b, first : first + 200] = (f * pull).sum(0) / f.norm(dim=0)
-    return null.nan_to_num(0.0), bins
+
+@dataclass
+class Tail:
+    """A generalised Pareto tail above a threshold (Pickands 1975), a row a null."""
+
+    threshold: Tensor  # [K]
+    scale: Tensor  # [K]
+    shape: Tensor  # [K] near 0: exponential; above: heavier; below: bounded
+    share: float  # of the draws, beyond the threshold
+
+    def beyond(self, value: Tensor) -> Tensor:
+        """P(draw >= value) [K]; meant for values above the threshold."""
+        excess = (value - self.threshold).clamp_min(0) / self.scale
+        return self.share * (1 + self.shape * excess).clamp_min(0).pow(-1 / self.shape)
+
+    def quantile(self, p: float) -> Tensor:
+        """The value that is reached with probability p, [K]: the inverse of `beyond`."""
+        folds = math.log(self.share / p)
+        return self.threshold + self.scale * (self.shape * folds).expm1() / self.shape
+
+
+def tail_size(n: int) -> int:
+    """How many of n draws a tail is fitted to."""
+    return min(TAIL, n // 10)
+
+
+def fit_tail(draws: Tensor) -> Tail:
+    """The upper tail of draws [K, n] by probability-weighted moments (Hosking and Wallis 1987).
+
+    The shape is taken two of its standard errors heavier than estimated: a tail that is too light
+    by chance would find features by chance.
+    """
+    size = tail_size(draws.shape[1])
+    outermost = draws.double().topk(size + 1, dim=1).values  # [K, size + 1], falling
+    threshold = outermost[:, -1]
+    excess = outermost[:, :-1] - threshold[:, None]  # [K, size]
+    mean = excess.mean(1).clamp_min(1e-300)
+    # E[excess x P(another is larger)]: of the largest, none is.
+    share_above = torch.arange(size, dtype=torch.float64) / (size - 1)  # [size]
+    weighted = (excess * share_above).mean(1)
+    shape = 2 - mean / (mean - 2 * weighted).clamp_min(1e-300)
+    error = 1.3 / math.sqrt(size)  # 1.15 at shape 0, 1.5 at 0.33
+    shape = (shape + 2 * error).clamp(-0.5, 0.9)
+    shape = torch.where(shape.abs() < 1e-6, 1e-6, shape)  # the exponential is the limit at 0
+    return Tail(threshold, mean * (1 - shape), shape, size / draws.shape[1])
+
+
+def has_tail(n: int) -> bool:
+    """Whether n draws are enough to fit a tail to a tenth of them."""
+    return tail_size(n) >= 100
+
+
+def smallest_p(n: int) -> tuple[float, float]:
+    """The smallest two-sided p that n draws give by counting, and with a fitted tail."""
+    counted = 2 / (1 + n)
+    fitted = counted / REACH if has_tail(n) else counted
+    return counted, fitted
+
+
+def one_sided_p(value: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """How often draws [K, n] reach value [K], by counting; and the same with a tail where none
+    does. [K] each."""
+    n = draws.shape[1]
+    n_beyond = (draws >= value[:, None]).sum(1)  # [K]
+    counted = (1 + n_beyond.double()) / (1 + n)
+    if not has_tail(n):
+        return counted, counted
+    fitted = fit_tail(draws).beyond(value).clamp_min(smallest_p(n)[1] / 2)
+    return counted, torch.where(n_beyond == 0, torch.minimum(fitted, counted), counted)
+
+
+def direction_p(r: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Two-sided p of EFAS r [K] among that of random directions, own [K, n]: by counting, and with
+    a fitted tail."""
+    above = one_sided_p(r, own)
+    below = one_sided_p(-r, -own)
+    counted = 2 * torch.minimum(above[0], below[0])
+    fitted = 2 * torch.minimum(above[1], below[1])
+    return counted.clamp(max=1), fitted.clamp(max=1)
 
 
 def mi_binned(f: Tensor, score: Tensor, bins: int = 8) -> tuple[Tensor, Tensor]:
@@ -893,20 +1104,34 @@ def fdr(p: np.ndarray, method: str = "bh") -> np.ndarray:
     return q
 
 
+def fewest_findable(smallest: float, family: int) -> int:
+    """How many of a family of tests must share the smallest possible p before Benjamini and
+    Hochberg pass any of them."""
+    return math.floor(smallest * family / ALPHA) + 1
+
+
 # EFAS of a layer, and what both nulls say of it.
 @dataclass
 class Layer:
     """EFAS of one layer (or descent step)."""
 
     features: pd.DataFrame  # a row a feature
-    null: Tensor  # [bins, n] EFAS of random directions
+    null: Tensor  # [8, n] EFAS of random directions, firing like eight eighths of the features
     facts: dict[str, Any]  # scalars of the layer
     boot: np.ndarray  # [B, K'] EFAS of the eligible features under the sequence bootstrap
+    directions: Tensor  # [K', D] of the eligible features, unit norm
 
 
 def bootstrap_counts(n: int, draws: int, rng: np.random.Generator) -> np.ndarray:
     """How often each of n units is drawn when n are drawn with replacement, [draws, n]."""
     return rng.multinomial(n, np.full(n, 1 / n), draws)
+
+
+def cluster_counts(clusters: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each feature is drawn when whole clusters of copies are drawn with replacement:
+    clusters [K] -> [draws, K]. Copies are no independent features."""
+    names, own = np.unique(clusters, return_inverse=True)  # own [K]
+    return bootstrap_counts(len(names), draws, rng)[:, own]
 
 
 @dataclass
@@ -929,6 +1154,21 @@ def resample(strata: Tensor, n_permutations: int, rng: np.random.Generator) -> R
     return Resampling(strata, perms, torch.cat([halves, torch.from_numpy(counts).double()]))
 
 
+def discovery_statistics(f: Tensor, a: Tensor) -> dict[str, Tensor]:
+    """What the predictors of an ablation may know of features: f, A [S/2, L, K] of the discovery
+    half, of which nothing is intervened on -> per feature [K]; 0 of one that is silent there."""
+    active = f > 0
+    n_active = active.sum((0, 1))  # [K]
+    sums = sequence_sums(f, a * active)
+    sums.n = active.sum(1).double()  # [S/2, K]; f and A are zero at the other tokens
+    return {
+        "n_active_a": n_active,
+        "efas_on_a": pearson(sums)[0].nan_to_num(0.0),
+        "attribution_a": sums.fa.sum(0) / n_active.clamp_min(1),
+        "magnitude_a": sums.ff.sum(0) / n_active.clamp_min(1),
+    }
+
+
 @dataclass
 class FeatureStatistics:
     """What is known of some eligible features."""
@@ -949,6 +1189,7 @@ def feature_statistics(
     z = null.z_of(null.observed)  # [K]
     z_permuted = null.z_of(seqperm_mc(f, score, draws.perms)).abs().float()  # [P, K]
     n_perms = len(draws.perms)
+    covariances = document_covariances(f, score, draws.strata)  # [S, K]
 
     # The same moments of the raw A, in units of EFAS, are for the figure and the original's rule.
     raw = seqperm_moments(f, a, draws.strata)
@@ -963,6 +1204,7 @@ def feature_statistics(
     shuffled = pearson(sequence_sums(f, a.roll(1, -1)))[0]
     flat_f = f.flatten(0, 1)  # [S L, K]
     information, entropy = mi_binned(flat_f, score.flatten(0, 1))
+    discovery = draws.weights[0] > 0  # [S]
     permuted_score = rank_normal(a[draws.perms[0].long()])
     information_permuted, _ = mi_binned(flat_f, permuted_score.flatten(0, 1))
     columns = {
@@ -972,6 +1214,8 @@ def feature_statistics(
         "null_mean": (raw.mean - product_of_means) / spread,
         "null_sd": raw.var.sqrt() / spread,
         "mc_sd_ratio": z_permuted.square().mean(0).sqrt(),
+        "z_within": covariances.sum(0),
+        "p_within": signflip_p(covariances),
         "efas_a": r[0],
         "efas_b": r[1],
         "efas_shuffled": shuffled,
@@ -979,6 +1223,7 @@ def feature_statistics(
         "mi": information,
         "mi_share": information / entropy,
         "mi_permuted": information_permuted,
+        **discovery_statistics(f[discovery], a[discovery]),
     }
     return FeatureStatistics(columns, r[2:], z_permuted.amax(1))
 
@@ -1034,11 +1279,13 @@ def analyse_layer(
         "eligible": n_eligible,
     }
     if not n_eligible:
-        return Layer(table, torch.zeros(1, 0), facts, np.zeros((N_BOOT, 0)))
+        return Layer(table, torch.zeros(1, 0), facts, np.zeros((N_BOOT, 0)), sae.w_dec[:0])
+    directions = sae.w_dec[torch.tensor(table.feature[table.eligible].to_numpy())]  # [K', D]
+    table.loc[table.eligible, "cluster"] = copy_clusters(directions)
     table.loc[table.eligible, "p_maxt"] = familywise_p(table.z_token[table.eligible], max_z)
-    null, bins = compare_with_directions(table, x, gx, sae, args.directions, rng)
-    facts |= layer_facts(table[table.eligible], null, bins)
-    return Layer(table, null, facts, np.concatenate(boots, axis=1))
+    null = compare_with_directions(table, x, gx, sae, args.directions, rng)
+    facts |= layer_facts(table[table.eligible], null)
+    return Layer(table, null, facts, np.concatenate(boots, axis=1), directions)
 
 
 def efas_table(index: Tensor, f: Tensor, a: Tensor) -> pd.DataFrame:
@@ -1060,36 +1307,46 @@ def familywise_p(z: pd.Series, max_z: Tensor) -> list[float]:
 
 def compare_with_directions(
     table: pd.DataFrame, x: Tensor, gx: Tensor, sae: SAE, n: int, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Adds p_direction and z_direction to the eligible rows of `table`; the null [bins, n], and the
-    bin of each eligible feature [K']."""
+) -> Tensor:
+    """Adds what random directions say to the eligible rows of `table`. EFAS of the directions [8,
+    n], firing like the features at the middle of each eighth of them."""
     eligible = table.eligible
-    inside = sae.covers(x)  # [S, L]
-    rates = torch.tensor(table.n_active[eligible].to_numpy() / inside.numel())
-    null, bins = direction_null(x[inside], gx[inside], rates, n, rng)
-    own = null[bins]  # [K', n] directions that fire as often as the feature
-    r = torch.tensor(table.efas[eligible].to_numpy())  # [K']
-    n_above = (own >= r[:, None]).sum(1)  # [K']
-    n_below = (own <= r[:, None]).sum(1)  # [K']
-    two_sided = 2 * (1 + torch.minimum(n_above, n_below)) / (1 + n)
-    table.loc[eligible, "p_direction"] = two_sided.clamp(max=1).numpy()
-    table.loc[eligible, "z_direction"] = ((r - own.mean(1)) / own.std(1)).numpy()
-    return null, bins
+    flat_x = x.flatten(0, 1)  # [N, D]
+    n_active = torch.tensor(table.n_active[eligible].to_numpy())  # [K']
+    r = torch.tensor(table.efas[eligible].to_numpy())
+    null = direction_null(flat_x, gx.flatten(0, 1), sae.covers(flat_x), n_active, n, rng)
+    columns = []
+    # Each feature meets all n directions, which fire as often as it does; 128 features at a time.
+    for r_some, n_some in zip(r.split(128), n_active.split(128), strict=True):
+        own = null.at(n_some)  # [128, n]
+        counted, fitted = direction_p(r_some, own)
+        columns.append(
+            {
+                "p_direction": fitted,
+                "p_direction_counted": counted,
+                "z_direction": (r_some - own.mean(1)) / own.std(1),
+                "rule_share_directions": (own.abs() > RULE).double().mean(1),
+            }
+        )
+    for name in columns[0]:
+        table.loc[eligible, name] = torch.cat([some[name] for some in columns]).numpy()
+    middles = torch.arange(0.5, 8, dtype=torch.float64) / 8
+    return null.at(n_active.double().quantile(middles))
 
 
-def layer_facts(eligible: pd.DataFrame, null: Tensor, bins: Tensor) -> dict[str, Any]:
+def layer_facts(eligible: pd.DataFrame, null: Tensor) -> dict[str, Any]:
     """Scalars of a layer from the rows of its eligible features: what the original's rule passes
     and what it would pass of either null, and how EFAS replicates."""
     mean = eligible.null_mean.to_numpy()
     sd = eligible.null_sd.to_numpy()
     passes_above = stats.norm.sf((RULE - mean) / sd)
     passes_below = stats.norm.cdf((-RULE - mean) / sd)
-    own = null[bins]  # [K', n]
     small_enough = null.numel() < 2**24  # for torch's quantile
     return {
+        "directions": null.shape[1],
         "rule_passes": int((eligible.efas.abs() > RULE).sum()),
         "rule_false_permuted": float((passes_above + passes_below).sum()),
-        "rule_false_directions": float((own.abs() > RULE).double().mean(1).sum()),
+        "rule_false_directions": float(eligible.rule_share_directions.sum()),
         "random_directions_positive": float((null > 0).double().mean()),
         "random_directions_q95": float(null.abs().quantile(0.95)) if small_enough else math.nan,
         "shuffled_pairing_q95": float(eligible.efas_shuffled.abs().quantile(0.95)),
@@ -1101,8 +1358,9 @@ def layer_facts(eligible: pd.DataFrame, null: Tensor, bins: Tensor) -> dict[str,
 
 # fmt: off
 TESTED_COLUMNS = (
-    "z_token", "p_token", "p_mc", "p_maxt", "p_direction", "z_direction",
-    "efas_a", "efas_b", "mi", "legacy",
+    "z_token", "p_token", "p_mc", "p_maxt", "z_within", "p_within", "null_sd",
+    "p_direction", "p_direction_counted", "z_direction", "efas_a", "efas_b", "mi", "legacy",
+    "cluster",
 )
 # fmt: on
 
@@ -1117,39 +1375,104 @@ def call_aligned(layers: list[Layer]) -> tuple[pd.DataFrame, pd.DataFrame]:
     # One family: the false discovery rate is that of all layers together.
     features["q_token"] = fdr(features.p_token.to_numpy())
     features["q_token_by"] = fdr(features.p_token.to_numpy(), "by")
+    features["q_within"] = fdr(features.p_within.to_numpy())
     features["q_direction"] = fdr(features.p_direction.to_numpy())
+    features["q_direction_counted"] = fdr(features.p_direction_counted.to_numpy())
     features["replicates"] = np.sign(features.efas_a) == np.sign(features.efas_b)
-    passes_both = (features.q_token < ALPHA) & (features.q_direction < ALPHA)
-    features["aligned"] = passes_both & features.replicates & features.eligible
+    associated = (features.q_token < ALPHA) & features.replicates & features.eligible
+    features["aligned"] = associated & (features.q_direction < ALPHA)
+    features["aligned_counted"] = associated & (features.q_direction_counted < ALPHA)
+    family = int(features.p_direction.notna().sum())
     rows = []
     for layer in layers:
         own = features[(features.layer == layer.facts["layer"]) & features.eligible]
-        rows.append(layer.facts | summarise(own, layer.boot))
+        row = layer.facts | summarise(own, layer)
+        if len(own):
+            row |= least_found(own, layer.null, family)
+        rows.append(row)
     return features, pd.DataFrame(rows)
 
 
-def summarise(own: pd.DataFrame, boot: np.ndarray) -> dict[str, Any]:
-    """How many eligible features of a layer pass what; the median |EFAS| with its interval from the
-    bootstrap [B, K']."""
-    median = own.efas.abs().median()
-    medians = np.full(N_BOOT, np.nan)
-    if boot.shape[1]:
-        medians = np.nanmedian(np.abs(boot), axis=1)
-    # Resampling adds noise, which raises |EFAS|: the interval is shifted back.
-    medians += median - medians.mean()
+def least_found(own: pd.DataFrame, null: Tensor, family: int) -> dict[str, Any]:
+    """What the tests that follow from a layer's nulls could have found at least: its eligible
+    features are `own`, its directions `null` [8, n], the family that of all layers."""
+    counted, fitted = smallest_p(null.shape[1])
+    alone = ALPHA / family  # the p below which a feature passes though no other does
+    below = torch.tensor([math.nan])
+    above = torch.tensor([math.nan])
+    if fitted < alone:
+        below = -fit_tail(-null).quantile(alone / 2)  # [8]
+        above = fit_tail(null).quantile(alone / 2)  # [8]
+    z_alone = stats.norm.isf(alone / 2)
     return {
-        "token_null": int((own.q_token < ALPHA).sum()),
-        "token_null_by": int((own.q_token_by < ALPHA).sum()),
-        "token_null_maxt": int((own.p_maxt < ALPHA).sum()),
-        "direction_null": int((own.q_direction < ALPHA).sum()),
-        "aligned": int(own.aligned.sum()),
-        "aligned_positive": int((own.aligned & (own.efas > 0)).sum()),
-        "median_abs_efas": median,
-        "median_ci_lo": np.quantile(medians, 0.025),
-        "median_ci_hi": np.quantile(medians, 0.975),
+        "family": family,
+        "smallest_p_counted": counted,
+        "smallest_p": fitted,
+        "fewest_counted": fewest_findable(counted, family),
+        "fewest": fewest_findable(fitted, family),
+        "efas_alone_below": below.median().item(),
+        "efas_alone_above": above.median().item(),
+        "efas_alone_permuted": z_alone * own.null_sd.median(),
+        # All signs alike is one of 2^n cases, and so is all of them the other way.
+        "within_too_few": int((2.0 ** (1 - own.n_seq) >= alone).sum()),
+    }
+
+
+def summarise(own: pd.DataFrame, layer: Layer) -> dict[str, Any]:
+    """How many eligible features of a layer pass what, in how many clusters of copies; the median
+    |EFAS| with its interval. `own`: their rows of the table."""
+    passing = {
+        "eligible": own.eligible,
+        "rule_passes": own.efas.abs() > RULE,
+        "token_null": own.q_token < ALPHA,
+        "token_null_by": own.q_token_by < ALPHA,
+        "token_null_maxt": own.p_maxt < ALPHA,
+        "within_documents": own.q_within < ALPHA,
+        "direction_null": own.q_direction < ALPHA,
+        "direction_null_counted": own.q_direction_counted < ALPHA,
+        "aligned": own.aligned,
+        "aligned_counted": own.aligned_counted,
+        "aligned_within": own.aligned & (own.q_within < ALPHA),
+        "aligned_positive": own.aligned & (own.efas > 0),
+    }
+    found: dict[str, Any] = {}
+    for name, passes in passing.items():
+        found |= count_with_copies(name, passes.to_numpy(bool), own.cluster, layer.directions)
+    return found | {
+        "median_abs_efas": own.efas.abs().median(),
+        **median_interval(layer.boot, own.efas, own.cluster),
         "median_mi_nats": own.mi.median(),
         "median_mi_permuted": own.mi_permuted.median() if len(own) else np.nan,
     }
+
+
+def count_with_copies(
+    name: str, passes: np.ndarray, clusters: pd.Series, directions: Tensor
+) -> dict[str, Any]:
+    """How many features pass [K' bool], how many clusters of copies they belong to, and the
+    participation ratio of their directions [K', D]."""
+    own = directions[torch.tensor(passes)]  # [n, D]
+    return {
+        name: int(passes.sum()),
+        f"{name}_clusters": clusters[passes].nunique(),
+        f"{name}_participation": participation_ratio(own),
+    }
+
+
+def median_interval(boot: np.ndarray, efas: pd.Series, clusters: pd.Series) -> dict[str, float]:
+    """95 % interval of the median |EFAS| over features, resampling sequences (EFAS of each draw:
+    `boot` [B, K']) and whole clusters of copies."""
+    if clusters.nunique() < MIN_GROUPS:
+        return {"median_ci_lo": math.nan, "median_ci_hi": math.nan}
+    rng = np.random.default_rng(len(efas))
+    times = cluster_counts(clusters.to_numpy(), len(boot), rng)  # [B, K'] int
+    medians = []
+    for sizes, n_times in zip(np.abs(boot), times, strict=True):
+        medians.append(np.nanmedian(np.repeat(sizes, n_times)))
+    # Resampling sequences adds noise, which raises |EFAS|: the interval is shifted back.
+    shift = np.nanmedian(np.abs(boot), axis=1).mean() - efas.abs().median()
+    lo, hi = np.quantile(medians, [0.025, 0.975]) - shift
+    return {"median_ci_lo": lo, "median_ci_hi": hi}
 
 
 # ---- attractors, basins, concepts ----
@@ -1368,10 +1691,18 @@ def class_members(ids: Tensor, written: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def concept_features(
-    f: Tensor, members: dict[str, np.ndarray], strata: Tensor, features: np.ndarray
+    f: Tensor,
+    members: dict[str, np.ndarray],
+    strata: Tensor,
+    perms: Tensor,
+    features: np.ndarray,
 ) -> pd.DataFrame:
     """f [S, L, K'] of eligible features and the members [S, L] of each class -> a row a (feature,
-    class): AUROC, precision, lift over the base rate, p, q."""
+    class): AUROC, precision, lift over the base rate, p, q.
+
+    p is counted over permuted sequences, perms [P, S], with a fitted tail: where feature and class
+    are rare, sums are skewed, and a normal tail would call ten times too many significant.
+    """
     names = ["feature", "token_class", "base_rate", "precision", "lift", "auroc", "p", "q"]
     ranks = stats.rankdata(f.flatten(0, 1).numpy(), axis=0)  # [S L, K']
     active = f > 0
@@ -1382,8 +1713,11 @@ def concept_features(
         if n == 0 or n_others == 0:
             continue
         inside = torch.from_numpy(member)[..., None]  # [S, L, 1]
-        moments = seqperm_moments(f, inside.expand_as(f).float(), strata)
+        inside_all = inside.expand_as(f).float()  # [S, L, K']
+        moments = seqperm_moments(f, inside_all, strata)
         z = moments.z_of(moments.observed)  # [K']
+        z_permuted = moments.z_of(seqperm_mc(f, inside_all, perms)).T  # [K', P]
+        p = one_sided_p(z - 1e-5, z_permuted)[1]  # [K'] a tie counts, however it was rounded
         precision = ((active & inside).sum((0, 1)) / active.sum((0, 1))).numpy()
         base_rate = n / member.size
         rank_sum = ranks[member.ravel()].sum(0)  # Mann and Whitney: AUROC from the ranks inside
@@ -1394,7 +1728,7 @@ def concept_features(
             "precision": precision,
             "lift": precision / base_rate,
             "auroc": (rank_sum - n * (n + 1) / 2) / (n * n_others),
-            "p": torch.special.ndtr(-z).numpy(),
+            "p": p.numpy(),
         }
         tables.append(pd.DataFrame(columns))
     if not tables:
@@ -1431,13 +1765,13 @@ def attractor_clusters(
 
 # ---- interventions ----
 def matched_features(features: pd.DataFrame, n: int, rng: np.random.Generator) -> pd.DataFrame:
-    """Up to n eligible features of one layer: half aligned, each with the unaligned one nearest in
-    firing rate and mean activation."""
+    """Up to n eligible features of one layer: half aligned, of as many clusters of copies as there
+    are, each with the unaligned one nearest in firing rate and mean activation."""
     # The unaligned features are used up: no two share a match.
     space = np.log(features[["n_active", "mean_active"]].to_numpy() + 1e-9)  # [K, 2]
-    aligned = np.flatnonzero(features.aligned)
+    aligned = rng.permutation(np.flatnonzero(features.aligned))
     rest = list(np.flatnonzero(~features.aligned))
-    half = list(rng.permutation(aligned)[: n // 2])
+    half = list(one_a_cluster_first(aligned, features.cluster.to_numpy())[: n // 2])
     matches = []
     for i in half:
         if rest:
@@ -1517,18 +1851,28 @@ def squared_activation(ablation: Ablation) -> Tensor:
 
 
 def discovery_efas(features: pd.DataFrame) -> pd.Series:
-    """EFAS in the half of the documents that is not intervened on, [K]."""
+    """EFAS, [K]."""
     return features.efas_a
 
 
-def active_efas(features: pd.DataFrame) -> pd.Series:
+def discovery_attribution(features: pd.DataFrame) -> pd.Series:
+    """Mean of f A over active tokens, [K]: attribution on the terms of EFAS."""
+    return features.attribution_a
+
+
+def discovery_active_efas(features: pd.DataFrame) -> pd.Series:
     """EFAS over active tokens, [K]."""
-    return features.efas_on
+    return features.efas_on_a
 
 
-def active_tokens(features: pd.DataFrame) -> pd.Series:
+def discovery_magnitude(features: pd.DataFrame) -> pd.Series:
+    """Mean of f^2 over active tokens, [K]."""
+    return features.magnitude_a
+
+
+def discovery_frequency(features: pd.DataFrame) -> pd.Series:
     """How often the feature is active, [K]."""
-    return features.n_active
+    return features.n_active_a
 
 
 def standard_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -1543,7 +1887,9 @@ class Predictor:
     The basis says what the function takes and gives:
         tokens   function(ablation) -> [n], summed over the tokens that are intervened on: where f
                  is above 0; the caller divides by their number
-        feature  function(table of features) -> a column of it
+        feature  function(table of features) -> a column of it: what the discovery half of the
+                 documents says, of which nothing is intervened on. Only these predict, and only
+                 they compare on equal terms
         chance   function(rng, shape) -> random numbers, anew in every draw
     """
 
@@ -1556,6 +1902,11 @@ class Predictor:
     drawn: bool = False  # it gets a panel in predicted_actual.png
     column: str = ""  # its name in interventions.csv, where that is another
 
+    def documents(self) -> str:
+        """What it has seen: the tokens that are then intervened on, or other documents."""
+        seen = {"tokens": "intervened tokens", "feature": "other half", "chance": "none"}
+        return seen[self.basis]
+
     def scales(self) -> list[str]:
         """How it is compared with the outcome: by value, by size."""
         return ["signed", "absolute"] if self.signed else ["absolute"]
@@ -1563,19 +1914,30 @@ class Predictor:
 
 # A predictor more is a function and an entry more; the order is that of the tables.
 PREDICTORS = {
+    "efas_a": Predictor("EFAS (other half)", discovery_efas, "feature", drawn=True),
+    "attribution_a": Predictor(
+        "attribution f A (other half)", discovery_attribution, "feature", drawn=True
+    ),
+    "efas_on_a": Predictor("EFAS of active tokens (other half)", discovery_active_efas, "feature"),
+    "magnitude_a": Predictor("f^2 (other half)", discovery_magnitude, "feature", signed=False),
+    "frequency_a": Predictor(
+        "active tokens (other half)", discovery_frequency, "feature", signed=False
+    ),
     "attribution": Predictor(
-        "attribution eps f A", attribution, "tokens", in_energy=True, drawn=True
+        "attribution eps f A (same tokens)", attribution, "tokens", in_energy=True, drawn=True
     ),
     "integrated_gradients": Predictor(
-        "integrated gradients", integrated_gradients, "tokens", in_energy=True, drawn=True
+        "integrated gradients (same tokens)",
+        integrated_gradients,
+        "tokens",
+        in_energy=True,
+        drawn=True,
     ),
-    "efas_a": Predictor("EFAS (other half)", discovery_efas, "feature", drawn=True),
-    "efas_on": Predictor("EFAS of active tokens", active_efas, "feature"),
     "activation": Predictor("f", activation, "tokens", scored=False, column="f"),
     "magnitude": Predictor("f^2", squared_activation, "tokens", signed=False, column="f2"),
-    "frequency": Predictor("active tokens", active_tokens, "feature", signed=False),
     "random": Predictor("standard normal", standard_normal, "chance"),
 }
+REFERENCE = "efas_a"  # the predictor from which the differences of the others are reported
 
 
 def predictors_of(basis: str) -> dict[str, Predictor]:
@@ -1640,107 +2002,194 @@ def ablate_feature(
 
 
 @dataclass
-class ResampledEffects:
-    """What ablations at one dose did and were predicted to do, per active token.
-
-    Row 0 is the estimate; the others are bootstrap draws.
-    """
+class AblationEffects:
+    """What ablations at one dose did and were predicted to do, per active token: with everything
+    (row 0), then with each cluster of copies left out, then with each sequence left out."""
 
     numbers: np.ndarray  # [K] of the features
-    n_seq: int  # sequences in all
-    means: dict[str, np.ndarray]  # name -> [1 + B, K] over all sequences, over drawn sequences
-    order: np.ndarray  # [1 + B, K] positions of all features, of drawn features
+    clusters: np.ndarray  # [K] of each feature, numbered from 0 to C - 1
+    n_clusters: int  # C
+    n_seq: int  # S, of all features together
+    means: dict[str, np.ndarray]  # name -> [1 + C + S, K]
+    kept: np.ndarray  # [1 + C + S, K] bool: which features are not left out
 
 
-def resample_effects(
-    effects: pd.DataFrame, n_boot: int, rng: np.random.Generator
-) -> ResampledEffects:
-    """Resamples sequences and features of the ablations at one dose: rows that `ablate` gave."""
+def leave_out(effects: pd.DataFrame, clusters: pd.Series) -> AblationEffects:
+    """What the jackknife needs of the ablations at one dose: rows that `ablate` gave, and feature
+    -> its cluster of copies."""
     numbers = effects.feature.unique()
     sequences = effects.sequence.unique()
-    n_seq = len(sequences)
     row = pd.Index(numbers).get_indexer(effects.feature)
     column = pd.Index(sequences).get_indexer(effects.sequence)
-    weights = np.vstack([np.ones(n_seq), bootstrap_counts(n_seq, n_boot, rng)])  # [1 + B, n_seq]
 
-    def resampled_sum(name: str) -> np.ndarray:
-        by_sequence = np.zeros((len(numbers), n_seq))
+    def sums(name: str) -> np.ndarray:
+        """Over all sequences, then over all but each one."""
+        by_sequence = np.zeros((len(numbers), len(sequences)))
         by_sequence[row, column] = effects[name]
-        return np.einsum("bs,ks->bk", weights, by_sequence)  # [1 + B, K]
+        total = by_sequence.sum(1)  # [K]
+        return np.vstack([total, total - by_sequence.T])  # [1 + S, K]
 
     columns = {"energy_change": "energy_change"}
     for name, predictor in predictors_of("tokens").items():
         columns[name] = predictor.column or name
-    n_active = resampled_sum("n_active")
+    _, own = np.unique(clusters.loc[numbers], return_inverse=True)  # [K]
+    n_clusters = own.max() + 1
+    n_active = sums("n_active")
     means = {}
     for name, column_name in columns.items():
-        total = resampled_sum(column_name)
-        mean = total / np.maximum(n_active, 1)
-        mean_of_all = total[:1] / n_active[:1]
-        # A feature that is left out of a draw keeps its mean.
-        means[name] = np.where(n_active > 0, mean, mean_of_all)
-    resampled = rng.integers(len(numbers), size=(n_boot, len(numbers)))
-    order = np.vstack([np.arange(len(numbers)), resampled])
-    return ResampledEffects(numbers, n_seq, means, order)
+        mean = sums(column_name) / np.maximum(n_active, 1)
+        # A feature that has no other sequence keeps its mean.
+        mean = np.where(n_active > 0, mean, mean[:1])
+        of_clusters = np.tile(mean[:1], (n_clusters, 1))  # these leave no sequence out
+        means[name] = np.vstack([mean[:1], of_clusters, mean[1:]])
+    kept = np.ones((1 + n_clusters + len(sequences), len(numbers)), dtype=bool)
+    kept[1 : 1 + n_clusters] = own != np.arange(n_clusters)[:, None]
+    return AblationEffects(numbers, own, n_clusters, len(sequences), means, kept)
 
 
-def rank_correlation(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
-    """Spearman correlation of each row, both [B, K] -> [B]."""
-    predicted = stats.rankdata(predicted, axis=1)
-    actual = stats.rankdata(actual, axis=1)
-    predicted = predicted - predicted.mean(1, keepdims=True)
-    actual = actual - actual.mean(1, keepdims=True)
-    spread = np.sqrt((predicted**2).sum(1) * (actual**2).sum(1) + 1e-300)
-    return (predicted * actual).sum(1) / spread
+def rank_correlation(predicted: np.ndarray, actual: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Spearman correlation of each row over the kept features; all [R, K] -> [R]."""
+    found = []
+    for x, y, own in zip(predicted, actual, kept, strict=True):
+        x_ranks = stats.rankdata(x[own])
+        y_ranks = stats.rankdata(y[own])
+        x_ranks -= x_ranks.mean()
+        y_ranks -= y_ranks.mean()
+        spread = math.sqrt((x_ranks @ x_ranks) * (y_ranks @ y_ranks))
+        found.append(x_ranks @ y_ranks / spread if spread else 0.0)  # one value says nothing
+    return np.array(found)
 
 
-def score_prediction(
-    predictor: Predictor, scale: str, predicted: np.ndarray, effects: ResampledEffects
+@dataclass
+class Correlations:
+    """Spearman correlations of P predictions with the outcome, and their 95 % intervals."""
+
+    rho: np.ndarray  # [P]
+    lo: np.ndarray  # [P]
+    hi: np.ndarray  # [P]
+    related: np.ndarray  # [P, P] how the errors of two estimates are correlated
+
+
+def jackknife(rho: np.ndarray, effects: AblationEffects) -> Correlations:
+    """Intervals of correlations [P, 1 + C + S], which leave out as `effects` does.
+
+    Two jackknives, over clusters and over sequences, whose variances add up (no less than the
+    truth); on the scale of Fisher's z, with t at C - 1 degrees of freedom. NaN for few clusters.
+    """
+    n_features = len(effects.numbers)
+    # A correlation of 1 is taken for half of what exchanging two neighbours in rank would leave.
+    most = 1 - 6 / (n_features * (n_features**2 - 1)) if n_features > 2 else 0.0
+    z = np.arctanh(rho.clip(-most, most))  # [P, 1 + C + S]
+    covariance = np.zeros((len(z), len(z)))
+    for left_out in (z[:, 1 : 1 + effects.n_clusters], z[:, 1 + effects.n_clusters :]):
+        n = left_out.shape[1]
+        deviation = left_out - left_out.mean(1, keepdims=True)
+        covariance += (n - 1) / n * deviation @ deviation.T
+    error = np.sqrt(covariance.diagonal())  # [P]
+    enough = effects.n_clusters >= MIN_GROUPS
+    width = stats.t.ppf(0.975, effects.n_clusters - 1) * error if enough else np.nan
+    related = covariance / (np.outer(error, error) + 1e-300)
+    return Correlations(rho[:, 0], np.tanh(z[:, 0] - width), np.tanh(z[:, 0] + width), related)
+
+
+def difference_interval(found: Correlations, a: int, b: int) -> tuple[float, float, float]:
+    """rho[a] - rho[b] with its 95 % interval, from the two intervals and how the errors go together
+    (Zou 2007, "Toward using confidence intervals to compare correlations")."""
+    if a == b:
+        return 0.0, 0.0, 0.0
+    difference = found.rho[a] - found.rho[b]
+    together = found.related[a, b]
+
+    def distance(of_a: float, of_b: float) -> float:
+        square = of_a**2 + of_b**2 - 2 * together * of_a * of_b
+        return math.sqrt(square) if square > 0 else 0 * square  # rounding; NaN stays NaN
+
+    below = distance(found.rho[a] - found.lo[a], found.hi[b] - found.rho[b])
+    above = distance(found.hi[a] - found.rho[a], found.rho[b] - found.lo[b])
+    return difference, difference - below, difference + above
+
+
+def score_predictions(
+    predictions: dict[str, np.ndarray], effects: AblationEffects, rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """A row a (prediction, scale): how predictions [1 + C + S, K] rank the features beside their
+    energy changes, and by how much better than REFERENCE does."""
+    rows = []
+    for scale in ("signed", "absolute"):
+        names = [name for name in predictions if scale in PREDICTORS[name].scales()]
+        actual = effects.means["energy_change"]
+        size = np.abs if scale == "absolute" else np.asarray
+        rho = []
+        for name in names:
+            rho.append(rank_correlation(size(predictions[name]), size(actual), effects.kept))
+        found = jackknife(np.array(rho), effects)
+        for name in predictors_of("chance"):
+            set_to_chance(found, names.index(name), PREDICTORS[name], size(actual[0]), effects, rng)
+        for i, name in enumerate(names):
+            predictor = PREDICTORS[name]
+            more, more_lo, more_hi = difference_interval(found, i, names.index(REFERENCE))
+            row: dict[str, Any] = {"predictor": name}
+            row |= {"documents": predictor.documents(), "scale": scale}
+            row |= {"spearman": found.rho[i], "ci_lo": found.lo[i], "ci_hi": found.hi[i]}
+            row |= {"minus_efas": more, "minus_efas_lo": more_lo, "minus_efas_hi": more_hi}
+            row |= size_and_sign(predictor, scale, predictions[name][0], effects)
+            row["n_features"] = len(effects.numbers)
+            row["n_clusters"] = effects.n_clusters
+            row["n_seq"] = effects.n_seq
+            rows.append(row)
+    return rows
+
+
+def set_to_chance(
+    found: Correlations,
+    i: int,
+    predictor: Predictor,
+    actual: np.ndarray,
+    effects: AblationEffects,
+    rng: np.random.Generator,
+) -> None:
+    """Entry i becomes what chance gives: mean and 95 % range over many random predictors of the
+    outcome `actual` [K]. Copies get one number, as any property of theirs would be alike."""
+    by_cluster = predictor.function(rng, (1000, effects.n_clusters))
+    random = by_cluster[:, effects.clusters]  # [1000, K]
+    everywhere = np.ones(random.shape, dtype=bool)
+    rho = rank_correlation(random, np.tile(actual, (1000, 1)), everywhere)
+    found.rho[i] = rho.mean()
+    found.lo[i], found.hi[i] = np.quantile(rho, [0.025, 0.975])
+    found.related[i] = 0
+    found.related[:, i] = 0
+
+
+def size_and_sign(
+    predictor: Predictor, scale: str, predicted: np.ndarray, effects: AblationEffects
 ) -> dict[str, float]:
-    """Spearman with its interval, slope and sign agreement of predicted [1 + B, K] with the energy
-    change."""
-    actual = effects.means["energy_change"]
+    """The slope of the energy change on a prediction [K] that is an energy, and the share of
+    features whose sign is right; NaN where neither makes sense."""
+    actual = effects.means["energy_change"][0]
     slope = math.nan
     sign_agreement = math.nan
     if scale == "signed":
-        sign_agreement = np.mean(np.sign(predicted[0]) == np.sign(actual[0]))
-        if predictor.in_energy and len(effects.numbers) > 3:
-            slope = np.polyfit(predicted[0], actual[0], 1)[0]
-    else:
-        predicted = np.abs(predicted)
-        actual = np.abs(actual)
-    rho = rank_correlation(
-        np.take_along_axis(predicted, effects.order, axis=1),
-        np.take_along_axis(actual, effects.order, axis=1),
-    )
-    if predictor.basis == "chance":  # its interval is the null's, so its estimate is the null's too
-        rho[0] = rho[1:].mean()
-    lo, hi = np.quantile(rho[1:], [0.025, 0.975])
-    return {
-        "spearman": rho[0],
-        "ci_lo": lo,
-        "ci_hi": hi,
-        "slope": slope,
-        "sign_agreement": sign_agreement,
-        "n_features": len(effects.numbers),
-        "n_seq": effects.n_seq,
-    }
+        sign_agreement = float(np.mean(np.sign(predicted) == np.sign(actual)))
+        if predictor.in_energy and len(actual) > 3:
+            slope = float(np.polyfit(predicted, actual, 1)[0])
+    return {"slope": slope, "sign_agreement": sign_agreement}
 
 
 def predict(
-    resampled: ResampledEffects, features: pd.DataFrame, rng: np.random.Generator
+    effects: AblationEffects, features: pd.DataFrame, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Every prediction that is compared with the outcome: name -> [1 + B, K]; `features` holds the
-    rows of resampled.numbers."""
-    shape = resampled.order.shape
+    """Every prediction that is compared with the outcome: name -> [1 + C + S, K]; `features` holds
+    the rows of effects.numbers."""
+    shape = effects.kept.shape
     predictions = {}
     for name, predictor in PREDICTORS.items():
         if not predictor.scored:
             continue
         if predictor.basis == "tokens":
-            predictions[name] = resampled.means[name]
+            predictions[name] = effects.means[name]
         elif predictor.basis == "feature":
             values = predictor.function(features).to_numpy(dtype=float)  # [K]
+            values = np.nan_to_num(values)  # silent in that half: nothing is predicted
             predictions[name] = np.tile(values, (shape[0], 1))
         else:
             predictions[name] = predictor.function(rng, shape)
@@ -1748,31 +2197,30 @@ def predict(
 
 
 def predicted_versus_actual(
-    effects: pd.DataFrame, features: pd.DataFrame, seed: int, n_boot: int = N_BOOT
+    effects: pd.DataFrame, features: pd.DataFrame, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """How each of PREDICTORS does at the energy change per active token: Spearman correlation over
-    features, its interval by resampling sequences and features; and the points of the figure."""
+    features, with intervals over sequences and clusters of copies; and the points of the figure."""
     rng = np.random.default_rng(seed)
     features = features.set_index("feature")
     scores = []
     points = []
     for eps, effects_at_dose in effects.groupby("eps"):
-        resampled = resample_effects(effects_at_dose, n_boot, rng)
-        own = features.loc[resampled.numbers]  # a row a feature
-        predictions = predict(resampled, own, rng)
-        for name, predicted in predictions.items():
-            for scale in PREDICTORS[name].scales():
-                score = score_prediction(PREDICTORS[name], scale, predicted, resampled)
-                scores.append({"eps": eps, "predictor": name, "scale": scale, **score})
+        measured = leave_out(effects_at_dose, features.cluster)
+        own = features.loc[measured.numbers]  # a row a feature
+        predictions = predict(measured, own, rng)
+        for score in score_predictions(predictions, measured, rng):
+            scores.append({"eps": eps, **score})
 
-        change = resampled.means["energy_change"][0]
-        columns = {"feature": resampled.numbers, "eps": eps, "energy_change": change}
+        change = measured.means["energy_change"][0]
+        columns = {"feature": measured.numbers, "eps": eps, "energy_change": change}
         for name, predictor in predictors_of("tokens").items():
             if predictor.scored:
                 columns[name] = predictions[name][0]
         for name, predictor in predictors_of("feature").items():
             columns[name] = predictor.function(own).to_numpy()
         columns["aligned"] = own.aligned.to_numpy()
+        columns["cluster"] = own.cluster.to_numpy()
         for name in predictors_of("chance"):
             columns[name] = 0.0  # drawn anew every time: a feature has no value of its own
         points.append(pd.DataFrame(columns))
@@ -1882,6 +2330,7 @@ def dose_response(
         columns = {
             "feature": feature.feature,
             "aligned": feature.aligned,
+            "cluster": feature.cluster,
             "efas": feature.efas,
             "arm": np.repeat(list(INTERVENTIONS), len(doses) * n),
             "dose": np.tile(np.repeat(doses, n), len(INTERVENTIONS)),
@@ -1928,12 +2377,117 @@ class Interval(NamedTuple):
 
 
 def bootstrap_mean(values: pd.Series, groups: pd.Series, seed: int, n: int = 500) -> Interval:
-    """Interval by resampling whole groups (sequences or features), which is what is independent."""
-    by_group = values.groupby(groups.to_numpy()).agg(["sum", "count"]).to_numpy()  # [G, 2]
-    counts = bootstrap_counts(len(by_group), n, np.random.default_rng(seed))  # [n, G]
-    draws = counts @ by_group  # [n, 2] sum and count of each draw
-    lo, hi = np.quantile(draws[:, 0] / draws[:, 1], [0.025, 0.975])
-    return Interval(float(values.mean()), float(lo), float(hi))
+    """Mean with its interval over whole groups (sequences, texts, clusters of features), which are
+    what is independent."""
+    by_group = values.groupby(groups.to_numpy()).agg(["sum", "count"])
+    return bootstrap_ratio(by_group["sum"], by_group["count"], seed, n)
+
+
+def bootstrap_ratio(totals: pd.Series, counts: pd.Series, seed: int, n: int = 500) -> Interval:
+    """Sum of `totals` over sum of `counts`, an entry a group [G], and its interval: the bootstrap-t
+    over groups, as percentiles cover too little where groups are few or their tails heavy. NaN
+    below MIN_GROUPS."""
+    total = np.asarray(totals, dtype=float)
+    count = np.asarray(counts, dtype=float)
+    n_groups = len(total)
+    mean = total.sum() / count.sum()
+    if n_groups < MIN_GROUPS:
+        return Interval(mean, math.nan, math.nan)
+
+    def estimates(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The ratio and its standard error with each group so many times [n, G]: [n] each."""
+        ratio = times @ total / (times @ count)  # [n]
+        rest = total - ratio[:, None] * count  # [n, G]
+        square = (times * rest**2).sum(1) * n_groups / (n_groups - 1)
+        return ratio, np.sqrt(square) / (times @ count)
+
+    _, error = estimates(np.ones((1, n_groups)))
+    drawn, errors = estimates(bootstrap_counts(n_groups, n, np.random.default_rng(seed)))
+    if error[0] == 0:  # all groups are alike
+        return Interval(mean, mean, mean)
+    t = (drawn - mean)[errors > 0] / errors[errors > 0]
+    t_lo, t_hi = np.quantile(t, [0.025, 0.975])
+    return Interval(mean, mean - t_hi * error[0], mean - t_lo * error[0])
+
+
+# ---- the passing features, one by one: what they fire on, and what their ablation does ----
+def passing_and_matched(features: pd.DataFrame, n: int, rng: np.random.Generator) -> pd.DataFrame:
+    """Up to n aligned features of all layers, of as many clusters of copies as there are, and for
+    each one that is not, nearest in firing rate and mean activation. Their rows, with `group` and
+    `pair`: pairs are of one layer.
+
+    Where no feature is aligned, the strongest by |z_direction| stand in; `group` says so.
+    """
+    eligible = features[features.eligible].reset_index(drop=True)
+    cluster = eligible.groupby(["layer", "cluster"]).ngroup().to_numpy()  # over all layers
+    group = "aligned"
+    candidates = rng.permutation(np.flatnonzero(eligible.aligned))
+    if not len(candidates):
+        group = "strongest"
+        candidates = np.argsort(-eligible.z_direction.abs().to_numpy())
+    picked = one_a_cluster_first(candidates, cluster)[:n]
+    copies = np.isin(cluster, cluster[picked])  # no match is a copy of what it is matched with
+    tables = []
+    for layer, passing in eligible.loc[picked].groupby("layer"):
+        others = eligible[(eligible.layer == layer) & ~eligible.aligned & ~copies]
+        pool = pd.concat([passing.assign(aligned=True), others], ignore_index=True)
+        both = matched_features(pool, 2 * len(passing), rng)
+        n_matched = len(both) - len(passing)
+        groups = [group] * len(passing) + ["matched"] * n_matched
+        pairs = [*range(len(passing)), *range(n_matched)]
+        tables.append(both.assign(group=groups, pair=pairs, aligned=np.equal(groups, "aligned")))
+    return pd.concat(tables, ignore_index=True) if tables else eligible
+
+
+def look_at(
+    chosen: pd.DataFrame,
+    f: Tensor,
+    ids: Tensor,
+    decode: Callable[[list[int]], str],
+    effects: pd.DataFrame,
+    seed: int,
+) -> pd.DataFrame:
+    """A row a feature of `chosen` (of one layer): what it fires on, by its activation f [S, L, n]
+    and the tokens ids [S, L]; and the energy change of its full ablation per active token, with an
+    interval over sequences, from the rows that `ablate` gave."""
+    rows = []
+    for n, feature in enumerate(chosen.feature):
+        own = effects[effects.feature == feature]  # a row a sequence
+        change = bootstrap_ratio(own.energy_change, own.n_active, seed)
+        effect = {"energy_change": change.mean, "ci_lo": change.lo, "ci_hi": change.hi}
+        effect["n_seq_ablated"] = len(own)
+        rows.append(fired_on(f[..., n], ids, decode) | effect | contexts(f[..., n], ids, decode))
+    names = "group pair layer feature cluster efas z_direction q_direction n_active n_seq"
+    return pd.concat([chosen[names.split()].reset_index(drop=True), pd.DataFrame(rows)], axis=1)
+
+
+def fired_on(f: Tensor, ids: Tensor, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """Of the tokens ids [S, L] where f [S, L] is above 0: share of distinct ones, entropy (nats),
+    and the commonest with its share. A feature that is one token has shares near 0 and 1."""
+    tokens, counts = ids[f > 0].unique(return_counts=True)
+    commonest = counts.argmax()
+    return {
+        "distinct_share": len(tokens) / counts.sum().item(),
+        "token_entropy": float(stats.entropy(counts.numpy())),
+        "top_token": decode([tokens[commonest].item()]).replace("\n", "⏎"),
+        "top_token_share": (counts[commonest] / counts.sum()).item(),
+    }
+
+
+def contexts(
+    f: Tensor, ids: Tensor, decode: Callable[[list[int]], str], n: int = 3, width: int = 8
+) -> dict[str, str]:
+    """The n sequences where f [S, L] is largest: `width` tokens on both sides of its peak, which is
+    marked."""
+    shown = {}
+    for rank, s in enumerate(f.amax(1).topk(n).indices.tolist(), 1):
+        peak = int(f[s].argmax())
+        tokens = ids[s].tolist()
+        before = decode(tokens[max(0, peak - width) : peak])
+        after = decode(tokens[peak + 1 : peak + 1 + width])
+        text = f"{before}«{decode(tokens[peak : peak + 1])}»{after}"
+        shown[f"context_{rank}"] = text.replace("\n", "⏎")
+    return shown
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -2015,6 +2569,10 @@ class Corpus:
         index = {word: i for i, word in enumerate(self.vocab)}
         words = TOKEN.findall(text.lower())
         return torch.tensor([index.get(word, UNK) for word in words], dtype=torch.int64)
+
+    def decode(self, ids: list[int]) -> str:
+        """Token ids -> text, a space before every token."""
+        return "".join(f" {self.vocab[i]}" for i in ids)
 
 
 def written_tokens(text: str, n: int) -> list[str]:
@@ -2132,7 +2690,7 @@ class Descents:
 
     b: Tensor  # [S, L, D] field of the held-out windows
     xs: list[Tensor]  # step -> [S, L, D]
-    fit_ids: Tensor  # [n, L] training windows that the dictionaries are fitted on
+    fit_ids: Tensor  # [n, L] training windows that all dictionaries are fitted on
     fit_xs: dict[int, Tensor]  # analysed step -> [n, L, D]
 
 
@@ -2142,11 +2700,11 @@ def descend_corpus(study: Study) -> Descents:
     args = study.args
     last = args.energy_layers[-1]
     train = study.corpus.train
-    n_windows = max(1000, args.sae_tokens // 32)
+    n_windows = math.ceil(args.sae_tokens / train.shape[1])
     fit_ids = train[torch.from_numpy(study.rng.permutation(len(train))[:n_windows])]  # [n, L]
     b, xs = descend(study.et, study.corpus.test, last, args.step_size)
     batches: dict[int, list[Tensor]] = {step: [] for step in args.energy_layers}
-    for ids in fit_ids.split(125):  # all at once would need a gigabyte
+    for ids in fit_ids.split(125):  # all at once could need a gigabyte
         _, states = descend(study.et, ids, last, args.step_size)
         for step in args.energy_layers:
             batches[step].append(states[step])
@@ -2160,8 +2718,8 @@ def middle_step(args: Any) -> int:
 
 
 def fit_sae(x: Tensor, args: Any) -> SAE:
-    """An SAE of the first tokens of states x [n, L, D], with the sizes of the command line."""
-    tokens = x.flatten(0, 1)[: args.sae_tokens]  # [N, D]
+    """An SAE of the tokens of states x [n, L, D], with the sizes of the command line."""
+    tokens = x.flatten(0, 1)  # [N, D]
     return train_sae(
         tokens, args.sae_dict_size, args.sae_l1, args.sae_iterations, args.optimiser, args.seed
     )
@@ -2170,22 +2728,29 @@ def fit_sae(x: Tensor, args: Any) -> SAE:
 def dictionary_rows(
     step: int, descents: Descents, sae: SAE, test_ids: Tensor, args: Any
 ) -> list[dict[str, Any]]:
-    """How well the SAE and other dictionaries explain the states of a step: rows of sae.csv."""
+    """How well the SAE and other dictionaries explain the states of a step: rows of sae.csv. The
+    SAE and the token ids are fitted on the same tokens and scored on the same tokens."""
     x = descents.xs[step]  # [S, L, D]
     fit_x = descents.fit_xs[step]  # [n, L, D]
+    n_tokens = descents.fit_ids.numel()
     score = sae.score(x.flatten(0, 1))
-    trivial = token_dictionary(fit_x, descents.fit_ids, x, test_ids)
+    trivial = token_dictionary(fit_x, descents.fit_ids, x, test_ids, sae.covers(x))
     rows = [
-        {"layer": step, "dictionary": f"SAE, {args.optimiser}", **score},
-        {"layer": step, "dictionary": "one atom a token id + position", "fvu": trivial, "l0": 2.0},
+        dictionary_row(step, f"SAE, {args.optimiser}", n_tokens, **score),
+        dictionary_row(step, TOKEN_DICTIONARY, n_tokens, fvu=trivial, l0=2.0),
     ]
     if step == middle_step(args):  # slow: at one step only, on a part of the tokens
-        fit_tokens = fit_x.flatten(0, 1)[: args.sae_tokens][:2048]
+        fit_tokens = fit_x.flatten(0, 1)[:2048]
         test_tokens = x[::10].flatten(0, 1)[:320]
         other = dictionary_learning(fit_tokens, test_tokens, score["l0"], args.seed)
         name = "MiniBatchDictionaryLearning, 256 atoms"
-        rows.append({"layer": step, "dictionary": name, **other})
+        rows.append(dictionary_row(step, name, len(fit_tokens), **other))
     return rows
+
+
+def dictionary_row(layer: int, name: str, n_fit_tokens: int, **score: float) -> dict[str, Any]:
+    """A row of sae.csv: which dictionary, on how many tokens it was fitted, and its score."""
+    return {"layer": layer, "dictionary": name, "n_fit_tokens": n_fit_tokens, **score}
 
 
 def efas_at(
@@ -2228,8 +2793,7 @@ def untrained_control(fit_ids: Tensor, corpus: Corpus, args: Any) -> pd.DataFram
     step = middle_step(args)
     et = untrained(corpus, args.seed).requires_grad_(False)
     b, xs = descend(et, corpus.test, step, args.step_size)
-    n_windows = math.ceil(args.sae_tokens / fit_ids.shape[1])
-    _, fit_xs = descend(et, fit_ids[:n_windows], step, args.step_size)
+    _, fit_xs = descend(et, fit_ids, step, args.step_size)
     sae = fit_sae(fit_xs[step], args)
     layer = efas_at(step, et, xs[step], b, sae, corpus.strata, args)
     _, summary = call_aligned([layer])
@@ -2257,36 +2821,47 @@ def analyse_features(study: Study, descents: Descents) -> dict[int, SAE]:
     return saes
 
 
+def eligible_at(study: Study, step: int) -> pd.DataFrame:
+    """The eligible features of a step."""
+    features = study.tables["features"]
+    own = features[(features.layer == step) & features.eligible]
+    return own.reset_index(drop=True)
+
+
+def ablation_of(study: Study, x: Tensor, b: Tensor, sae: SAE) -> Callable[..., pd.DataFrame]:
+    """`ablate` for states x with field b [S, L, D], in float64: it still takes the features."""
+    x = x.double()
+    b = b.double()
+    return functools.partial(
+        ablate,
+        lambda y, i: study.et64.energy(y, b[i]),
+        lambda y, i: study.et64.grad_x(y, b[i]),
+        x,
+        study.et64.grad_x(x, b),
+        sae,
+    )
+
+
 def intervene(study: Study, x: Tensor, b: Tensor, sae: SAE) -> None:
     """Concepts of the features of the middle step, ablations and clamps; x, b [S, L, D]. No tables
     if no feature is eligible."""
     args = study.args
     corpus = study.corpus
-    features = study.tables["features"]
-    own = features[(features.layer == middle_step(args)) & features.eligible]
-    own = own.reset_index(drop=True)
+    own = eligible_at(study, middle_step(args))
     if not len(own):
         return
     numbers = own.feature.to_numpy()
     members = class_members(corpus.test, corpus.written)
     f = sae.encode(x, torch.tensor(numbers))  # [S, L, K']
-    study.tables["concepts"] = concept_features(f, members, corpus.strata, numbers)
+    perms = permutations(corpus.strata, args.permutations, np.random.default_rng(args.seed))
+    concepts = concept_features(f, members, corpus.strata, perms, numbers)
+    study.tables["concepts"] = concepts.merge(own[["feature", "cluster"]], how="left")
 
     chosen = matched_features(own, args.intervened, study.rng)
-    held_out = torch.arange(1, len(x), 2)  # the half that efas_a has not seen
+    held_out = torch.arange(1, len(x), 2)  # the half that the predictors have not seen
     x = x[held_out]
     b = b[held_out]
-    x64 = x.double()
-    b64 = b.double()
-    effects = ablate(
-        lambda y, i: study.et64.energy(y, b64[i]),
-        lambda y, i: study.et64.grad_x(y, b64[i]),
-        x64,
-        study.et64.grad_x(x64, b64),
-        sae,
-        chosen,
-        n_seq=12,
-    )
+    effects = ablation_of(study, x, b, sae)(chosen, n_seq=12)
     scores, points = predicted_versus_actual(effects, chosen, args.seed)
     study.tables["interventions"] = effects
     study.tables["predictors"] = scores
@@ -2296,6 +2871,21 @@ def intervene(study: Study, x: Tensor, b: Tensor, sae: SAE) -> None:
     clamped = chosen.groupby("aligned").head(n_clamped)
     alpha = study.step_below(args.step_size)
     study.tables["clamps"] = dose_response(study.et, x, b, sae, clamped, alpha, study.rng)
+
+
+def look_at_passing(study: Study, x: Tensor, b: Tensor, sae: SAE) -> None:
+    """The table of passing features of the middle step, one by one; x, b [S, L, D]. None if no
+    feature is eligible."""
+    corpus = study.corpus
+    seed = study.args.seed
+    own = eligible_at(study, middle_step(study.args))
+    if not len(own):
+        return
+    chosen = passing_and_matched(own, LOOKED_AT, np.random.default_rng(seed))
+    removed = ablation_of(study, x[1::2], b[1::2], sae)(chosen, n_seq=24, steps=0, doses=(1.0,))
+    f = sae.encode(x, torch.tensor(chosen.feature.to_numpy()))  # [S, L, n]
+    table = look_at(chosen, f, corpus.test, corpus.decode, removed, seed)
+    study.tables["passing_features"] = table
 
 
 def study_attractors(study: Study) -> None:
@@ -2335,6 +2925,9 @@ def analyse_energy_transformer(args: Any, et: EnergyTransformer, corpus: Corpus)
     res.facts["seconds_efas"] = time.perf_counter() - clock
     middle = middle_step(args)
     intervene(study, descents.xs[middle], descents.b, saes[middle])
+    before = time.perf_counter()
+    look_at_passing(study, descents.xs[middle], descents.b, saes[middle])
+    res.facts["seconds_looked_at"] = time.perf_counter() - before
     study_attractors(study)
     res.tables["descent"] = descent_table(et, corpus.test[::5], args.step_size)
     res.facts["seconds"] = time.perf_counter() - clock
@@ -2387,7 +2980,8 @@ def run(args: argparse.Namespace) -> int:
         res.to_json(raw)
         record |= {"cost": cost, "facts": res.facts}
     shown = (
-        "layer eligible rule_passes token_null direction_null aligned median_abs_efas split_half_r"
+        "layer eligible rule_passes token_null within_documents direction_null fewest aligned "
+        "aligned_clusters aligned_participation median_abs_efas split_half_r"
     )
     print(res.tables["layers"][shown.split()].to_string(index=False, float_format="%.3f"))
     print(f"{cost}; report: {report}")
@@ -2571,7 +3165,7 @@ def draw_predicted(
 
 
 def draw_dose(clamps: pd.DataFrame, path: Path) -> None:
-    """clamps.csv, a panel an outcome; bands: 95 % by resampling features."""
+    """clamps.csv, a panel an outcome; bands: 95 % by resampling clusters of copies."""
     outcomes = {
         "attractor_shift": "attractor shift per clamped token",
         "flip_rate": "flip rate of clamped tokens",
@@ -2585,7 +3179,7 @@ def draw_dose(clamps: pd.DataFrame, path: Path) -> None:
             for (arm, rows), colour, style in zip(arms, COLOURS, styles, strict=False):
                 means = []
                 for _, at_dose in rows.groupby("dose"):
-                    means.append(bootstrap_mean(at_dose[outcome], at_dose.feature, 0))
+                    means.append(bootstrap_mean(at_dose[outcome], at_dose.cluster, 0))
                 band = pd.DataFrame(means)  # a row a dose: mean, lo, hi
                 ax.plot(doses, band["mean"], style, color=colour, label=arm, markersize=4)
                 ax.fill_between(doses, band.lo, band.hi, color=colour, alpha=0.2)
@@ -2653,11 +3247,12 @@ def against_original(
     size = own.efas.abs()
     split_half = np.corrcoef(own.efas_a, own.efas_b)[0, 1] if len(own) > 2 else math.nan
     passed = (
-        f"{int(layers.aligned.sum())} of {int(layers.eligible.sum())} eligible pass both nulls at "
-        f"q < {ALPHA} and replicate (expected false: at most {ALPHA:.0%}); |EFAS| > {RULE} passes "
-        f"{int(layers.rule_passes.sum())}, of which {layers.rule_false_permuted.sum():.0f} "
-        f"expected by permuted sequences, {layers.rule_false_directions.sum():.0f} by random "
-        "directions"
+        f"{count_line(layers, 'aligned')} of {count_line(layers, 'eligible')} eligible pass both "
+        f"nulls at q < {ALPHA} and replicate (expected false: at most {ALPHA:.0%}; fewest that "
+        f"could have passed: {fewest_number(layers)}); |EFAS| > {RULE} passes "
+        f"{count_line(layers, 'rule_passes')}, of which "
+        f"{layers.rule_false_permuted.sum():.0f} expected by permuted sequences, "
+        f"{layers.rule_false_directions.sum():.0f} by random directions"
     )
     maximum = (
         f"not reported; split-half r {split_half:.2f}, 95th percentile of |EFAS| of random "
@@ -2682,13 +3277,79 @@ def against_original(
     return pd.DataFrame(rows, columns=["original", "measured here", "why they differ"])
 
 
+def fewest_number(layers: pd.DataFrame) -> str:
+    """The smallest number of features that could have passed random directions."""
+    if "fewest" not in layers or layers.fewest.isna().all():
+        return "no eligible feature"
+    return f"{int(layers.fewest.max())}"
+
+
+def floor_line(layers: pd.DataFrame) -> str:
+    """What random directions could have found at least, by counting and with the fitted tail, and
+    what each finds."""
+    if fewest_number(layers) == "no eligible feature":
+        return "No feature is eligible: nothing was tested."
+    own = layers.dropna(subset="fewest")
+    n = int(own.directions.min())
+    tail = "So few directions have no tail to fit. "
+    if has_tail(n):
+        tail = (
+            "For a feature beyond every direction p is read off a generalised Pareto tail fitted "
+            f"to the outermost {tail_size(n)} (its shape two standard errors heavier than "
+            f"estimated), down to {own.smallest_p.max():.1e}. "
+        )
+    alone = "no feature can pass alone."
+    if own.efas_alone_above.notna().any():
+        alone = (
+            "a feature passes alone if its EFAS is below about "
+            f"{own.efas_alone_below.median():.3f} or above {own.efas_alone_above.median():.3f} "
+            "(median over layers and firing rates)."
+        )
+    return (
+        f"What random directions could have found at least: {n:,} of them a layer give no "
+        f"two-sided p below {own.smallest_p_counted.max():.1e} by counting, so that of "
+        f"{int(own.family.iloc[0]):,} features {int(own.fewest_counted.max())} must lie beyond "
+        f"all of them before any passes. {tail}So {fewest_number(layers)} could have passed; "
+        f"{alone} By counting {count_line(own, 'direction_null_counted')} pass and "
+        f"{count_line(own, 'aligned_counted')} are aligned; with the tail "
+        f"{count_line(own, 'direction_null')} and {count_line(own, 'aligned')}."
+    )
+
+
+def unit_line(layers: pd.DataFrame) -> str:
+    """What permuted documents test and what they do not, and what is found within documents."""
+    if fewest_number(layers) == "no eligible feature":
+        return "No feature is eligible: nothing was tested."
+    own = layers.dropna(subset="fewest")
+    return (
+        "Permuted documents test any association of f with A, with the document as the unit. What "
+        "raises both in the same documents passes, even if within a document neither follows the "
+        "other. Their p has no floor (exact moments, normal tail): a feature passes alone if its "
+        f"EFAS lies {own.efas_alone_permuted.median():.3f} from the permuted mean (median). Within "
+        "documents (f and A less their means by document and by position; the sign of each "
+        f"document's covariance flipped at random) {count_line(own, 'within_documents')} of "
+        f"{int(own.family.iloc[0]):,} pass at q < {ALPHA}, and {count_line(own, 'aligned_within')} "
+        f"of the {int(own.aligned.sum())} aligned; {int(own.within_too_few.sum())} are active in "
+        "too few documents to pass that alone."
+    )
+
+
+def count_line(layers: pd.DataFrame, name: str) -> str:
+    """How many features pass something, with their copies: `218 (44 clusters, participation ratio
+    22)`; clusters are summed over layers, participation ratios too."""
+    clusters = int(layers[f"{name}_clusters"].sum())
+    participation = layers[f"{name}_participation"].sum()
+    n = int(layers[name].sum())
+    return f"{n} ({clusters} clusters, participation ratio {participation:.1f})" if n else "0"
+
+
 def concept_line(concepts: pd.DataFrame) -> str:
     """How many features are significant for each class, beside the base rate."""
     counts = []
     for name, rows in concepts.groupby("token_class"):
         found = rows[(rows.q < ALPHA) & (rows.lift > 1.5) & (rows.auroc > 0.5)]
         rule = f"base rate {rows.base_rate.iloc[0]:.1%}; lift > 1.5, q < {ALPHA}"
-        counts.append(f"{len(found)} {name} ({rule})")
+        counts.append(f"{len(found)} {name} in {found.cluster.nunique()} clusters ({rule})")
     return "; ".join(counts) or "no eligible feature"
 
 
@@ -2696,6 +3357,7 @@ def sae_line(sae: pd.DataFrame) -> str:
     """At how many steps or blocks token ids explain the states better than the SAE, or nothing is
     explained; what that means."""
     own = sae[sae.dictionary.str.startswith("SAE")].set_index("layer").fvu
+    n_tokens = int(sae.n_fit_tokens.iloc[0])
     trivial = sae[sae.dictionary.str.startswith("one atom")].set_index("layer").fvu
     useless = sorted(own.index[own >= 1])
     n_trivial = int((trivial < own).sum())
@@ -2707,7 +3369,8 @@ def sae_line(sae: pd.DataFrame) -> str:
             "nothing about the model. "
         )
     return warning + (
-        "One atom a token id plus one a position leaves less unexplained than the SAE at "
+        f"SAE and token ids are fitted on the same {n_tokens:,} tokens and scored on the same "
+        "others. One atom a token id plus one a position leaves less unexplained than the SAE at "
         f"{n_trivial} of {len(own)} layers. Where it does, the states are largely the tokens "
         "themselves, and a feature need be no more than a token."
     )
@@ -2718,19 +3381,39 @@ def shift_line(clamps: pd.DataFrame, seed: int) -> str:
     strongest = clamps[clamps.dose == clamps.dose.max()]
     own = strongest[strongest.arm == "feature"].reset_index(drop=True)
     random = strongest[strongest.arm == "random direction"].reset_index(drop=True)
-    excess = bootstrap_mean(own.attractor_shift - random.attractor_shift, own.feature, seed)
+    excess = bootstrap_mean(own.attractor_shift - random.attractor_shift, own.cluster, seed)
+    interval = f"[{cell(excess.lo)}, {cell(excess.hi)}], {own.cluster.nunique()} clusters of copies"
     return (
         f"clamped at {clamps.dose.max():g} x the mean activation: "
         f"{own.attractor_shift.mean():.3f}, minus equal random displacement {excess.mean:.3f} "
-        f"[{excess.lo:.3f}, {excess.hi:.3f}] energy per token; flip rate "
+        f"({interval}) energy per token; flip rate "
         f"{own.flip_rate.mean():.2f} against {random.flip_rate.mean():.2f}"
     )
 
 
 def upright(layers: pd.DataFrame) -> pd.DataFrame:
-    """The table of layers with a column a layer: there are more quantities than layers."""
-    table = layers.drop(columns=["latents"]).set_index("layer").T
-    return table.rename_axis(index="layer", columns=None).reset_index().rename(columns=str)
+    """The table of layers with a column a layer: there are more quantities than layers. A count of
+    features has its clusters and participation ratio beside it."""
+    columns = {}
+    for name in layers.drop(columns=["layer", "latents"]):
+        if f"{name}_clusters" in layers:
+            numbers = [layers[name], layers[f"{name}_clusters"], layers[f"{name}_participation"]]
+            cells = [f"{n:g} ({c:g}; {r:.1f})" for n, c, r in zip(*numbers, strict=True)]
+            columns[f"{name} (clusters; participation ratio)"] = cells
+        elif not name.endswith(("_clusters", "_participation")):
+            columns[name] = [cell(value) for value in layers[name]]
+    table = pd.DataFrame(columns, index=layers.layer.astype(str)).T
+    return table.rename_axis(index="layer", columns=None).reset_index()
+
+
+COPIES_MEANING = (
+    f"Features whose decoder directions have |cosine| > {COPY} are near-copies, and a count of "
+    "them is no count of different things. Clusters: connected components of that relation among "
+    "the eligible features of a layer (single linkage). Participation ratio: (sum of v)^2 / sum of "
+    "v^2 over the eigenvalues v of the counted directions' Gram matrix, how many directions at "
+    "right angles they amount to. Sums over layers count a thing once a layer. Intervals over "
+    f"features are over clusters; there is none below {MIN_GROUPS} clusters."
+)
 
 
 def introduction(res: LensResults, args: Any, cost: str) -> list[ReportPart]:
@@ -2740,9 +3423,11 @@ def introduction(res: LensResults, args: Any, cost: str) -> list[ReportPart]:
         "the energy along its decoder direction, A = -<dE/dx, d>. Positive: amplifying (the pull "
         "grows with the feature); negative: restoring. It does not say that the feature lowers the "
         "energy: that is the attribution f*A. A feature is called aligned only if it passes two "
-        "nulls (whole sequences permuted; random directions with the states' covariance) at a "
+        "nulls at a "
         f"false discovery rate of {ALPHA:.0%} over all layers, and has the same sign in both "
-        "halves of the documents."
+        "halves of the documents. Whole sequences permuted: is there any association of f with A, "
+        "with the document as the unit, be it of tokens or of whole documents? Random directions "
+        "with the states' covariance: is it more than a direction of the same firing rate has?"
     )
     n_seq = int(res.tables["layers"].n_seq.iloc[0])
     setting = (
@@ -2787,13 +3472,16 @@ def efas_section(res: LensResults, folder: Path) -> list[ReportPart]:
         "correlation with -np.gradient of the token energies over positions, which is no "
         "derivative in state space."
     )
-    control = res.tables["untrained"].iloc[0]
+    untrained = res.tables["untrained"]
+    control = untrained.iloc[0]
     untrained_too = (
         "The same on an Energy Transformer that was never trained (own SAE, step "
-        f"{int(control.layer)}): {int(control.aligned)} of {int(control.eligible)} eligible "
-        f"features pass, median |EFAS| {control.median_abs_efas:.3f}. What also appears there owes "
-        "nothing to training."
+        f"{int(control.layer)}): {count_line(untrained, 'aligned')} of "
+        f"{count_line(untrained, 'eligible')} eligible features pass (fewest that could have "
+        f"passed: {fewest_number(untrained)}), median |EFAS| {control.median_abs_efas:.3f}. What "
+        "also appears there owes nothing to training."
     )
+    layers = res.tables["layers"]
     figure = folder / "efas_distribution.png"
     draw_distribution(res.tables["efas_distribution"], figure, "descent step")
     caption = "EFAS of the features, of permuted sequences and of random directions"
@@ -2802,8 +3490,11 @@ def efas_section(res: LensResults, folder: Path) -> list[ReportPart]:
         ("t", res.tables["sae"]),
         ("p", sae_line(res.tables["sae"])),
         ("h", "EFAS against its nulls"),
-        ("t", upright(res.tables["layers"])),
+        ("t", upright(layers)),
+        ("p", floor_line(layers)),
+        ("p", unit_line(layers)),
         ("p", columns),
+        ("p", COPIES_MEANING),
         ("p", untrained_too),
         ("img", (figure, caption)),
     ]
@@ -2812,23 +3503,62 @@ def efas_section(res: LensResults, folder: Path) -> list[ReportPart]:
 def concept_section(concepts: pd.DataFrame) -> list[ReportPart]:
     """How many features tell a class of tokens, and the three clearest of each."""
     ranked = concepts.sort_values("auroc", ascending=False)
-    clearest = ranked.groupby("token_class").head(3).copy()
-    for name in ("p", "q"):  # so far out the normal tail gives no digits
-        clearest[name] = [p if p >= 1e-10 else "< 1e-10" for p in clearest[name]]
-    return [("h", "Concepts"), ("p", concept_line(concepts) + "."), ("t", clearest)]
+    clearest = ranked.groupby("token_class").head(3)
+    floor = (
+        "p is over permuted sequences, so a class that belongs to a kind of document passes too; "
+        f"the smallest p here is {concepts.p.min():.1e}, and permutations and tail give no "
+        "smaller one."
+    )
+    return [
+        ("h", "Concepts"),
+        ("p", concept_line(concepts) + "."),
+        ("t", clearest),
+        ("p", floor),
+    ]
+
+
+def prediction_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """predictors.csv for readers: a row a (scale, predictor), and for each dose the Spearman
+    correlation and what it has over that of REFERENCE, with intervals."""
+    keys = ["scale", "predictor", "documents"]
+    table = scores[keys].drop_duplicates().sort_values("scale", ascending=False, kind="stable")
+    table = table.set_index(keys)
+    for eps, rows in scores.groupby("eps"):
+        own = rows.set_index(keys)
+        table[f"eps {eps:g}"] = interval_cells(own.spearman, own.ci_lo, own.ci_hi)
+        minus = (own.minus_efas, own.minus_efas_lo, own.minus_efas_hi)
+        table[f"eps {eps:g}, minus {REFERENCE}"] = interval_cells(*minus)
+    return table.reset_index()
+
+
+def interval_cells(value: pd.Series, lo: pd.Series, hi: pd.Series) -> pd.Series:
+    """`0.85 [0.75, 0.91]`, a cell a row."""
+    numbers = zip(value, lo, hi, strict=True)
+    cells = []
+    for v, a, b in numbers:
+        cells.append(f"{v:.2f} [{a:.2f}, {b:.2f}]" if math.isfinite(a) else f"{v:.2f} [–]")
+    return pd.Series(cells, value.index)
+
+
+def prediction_method(scores: pd.DataFrame) -> str:
+    """What prediction_table compares, on which documents, and how its intervals come about."""
+    n_features = int(scores.n_features.max())
+    n_clusters = int(scores.n_clusters.max())
+    return (
+        f"Spearman over {n_features} features, {n_clusters} clusters of copies, of a predictor "
+        "with the change per active token. Predictors from the other half of the documents know "
+        "nothing of those that are intervened on: only they predict, and only they are on equal "
+        f"terms with EFAS ({REFERENCE}). Those of the intervened tokens are computed on the very "
+        "states that are then changed. Intervals: 95 %, jackknife over sequences and over whole "
+        f"clusters; of a difference jointly; none below {MIN_GROUPS} clusters. eps: share of the "
+        "feature that is removed. random: a thousand predictors that know nothing, so its interval "
+        "is what chance gives."
+    )
 
 
 def intervention_section(res: LensResults, folder: Path) -> list[ReportPart]:
     """Ablations beside their predictors, and persistent clamps."""
     scores = res.tables["predictors"]
-    on_tokens = [name for name, p in predictors_of("tokens").items() if p.scored]
-    names = ", ".join(on_tokens[:-1]) + " and " + on_tokens[-1]
-    method = (
-        "Spearman over features, interval by resampling sequences and features. "
-        f"{names.replace('_', ' ').capitalize()} are evaluated on the very tokens that are then "
-        "intervened on; EFAS comes from the other half of the documents. random: a new predictor "
-        "in every draw, so its interval is what chance gives."
-    )
     ablations = folder / "predicted_actual.png"
     draw_predicted(res.tables["predicted_actual"], scores, ablations)
     clamps = res.tables["clamps"]
@@ -2836,15 +3566,74 @@ def intervention_section(res: LensResults, folder: Path) -> list[ReportPart]:
     draw_dose(clamps, responses)
     outcomes = ["attractor_shift", "flip_rate", "collateral", "g_change_others", "residual"]
     means = clamps.groupby(["arm", "aligned", "dose"], as_index=False)[outcomes].mean()
-    band = "Dose-response of clamps and of equal random displacements; band: 95 % over features"
+    band = "Dose-response of clamps and of equal random displacements; band: 95 % over clusters"
     return [
         ("h", "Interventions: predicted against actual"),
-        ("t", scores),
-        ("p", method),
+        ("t", prediction_table(scores)),
+        ("p", prediction_method(scores)),
         ("img", (ablations, "Predicted and actual energy change of partial and full ablation")),
         ("h", "Interventions: persistent clamps"),
         ("t", means),
         ("img", (responses, band)),
+    ]
+
+
+def against_matched(looked: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """What sets the passing features apart from their matches: a row a quantity, with the mean
+    difference within pairs and its interval over clusters of the passing ones."""
+    looked = looked.assign(size_of_change=looked.energy_change.abs())
+    keys = ["layer", "pair"]
+    matched = looked[looked.group == "matched"].set_index(keys)
+    passing = looked[looked.group != "matched"].set_index(keys).loc[matched.index]
+    cluster = pd.Series(passing.groupby(["layer", "cluster"]).ngroup())
+    rows = []
+    for quantity in (
+        "distinct_share", "token_entropy", "top_token_share", "energy_change", "size_of_change"
+    ):  # fmt: skip
+        difference = passing[quantity] - matched[quantity]
+        interval = bootstrap_mean(difference, cluster, seed)
+        rows.append(
+            {
+                "quantity": quantity,
+                "passing": passing[quantity].mean(),
+                "matched": matched[quantity].mean(),
+                "difference": interval.mean,
+                "ci_lo": interval.lo,
+                "ci_hi": interval.hi,
+                "n_pairs": len(difference),
+                "n_clusters": cluster.nunique(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def looked_at_section(looked: pd.DataFrame, unit: str, cost: str, seed: int) -> list[ReportPart]:
+    """The passing features one by one, beside matched ones; `unit` of the change of energy."""
+    group = looked.group[0]
+    n_passing = int((looked.group == group).sum())
+    who = f"{n_passing} of the aligned features, one a cluster of copies first,"
+    if group == "strongest":
+        who = f"No feature is aligned; the {n_passing} strongest by |z_direction|"
+    text = (
+        f"{who} beside as many that are not aligned, of the same layer, nearest in firing rate and "
+        "mean activation (pair). distinct_share and token_entropy (nats): of the tokens that a "
+        "feature is active on. energy_change: of removing the feature wholly, "
+        f"{unit} per active token, on documents of the half that efas_a has not seen, interval "
+        f"over n_seq_ablated of them (none below {MIN_GROUPS}). « » marks the token where the "
+        f"feature is strongest. {cost}."
+    )
+    shown = looked.drop(columns=["ci_lo", "ci_hi"]).drop(columns=looked.filter(like="context_"))
+    shown["energy_change"] = [
+        f"{cell(row.energy_change)} [{cell(row.ci_lo)}, {cell(row.ci_hi)}]"
+        for row in looked.itertuples()
+    ]
+    where = ["group", "layer", "feature", "context_1", "context_2", "context_3"]
+    return [
+        ("h", "Passing features, one by one"),
+        ("p", text),
+        ("t", against_matched(looked, seed)),
+        ("t", shown),
+        ("t", looked[where]),
     ]
 
 
@@ -2880,6 +3669,9 @@ def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[Report
     if "predictors" in res.tables:
         blocks += concept_section(res.tables["concepts"])
         blocks += intervention_section(res, folder)
+        looked = res.tables["passing_features"]
+        took = f"This took {res.facts['seconds_looked_at']:.0f} s"
+        blocks += looked_at_section(looked, "energy", took, args.seed)
         concept = concept_line(res.tables["concepts"])
         shift = shift_line(res.tables["clamps"], args.seed)
         res.facts["shift"] = shift
@@ -2923,7 +3715,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     sequences = "held-out sequences of 32 tokens, one a document: n of every statistic"
     group.add_argument("--sequences", type=count, help=sequences)
     group.add_argument("--sae_dict_size", type=count, help="SAE latents")
-    tokens = "tokens of the fixed batch that L-BFGS sees"
+    tokens = "tokens, in whole sequences, that every dictionary is fitted on"
     group.add_argument("--sae_tokens", type=count, help=tokens)
     iterations = "L-BFGS iterations (Adam: times 20 steps)"
     group.add_argument("--sae_iterations", type=count, help=iterations)
@@ -2934,9 +3726,12 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     gradients = ["autograd", "finite_difference"]
     slow = "of the energy; the latter along the 16 most active features only, in minutes"
     group.add_argument("--gradient", choices=gradients, default="autograd", help=slow)
-    orders = "Monte Carlo permutations of sequences"
+    orders = "Monte Carlo permutations of sequences (p_mc, p_maxt; p_token is exact moments)"
     group.add_argument("--permutations", type=count, help=orders)
-    directions = "covariance-matched random directions"
+    directions = (
+        "covariance-matched random directions a layer: of m features, 40 m / directions must lie "
+        "beyond all before one passes by counting; a fitted tail reaches 100 times further"
+    )
     group.add_argument("--directions", type=count, help=directions)
     ablated = "features that are ablated, half of them aligned"
     group.add_argument("--intervened", type=count, help=ablated)

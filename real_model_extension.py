@@ -37,6 +37,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,6 +70,7 @@ from energy_lens_minimal import (
 BUILT_IN = "energy-transformer"  # the --model_name of the Energy Transformer of energy_lens_minimal
 # Positions that statistics use: not the first (massive norm), nor the last (no token follows it).
 INNER = slice(1, -1)
+LOOKED_AT_SEQUENCES = 16  # in which a feature that is looked at one by one is ablated
 SAE_L1 = 3.0  # the default of sae_l1
 SAE_L1_BUILT_IN = 0.6  # the same for the Energy Transformer
 
@@ -91,7 +93,7 @@ class EnergyLensConfig:
     sae_l1: float | None = None  # penalty per unit of whitened activation; None: SAE_L1
     sae_iterations: int = 30  # of L-BFGS; each stands for 20 steps of Adam
     permutations: int = 2000  # of the sequences
-    directions: int = 2000  # at random, with the covariance of the states
+    directions: int = 25_000  # at random, with the covariance of the states
     intervened: int = 16  # features a layer that are ablated, half of them aligned
     preset: str = "full"  # sizes of the built-in Energy Transformer
     seed: int = 42  # of NumPy and torch
@@ -408,15 +410,19 @@ def dictionary_quality(
     layer: int, sae: SAE, fit: States, test: States, cfg: EnergyLensConfig
 ) -> pd.DataFrame:
     """Variance left unexplained by the SAE, and by the trivial dictionary of one atom a token id
-    plus one a position: where that is the smaller one, a feature need be no more than a token."""
+    plus one a position: where that is the smaller one, a feature need be no more than a token. Both
+    are fitted on the same tokens and scored on the same tokens."""
     fit_h = fit.h[layer][:, INNER]  # [S', T-2, D]
-    h = test.h[layer][:, INNER]  # [S, T-2, D]
-    some = h[: 8192 // cfg.seq_len + 1].flatten(0, 1)  # [N, D], about 8,192 tokens
-    of_sae = sae.score(some)
-    trivial = lens.token_dictionary(fit_h, fit.ids[:, INNER], h, test.ids[:, INNER])
+    fit_ids = fit.ids[:, INNER]  # [S', T-2]
+    n_scored = 8192 // cfg.seq_len + 1  # sequences, about 8,192 tokens
+    h = test.h[layer][:n_scored, INNER]  # [S, T-2, D]
+    ids = test.ids[:n_scored, INNER]
+    of_sae = sae.score(h.flatten(0, 1))
+    trivial = lens.token_dictionary(fit_h, fit_ids, h, ids, sae.covers(h))
+    n_tokens = fit_ids.numel()
     rows = [
-        {"layer": layer, "dictionary": f"SAE, {cfg.optimiser}", **of_sae},
-        {"layer": layer, "dictionary": "one atom a token id + position", "fvu": trivial, "l0": 2.0},
+        lens.dictionary_row(layer, f"SAE, {cfg.optimiser}", n_tokens, **of_sae),
+        lens.dictionary_row(layer, lens.TOKEN_DICTIONARY, n_tokens, fvu=trivial, l0=2.0),
     ]
     return pd.DataFrame(rows)
 
@@ -461,23 +467,19 @@ def plan_ablations(
     return plans
 
 
-def ablate_block(
-    lm: LanguageModel,
-    plan: AblationPlan,
-    sae: SAE,
-    gradient: Tensor,
-    test: States,
-    cfg: EnergyLensConfig,
-) -> dict[str, pd.DataFrame]:
-    """Ablates the planned features of one block: tables by the names of their CSVs.
+def ablation_of(
+    lm: LanguageModel, layer: int, gradient: Tensor, test: States
+) -> Callable[..., pd.DataFrame]:
+    """lens.ablate for one block and the held-out half of the sequences: it still takes the SAE and
+    the features.
 
     Attribution takes `gradient`, dE/dh [S, T, D] of the energy in use; the outcome, and what
     integrated gradients follow, is always the model's own loss.
     """
-    held_out = torch.arange(len(test.ids))[1::2]  # the half that efas_a has not seen
+    held_out = torch.arange(len(test.ids))[1::2]  # the half that the predictors have not seen
     ids = test.ids[held_out]
-    h = test.h[plan.layer][held_out]  # [S/2, T, D]
-    own_loss = LossEnergy(lm, plan.layer, "final")
+    h = test.h[layer][held_out]  # [S/2, T, D]
+    own_loss = LossEnergy(lm, layer, "final")
     may_change = torch.zeros_like(h)  # 1 at inner positions, as in the statistics
     may_change[:, INNER] = 1
 
@@ -489,34 +491,54 @@ def ablate_block(
     def loss_slope(changed: Tensor, rows: Tensor) -> Tensor:
         return own_loss.grad(changed, ids[rows]) * may_change[rows]  # [n, T, D]
 
-    # A random direction takes the feature's place: the same tokens, the same length.
-    randomised = replace(sae, w_dec=plan.random_directions)
     inner_gradient = gradient[held_out] * may_change  # [S/2, T, D]
+    return partial(lens.ablate, loss_of, loss_slope, h, inner_gradient)
 
-    def ablate(dictionary: SAE, path_steps: int) -> pd.DataFrame:
-        return lens.ablate(
-            loss_of,
-            loss_slope,
-            h,
-            inner_gradient,
-            dictionary,
-            plan.chosen,
-            n_seq=4,
-            steps=path_steps,
-            doses=(0.25, 1.0),
-        )
 
-    of_features = ablate(sae, path_steps=2).assign(arm="feature", layer=plan.layer)
-    # Nothing is predicted for random directions, so their integrated gradients are not computed.
-    of_random = ablate(randomised, path_steps=0).assign(arm="random direction", layer=plan.layer)
+def ablate_block(
+    lm: LanguageModel,
+    plan: AblationPlan,
+    sae: SAE,
+    gradient: Tensor,
+    test: States,
+    cfg: EnergyLensConfig,
+) -> dict[str, pd.DataFrame]:
+    """Ablates the planned features of one block: tables by the names of their CSVs; gradient
+    [S, T, D] is dE/dh of the energy in use."""
+    ablate = ablation_of(lm, plan.layer, gradient, test)
+    sizes = {"n_seq": 4, "doses": (0.25, 1.0)}
+    of_features = ablate(sae, plan.chosen, steps=2, **sizes)
+    # A random direction takes the feature's place: the same tokens, the same length. Nothing is
+    # predicted for it, so its integrated gradients are not computed.
+    randomised = replace(sae, w_dec=plan.random_directions)
+    of_random = ablate(randomised, plan.chosen, steps=0, **sizes)
+
     predictors, points = lens.predicted_versus_actual(of_features, plan.chosen, cfg.seed)
-    facts = plan.chosen[["feature", "aligned", "efas"]]
-    arms = [of_features.merge(facts, on="feature"), of_random.merge(facts, on="feature")]
+    facts = plan.chosen[["feature", "aligned", "cluster", "efas"]]
+    arms = []
+    for arm, effects in (("feature", of_features), ("random direction", of_random)):
+        arms.append(effects.assign(arm=arm, layer=plan.layer).merge(facts, on="feature"))
     return {
         "interventions": pd.concat(arms),
         "predictors": predictors.assign(layer=plan.layer),
         "predicted_actual": points.assign(layer=plan.layer),
     }
+
+
+def look_at_block(
+    lm: LanguageModel,
+    chosen: pd.DataFrame,
+    block: BlockResult,
+    test: States,
+    cfg: EnergyLensConfig,
+) -> pd.DataFrame:
+    """What features of one block fire on and what their ablation does: a row each of `chosen`."""
+    layer = int(chosen.layer.iloc[0])
+    ablate = ablation_of(lm, layer, block.gradient, test)
+    removed = ablate(block.sae, chosen, n_seq=LOOKED_AT_SEQUENCES, steps=0, doses=(1.0,))
+    index = torch.tensor(chosen.feature.to_numpy())  # [n]
+    f = block.sae.encode(test.h[layer][:, INNER], index)  # [S, T-2, n]
+    return lens.look_at(chosen, f, test.ids[:, INNER], lm.decode, removed, cfg.seed)
 
 
 # ---- texts: five types, and those that were given
@@ -537,7 +559,12 @@ def text_type_table(
 
     summary = []
     for (text_type, layer), group in pd.DataFrame(rows).groupby(["text_type", "layer"]):
-        for quantity in ("loss_nats", "aligned_active_per_token", "abs_attribution_nats"):
+        for quantity in (
+            "loss_nats",
+            "aligned_active_per_token",
+            "aligned_clusters_active_per_token",
+            "abs_attribution_nats",
+        ):
             over_texts = lens.bootstrap_mean(group[quantity], group.text, seed)
             summary.append(
                 {
@@ -556,18 +583,22 @@ def text_type_table(
 def text_quantities(
     states: States, layer: int, sae: SAE, eligible: pd.DataFrame
 ) -> dict[str, float]:
-    """Of one text: loss, nats a token; aligned features active at a token; and the sum of
-    |attribution| of the eligible features at a token, nats."""
+    """Of one text: loss, nats a token; aligned features active at a token, and clusters of copies
+    of them; and the sum of |attribution| of the eligible features at a token, nats."""
     index = torch.tensor(eligible.feature.to_numpy(dtype=np.int64))  # [K']
     aligned = torch.tensor(eligible.aligned.to_numpy(dtype=bool))  # [K']
     f = sae.encode(states.h[layer][:, INNER], index)  # [1, T-2, K']
     loss_gradient = states.loss_gradient[layer][:, INNER]  # [1, T-2, D]
     pull = lens.feature_gradient(loss_gradient, sae.w_dec[index])  # [1, T-2, K']
-    active = (f[..., aligned] > 0).float().sum(-1)  # [1, T-2]
+    active = f[..., aligned] > 0  # [1, T-2, K'']
+    n_clusters = []
+    for at_token in active.flatten(0, 1).numpy():
+        n_clusters.append(eligible.cluster[eligible.aligned][at_token].nunique())
     attribution = (f * pull).abs().sum(-1)  # [1, T-2]
     return {
         "loss_nats": states.loss.mean().item(),
-        "aligned_active_per_token": active.mean().item(),
+        "aligned_active_per_token": active.float().sum(-1).mean().item(),
+        "aligned_clusters_active_per_token": float(np.mean(n_clusters)),
         "abs_attribution_nats": attribution.mean().item(),
     }
 
@@ -763,6 +794,8 @@ class EnergyLensAnalyzer:
             for name in effects[0]:
                 tables[name] = pd.concat([effect[name] for effect in effects], ignore_index=True)
 
+        self._look_at_passing(results, by_layer, test)
+
         # Descriptive: what the features do in short texts.
         tables["text_types"] = text_type_table(lm, tables["features"], saes, cfg.seed)
         if given:
@@ -771,6 +804,26 @@ class EnergyLensAnalyzer:
                 energies[layer] = LossEnergy(lm, layer, cfg.energy, block.translate)
             tables.update(trace_texts(lm, given, tables["features"], saes, energies))
         return results
+
+    def _look_at_passing(
+        self, results: LensResults, by_layer: dict[int, BlockResult], test: States
+    ) -> None:
+        """The table of passing features, one by one, beside matched ones; none if no feature is
+        eligible."""
+        self._say(f"{lens.LOOKED_AT} passing features and their matches, one by one")
+        cfg = self.config
+        before = time.perf_counter()
+        rng = np.random.default_rng(cfg.seed)
+        chosen = lens.passing_and_matched(results.tables["features"], lens.LOOKED_AT, rng)
+        of_blocks = [rows for _, rows in chosen.groupby("layer")]
+
+        def look(rows: pd.DataFrame) -> pd.DataFrame:
+            return look_at_block(self.lm, rows, by_layer[int(rows.layer.iloc[0])], test, cfg)
+
+        tables = dealt_out(of_blocks, look, "passing features", "block")
+        if tables:
+            results.tables["passing_features"] = pd.concat(tables, ignore_index=True)
+            results.facts["seconds_looked_at"] = time.perf_counter() - before
 
     def _energy_transformer(self, texts: dict[str, str]) -> LensResults:
         """The built-in Energy Transformer: trained, analysed, and the texts traced."""
@@ -1190,8 +1243,12 @@ def print_summary(results: LensResults) -> None:
         "eligible",
         "rule_passes",
         "token_null",
+        "within_documents",
         "direction_null",
+        "fewest",
         "aligned",
+        "aligned_clusters",
+        "aligned_participation",
         "median_abs_efas",
         "split_half_r",
     ]
@@ -1211,6 +1268,10 @@ def compose_report(results: LensResults, cfg: EnergyLensConfig, out: Path) -> li
     if "interventions" in tables:
         shift = ablation_excess(tables["interventions"], cfg.seed)
         blocks += intervention_blocks(tables, shift, out)
+    if "passing_features" in tables:
+        looked = tables["passing_features"]
+        took = f"This took {results.facts['seconds_looked_at']:.0f} s"
+        blocks += lens.looked_at_section(looked, "nats of the loss", took, cfg.seed)
     blocks += [
         ("h", "Five types of text"),
         ("t", tables["text_types"]),
@@ -1272,6 +1333,9 @@ def efas_blocks(tables: dict[str, pd.DataFrame], out: Path) -> list[ReportPart]:
     return [
         ("h", "EFAS against its nulls"),
         ("t", lens.upright(tables["layers"])),
+        ("p", lens.floor_line(tables["layers"])),
+        ("p", lens.unit_line(tables["layers"])),
+        ("p", lens.COPIES_MEANING),
         ("img", (figure, caption)),
     ]
 
@@ -1285,15 +1349,17 @@ def full_ablations(interventions: pd.DataFrame) -> pd.DataFrame:
 def ablation_excess(interventions: pd.DataFrame, seed: int) -> str:
     """The headline: how much more the loss changes than by a random direction of equal length."""
     full = full_ablations(interventions)
-    pairs = ["layer", "feature", "sequence"]
+    pairs = ["layer", "cluster", "feature", "sequence"]
     of_feature = full[full.arm == "feature"].set_index(pairs)["size"]
     of_random = full[full.arm == "random direction"].set_index(pairs)["size"]
     excess = (of_feature - of_random).dropna().reset_index()
-    feature_of_layer = excess.layer.astype(str) + "/" + excess.feature.astype(str)
-    interval = lens.bootstrap_mean(excess["size"], feature_of_layer, seed)
+    cluster = pd.Series(excess.groupby(["layer", "cluster"]).ngroup())  # over all layers
+    interval = lens.bootstrap_mean(excess["size"], cluster, seed)
+    limits = f"[{lens.cell(interval.lo)}, {lens.cell(interval.hi)}]"
     return (
         "|change of the loss| by full ablation, feature minus random direction of equal length: "
-        f"{interval.mean:.4f} [{interval.lo:.4f}, {interval.hi:.4f}] nats per active token"
+        f"{interval.mean:.4f} {limits} nats per active token (95 % over {cluster.nunique()} "
+        "clusters of copies)"
     )
 
 
@@ -1316,11 +1382,17 @@ def intervention_blocks(tables: dict[str, pd.DataFrame], shift: str, out: Path) 
     caption = (
         "Predicted and actual loss change of ablations, all layers; Spearman: mean over layers"
     )
+    tables_of_blocks = []
+    for layer, rows in predictors.groupby("layer"):
+        table = lens.prediction_table(rows)
+        table.insert(0, "layer", layer)
+        tables_of_blocks.append(table)
     return [
         ("h", "Interventions: change of the model's own next-token loss"),
         ("p", f"{shift}."),
         ("t", size),
-        ("t", predictors[predictors.scale == "signed"]),
+        ("t", pd.concat(tables_of_blocks)),
+        ("p", lens.prediction_method(predictors)),
         ("img", (figure, caption)),
     ]
 
@@ -1413,8 +1485,12 @@ def add_statistics_flags(parser: argparse.ArgumentParser) -> None:
     count = positive(int)
     ablated = "features a layer that are ablated, half of them aligned"
     add = parser.add_argument_group("method: statistics").add_argument
-    add("--permutations", type=count, help="Monte Carlo permutations of sequences")
-    add("--directions", type=count, help="covariance-matched random directions")
+    orders = "Monte Carlo permutations of sequences (p_mc, p_maxt; p_token is exact moments)"
+    add("--permutations", type=count, help=orders)
+    directions = "covariance-matched random directions a block: of m features, 40 m / directions "
+    directions += "must lie beyond all before one passes by counting; a fitted tail reaches 100 "
+    directions += "times further"
+    add("--directions", type=count, help=directions)
     add("--intervened", type=count, help=ablated)
 
 
