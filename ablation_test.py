@@ -1273,7 +1273,9 @@ def tell_of_run(row: pd.Series) -> None:
 
     percent = 100 * row["delta"] / row["base_loss"]
     impact = f"impact {row['delta']:+.5f} nats a token, {percent:+.3f} % of {row['base_loss']:.4f}"
-    n = f"n = {row['n_unit']} {row['unit']} ({row['n_seq']} sequences)"
+    n = f"n = {row['n_unit']} {row['unit']}"
+    if row["unit"] == "documents":
+        n += f" of {row['n_seq']} sequences"
     if row["n_unit"] < MIN_UNITS:
         print(f"  {impact}, ahead of {second} by {row['gap']:+.5f}")
         print(f"  {n}: no interval, no p value and no Hero Head with fewer than {MIN_UNITS}")
