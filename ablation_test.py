@@ -4,10 +4,11 @@ Question: how much worse does the model predict without one head, and does one h
 the others by more than chance? One head at a time loses its output z, which is replaced by its mean
 (mean: ranks the heads), by zero (the published ablation), or by the z of other sequences at the
 same positions (resample: the loss is averaged over draws). The loss is exact: only what follows the
-head is computed again. The unit of replication is the sequence; all heads and both models see the
-same ones. The first head is a Hero Head if it leads in 95 % of bootstrap draws, the interval of its
-lead and its own max-T p exclude chance, and the model beats word frequencies; otherwise there is
-"no unique hero".
+head is computed again. The unit of replication is the document, since sequences of one document are
+alike; all heads and both models see the same ones. The first head is a Hero Head if it leads every
+other head by more than chance (two tied heads are called so in 5 %), its impact is above 0 (max-T
+p < .05), and the model beats word frequencies; otherwise there is "no unique hero". With fewer than
+32 documents there is no interval, no p value and no Hero Head: they would not be what they say.
 
 Every loss, and every z of another sequence, is of the validation split. The means of z and the word
 frequencies are of the training split.
@@ -15,8 +16,9 @@ frequencies are of the training split.
 Reads   checkpoints of janus_adaptive.py with their tokenizer.json; the text that they name
 Writes  <stem>.csv           a row a run, mode and head: impact (nats a token), interval, p values
         <stem>.npz           behind it, float64: base [sequences], the loss without ablation; loss,
-                             KL, top-1 flips, first-order effect [sequences, layers, H]
-        <stem>_summary.csv   a row a run and mode: Hero Head or none, concentration and its null
+                             KL, top-1 flips, first-order effect [sequences, layers, H]; and
+                             documents [sequences], the number of the document of each
+        <stem>_summary.csv   a row a run and mode: Hero Head or none, and how unequal heads are
         <stem>_figure4.png, <stem>_heatmap.png, <stem>_table3.csv, <stem>_table3.md, and run.json
         METRICS.md explains each column.
 
@@ -79,13 +81,16 @@ from tqdm import tqdm
 CSV_SCHEMA = "janus.ablation/1"
 LOSSES_SCHEMA = "janus.ablation_losses/1"
 REMEDY = "python ablation_test.py --adaptive_model PATH"
+# With fewer units there is no interval and no p value. Where half of the units do not know the first
+# head, a 95 % interval of its cross-fitted impact holds 90 % of the time at 16, 93 % at 32
+MIN_UNITS = 32
 # n_seqs: validation sequences, 0 is all; n_mean: training sequences behind a mean;
-# resample_draws: draws of a random mode; batch_size: sequences; block: sequences that make a unit.
+# resample_draws: draws of a random mode; batch_size: sequences.
 PHASE_PRESETS: dict[str, dict[str, int]] = {
-    "full": dict(n_seqs=0, n_mean=256, resample_draws=8, batch_size=4, block=8),
-    "published": dict(n_seqs=0, n_mean=256, resample_draws=8, batch_size=4, block=8),
-    "demo": dict(n_seqs=48, n_mean=128, resample_draws=1, batch_size=16, block=1),
-    "smoke": dict(n_seqs=24, n_mean=24, resample_draws=2, batch_size=12, block=1),
+    "full": dict(n_seqs=0, n_mean=256, resample_draws=8, batch_size=4),
+    "published": dict(n_seqs=0, n_mean=256, resample_draws=8, batch_size=4),
+    "demo": dict(n_seqs=48, n_mean=128, resample_draws=1, batch_size=16),
+    "smoke": dict(n_seqs=24, n_mean=24, resample_draws=2, batch_size=12),
 }
 
 
@@ -339,16 +344,14 @@ def ablate_heads(
 
 @dataclass
 class Bootstrap:
-    """Paired bootstrap: one set of resamples of the units for all heads.
+    """Paired bootstrap: one set of resamples of the units for all columns.
 
-    impact     [draws, R] mean delta of each head
-    t          [draws, R] studentised: (impact - impact of the sample) / standard error
-    crossfit   [draws] mean of the cross-fitted impact
+    mean  [draws, C] mean of each column
+    t     [draws, C] studentised: (mean - mean of the sample) / standard error of the resample
     """
 
-    impact: np.ndarray
+    mean: np.ndarray
     t: np.ndarray
-    crossfit: np.ndarray
 
 
 @dataclass
@@ -358,7 +361,7 @@ class HeadStatistics:
     columns   {column of the CSV: [R]}
     hero      the head of largest impact, 0 <= hero < R; second: the next one
     summary   {column of the summary: value}
-    crossfit  [n] delta of the head that leads where this unit is left out
+    crossfit  [n] values of `cross_fit`, or none where there are too few units
     """
 
     columns: dict[str, np.ndarray]
@@ -368,11 +371,17 @@ class HeadStatistics:
     crossfit: np.ndarray
 
 
-def units(values: np.ndarray, block: int) -> np.ndarray:
-    """Per-sequence values [sequences, R] -> units of `block` consecutive sequences [n, R], with the
-    same mean."""
-    starts = np.arange(0, len(values), block)
-    return np.add.reduceat(values, starts) * len(starts) / len(values)
+def units(values: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Per-sequence values [sequences, R] and the document of each -> a value a document [n, R],
+    with the same mean.
+
+    A document of many sequences weighs more: it lies as much further from the mean.
+    """
+    _, unit = np.unique(documents, return_inverse=True)  # [sequences], 0 to n - 1
+    mean = values.mean(0)  # [R]
+    deviation = np.zeros((unit.max() + 1, values.shape[1]))  # [n, R]
+    np.add.at(deviation, unit, values - mean)
+    return mean + deviation * len(deviation) / len(values)
 
 
 def head_statistics(delta: np.ndarray, draws: int, seed: int) -> HeadStatistics:
@@ -381,75 +390,112 @@ def head_statistics(delta: np.ndarray, draws: int, seed: int) -> HeadStatistics:
     order = np.argsort(-impact, kind="stable")
     hero = int(order[0])
     second = int(order[1])
+    costs = np.maximum(impact, 0)  # [R]
+    columns = {
+        "impact": impact,
+        "share": costs / max(costs.sum(), 1e-300),
+        "rank": stats.rankdata(-impact, "ordinal").astype(int),
+    }
+    summary = {
+        "n_unit": len(delta),
+        "delta": impact[hero],
+        "gap": impact[hero] - impact[second],
+        "n_negative": (impact < 0).sum(),
+        "negative_sum": np.minimum(impact, 0).sum(),
+        **concentration_columns(delta, seed),
+    }
+    if len(delta) < MIN_UNITS:
+        columns |= {name: np.full(len(impact), math.nan) for name in UNCERTAIN_COLUMNS}
+        summary |= dict.fromkeys(UNCERTAIN_SUMMARY, math.nan)
+        summary["unique_hero"] = False
+        return HeadStatistics(columns, hero, second, summary, crossfit=np.empty(0))
 
     # How much of this may be chance: all heads on the same resamples of the units
+    bootstrap = bootstrap_units(delta, draws, seed)
+    columns |= uncertain_columns(delta, bootstrap)
     crossfit = cross_fit(delta, seed)  # [n]
-    bootstrap = bootstrap_heads(delta, crossfit, draws, seed)
-    columns = head_columns(delta, bootstrap)
-    crossfit_lo, crossfit_hi = interval(bootstrap.crossfit)
-
-    # The lead of the first head: in a resample, over whichever other head is then the largest
-    others = np.delete(bootstrap.impact, hero, axis=1)  # [draws, R - 1]
-    gap_lo, gap_hi = interval(bootstrap.impact[:, hero] - others.max(1))
-    p_top1 = columns["p_top1"][hero]
-    p_max_t = columns["p_maxT"][hero]
+    crossfit_lo, crossfit_hi = mean_interval(crossfit, draws, seed)
+    gap_lo, gap_hi = lead_interval(delta, hero, draws, seed)
+    heads, heads_lo, heads_hi = effective_heads(delta, draws, seed)
 
     # What these units can tell of a head of median noise: how large t must be for p_maxT < .05,
     # and how much larger it is to be so in 80 % of samples
     critical_t = np.quantile(bootstrap.t.max(1), 0.95)
     power_t = stats.norm.ppf(0.8)
     median_se = np.median(columns["se"])
-    summary = {
-        "n_unit": len(delta),
-        "delta": impact[hero],
-        "p_top1": p_top1,
-        "p_maxT": p_max_t,
-        "gap": impact[hero] - impact[second],
+    summary |= {
+        "p_top1": columns["p_top1"][hero],
+        "p_maxT": columns["p_maxT"][hero],
         "gap_lo": gap_lo,
         "gap_hi": gap_hi,
         "crossfit": crossfit.mean(),
         "crossfit_lo": crossfit_lo,
         "crossfit_hi": crossfit_hi,
-        "unique_hero": is_unique_hero(p_top1, gap_lo, p_max_t),
+        "unique_hero": is_unique_hero(gap_lo, columns["p_maxT"][hero]),
         "noise_limit": critical_t * median_se,
         "min_detectable": (critical_t + power_t) * median_se,
-        "n_negative": (impact < 0).sum(),
-        "negative_sum": np.minimum(impact, 0).sum(),
-        **concentration_columns(delta, bootstrap, seed),
-        "participation_ratio_debiased": debiased_participation_ratio(impact, columns["se"]),
+        "effective_heads": heads,
+        "effective_heads_lo": heads_lo,
+        "effective_heads_hi": heads_hi,
     }
     return HeadStatistics(columns, hero, second, summary, crossfit)
 
 
-def is_unique_hero(p_top1: float, gap_lo: float, p_max_t: float) -> bool:
-    """Whether the first head leads in 95 % of resamples, is ahead of any other head by more than
-    chance, and costs anything at all by more than chance."""
-    return bool(p_top1 >= 0.95 and gap_lo > 0 and p_max_t < 0.05)
+# Empty where there are fewer than MIN_UNITS
+UNCERTAIN_COLUMNS = ["se", "ci_lo", "ci_hi", "ci_all_lo", "ci_all_hi", "p_maxT", "q_bh", "p_top1"]
+UNCERTAIN_SUMMARY = [
+    *("p_top1", "p_maxT", "gap_lo", "gap_hi", "crossfit", "crossfit_lo", "crossfit_hi"),
+    *("noise_limit", "min_detectable"),
+    *("effective_heads", "effective_heads_lo", "effective_heads_hi"),
+]
 
 
-def cross_fit(delta: np.ndarray, seed: int, halvings: int = 100) -> np.ndarray:
-    """delta [n, R] -> [n], each unit's delta of the head that leads on the half without that unit,
-    averaged over random halvings. Its mean is the first head's impact without the winner's curse:
-    chosen on one half, measured on the other."""
-    n = len(delta)
-    alternating = np.tile(np.arange(n) % 2 == 0, (halvings, 1))  # [halvings, n]
-    in_half = np.random.default_rng(seed).permuted(alternating, axis=1)
-    leads_in = (in_half @ delta).argmax(1)  # [halvings], the head that leads in the half
-    leads_out = (~in_half @ delta).argmax(1)  # and in the other one
-    chosen = np.where(in_half, leads_out[:, None], leads_in[:, None])  # [halvings, n]
-    return delta[np.arange(n), chosen].mean(0)
+def is_unique_hero(gap_lo: float, p_max_t: float) -> bool:
+    """Whether the first head is ahead of every other head by more than chance, and costs anything
+    at all by more than chance."""
+    return bool(gap_lo > 0 and p_max_t < 0.05)
 
 
-def bootstrap_heads(delta: np.ndarray, crossfit: np.ndarray, draws: int, seed: int) -> Bootstrap:
-    """delta [n, R], cross-fitted impact [n] -> their means over resamples of the units."""
-    n, n_heads = delta.shape
-    columns = np.hstack((delta, delta**2, crossfit[:, None]))  # [n, 2 R + 1]
-    means = bootstrap_means(columns, draws, seed)  # [draws, 2 R + 1]
-    impact = means[:, :n_heads]  # [draws, R]
-    square = means[:, n_heads : 2 * n_heads]  # [draws, R]
-    variance = np.maximum(square - impact**2, 0) / (n - 1)  # of the resample's mean
-    t = (impact - delta.mean(0)) / np.maximum(np.sqrt(variance), 1e-12)
-    return Bootstrap(impact, t, crossfit=means[:, -1])
+def uncertain_columns(delta: np.ndarray, bootstrap: Bootstrap) -> dict[str, np.ndarray]:
+    """Columns [R] of the CSV that resamples of the units give: intervals, p values, leads.
+
+    p values are one-sided, for impact > 0. Both compare t with the bootstrap's t of all heads,
+    since that of one head alone is too light in the tail: p_maxT with the largest of a resample
+    (family-wise), q_bh with how many heads exceed it by chance (false discovery rate).
+    """
+    draws, n_heads = bootstrap.t.shape
+    se = standard_error(delta)  # [R]
+    t = delta.mean(0) / se  # [R]
+    # In how many resamples does chance give as much to any of the heads, and to how many of them?
+    largest = np.sort(bootstrap.t.max(1))  # [draws]
+    n_anywhere = draws - np.searchsorted(largest, t)  # [R]
+    pooled = np.sort(bootstrap.t, axis=None)  # [draws R]
+    n_of_all = draws * n_heads - np.searchsorted(pooled, t)  # [R]
+    # Intervals: of one head by itself, and so wide that 95 % of samples have none that misses
+    ci_lo, ci_hi = interval(delta, bootstrap.t)
+    ci_all_lo, ci_all_hi = interval(delta, bootstrap.t, together=True)
+    n_leads = np.bincount(bootstrap.mean.argmax(1), minlength=n_heads)  # [R]
+    return {
+        "se": se,
+        "ci_lo": ci_lo,
+        "ci_hi": ci_hi,
+        "ci_all_lo": ci_all_lo,
+        "ci_all_hi": ci_all_hi,
+        "p_maxT": (1 + n_anywhere) / (draws + 1),
+        "q_bh": stats.false_discovery_control((1 + n_of_all) / (draws * n_heads + 1)),
+        "p_top1": n_leads / draws,
+    }
+
+
+def bootstrap_units(values: np.ndarray, draws: int, seed: int) -> Bootstrap:
+    """Means of values [n, C] over resamples of the n units, and their t."""
+    n, n_columns = values.shape
+    means = bootstrap_means(np.hstack((values, values**2)), draws, seed)  # [draws, 2 C]
+    mean = means[:, :n_columns]  # [draws, C]
+    square = means[:, n_columns:]  # [draws, C]
+    variance = np.maximum(square - mean**2, 0) / (n - 1)  # of the resample's mean
+    t = (mean - values.mean(0)) / np.maximum(np.sqrt(variance), 1e-12)
+    return Bootstrap(mean, t)
 
 
 def bootstrap_means(columns: np.ndarray, draws: int, seed: int) -> np.ndarray:
@@ -465,49 +511,129 @@ def bootstrap_means(columns: np.ndarray, draws: int, seed: int) -> np.ndarray:
     return np.concatenate(means)
 
 
-def head_columns(delta: np.ndarray, bootstrap: Bootstrap) -> dict[str, np.ndarray]:
-    """Columns [R] of the CSV: impact, 95 % percentile interval, p values, share and rank.
+def standard_error(values: np.ndarray) -> np.ndarray:
+    """Of the mean over units [n, C] -> [C]; the floor only guards divisions."""
+    return np.maximum(values.std(0, ddof=1) / math.sqrt(len(values)), 1e-12)
 
-    p values are one-sided, for impact > 0, from the studentised bootstrap: p_maxT against the
-    largest t of all R heads (family-wise), q_bh after Benjamini and Hochberg (false discovery).
+
+def interval(
+    values: np.ndarray, t: np.ndarray, together: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % intervals of the means of values [n, C], whose bootstrap has t [draws, C] -> their ends,
+    [C] each; `together`: all C hold at once in 95 %.
+
+    Each end is the wider of Student's t, which heavy tails need, and of the studentised bootstrap,
+    which skew needs.
     """
-    draws, n_heads = bootstrap.impact.shape
-    impact = delta.mean(0)  # [R]
-    se = standard_error(delta)  # [R]
-    # In how many resamples chance alone gives as much: to this head, and to any of the heads
-    t = impact / se  # [R]
-    largest_t = bootstrap.t.max(1)  # [draws]
-    n_here = (bootstrap.t >= t).sum(0)  # [R]
-    n_anywhere = (largest_t[:, None] >= t).sum(0)  # [R]
-    # Heads compared with one another
-    costs = np.maximum(impact, 0)  # [R]
-    n_leads = np.bincount(bootstrap.impact.argmax(1), minlength=n_heads)  # [R]
-    return {
-        "impact": impact,
-        "se": se,
-        "ci_lo": np.quantile(bootstrap.impact, 0.025, axis=0),
-        "ci_hi": np.quantile(bootstrap.impact, 0.975, axis=0),
-        "p_maxT": (1 + n_anywhere) / (draws + 1),
-        "q_bh": stats.false_discovery_control((1 + n_here) / (draws + 1)),
-        "share": costs / max(costs.sum(), 1e-300),
-        "rank": stats.rankdata(-impact, "ordinal").astype(int),
-        "p_top1": n_leads / draws,
-    }
+    n, n_columns = values.shape
+    tail = 0.025
+    if together:
+        highest = np.quantile(t.max(1), 1 - tail)
+        lowest = np.quantile(t.min(1), tail)
+        student = stats.t.ppf(1 - tail / n_columns, n - 1)
+    else:
+        highest = np.quantile(t, 1 - tail, axis=0)  # [C]
+        lowest = np.quantile(t, tail, axis=0)  # [C]
+        student = stats.t.ppf(1 - tail, n - 1)
+    mean = values.mean(0)  # [C]
+    se = standard_error(values)  # [C]
+    low = mean - np.maximum(highest, student) * se
+    high = mean - np.minimum(lowest, -student) * se
+    return low, high
 
 
-def standard_error(delta: np.ndarray) -> np.ndarray:
-    """Of the mean over units [n, R] -> [R]; the floor only guards divisions."""
-    return np.maximum(delta.std(0, ddof=1) / math.sqrt(len(delta)), 1e-12)
+def mean_interval(values: np.ndarray, draws: int, seed: int) -> tuple[float, float]:
+    """95 % interval of the mean of values [n]."""
+    column = values[:, None]  # [n, 1]
+    low, high = interval(column, bootstrap_units(column, draws, seed).t)
+    return low[0], high[0]
 
 
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval of bootstrap draws [draws]."""
-    return np.quantile(draws, 0.025), np.quantile(draws, 0.975)
+def lead_interval(delta: np.ndarray, hero: int, draws: int, seed: int) -> tuple[float, float]:
+    """95 % interval of what the first head costs more than the largest other one.
+
+    The lead over the largest other head is the least of all leads, and at least what the intervals
+    of all leads allow. The low end needs no correction for their number; nor for the choice of the
+    first head, since the interval is two-sided (Hung and Fithian 2019): of two tied heads the one
+    in front is called ahead in 5 %.
+    """
+    lead = delta[:, [hero]] - np.delete(delta, hero, axis=1)  # [n, R - 1]
+    t = bootstrap_units(lead, draws, seed).t  # [draws, R - 1]
+    low, _ = interval(lead, t)
+    _, high = interval(lead, t, together=True)
+    return low.min(), high.min()
+
+
+def cross_fit(delta: np.ndarray, seed: int, halvings: int = 100) -> np.ndarray:
+    """delta [n, R] -> values [n], whose mean is the first head's impact without the winner's curse,
+    and whose spread is its uncertainty.
+
+    One half of the units chooses the head that leads, the other half measures it, both ways,
+    averaged over random halvings. What is estimated: the expected impact of the head that leads on
+    half as many units. The values are jackknife pseudo-values: each unit is left out in turn, and
+    the head chosen again.
+    """
+    n = len(delta)
+    alternating = np.arange(n) % 2 == 0  # [n]
+    rng = np.random.default_rng(seed)
+    total = 0.0
+    total_without = np.zeros(n)
+    for _ in range(halvings):
+        half = rng.permutation(alternating)
+        for chooses in (half, ~half):
+            votes = delta[chooses]  # [n / 2, R]
+            votes_sum = votes.sum(0)  # [R]
+            measured = delta[~chooses].sum(0)  # [R]
+            leader = votes_sum.argmax()
+            total += measured[leader]
+            # Without a unit that chooses another head may lead; without one that measures the same
+            leaders = (votes_sum - votes).argmax(1)  # [n / 2]
+            total_without[chooses] += measured[leaders]
+            total_without[~chooses] += measured[leader] - delta[~chooses, leader]
+    return pseudo_values(total / halvings / n, total_without / halvings / (n - 1))
+
+
+def pseudo_values(estimate: float, without: np.ndarray) -> np.ndarray:
+    """An estimate, and what it is without each of n units [n] -> values [n] with the estimate as
+    their mean, and with the jackknife's standard error as that of their mean."""
+    n = len(without)
+    return estimate - (n - 1) * (without - without.mean())
 
 
 # ---- how unequal are the heads?
+# `effective_heads` is corrected for noise and has an interval. The measures below it describe the
+# sample, with its noise, which makes heads look more unequal than they are, or more equal: compare
+# them with their null, and between runs of the same size.
 # A measure takes d [rows, R], the impact of each head with negative impact counted as 0, in
 # ascending order (the first head is d[:, -1]), and returns a value a row.
+
+
+def effective_heads(delta: np.ndarray, draws: int, seed: int) -> tuple[float, float, float]:
+    """(sum of impacts)^2 / (sum of their squares), k if k heads have all impact in equal parts;
+    and its 95 % interval. NaN where noise hides it.
+
+    Noise adds its variance to a square, but nothing to the product of two units: a square is
+    estimated by the mean of such products.
+    """
+    total = delta.sum(1, keepdims=True)  # [n, 1], of all heads
+    of_total = squared_means(total)[:, 0]  # [1 + n]
+    of_heads = squared_means(delta).sum(1)  # [1 + n]
+    if min(of_total.min(), of_heads.min()) <= 0:
+        return math.nan, math.nan, math.nan
+    logs = np.log(of_total / of_heads)  # [1 + n]
+    low, high = mean_interval(pseudo_values(logs[0], logs[1:]), draws, seed)
+    return math.exp(logs[0]), math.exp(low), math.exp(high)
+
+
+def squared_means(values: np.ndarray) -> np.ndarray:
+    """Square of the mean of values [n, C], without bias: of all units, and without each -> [1 + n,
+    C]."""
+    n = len(values)
+    total = values.sum(0)  # [C]
+    squares = np.square(values).sum(0)  # [C]
+    of_all = (total**2 - squares) / (n * (n - 1))  # [C], mean over pairs of units
+    squares_without = (total - values) ** 2 - (squares - values**2)  # [n, C]
+    return np.vstack((of_all, squares_without / ((n - 1) * (n - 2))))
 
 
 def shares(d: np.ndarray) -> np.ndarray:
@@ -532,13 +658,8 @@ def gini(d: np.ndarray) -> np.ndarray:
     return 2 * shares(d) @ rank / n_heads - (n_heads + 1) / n_heads
 
 
-def participation_ratio(d: np.ndarray) -> np.ndarray:
-    """(sum d)^2 / sum d^2, an effective number of heads."""
-    return 1 / np.square(shares(d)).sum(1)
-
-
 def exp_entropy(d: np.ndarray) -> np.ndarray:
-    """exp of the entropy of the shares, another effective number of heads."""
+    """exp of the entropy of the shares, a number of heads."""
     return np.exp(stats.entropy(shares(d), axis=1))
 
 
@@ -549,13 +670,12 @@ def robust_z(d: np.ndarray) -> np.ndarray:
     return (d[:, -1] - median) / (1.4826 * deviation)
 
 
-# A new measure is a function and a line here: it gets its interval and its null in the summary.
+# A new measure is a function and a line here: it gets its null in the summary.
 # A file that was measured before is told about it by --redraw --overwrite.
 CONCENTRATION = {
     "max_share": max_share,
     "top1_over_top2": top1_over_top2,
     "gini": gini,
-    "participation_ratio": participation_ratio,
     "exp_entropy": exp_entropy,
     "robust_z": robust_z,
 }
@@ -569,28 +689,18 @@ def concentration(impact: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame(values).replace(np.inf, np.nan)
 
 
-def concentration_columns(delta: np.ndarray, bootstrap: Bootstrap, seed: int) -> dict[str, float]:
-    """Each measure of the summary: value, 95 % interval, and its median under the null that no head
-    differs from another (the heads are shuffled in every unit)."""
+def concentration_columns(delta: np.ndarray, seed: int) -> dict[str, float]:
+    """Each measure of the summary: its value, and its median under the null that no head differs
+    from another (the heads are shuffled in every unit)."""
     rng = np.random.default_rng(seed)
     shuffled = [rng.permuted(delta, axis=1).mean(0) for _ in range(200)]  # [R] each
     observed = concentration(delta.mean(0)[None]).iloc[0]
-    resampled = concentration(bootstrap.impact)
-    null = concentration(np.stack(shuffled))
+    null = concentration(np.stack(shuffled)).median()
     columns = {}
     for name in CONCENTRATION:
         columns[name] = observed[name]
-        columns[f"{name}_lo"] = resampled[name].quantile(0.025)  # leaves out NaN
-        columns[f"{name}_hi"] = resampled[name].quantile(0.975)
-        columns[f"{name}_null"] = null[name].median()
+        columns[f"{name}_null"] = null[name]
     return columns
-
-
-def debiased_participation_ratio(impact: np.ndarray, se: np.ndarray) -> float:
-    """The participation ratio without the variance that noise adds to the sum of squares."""
-    d = np.maximum(impact, 0)
-    sum_of_squares = np.square(d).sum() - np.square(se).sum()
-    return d.sum() ** 2 / sum_of_squares if sum_of_squares > 0 else math.nan
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -641,12 +751,13 @@ def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
     with rank_0_first():  # it fills the cache
         train, val = open_splits(args, reference)
     windows = val.spread(args.n_seqs)
-    if len(windows) < 4 * args.block:
-        fact = f"{len(windows)} validation sequences do not make 4 units of --block {args.block}"
-        raise HandoffError(f"{fact}: use more text, or --block 1")
 
     # Every arm on the same sequences
-    losses = {"windows": windows, "unigram": unigram_loss(train, val, windows)}
+    losses = {
+        "windows": windows,
+        "documents": val.documents(windows)[:, 0],  # where each begins
+        "unigram": unigram_loss(train, val, windows),
+    }
     about_arms = {}
     for name, arm in arms.items():
         arm.model.requires_grad_(False)
@@ -666,7 +777,6 @@ def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
         }
     facts = {
         "layers": args.layers,
-        "block": args.block,
         "n_mean": args.n_mean,
         "resample_draws": args.resample_draws,
         "modes": args.mode,
@@ -869,6 +979,9 @@ def fill_in_sizes(args: argparse.Namespace, arm: Arm) -> None:
     if missing:
         fact = f"--layers {missing[0]} is out of range"
         raise HandoffError(f"{fact}: {args.adaptive_model} has layers 0 to {n_layers - 1}")
+    if len(args.layers) * arm.checkpoint["config"]["n_heads"] < 2:
+        fact = f"layer {args.layers[0]} of {args.adaptive_model} has one head"
+        raise HandoffError(f"{fact}, with none to compare it with: name more --layers")
     preset = arm.checkpoint["preset"] if args.preset == "auto" else args.preset
     sizes = PHASE_PRESETS.get(preset, PHASE_PRESETS["full"])  # a pretrained model has no preset
     for name, size in sizes.items():
@@ -976,6 +1089,7 @@ def summarise(
         npz = args.save_file.with_suffix(".npz")
         held = " ".join(facts["modes"])
         raise HandoffError(f"{npz} holds --mode {held}, not {' '.join(args.mode)}")
+    documents = document_numbers(losses, args)  # [sequences]
     tables = []
     rows = []
     crossfit = {}
@@ -984,13 +1098,14 @@ def summarise(
         for mode in modes:
             ablation = read_ablation(losses, facts, run, mode)
             delta = ablation.score["loss"] - ablation.base_loss[:, None]  # [sequences, R]
-            delta = units(delta, facts["block"])  # [n, R]
+            delta = units(delta, documents)  # [n, R]
             statistics = head_statistics(delta, args.bootstrap, args.seed)
             impact[mode] = statistics.columns["impact"]  # [R]
             crossfit[run, mode] = statistics.crossfit  # [n]
             tables.append(head_rows(ablation, statistics, facts["seq_len"]))
 
             row = summary_row(ablation, statistics, array_of(losses, "unigram").mean())
+            row["unit"] = "documents" if "documents" in losses else "sequences"
             row["ranked_by"] = modes[0]
             row |= screen_quality(ablation, impact[mode])
             row["spearman_ranking_mode"] = stats.spearmanr(impact[mode], impact[modes[0]]).statistic
@@ -1002,6 +1117,16 @@ def summarise(
             mode = row["mode"]
             row |= best_minus_best(crossfit[one, mode], crossfit[two, mode], args)
     return pd.concat(tables), pd.DataFrame(rows)
+
+
+def document_numbers(losses: dict[str, np.ndarray], args: argparse.Namespace) -> np.ndarray:
+    """The document of each sequence [sequences]; of an older file, a number a sequence."""
+    if "documents" in losses:
+        return losses["documents"]
+    npz = named(args.save_file, ".npz")
+    fact = f"note: {npz} does not say which document each sequence is of"
+    print(f"{fact}; here each counts as a unit; for documents measure again: {REMEDY}")
+    return np.arange(len(array_of(losses, "unigram")))
 
 
 def read_ablation(
@@ -1055,6 +1180,8 @@ def head_rows(ablation: Ablation, statistics: HeadStatistics, seq_len: int) -> p
             "se": of_head["se"],
             "ci_lo": of_head["ci_lo"],
             "ci_hi": of_head["ci_hi"],
+            "ci_all_lo": of_head["ci_all_lo"],
+            "ci_all_hi": of_head["ci_all_hi"],
             "p_maxT": of_head["p_maxT"],
             "q_bh": of_head["q_bh"],
             "delta_ppl": np.exp(base + impact) - np.exp(base),  # perplexity
@@ -1110,11 +1237,12 @@ def screen_quality(ablation: Ablation, impact: np.ndarray) -> dict[str, float]:
 
 
 def best_minus_best(one: np.ndarray, two: np.ndarray, args: argparse.Namespace) -> dict[str, float]:
-    """Cross-fitted impact of the best head of one run minus that of the other, both [n] on the same
-    units, with its paired bootstrap interval."""
+    """Cross-fitted impact of the best head of one run minus that of the other, from the values of
+    `cross_fit` on the same units [n], with its paired interval."""
+    if not len(one):
+        return dict.fromkeys(["difference", "difference_lo", "difference_hi"], math.nan)
     difference = one - two  # [n]
-    draws = bootstrap_means(difference[:, None], args.bootstrap, args.seed)  # [draws, 1]
-    low, high = interval(draws)
+    low, high = mean_interval(difference, args.bootstrap, args.seed)
     return {"difference": difference.mean(), "difference_lo": low, "difference_hi": high}
 
 
@@ -1127,7 +1255,9 @@ def tell(summary: pd.DataFrame) -> None:
         row = summary.iloc[0]
         one, two = summary["run"].unique()
         what = f"best head of {one} minus best of {two}, {row['mode']} ablation"
-        print(f"{what}: {with_interval(row, 'difference')} nats over sequences; ", end="")
+        if row["n_unit"] < MIN_UNITS:
+            return
+        print(f"{what}: {with_interval(row, 'difference')} nats over {row['unit']}; ", end="")
         print("n=1 seed: descriptive only")
 
 
@@ -1143,16 +1273,24 @@ def tell_of_run(row: pd.Series) -> None:
 
     percent = 100 * row["delta"] / row["base_loss"]
     impact = f"impact {row['delta']:+.5f} nats a token, {percent:+.3f} % of {row['base_loss']:.4f}"
+    n = f"n = {row['n_unit']} {row['unit']}"
+    if row["unit"] == "documents":
+        n += f" of {row['n_seq']} sequences"
+    if row["n_unit"] < MIN_UNITS:
+        print(f"  {impact}, ahead of {second} by {row['gap']:+.5f}")
+        print(f"  {n}: no interval, no p value and no Hero Head with fewer than {MIN_UNITS}")
+        return
     fitted = f"cross-fitted {with_interval(row, 'crossfit')}"
-    chance = f"p (max-T) {row['p_maxT']:.4f}; P(top-1) {row['p_top1']:.3f}"
     lead = f"ahead of {second} by {with_interval(row, 'gap')}"
-    print(f"  {impact}; {fitted}; {chance}; {lead}")
+    draws = f"in front in {row['p_top1']:.1%} of resamples"
+    print(f"  {impact}; {fitted}; p (max-T) {row['p_maxT']:.4f}; {lead}; {draws}")
 
-    said = {"top share": "max_share", "Gini": "gini", "effective heads": "participation_ratio"}
-    values = [f"{name} {row[k]:.3g} ({row[f'{k}_null']:.3g})" for name, k in said.items()]
     power = f"detects {row['min_detectable']:.5f} nats with 80 % power"
-    print(f"  n = {row['n_unit']} units: {power}; ", end="")
-    print(f"with heads shuffled in brackets: {', '.join(values)}")
+    heads = [row[f"effective_heads{end}"] for end in ("", "_lo", "_hi")]
+    shared = f"effective heads {heads[0]:.1f} [{heads[1]:.1f}, {heads[2]:.1f}]"
+    if math.isnan(heads[0]):
+        shared = "how many heads share the impact is hidden by noise"
+    print(f"  {n}: {power}; {shared}; two tied heads make a Hero Head in 5 %")
 
 
 def with_interval(row: pd.Series, name: str) -> str:
@@ -1175,13 +1313,14 @@ def draw(csv: Path) -> None:
 
 
 def read_tables(csv: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The CSV, with the columns `name` (L3H1), ci_lo_pct and ci_hi_pct (% of base loss), and its
-    summary; whatever else they hold is left alone."""
-    impacts = ["base_loss", "impact", "pct_impact", "ci_lo", "ci_hi", "p_maxT", "rank", "n_seq"]
-    table = read_table(csv, ["run", "mode"], ["layer", "head", *impacts])
+    """The CSV, with the columns `name` (L3H1), ci_all_lo_pct and ci_all_hi_pct (% of base loss),
+    and its summary; whatever else they hold is left alone."""
+    impacts = ["base_loss", "impact", "pct_impact", "rank", "n_seq"]
+    uncertain = ["ci_all_lo", "ci_all_hi", "p_maxT"]
+    table = read_table(csv, ["run", "mode"], ["layer", "head", *impacts], uncertain)
     path = named(csv, "_summary.csv")
-    heroes = ["hero_layer", "hero_head", "unique_hero", "noise_limit", "base_loss"]
-    summary = read_table(path, ["run", "mode", "ranked_by"], heroes)
+    heroes = ["hero_layer", "hero_head", "unique_hero", "base_loss", "n_unit"]
+    summary = read_table(path, ["run", "mode", "ranked_by", "unit"], heroes, ["noise_limit"])
     in_table = set(zip(table["run"], table["mode"], strict=True))
     in_summary = set(zip(summary["run"], summary["mode"], strict=True))
     if in_table != in_summary or not set(summary["ranked_by"]) <= set(summary["mode"]):
@@ -1189,15 +1328,19 @@ def read_tables(csv: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise HandoffError(f"{fact}; make both with: {REMEDY}")
     heads = zip(table["layer"], table["head"], strict=True)
     table["name"] = [f"L{layer}H{head}" for layer, head in heads]
-    table["ci_lo_pct"] = 100 * table["ci_lo"] / table["base_loss"]
-    table["ci_hi_pct"] = 100 * table["ci_hi"] / table["base_loss"]
+    table["ci_all_lo_pct"] = 100 * table["ci_all_lo"] / table["base_loss"]
+    table["ci_all_hi_pct"] = 100 * table["ci_all_hi"] / table["base_loss"]
     return table, summary
 
 
-def read_table(path: Path, names: list[str], numbers: list[str]) -> pd.DataFrame:
-    """A CSV of this script, checked to have the columns `names`, and numbers in `numbers`."""
+def read_table(
+    path: Path, names: list[str], numbers: list[str], uncertain: list[str]
+) -> pd.DataFrame:
+    """A CSV of this script, checked to have the columns `names`, numbers in `numbers`, and numbers
+    or nothing in `uncertain`."""
     try:
         table = pd.read_csv(path)
+        table[uncertain].astype(float)
         has_numbers = table[numbers].astype(float).notna().all(axis=None)
         if not has_numbers or table[names].isna().any(axis=None) or table.empty:
             raise ValueError("no rows, or empty cells")
@@ -1224,7 +1367,8 @@ def save(path: Path, content: str | plt.Figure) -> None:
 
 def table3(table: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
     """Table 3: the heads of largest impact in the ranking mode, beside their zero ablation and the
-    published heads. A column that the CSV lacks is empty."""
+    published heads; intervals that hold for all heads at once, since the first ones are shown. A
+    column that the CSV lacks is empty."""
     top = ranking.nlargest(len(PUBLISHED), "pct_impact").reset_index(drop=True)
     # The published numbers are of zero ablation
     zero = table[table["mode"] == "zero"].set_index(["run", "name"])["pct_impact"]
@@ -1233,7 +1377,8 @@ def table3(table: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
     top["published_head"] = list(PUBLISHED)[: len(top)]
     top["published_zero_pct_impact"] = list(PUBLISHED.values())[: len(top)]
     identity = ["run", "name", "mode"]
-    ours = ["pct_impact", "ci_lo_pct", "ci_hi_pct", "p_maxT", "p_top1", "n_seq", "zero_pct_impact"]
+    ours = ["pct_impact", "ci_all_lo_pct", "ci_all_hi_pct", "p_maxT", "p_top1", "n_seq"]
+    ours += ["zero_pct_impact"]
     published = ["published_head", "published_zero_pct_impact"]
     return top.reindex(columns=[*identity, *ours, *published])
 
@@ -1248,9 +1393,18 @@ def as_markdown(frame: pd.DataFrame) -> str:
 
 def noise_share(summary: pd.DataFrame) -> float:
     """Where logarithmic scales start: the impact (% of base loss) that noise hides, rounded up to a
-    power of ten."""
+    power of ten; infinite where too few units tell what noise is."""
     percent = (100 * summary["noise_limit"] / summary["base_loss"]).median()
+    if math.isnan(percent):
+        return math.inf
     return 10.0 ** math.ceil(math.log10(max(percent, 1e-9)))
+
+
+def describe_units(summary: pd.DataFrame) -> str:
+    """n of a figure, and what is missing where it is too small."""
+    n = summary["n_unit"].iloc[0]
+    few = f"; fewer than {MIN_UNITS}: no intervals, no p values" if n < MIN_UNITS else ""
+    return f"n = {n} {summary['unit'].iloc[0]}{few}"
 
 
 def figure4(table: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
@@ -1277,9 +1431,10 @@ def figure4(table: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
         "loss impact of ablating one head\n(% of base loss; linear within the noise)"
     )
     fig.supxlabel(
-        f"A dot is a head; n = {table['n_seq'].iloc[0]} sequences, one training seed a run. "
-        "Box: quartiles; whiskers: 5-95 %;\nbar: 95 % CI of the first head. "
-        "Above the dotted line a head of median noise differs from 0 (max-T, p < .05).\n"
+        f"A dot is a head; {describe_units(summary)}; one training seed a run. "
+        "Box: quartiles; whiskers: 5-95 %;\n"
+        "bar: of the 95 % intervals that hold for all heads at once, the first head's. "
+        "Above the dotted line\na head of median noise differs from 0 (max-T, p < .05).\n"
         "Published first heads (zero ablation, 24 heads): control 0.367 %, adaptive 0.932 %.",
         fontsize=7.5,
     )
@@ -1307,10 +1462,10 @@ def draw_heads(ax: plt.Axes, heads: pd.DataFrame, row: pd.Series, x: int) -> Non
 
     # The first head with its interval and name, and how much noise alone would make of a head
     height = first["pct_impact"]
-    bar = [[height - first["ci_lo_pct"]], [first["ci_hi_pct"] - height]]
+    bar = [[height - first["ci_all_lo_pct"]], [first["ci_all_hi_pct"] - height]]
     ax.errorbar([x], [height], np.maximum(bar, 0), color=color, capsize=3, marker="o", ms=5)
     label = first["name"] if row["unique_hero"] else f"{first['name']} (not unique)"
-    above = (x, max(percent.max(), first["ci_hi_pct"]))
+    above = (x, np.nanmax([percent.max(), first["ci_all_hi_pct"]]))
     ax.annotate(label, above, (0, 5), textcoords="offset points", fontsize=8, ha="center")
     noise = 100 * row["noise_limit"] / row["base_loss"]
     ax.plot([x - 0.45, x + 0.45], [noise, noise], color="black", ls=":", lw=1.2)
@@ -1334,10 +1489,9 @@ def heatmap(ranking: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
         row = summary[(summary["run"] == run) & (summary["mode"] == mode)].iloc[0]
         image = draw_map(ax, heads, row, norm)
     fig.colorbar(image, ax=axes, label=f"loss impact, {mode} ablation\n(% of base loss)")
-    n = ranking["n_seq"].iloc[0]
     fig.supxlabel(
-        f"Bold: above 0, p < .05 (max-T over the heads of a run, n = {n} sequences).\n"
-        "Frame: first head (dotted: not unique).",
+        "Bold: above 0, p < .05 (max-T over the heads of a run); frame: first head (dotted: not "
+        f"unique).\n{describe_units(summary)}.",
         fontsize=7.5,
     )
     return fig
@@ -1424,14 +1578,12 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     n_seqs = "validation sequences, evenly spaced; 0: the whole split"
     n_mean = "training sequences behind the means"
     draws = "draws of a random mode (resample: other sequences of the same split)"
-    block = "consecutive sequences that make one unit of replication"
     group.add_argument("--preset", choices=presets, default="auto", help=preset)
     group.add_argument("--layers", type=int, nargs="+", help=layers)
     group.add_argument("--mode", nargs="+", choices=MODES, help=mode)
     group.add_argument("--n_seqs", type=int, help=n_seqs + by_preset("n_seqs"))
     group.add_argument("--n_mean", type=count, help=n_mean + by_preset("n_mean"))
     group.add_argument("--resample_draws", type=count, help=draws + by_preset("resample_draws"))
-    group.add_argument("--block", type=count, help=block + by_preset("block"))
     group.add_argument("--bootstrap", type=count, default=10_000, help="bootstrap draws")
     sequences = "sequences a batch" + by_preset("batch_size")
     group.add_argument("--batch_size", type=count, help=sequences)

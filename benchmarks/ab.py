@@ -39,7 +39,7 @@ COMMANDS = {
         --arch topk --k 16 --expansion 8 --batch_size {sae_batch} --steps {sae_steps}
         --eval_tokens 5000 --save_dir {folder}/saes""",
     "ablation": """ablation_test.py --adaptive_model {folder}/model/janus_adaptive_final.pt
-        --layers 2 5 --mode mean zero --dtype float32 --block 1
+        --layers 2 5 --mode mean zero --dtype float32
         --n_seqs {n_seqs} --n_mean 8 --bootstrap 200 --save_file {folder}/results.csv""",
 }
 FULL = dict(  # half a minute a command on one thread, of which start is a sixth

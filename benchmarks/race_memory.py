@@ -100,7 +100,7 @@ class MemoryStudy:
         self.measure(what, shape, *command, "--save_dir", self.saes, *self.few_steps, *more)
 
     def ablate(self, shape: str, model: Path, csv: Path, *more: object) -> None:
-        sequences = ["--n_seqs", 8, "--block", 1, "--n_mean", 4]
+        sequences = ["--n_seqs", 8, "--n_mean", 4]
         method = ["--mode", "mean", "--resample_draws", 1, "--bootstrap", 200]
         command = ["ablation_test.py", "--adaptive_model", model, "--save_file", csv]
         # float32 needs more memory than bfloat16, and auto would try both

@@ -25,7 +25,8 @@ HERO = (1, 2)  # layer and head of the planted hero
 COLUMNS = [  # of the CSV
     *("run", "seed", "checkpoint", "ckpt_sha", "layer", "head", "mode"),
     *("base_loss", "ablated_loss", "impact", "pct_impact", "delta", "delta_pct"),
-    *("se", "ci_lo", "ci_hi", "p_maxT", "q_bh", "delta_ppl", "share", "rank", "p_top1"),
+    *("se", "ci_lo", "ci_hi", "ci_all_lo", "ci_all_hi", "p_maxT", "q_bh"),
+    *("delta_ppl", "share", "rank", "p_top1"),
     *("kl_clean_ablated", "top1_flip_rate", "n_seq", "n_tok", "dtype", "first_order"),
 ]
 FILES = {  # of a finished run
@@ -225,17 +226,41 @@ def test_bfloat16_is_accepted_only_within_a_tenth_of_a_standard_error(
 
 
 # -------------------------------------------------------------------------------------- statistics
-def test_bootstrap_equals_scipy_and_stays_paired() -> None:
+def resampled_t(delta: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """Studentised means of resamples, one by one, [draws, R]."""
+    rng = np.random.default_rng(seed)
+    t = []
+    for _ in range(draws):
+        sample = delta[rng.integers(len(delta), size=len(delta))]
+        t.append((sample.mean(0) - delta.mean(0)) / stats.sem(sample))
+    return np.array(t)
+
+
+def test_intervals_are_the_wider_of_student_and_the_studentised_bootstrap() -> None:
     rng = np.random.default_rng(3)
     delta = rng.exponential(size=(60, 4)) + np.array([0, 0.2, 0.5, 2])
     table = A.head_statistics(delta, 20_000, 0).columns
     np.testing.assert_allclose(table["se"], stats.sem(delta), rtol=1e-12)
     np.testing.assert_allclose(table["impact"], delta.mean(0), rtol=1e-12)
-    settings = dict(axis=0, n_resamples=20_000, method="percentile", rng=rng)
-    theirs = stats.bootstrap((delta,), np.mean, **settings).confidence_interval
-    near = 0.06 * stats.sem(delta).max()
-    np.testing.assert_allclose(table["ci_lo"], theirs.low, atol=near)
-    np.testing.assert_allclose(table["ci_hi"], theirs.high, atol=near)
+    t = resampled_t(delta, 20_000, 4)
+    student = stats.ttest_1samp(delta, 0).confidence_interval()
+    low = np.minimum(delta.mean(0) - np.quantile(t, 0.975, axis=0) * stats.sem(delta), student.low)
+    high = np.maximum(
+        delta.mean(0) - np.quantile(t, 0.025, axis=0) * stats.sem(delta), student.high
+    )
+    near = 0.1 * stats.sem(delta).max()
+    np.testing.assert_allclose(table["ci_lo"], low, atol=near)
+    np.testing.assert_allclose(table["ci_hi"], high, atol=near)
+    assert (table["ci_hi"] > student.high + near).any()  # the bootstrap tells of the skew
+    # All heads at once: the largest t of a resample, or Bonferroni
+    highest = max(np.quantile(t.max(1), 0.975), stats.t.ppf(1 - 0.025 / 4, 59))
+    expected = delta.mean(0) - highest * stats.sem(delta)
+    np.testing.assert_allclose(table["ci_all_lo"], expected, atol=near)
+    assert (table["ci_all_hi"] > table["ci_hi"]).all()
+
+
+def test_resamples_stay_paired() -> None:
+    delta = np.random.default_rng(3).normal(size=(60, 4))
     all_heads = A.bootstrap_means(delta, 700, 5)
     two_heads = A.bootstrap_means(delta[:, 2:], 700, 5)
     np.testing.assert_allclose(all_heads[:, 2:], two_heads, rtol=1e-12)
@@ -249,14 +274,17 @@ def test_benjamini_hochberg_equals_its_definition_and_scipy() -> None:
     boot = A.bootstrap_means(np.hstack((delta, delta**2)), 3000, 1)
     means, squares = boot[:, :9], boot[:, 9:]
     t = (means - delta.mean(0)) / np.sqrt((squares - means**2) / 39)
-    p = (1 + (t >= delta.mean(0) / stats.sem(delta)).sum(0)) / 3001
+    observed = delta.mean(0) / stats.sem(delta)
+    # By chance so many of all heads have as large a t
+    p = np.array([(1 + (t >= one).sum()) / (27_000 + 1) for one in observed])
     order = np.argsort(p)
     q = np.empty(9)
     q[order] = np.minimum.accumulate((p[order] * 9 / np.arange(1, 10))[::-1])[::-1].clip(max=1)
     np.testing.assert_allclose(table["q_bh"], q, rtol=1e-9)
     np.testing.assert_allclose(table["q_bh"], stats.false_discovery_control(p), rtol=1e-9)
     assert 0.5 < np.median(p / stats.ttest_1samp(delta, 0, alternative="greater").pvalue) < 2
-    assert (table["p_maxT"] >= p).all()
+    anywhere = [(1 + (t.max(1) >= one).sum()) / 3001 for one in observed]
+    np.testing.assert_allclose(table["p_maxT"], anywhere, rtol=1e-9)
 
 
 def test_without_an_effect_heroes_and_discoveries_are_as_rare_as_promised() -> None:
@@ -299,11 +327,33 @@ def test_cross_fitting_removes_the_winners_curse() -> None:
     np.testing.assert_allclose(A.cross_fit(clear, 0), clear[:, 4])
 
 
+@pytest.mark.parametrize("n", [8, 11])
+def test_cross_fit_equals_its_definition_and_chooses_again_without_each_unit(n: int) -> None:
+    delta = np.random.default_rng(n).normal(size=(n, 5))
+    values = A.cross_fit(delta, 3, halvings=20)
+    rng = np.random.default_rng(3)
+    halves = [rng.permutation(np.arange(n) % 2 == 0) for _ in range(20)]
+
+    def estimate(kept: list[int]) -> float:
+        """Each unit's delta of the head that leads in the other half, one by one."""
+        found = []
+        for half in halves:
+            for i in kept:
+                others = [j for j in kept if half[j] != half[i]]
+                found.append(delta[i, delta[others].mean(0).argmax()])
+        return float(np.mean(found))
+
+    everything = list(range(n))
+    assert values.mean() == pytest.approx(estimate(everything))
+    without = np.array([estimate([j for j in everything if j != i]) for i in everything])
+    jackknife = (n - 1) / n * np.square(without - without.mean()).sum()
+    assert stats.sem(values) == pytest.approx(np.sqrt(jackknife))
+
+
 def test_concentration_has_its_hand_values() -> None:
     d = np.array([[0, 0, 0, 1.0], [1, 1, 1, 1], [-5, 1, 3, 0], [0, 0, 0, 0]])
     c = A.concentration(d)
     assert c["gini"][:2].tolist() == pytest.approx([0.75, 0])
-    assert c["participation_ratio"][:3].tolist() == pytest.approx([1, 4, 1.6])
     assert c["exp_entropy"][:2].tolist() == pytest.approx([1, 4])
     assert c["max_share"][:3].tolist() == pytest.approx([1, 0.25, 0.75])
     assert c["top1_over_top2"][1:3].tolist() == pytest.approx([1, 3])
@@ -316,11 +366,44 @@ def test_concentration_has_its_hand_values() -> None:
     assert c["robust_z"][0] == pytest.approx(robust_z, rel=1e-3)
 
 
-def test_units_keep_the_mean() -> None:
+def test_squared_means_are_means_over_pairs() -> None:
+    values = np.random.default_rng(9).normal(size=(7, 3))
+    found = A.squared_means(values)
+    for left_out in [None, *range(7)]:
+        kept = [i for i in range(7) if i != left_out]
+        pairs = [values[i] * values[j] for i in kept for j in kept if i != j]
+        row = 0 if left_out is None else left_out + 1
+        np.testing.assert_allclose(found[row], np.mean(pairs, axis=0), atol=1e-12)
+
+
+def test_effective_heads_of_equal_heads() -> None:
+    equal = np.where(np.arange(36) < 6, 1.0, 0) + np.zeros((40, 36))
+    assert A.effective_heads(equal, 200, 0) == pytest.approx((6, 6, 6))
+    noise = np.random.default_rng(0).normal(size=(40, 36))
+    value, low, high = A.effective_heads(equal + noise, 200, 0)
+    assert low < 6 < high and 4 < value < 9
+    assert np.isnan(A.effective_heads(noise, 200, 0)).all()
+
+
+def test_a_unit_is_a_document_and_the_mean_stays() -> None:
     values = np.random.default_rng(9).normal(size=(11, 3))
-    np.testing.assert_allclose(A.units(values, 1), values)
-    assert A.units(values, 4).shape == (3, 3)
-    np.testing.assert_allclose(A.units(values, 4).mean(0), values.mean(0))
+    np.testing.assert_allclose(A.units(values, np.arange(11) * 5), values)
+    documents = np.array([2, 2, 2, 2, 2, 7, 7, 9, 9, 9, 12])
+    of_units = A.units(values, documents)
+    assert of_units.shape == (4, 3)
+    np.testing.assert_allclose(of_units.mean(0), values.mean(0))
+    # The standard error is that of a ratio of sums, linearised (Cochran 1977, 6.2)
+    sizes = np.array([5, 2, 3, 1])
+    means = np.array([values[documents == number].mean(0) for number in (2, 7, 9, 12)])
+    residual = sizes[:, None] * (means - values.mean(0))
+    expected = np.sqrt(np.square(residual).sum(0) / (4 - 1) / 4) / sizes.mean()
+    np.testing.assert_allclose(stats.sem(of_units), expected)
+    # Documents of one size: their means
+    even = np.repeat([4, 1, 0], 3)
+    found = A.units(values[:9], even)
+    np.testing.assert_allclose(
+        found, [values[6:9].mean(0), values[3:6].mean(0), values[:3].mean(0)]
+    )
 
 
 # -------------------------------------------------------------------------------- the whole script
@@ -356,16 +439,16 @@ def save_checkpoint(folder: Path, model: A.NewGPT, arm: str, data: Path, cache: 
 
 
 def random_walk(words: int) -> str:
-    """A text in which a word almost decides the next one."""
+    """A text in which a word almost decides the next one: a thousand articles of two windows."""
     rng = np.random.default_rng(0)
     lines = []
-    for _ in range(200):
+    for _ in range(1000):
         word = 0
         line = []
-        for _ in range(200):
+        for _ in range(61):
             word = (3 * word + 1) % words if rng.random() < 0.9 else int(rng.integers(words))
             line.append(f"w{word}")
-        lines.append(" ".join(line))
+        lines += ["= w0 =", " ".join(line)]
     return "\n".join(lines)
 
 
@@ -415,7 +498,7 @@ def results(planted: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     csv = tmp_path_factory.mktemp("results") / "made" / "here" / "out.csv"
     models = ["--adaptive_model", planted[0], "--control_model", planted[1]]
     flags = ["--bootstrap", 1000, "--dtype", "float32", "--cache_dir", planted[0].parent / "cache"]
-    assert ablate(*models, *flags, "--save_file", csv) == 0
+    assert ablate(*models, *flags, "--n_seqs", 72, "--save_file", csv) == 0
     return csv
 
 
@@ -433,6 +516,7 @@ def test_planted_hero_is_found_and_a_random_model_has_none(results: Path) -> Non
         assert (hero["hero_layer"], hero["hero_head"]) == HERO, mode
         assert hero["unique_hero"] and hero["p_top1"] == 1, mode
         assert hero["crossfit_lo"] > 0.5 and hero["max_share"] > 0.9 and hero["difference_lo"] > 0.5
+        assert hero["effective_heads_hi"] < 1.1
         assert not summary.loc["control", mode]["unique_hero"]
     table = pd.read_csv(results)
     assert list(table.columns) == COLUMNS and len(table) == 2 * 3 * 12
@@ -458,7 +542,11 @@ def test_everything_is_printed_written_and_described(
     assert side["ranked_by"] == "mean"
     with np.load(results.with_suffix(".npz")) as f:
         loss = f["adaptive.mean.loss"]
-    assert loss.shape == (24, 3, 4) and loss.dtype == np.float64
+        documents = f["documents"]
+    assert loss.shape == (72, 3, 4) and loss.dtype == np.float64
+    n_units = pd.read_csv(results.with_name("out_summary.csv"))["n_unit"]
+    assert (n_units == len(np.unique(documents))).all() and 40 < n_units[0] < 60
+    assert f"n = {n_units[0]} documents of 72 sequences" in said
     top = pd.read_csv(results.with_name("out_table3.csv"))
     assert len(top) == 5 and top["name"][0] == "L1H2"
     assert top["published_zero_pct_impact"][0] == 0.932
@@ -474,9 +562,34 @@ def test_smoke_checkpoints_go_through(
     table = pd.read_csv(csv)
     assert sorted(table["layer"].unique()) == [0, 11]
     assert list(table["run"].unique()) == ["adaptive", "control"]
-    assert len(table) == 2 * 3 * 2 * 3 and np.isfinite(table.select_dtypes("number")).all(axis=None)
+    numbers = table.select_dtypes("number")
+    assert len(table) == 2 * 3 * 2 * 3
+    assert np.isfinite(numbers.drop(columns=A.UNCERTAIN_COLUMNS)).all(axis=None)
+    assert table[A.UNCERTAIN_COLUMNS].isna().all(axis=None)  # eight sequences tell nothing of noise
     assert (table["n_tok"] == 8 * 64).all()
     assert table["ckpt_sha"].iloc[0] == A.sha256(smoke_checkpoint)
+
+
+def test_few_documents_are_measured_and_nothing_uncertain_is_said(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    npz = copy.with_suffix(".npz")
+    arrays = dict(np.load(npz))
+    store(npz, arrays | {"documents": arrays["documents"] // 2})
+    before = pd.read_csv(copy)
+    assert ablate("--redraw", copy, "--bootstrap", 1000, "--overwrite") == 0
+    said = capsys.readouterr().out
+    assert "documents of 72 sequences: no interval, no p value and no Hero Head" in said
+    assert "nan" not in said and "no unique hero; the first head is L1H2" in said
+    table = pd.read_csv(copy)
+    assert table[A.UNCERTAIN_COLUMNS].isna().all(axis=None)
+    np.testing.assert_allclose(table["impact"], before["impact"])
+    # And the figures are drawn without intervals, from the CSVs alone too
+    npz.unlink()
+    copy.with_name("out_figure4.png").unlink()
+    assert ablate("--redraw", copy) == 0
+    assert copy.with_name("out_figure4.png").stat().st_size > 10_000
+    assert pd.read_csv(copy.with_name("out_table3.csv"))["p_maxT"].isna().all()
 
 
 # --------------------------------------------------------------------- additions, and older files
@@ -500,7 +613,7 @@ def test_a_mode_and_a_measure_are_a_function_and_a_line_in_a_table(
     assert A.parse_args([str(word) for word in good]).mode == ["mean", "zero", "resample"]
 
     csv = tmp_path / "new" / "r.csv"
-    flags = ["--mode", "rotate", "mean", "--bootstrap", 300, "--dtype", "float32"]
+    flags = ["--mode", "rotate", "mean", "--bootstrap", 300, "--dtype", "float32", "--n_seqs", 72]
     assert ablate(*good, *flags, "--save_file", csv) == 0
     table = pd.read_csv(csv)
     assert list(table["mode"].unique()) == ["mean", "rotate"] and table.notna().all(axis=None)
@@ -509,7 +622,6 @@ def test_a_mode_and_a_measure_are_a_function_and_a_line_in_a_table(
     assert csv.with_name("r_figure4.png").stat().st_size > 10_000
     summary = pd.read_csv(csv.with_name("r_summary.csv"))
     assert (summary["top3_share"] > summary["max_share"]).all()
-    assert (summary["top3_share_lo"] <= summary["top3_share"]).all()
     assert (summary["top3_share_null"] < 0.9).all()
 
     # A script with the measure redraws what one without it has measured
@@ -567,6 +679,16 @@ def test_an_npz_of_another_version_is_read_for_what_it_holds(
     pd.testing.assert_frame_equal(table.drop(columns=gone), before.drop(columns=gone))
     assert pd.read_csv(copy.with_name("out_summary.csv"))["spearman_first_order"].isna().all()
 
+    # Without the documents each sequence is a unit, and it says so
+    capsys.readouterr()
+    store(npz, {k: v for k, v in arrays.items() if k != "documents"})
+    assert ablate(*again) == 0
+    said = capsys.readouterr().out
+    assert said.count("does not say which document") == 1 and "n = 72 sequences" in said
+    summary = pd.read_csv(copy.with_name("out_summary.csv"))
+    assert (summary["n_unit"] == 72).all() and (summary["unit"] == "sequences").all()
+    np.testing.assert_allclose(pd.read_csv(copy)["impact"], before["impact"])
+
     # Without these there is nothing to say
     for needed in ("control.zero.loss", "adaptive.base", "unigram"):
         store(npz, {k: v for k, v in arrays.items() if k != needed})
@@ -604,10 +726,21 @@ def test_wrong_models_and_flags_are_one_line(
     fails(capsys, [*good, "--bootstrap", 10], "at least 100")
     fails(capsys, [*good, "--mode", "median"], "invalid choice")
     fails(capsys, [*good, "--save_file", tmp_path / "r.txt"], ".csv")
-    fails(capsys, [*good, "--block", 20], "4 units")
     fails(capsys, [*good, "--dataset", tmp_path / "none.txt"], "none.txt")
     fails(capsys, [*good, "--tokenizer", tmp_path / "tokenizer.json"], "tokenizer")
     assert not csv.exists()
+
+
+def test_one_head_alone_is_one_line(
+    planted: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = planted[0].parent / "cache"
+    model = random_model(n_heads=1, n_kv_heads=1, vocab_size=9, seq_len=32)
+    tokenizer = planted[0].with_name("tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer)
+    path = save_checkpoint(tmp_path, model, "adaptive", planted[0].with_name("walk.txt"), cache)
+    one = ["--adaptive_model", path, "--layers", 1, "--cache_dir", cache]
+    fails(capsys, [*one, "--save_file", tmp_path / "r.csv"], "layer 1", "one head", "--layers")
 
 
 def test_a_control_that_reads_other_text_is_refused(

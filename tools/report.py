@@ -19,6 +19,7 @@ import base64
 import gzip
 import io
 import json
+import math
 import re
 import shlex
 import sys
@@ -221,27 +222,37 @@ def saes(run: Run) -> list[Exhibit]:
     return [by_depth, how_often]
 
 
+def impact_of_first(arm: Any) -> str:
+    """Cross-fitted impact of an arm's first head; where there are too few units, as measured."""
+    if math.isnan(arm.crossfit):
+        return f"{arm.delta:+.4f} nats, no interval: {arm.n_unit} {units_of(arm)} are too few"
+    interval = f"[{arm.crossfit_lo:+.4f}, {arm.crossfit_hi:+.4f}]"
+    return f"{arm.crossfit:+.4f} nats {interval}, in front in {arm.p_top1:.0%} of resamples"
+
+
+def units_of(arm: Any) -> str:
+    """What the units of replication are; files of an older version had sequences."""
+    return getattr(arm, "unit", "sequences")
+
+
 def ablation(run: Run) -> list[Exhibit]:
     summary = run.table("results_ablation_summary.csv")
     # A row an arm and mode; the hero is the first under the mode that the heads are ranked by.
     summary = summary[summary["mode"] == summary["ranked_by"]]
     parts = []
     for arm in summary.itertuples():
-        # crossfit: chosen on one half of the sequences, measured on the other
         who = "the unique hero is" if arm.unique_hero else "no unique hero, first is"
         head = f"L{arm.hero_layer:.0f}H{arm.hero_head:.0f}"
-        impact = f"{arm.crossfit:+.4f} nats [{arm.crossfit_lo:+.4f}, {arm.crossfit_hi:+.4f}]"
-        draws = f"first in {arm.p_top1:.0%} of bootstrap draws"
-        parts.append(f"{arm.run}: {who} {head}, {impact}, {draws}")
+        parts.append(f"{arm.run}: {who} {head}, {impact_of_first(arm)}")
     no_effect = "no effect of any head (max-T over all heads)"
     exhibit = Exhibit(
         title="Figure 4: what removing each head costs",
         image="results_ablation_figure4.png",
         csv="results_ablation.csv",
         reading="; ".join(parts) + ".",
-        n=f"{summary.n_seq.iloc[0]:.0f} sequences, every head",
-        interval="95 % paired bootstrap over sequences",
-        null=f"{no_effect}; hero chosen on one half of the sequences, measured on the other",
+        n=f"{arm.n_unit} {units_of(arm)}, every head",
+        interval=f"95 % over {units_of(arm)}, with the first head chosen again",
+        null=f"{no_effect}; first head chosen on one half of them, measured on the other",
         command=f"python ablation_test.py --redraw {run.path}/results_ablation.csv",
     )
     return [exhibit]
@@ -462,10 +473,13 @@ def judge_heroes(run: Run) -> list[Verdict]:
     verdicts = []
     for arm in summary[summary["mode"] == summary["ranked_by"]].itertuples():
         head = f"L{arm.hero_layer:.0f}H{arm.hero_head:.0f}"
-        impact = f"{arm.crossfit:+.4f} nats [{arm.crossfit_lo:+.4f}, {arm.crossfit_hi:+.4f}]"
+        claim = f"The {arm.run} model has a Hero Head"
+        evidence = f"{head} {impact_of_first(arm)}"
+        if math.isnan(arm.crossfit):  # none could have been found
+            verdicts.append(Verdict(claim, "not told", evidence))
+            continue
         gap = f"{arm.gap:.4f} [{arm.gap_lo:+.4f}, {arm.gap_hi:+.4f}] ahead of the second"
-        evidence = f"{head} {impact}, first in {arm.p_top1:.0%} of draws, {gap}"
-        verdicts.append(judge(f"The {arm.run} model has a Hero Head", arm.unique_hero, evidence))
+        verdicts.append(judge(claim, arm.unique_hero, f"{evidence}, {gap}"))
     return verdicts
 
 
@@ -623,7 +637,9 @@ def grid_table(run: Run, mode: str, arm: str, heads: pd.DataFrame, largest: floa
         cells = []  # a head each
         for row in of_layer.sort_values("head").to_dict("records"):
             # Each interval is of its head alone, not corrected for the other cells
-            impact = f"{row['delta']:+.4f} nats [{row['ci_lo']:+.4f}, {row['ci_hi']:+.4f}]"
+            impact = f"{row['delta']:+.4f} nats"
+            if not math.isnan(row["ci_lo"]):  # else too few documents for an interval
+                impact += f" [{row['ci_lo']:+.4f}, {row['ci_hi']:+.4f}]"
             head = f"{run.name}, {arm}, {mode}: L{layer}H{row['head']}"
             cell = GridCell(
                 millinats=f"{1000 * row['delta']:.1f}",
