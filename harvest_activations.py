@@ -1183,9 +1183,10 @@ bias that halves of the text show (half_text in the CSV); none below 40 document
 trained model and for text of this split. Between runs the unit is the training seed, n = 1 a run:
 descriptive only. Null: cosines, each head's basis turned at random; effective rank, heads that are
 uncorrelated (an upper limit); CKA, independent heads. A maximum is biased upwards by the choice of
-the pair. Head numbers of different runs are unrelated. Published, 8 heads x 64, control -> adaptive: max_cosine L3 .0218
--> .0146, L6 .0177 -> .0083, L9 .0305 -> .0121; effective_rank L3 280.4 -> 289.5, L6 282.1 -> 307.5,
-L9 286.9 -> 290.4; effective_rank_share .548 -> .565, .551 -> .601, .560 -> .567.
+the pair. Head numbers of different runs are unrelated. Published, 8 heads x 64, control ->
+adaptive: max_cosine L3 .0218 -> .0146, L6 .0177 -> .0083, L9 .0305 -> .0121; effective_rank L3
+280.4 -> 289.5, L6 282.1 -> 307.5, L9 286.9 -> 290.4; effective_rank_share .548 -> .565, .551 ->
+.601, .560 -> .567.
 """
 
 

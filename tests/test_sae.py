@@ -593,6 +593,8 @@ def test_saelens_loads_the_export_and_agrees(made, finished, arch):
     assert theirs.cfg.architecture() == SAELENS[arch]
     assert theirs.cfg.metadata.hook_name == "blocks.2.attn.hook_z"
     with torch.no_grad():
+        everything = np.load(made / "activations/adaptive/L2.z.npy").astype(np.float32)
+        fired = (theirs.encode(torch.from_numpy(everything)) > 0).sum(0).numpy()
         f = theirs.encode(x)
         assert (f - ours.encode(x)).abs().max() <= 1e-5 and (
             theirs.decode(f) - ours.decode(ours.encode(x))
@@ -617,11 +619,6 @@ def test_saelens_loads_the_export_and_agrees(made, finished, arch):
         (1 - ((y - xn) ** 2).sum(1) / ((xn - xn.mean(0)) ** 2).sum(1)).mean(), rel=1e-4
     )
     # how often latents fire: on the whole dump, which has less than 100,000 tokens
-    everything = torch.from_numpy(
-        np.load(made / "activations/adaptive/L2.z.npy").astype(np.float32)
-    )
-    with torch.no_grad():
-        fired = (theirs.encode(everything) > 0).sum(0).numpy()
     latents = pd.read_csv(folder / "latent_frequencies.csv")
     assert np.abs(latents["n_fired"] - fired).sum() <= 2  # rounding, where one is at its threshold
     assert set(latents["n_rows"]) == {2560} and m["dead_share_tokens"] == 2560

@@ -13,8 +13,8 @@ For every feature: histogram of its activations, its top contexts (one a window,
 activation), the next tokens that its decoder direction raises and lowers, the share of each head in
 what it writes, and, for its top context, from which source positions and heads the activation came:
 its pre-activation is sum over heads h and positions s of a[h,t,s] <v[h,s], w_enc[h]>, plus a
-constant. A description of harvested tokens, in windows spread over the dump, most of whose documents
-the SAE was trained on: no null, no interval, and n is printed.
+constant. A description of harvested tokens, in windows spread over the dump; the SAE was trained on
+most of their documents. No null, no interval; n is printed.
 
 Shapes: N windows, T tokens a window, H heads, K d_head, D d_model, F latents, V vocabulary.
 """
