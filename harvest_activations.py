@@ -1091,7 +1091,7 @@ def compared_csvs(args: argparse.Namespace, name: str) -> list[Path]:
                 remedy = f"python harvest_activations.py --model_path CHECKPOINT --run_name {run}"
                 read_sidecar(csv, TABLE_SCHEMA, remedy)
                 if "split" not in pd.read_csv(csv, nrows=0):
-                    fact = f"{csv} describes the first windows of a split, expected spread ones"
+                    fact = f"{csv} has no column split: an older version took the first windows"
                     raise HandoffError(f"{fact}; make it with: {remedy} --overwrite")
             csvs.append(csv)
         except HandoffError:

@@ -2202,8 +2202,9 @@ def table2(metrics: pd.DataFrame) -> pd.DataFrame:
             row[f"{name}_lo"] = saes[f"{name}_lo"].mean()
             row[f"{name}_hi"] = saes[f"{name}_hi"].mean()
             row[f"{name}_sd"] = saes[name].std()  # over heads
-        others = ["ce_recovered_zero", "ce_recovered_mean", "ce_informative", "kl_sae"]
-        for name in [*others, "dead_share", "dead_share_tokens"]:
+        row["dead_share"] = saes["dead_share"].mean()
+        row["dead_share_tokens"] = saes["dead_share_tokens"].iloc[0]
+        for name in ("ce_recovered_zero", "ce_recovered_mean", "ce_informative", "kl_sae"):
             if name in saes:
                 row[name] = saes[name].astype(float).mean()
         rows.append(row)
