@@ -8,15 +8,17 @@ Reads   <model_path>, a checkpoint of janus_adaptive.py, and tokenizer.json besi
         the checkpoint names, or --dataset
 Writes  <save_dir>/<run_name>/
         L<layer>.<site>.npy  [N, D] float16, in stream order, unnormalised (D = H*K, head-major,
-                             for z); tokens.npy and positions.npy [N] serve all layers
+                             for z); tokens.npy, positions.npy and documents.npy [N] serve all
+                             layers: token ids, places in the window, numbers of the documents
         topology_stats.csv   a row a layer and metric: value, 95 % interval, null; printed as Table
                              1 in table1_topology.txt
         head_cosines.csv     a row a layer and pair of heads; drawn as Figure 1 in
                              figure1_head_cosines.png
         run.json, and a sidecar <file>.json beside each file
-Rows are whole windows: tokens.reshape(-1, T) are the model's inputs. A killed harvest goes on when
-its command is given again, to the same bytes. Layers asked for later are added; --overwrite begins
-the run's folder anew.
+Rows are whole windows, spread evenly over the split: its first windows alone would be those of a
+few documents. tokens.reshape(-1, T) are the model's inputs. A killed harvest goes on when its
+command is given again, to the same bytes. Layers asked for later are added; --overwrite begins the
+run's folder anew.
 
 Quick   python harvest_activations.py --model_path DIR/janus_adaptive_final.pt
         (smoke preset: 20,000 tokens x 12 layers; 23 MB, 0.5 GB of memory, 7 s on one core of a
@@ -78,16 +80,20 @@ from tqdm import tqdm
 # What the sidecars say of the kind of their file
 DUMP_SCHEMA = "janus.activations/1"
 TOKENS_SCHEMA = "janus.tokens/1"
+DOCUMENTS_SCHEMA = "janus.documents/1"
 TABLE_SCHEMA = "janus.table/1"
 FIGURE_SCHEMA = "janus.figure/1"
 
 TOPOLOGY_CSV = "topology_stats.csv"
 PAIRS_CSV = "head_cosines.csv"
 PROGRESS = "progress.partial.json"  # which harvest an unfinished folder belongs to
+WINDOWS = "spread over the split"  # which windows a sidecar describes; older ones: the first
 # What all files of a run share
-IDENTITY = ("checkpoint_sha256", "dataset_key", "tokenizer_hash", "split", "n_tokens")
+IDENTITY = ("checkpoint_sha256", "dataset_key", "tokenizer_hash", "split", "windows", "n_tokens")
 
-N_BLOCKS = 20  # of neighbouring windows: the unit of the jackknife, and of going on after a kill
+N_BLOCKS = 20  # of neighbouring documents: the unit of the jackknife, and of going on after a kill
+N_HALVINGS = 12  # of the blocks, each into two halves
+LEAST_DOCUMENTS = 40  # below, no interval is right about 95 times in 100
 N_NULL_DRAWS = 10_000
 
 # Tokens to harvest and windows a forward pass. Every preset takes the same code path, and a flag
@@ -230,14 +236,15 @@ def sufficient_statistics(rows: np.ndarray, z: Tensor) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class BlockSums:
-    """The sums of `sufficient_statistics` over b blocks of neighbouring windows, float64.
+    """The sums of `sufficient_statistics` over b blocks of neighbouring documents, float64.
 
-    n_tokens: of each block, b of them
+    n_tokens: of each block, b of them; n_documents: of all blocks
     x, x2 [b, D], norm [b]: of the dumped rows
     z [b, H*K], zz [b, H*K, H*K]: of the heads' outputs
     """
 
     n_tokens: list[int]
+    n_documents: int
     x: Tensor
     x2: Tensor
     norm: Tensor
@@ -408,37 +415,33 @@ def cosines_in_turned_bases(variance: Tensor, gram: Tensor, generator: torch.Gen
 
 
 # ---- topology: intervals and the table
-def topology_rows(sums: BlockSums, w_o: Tensor, n_heads: int, seed: int) -> list[dict[str, Any]]:
-    """One row a metric: its value, 95 % interval and null. w_o [D, H*K] float64.
+def block_bounds(documents: np.ndarray) -> np.ndarray:
+    """Where blocks of windows begin and end [b + 1]: about 20 of like size, of whole documents.
 
-    With a single block there is nothing to leave out, and the interval is NaN.
+    The windows of one document are alike, so it may not lie in two blocks: text that is left out
+    must be text that the rest does not know. documents [n]: that of the first token of each window.
     """
-    n = sum(sums.n_tokens)
-    n_blocks = len(sums.n_tokens)
-    z = sums.z.sum(0)  # [H*K]
-    zz = sums.zz.sum(0)  # [H*K, H*K]
-    measured = topology(n, z, zz, w_o, n_heads)
-    null = null_topology(n, zz, w_o, n_heads, seed)
+    n_windows = len(documents)
+    is_first = np.diff(documents, prepend=-1) > 0  # [n]
+    begins = np.append(np.flatnonzero(is_first), n_windows)  # [documents + 1]
+    wished = np.linspace(0, n_windows, N_BLOCKS + 1)
+    nearest = np.abs(begins[:, None] - wished).argmin(0)  # [20 + 1]
+    return np.unique(begins[nearest])
 
-    # For each block: the metrics of all tokens but those of the block
-    without_block = []
-    if n_blocks > 1:
-        for n_block, z_block, zz_block in zip(sums.n_tokens, sums.z, sums.zz, strict=True):
-            rest = topology(n - n_block, z - z_block, zz - zz_block, w_o, n_heads)
-            without_block.append(rest)
 
+def topology_rows(sums: BlockSums, w_o: Tensor, n_heads: int, seed: int) -> list[dict[str, Any]]:
+    """One row a metric: its value, 95 % interval and null. w_o [D, H*K] float64."""
+    everything = np.arange(len(sums.n_tokens))
+    measured = topology_of(sums, everything, w_o, n_heads)
+    intervals = text_intervals(sums, measured, w_o, n_heads, seed)
+    null = null_topology(sum(sums.n_tokens), sums.zz.sum(0), w_o, n_heads, seed)
     rows = []
     for metric, value in measured.items():
-        half_width = math.nan
-        if n_blocks > 1:
-            without = torch.stack([rest[metric] for rest in without_block])  # [b]
-            half_width = jackknife(without)
         null_lo, null_hi = null_interval(null[metric])
         row = {
             "metric": metric,
             "value": value.item(),
-            "ci_lo": value.item() - half_width,
-            "ci_hi": value.item() + half_width,
+            **intervals[metric],
             "null_mean": null[metric].mean().item(),
             "null_lo": null_lo,
             "null_hi": null_hi,
@@ -447,13 +450,76 @@ def topology_rows(sums: BlockSums, w_o: Tensor, n_heads: int, seed: int) -> list
     return rows
 
 
-def jackknife(without: Tensor) -> float:
-    """Half-width of the 95 % interval, from the values [b] with one of b > 1 blocks of windows left
-    out each (Tukey 1958)."""
-    b = len(without)
-    # The values move b - 1 times less than the blocks do, so their variance is scaled up
-    standard_error = ((b - 1) * without.var(correction=0)).sqrt().item()
-    return stats.t.ppf(0.975, b - 1) * standard_error
+def topology_of(
+    sums: BlockSums, blocks: np.ndarray, w_o: Tensor, n_heads: int
+) -> dict[str, Tensor]:
+    """The metrics [] over the tokens of the blocks of these numbers."""
+    n = sum(sums.n_tokens[block] for block in blocks)
+    return topology(n, sums.z[blocks].sum(0), sums.zz[blocks].sum(0), w_o, n_heads)
+
+
+def text_intervals(
+    sums: BlockSums, measured: dict[str, Tensor], w_o: Tensor, n_heads: int, seed: int
+) -> dict[str, dict[str, float]]:
+    """ci_lo, ci_hi of every metric: where it would lie on all text of this kind, 95 %; half_text:
+    its mean over halves of the text. All NaN below 40 documents.
+
+    The jackknife says how far a value moves from text to text. But a mean of absolute cosines, or a
+    maximum, is also too large where the text is too little, and leaving out one block does not show
+    it. Halving does: this bias falls with n as n^(-1/2) or faster, so that at most sqrt(2) + 1
+    times the difference to the halves is left in the value. The interval reaches as far further, to
+    the side where the truth may be.
+    """
+    everything = np.arange(len(sums.n_tokens))
+    if sums.n_documents < LEAST_DOCUMENTS or len(everything) == 1:
+        nothing = {"ci_lo": math.nan, "ci_hi": math.nan, "half_text": math.nan}
+        return dict.fromkeys(measured, nothing)
+    without = []  # for each block: the metrics of all tokens but those of the block
+    for block in everything:
+        without.append(topology_of(sums, np.delete(everything, block), w_o, n_heads))
+    halves = mean_over_halves(sums, w_o, n_heads, seed)
+    share = np.array(sums.n_tokens) / sum(sums.n_tokens)  # [b], of the tokens
+
+    found = {}
+    for metric, value in measured.items():
+        whole = value.item()
+        left_out = np.array([rest[metric].item() for rest in without])  # [b]
+        half_width = jackknife(whole, left_out, share)
+        bias = (math.sqrt(2) + 1) * (halves[metric] - whole)  # at most
+        found[metric] = {
+            "ci_lo": whole - half_width - max(bias, 0.0),
+            "ci_hi": whole + half_width + max(-bias, 0.0),
+            "half_text": halves[metric],
+        }
+    return found
+
+
+def mean_over_halves(sums: BlockSums, w_o: Tensor, n_heads: int, seed: int) -> dict[str, float]:
+    """The metrics on half of the blocks: mean over both halves of 12 random halvings, weighted by
+    their tokens. What is linear in the text is the same as on all of it."""
+    n_blocks = len(sums.n_tokens)
+    share = np.array(sums.n_tokens) / sum(sums.n_tokens)  # [b], of the tokens
+    rng = np.random.default_rng(seed % 2**32)  # NumPy takes no negative seed
+    total: dict[str, float] = {}
+    for _ in range(N_HALVINGS):
+        for half in np.array_split(rng.permutation(n_blocks), 2):
+            weight = share[half].sum() / N_HALVINGS
+            for metric, value in topology_of(sums, half, w_o, n_heads).items():
+                total[metric] = total.get(metric, 0.0) + weight * value.item()
+    return total
+
+
+def jackknife(value: float, without: np.ndarray, share: np.ndarray) -> float:
+    """Half-width of the 95 % interval of `value`, from the values [b] with one of b > 1 blocks left
+    out each, which has this share [b] of the tokens (Busing et al. 1999; Tukey 1958 where all have
+    the same). NaN where a few blocks are nearly everything."""
+    pseudo = value / share - (1 / share - 1) * without  # [b], what each block says
+    centre = (share * pseudo).sum()
+    variance = ((pseudo - centre) ** 2 / (1 / share - 1)).mean()
+    n_equal = 1 / (share**2).sum()  # blocks of equal size that would say as much
+    if n_equal < 8:
+        return math.nan
+    return stats.t.ppf(0.975, n_equal - 1) * math.sqrt(variance)
 
 
 def null_interval(null: Tensor) -> tuple[float, float]:
@@ -482,12 +548,12 @@ def run(args: argparse.Namespace) -> int:
     resolve(args, ckpt, autocast)
     compared_csvs(args, PAIRS_CSV)  # a mistake in --compare should not cost a harvest
 
-    # The text, in whole windows, and in blocks of neighbouring windows
+    # The text, in whole windows, and in blocks of whole documents
     with rank_0_first():  # it fills the cache
         data, n_windows = load_text(args, ckpt["data"], model.cfg)
-    facts = run_facts(args, ckpt, model.cfg, data, n_windows)
-    n_blocks = min(N_BLOCKS, n_windows)
-    bounds = np.linspace(0, n_windows, n_blocks + 1).astype(int)  # block b: bounds[b] to [b + 1]
+    documents = data.documents(data.spread(n_windows))[:, 0]  # [n], of the first token of a window
+    facts = run_facts(args, ckpt, model.cfg, data, documents)
+    bounds = block_bounds(documents)  # block b: places bounds[b] to bounds[b + 1]
     job = plan(args, facts)
 
     # Every process runs the model on its share of the blocks; the first alone writes the rest
@@ -556,6 +622,7 @@ def load_text(
     if n_tokens != args.tokens:
         cause = f"whole windows of {seq_len}; the {args.split} split has {data.n_windows:,}"
         print(f"note: {n_tokens:,} tokens, not {args.tokens:,}: {cause}")
+    print(f"text: {n_windows:,} of {data.n_windows:,} windows of the {args.split} split, {WINDOWS}")
     return data, n_windows
 
 
@@ -564,14 +631,22 @@ def run_facts(
     ckpt: dict[str, Any],
     cfg: GPTConfig,
     data: HFWikiTextLoader,
-    n_windows: int,
+    documents: np.ndarray,
 ) -> dict[str, Any]:
-    """What every sidecar of this run says: text, model, sizes."""
+    """What every sidecar of this run says: text, model, sizes. documents [n]: that of each window.
+
+    The windows are HFWikiTextLoader.spread(n_windows), of a split that has split_windows.
+    """
     text = data.description
+    n_windows = len(documents)
     return {
         "dataset": text["dataset"],
         "dataset_key": text["dataset_key"],
         "split": text["split"],
+        "windows": WINDOWS,
+        "n_windows": n_windows,
+        "split_windows": data.n_windows,
+        "n_documents": len(np.unique(documents)),
         "tokenizer_hash": text["tokenizer_hash"],
         "run_name": args.run_name,
         "preset": ckpt["preset"],
@@ -686,8 +761,8 @@ def harvest(
     job: dict[str, Any],
     bounds: np.ndarray,
 ) -> None:
-    """Writes the dumps of the layers to do as partial files; block b has the windows bounds[b] to
-    bounds[b + 1].
+    """Writes the dumps of the layers to do as partial files; block b has the windows at places
+    bounds[b] to bounds[b + 1] of the dump.
 
     After each block the dumps and then its sums are forced to disk, so that a killed harvest goes
     on at the start of a block. Several processes deal the blocks out: they write to the same files,
@@ -695,6 +770,7 @@ def harvest(
     that do not fit, or a damaged unfinished harvest.
     """
     layers = job["todo"]
+    windows = data.spread(int(bounds[-1]))  # [n], numbers of the windows to harvest
     rank, world = rank_and_world()
     with rank_0_first():
         is_continued = (args.out / PROGRESS).exists() and not args.overwrite
@@ -705,19 +781,19 @@ def harvest(
     left = [block for block in own_blocks if not sums_path(args, block).exists()]
     dumps = open_partial_dumps(args, layers if left else [])
 
-    n_windows = sum(int(bounds[block + 1] - bounds[block]) for block in left)
+    n_left = sum(int(bounds[block + 1] - bounds[block]) for block in left)  # windows
     n_done = 0  # windows
     start = time.perf_counter()
-    with tqdm(total=n_windows * data.seq_len, unit="tok", unit_scale=True, disable=None) as bar:
+    with tqdm(total=n_left * data.seq_len, unit="tok", unit_scale=True, disable=None) as bar:
         for block in left:
             sums: dict[str, Any] = {}  # "<sum>.<layer>", of this block
             for first in range(bounds[block], bounds[block + 1], args.batch_size):
                 end = min(first + args.batch_size, bounds[block + 1])
-                found = write_batch(args, model, data, autocast, dumps, range(first, end))
+                found = write_batch(args, model, data, autocast, dumps, windows[first:end], first)
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + value
                 if n_done == 0:  # the first batch is the slowest
-                    minutes = (time.perf_counter() - start) * n_windows / (end - first) / 60
+                    minutes = (time.perf_counter() - start) * n_left / (end - first) / 60
                     where = f"layers {layers}, site {args.site}, on {model.embedding.weight.device}"
                     bar.write(f"time: at most about {minutes:.1f} min for {where}")
                 n_done += end - first
@@ -749,8 +825,8 @@ def reserve(args: argparse.Namespace, layers: list[int], n_tokens: int, width: i
     if n_bytes > args.max_gb * 1e9:
         fact = f"layers {layers} of {n_tokens:,} tokens are {n_bytes / 1e9:.3f} GB"
         raise HandoffError(f"{fact}, --max_gb is {args.max_gb:g}: take fewer")
-    positions_and_tokens_bytes = 8 * n_tokens
-    need_disk(args.out, n_bytes + positions_and_tokens_bytes)
+    bytes_beside = 12 * n_tokens  # tokens, positions, documents
+    need_disk(args.out, n_bytes + bytes_beside)
     print(f"disk: {n_bytes / 1e9:.3f} GB in {args.out}")
     for l in layers:
         path = partial_path(args, l)
@@ -785,19 +861,20 @@ def write_batch(
     data: HFWikiTextLoader,
     autocast: Any,
     dumps: dict[int, np.memmap],
-    windows: range,
+    windows: np.ndarray,
+    place: int,
 ) -> dict[str, np.ndarray]:
-    """Runs the model on some windows and writes the rows of every layer of `dumps` -> their
-    sufficient statistics, "<sum>.<layer>"."""
-    idx, _ = data.batch(np.arange(windows.start, windows.stop))  # [B, T]
+    """Runs the model on the windows of these numbers [B] and writes the rows of every layer of
+    `dumps`, from window `place` of the dump on -> their sufficient statistics, "<sum>.<layer>"."""
+    idx, _ = data.batch(windows)  # [B, T]
     idx = idx.to(model.embedding.weight.device)
     seen = layer_activations(model, idx, list(dumps), args.site, autocast)
     # A token is a row, so windows are neighbouring rows
-    first_row = windows.start * data.seq_len
-    end_row = windows.stop * data.seq_len
+    first_row = place * data.seq_len
+    end_row = first_row + idx.numel()
     sums = {}
     for l, dump in dumps.items():
-        what = f"{args.site} of layer {l}, windows {windows.start} to {windows.stop - 1},"
+        what = f"{args.site} of layer {l}, windows {windows[0]} to {windows[-1]} of the split,"
         rows = to_dump(seen[f"{args.site}.{l}"], args.dump_dtype, what)  # [B*T, D]
         dump[first_row:end_row] = rows
         for name, total in sufficient_statistics(rows, seen[f"z.{l}"]).items():
@@ -828,14 +905,14 @@ def finish(
     bounds: np.ndarray,
     facts: dict[str, Any],
 ) -> None:
-    """CSVs, tokens and positions, then the dumps under their own names; each sidecar last. It can
-    be interrupted and repeated."""
+    """CSVs, tokens, positions and documents, then the dumps under their own names; each sidecar
+    last. It can be interrupted and repeated."""
     # Everything is computed before the first file is replaced
     topology_table = []
     pair_table = []
     moments = {}  # by layer
     for l in tqdm(job["todo"], desc="topology", unit="layer", disable=None):
-        layer = layer_report(args, model, l, bounds)
+        layer = layer_report(args, model, l, bounds, facts)
         topology_table += layer.topology
         pair_table += layer.pairs
         moments[l] = layer.moments
@@ -847,43 +924,54 @@ def finish(
     # Nothing old is left: if this is interrupted from here on, what is there now stays
     write_json(args.out / PROGRESS, {**job, "anew": False})
 
-    n = facts["n_tokens"]
-    position = np.arange(data.seq_len, dtype=np.uint32)
-    positions = np.tile(position, int(bounds[-1]))  # [N]
-    publish_tokens(args, "tokens", data.tokens[:n], "token id", facts)
+    windows = data.spread(facts["n_windows"])  # [n]
+    position = np.arange(data.seq_len, dtype=np.uint32)  # [T]
+    places = windows[:, None] * data.seq_len + position  # [n, T], in the split
+    documents = data.documents(windows).astype(np.uint32)  # [n, T]
+    positions = np.tile(position, len(windows))  # [N]
+    publish_tokens(args, "tokens", data.tokens[places].flatten(), "token id", facts)
     publish_tokens(args, "positions", positions, "tokens into the window", facts)
+    number = "number of the document in the split"
+    publish_tokens(args, "documents", documents.flatten(), number, facts, DOCUMENTS_SCHEMA)
     for l in job["todo"]:
         publish_dump(args, l, moments[l], facts)
     remove_partial(args)
 
 
 def layer_report(
-    args: argparse.Namespace, model: NewGPT, layer: int, bounds: np.ndarray
+    args: argparse.Namespace,
+    model: NewGPT,
+    layer: int,
+    bounds: np.ndarray,
+    facts: dict[str, Any],
 ) -> LayerReport:
     """The statistics of one layer, from the sums of all blocks."""
     n_heads = model.cfg.n_heads
     w_o = model.state_dict()[f"blocks.{layer}.attn.w_o.weight"].cpu().double()  # [D, H*K]
-    sums = read_sums(args, layer, bounds, model.cfg.seq_len)
+    sums = read_sums(args, layer, bounds, facts)
     # The columns of a row: which layer of which run, the metric, and how much text it saw
     which = {"run": args.run_name, "layer": layer}
+    text = {"split": facts["split"], "n_tokens": facts["n_tokens"]}
     size = {
-        "n_tokens": sum(sums.n_tokens),
-        "n_windows": int(bounds[-1]),
+        "n_windows": facts["n_windows"],
+        "n_documents": facts["n_documents"],
         "n_blocks": len(sums.n_tokens),
     }
     topology_table = []
     for row in topology_rows(sums, w_o, n_heads, args.seed):
-        topology_table.append({**which, **row, **size})
+        topology_table.append({**which, **row, **text, **size})
 
     cosines = head_cosines(gram_of_z(sums.zz.sum(0), n_heads)).tolist()  # [P]
     pairs = torch.triu_indices(n_heads, n_heads, offset=1).T.tolist()  # [P, 2], in the same order
     pair_table = []
     for (i, j), cosine in zip(pairs, cosines, strict=True):
-        pair_table.append({**which, "head_i": i, "head_j": j, "cosine": cosine})
+        pair_table.append({**which, "head_i": i, "head_j": j, "cosine": cosine, **text})
     return LayerReport(topology=topology_table, pairs=pair_table, moments=dump_moments(sums))
 
 
-def read_sums(args: argparse.Namespace, layer: int, bounds: np.ndarray, seq_len: int) -> BlockSums:
+def read_sums(
+    args: argparse.Namespace, layer: int, bounds: np.ndarray, facts: dict[str, Any]
+) -> BlockSums:
     """The sums of one layer, of all blocks."""
     n_blocks = len(bounds) - 1
     files = [np.load(sums_path(args, block), allow_pickle=False) for block in range(n_blocks)]
@@ -892,7 +980,8 @@ def read_sums(args: argparse.Namespace, layer: int, bounds: np.ndarray, seq_len:
         return torch.from_numpy(np.stack([file[f"{name}.{layer}"] for file in files]))
 
     return BlockSums(
-        n_tokens=(np.diff(bounds) * seq_len).tolist(),
+        n_tokens=(np.diff(bounds) * facts["seq_len"]).tolist(),
+        n_documents=facts["n_documents"],
         x=stacked("x"),
         x2=stacked("x2"),
         norm=stacked("norm"),
@@ -929,7 +1018,12 @@ def publish_table(
 
 
 def publish_tokens(
-    args: argparse.Namespace, name: str, values: np.ndarray, unit: str, facts: dict[str, Any]
+    args: argparse.Namespace,
+    name: str,
+    values: np.ndarray,
+    unit: str,
+    facts: dict[str, Any],
+    schema: str = TOKENS_SCHEMA,
 ) -> None:
     """Writes an array [N] that all layers of the run share, unless an earlier harvest has."""
     path = args.out / f"{name}.npy"
@@ -937,7 +1031,7 @@ def publish_tokens(
         return
     own = {"axes": "N", "shape": [len(values)], "dtype": str(values.dtype), "unit": unit}
     write = functools.partial(np.save, arr=values)
-    publish(path, write, TOKENS_SCHEMA, [args.model_path], **own, **facts)
+    publish(path, write, schema, [args.model_path], **own, **facts)
 
 
 def publish_dump(
@@ -996,6 +1090,9 @@ def compared_csvs(args: argparse.Namespace, name: str) -> list[Path]:
             if not is_being_written:
                 remedy = f"python harvest_activations.py --model_path CHECKPOINT --run_name {run}"
                 read_sidecar(csv, TABLE_SCHEMA, remedy)
+                if "split" not in pd.read_csv(csv, nrows=0):
+                    fact = f"{csv} has no column split: an older version took the first windows"
+                    raise HandoffError(f"{fact}; make it with: {remedy} --overwrite")
             csvs.append(csv)
         except HandoffError:
             was_named = args.compare or run == args.run_name
@@ -1010,6 +1107,12 @@ def side_by_side(csvs: list[Path]) -> pd.DataFrame:
     common = set.intersection(*(set(frame["layer"]) for frame in frames))
     table = pd.concat(frames)
     return table[table["layer"].isin(common)] if common else table
+
+
+def text_of(frame: pd.DataFrame) -> str:
+    """Which text a table describes, in words."""
+    splits = " and ".join(sorted(frame["split"].unique()))
+    return f"{frame['n_tokens'].min():,} tokens of the {splits} split"
 
 
 def draw_cosines(csvs: list[Path], out: Path) -> None:
@@ -1045,7 +1148,7 @@ def draw_cosines(csvs: list[Path], out: Path) -> None:
 
     label = "cosine of z (grey: the diagonal)"
     fig.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / down), label=label)
-    title = "Figure 1: heads against heads"
+    title = f"Figure 1: heads against heads, {text_of(frame)}"
     if 9 in layers:
         title += "\n(published, layer 9: max .0305 control, .0121 adaptive)"
     fig.suptitle(title, fontsize=9)
@@ -1075,13 +1178,15 @@ def draw_panel(ax: Any, title: str, pairs: pd.DataFrame, limit: float) -> Any:
 
 
 TABLE1_NOTES = """\
-Interval: jackknife over blocks of neighbouring windows, each cell for itself; it holds for this
-trained model. Between runs the unit is the training seed, n = 1 a run: descriptive only. Null:
-cosines, each head's basis turned at random; effective rank, heads that are uncorrelated (an upper
-limit); CKA, independent heads. A maximum is biased upwards by the choice of the pair. Head numbers
-of different runs are unrelated. Published, 8 heads x 64, control -> adaptive: max_cosine L3 .0218
--> .0146, L6 .0177 -> .0083, L9 .0305 -> .0121; effective_rank L3 280.4 -> 289.5, L6 282.1 -> 307.5,
-L9 286.9 -> 290.4; effective_rank_share .548 -> .565, .551 -> .601, .560 -> .567.
+Interval: jackknife over blocks of whole documents, each cell for itself, longer on one side by the
+bias that halves of the text show (half_text in the CSV); none below 40 documents. It holds for this
+trained model and for text of this split. Between runs the unit is the training seed, n = 1 a run:
+descriptive only. Null: cosines, each head's basis turned at random; effective rank, heads that are
+uncorrelated (an upper limit); CKA, independent heads. A maximum is biased upwards by the choice of
+the pair. Head numbers of different runs are unrelated. Published, 8 heads x 64, control ->
+adaptive: max_cosine L3 .0218 -> .0146, L6 .0177 -> .0083, L9 .0305 -> .0121; effective_rank L3
+280.4 -> 289.5, L6 282.1 -> 307.5, L9 286.9 -> 290.4; effective_rank_share .548 -> .565, .551 ->
+.601, .560 -> .567.
 """
 
 
@@ -1090,14 +1195,15 @@ def table1(csvs: list[Path]) -> str:
     frame = side_by_side(csvs)
     show = "{value:.4g} [{ci_lo:.4g}, {ci_hi:.4g}] ({null_mean:.3g})"
     # A cell a layer, metric and run; those of one layer and metric side by side
-    frame["cell"] = [show.format(**row) for row in frame.to_dict("records")]
+    cells = [show.format(**row) for row in frame.to_dict("records")]
+    frame["cell"] = [cell.replace("nan, nan", "none") for cell in cells]
     layers = sorted(frame["layer"].unique())
     metrics = frame["metric"].unique()  # in the order of the file
     lines = pd.MultiIndex.from_product([layers, metrics])
     table = frame.pivot(index=["layer", "metric"], columns="run", values="cell")
     table = table.reindex(index=lines, columns=frame["run"].unique())
-    size = f"{frame['n_tokens'].min():,} tokens, {frame['n_blocks'].min()} blocks"
-    title = f"Table 1. Heads of a layer: value [95 % interval] (null); {size}"
+    size = f"{frame['n_documents'].min():,} documents in {frame['n_blocks'].min()} blocks"
+    title = f"Table 1. Heads of a layer: value [95 % interval] (null); {text_of(frame)}, {size}"
     notes = textwrap.fill(TABLE1_NOTES, width=135)  # about as wide as two runs
     return f"{title}\n{table.fillna('-').to_string()}\n{notes}\n"
 
@@ -1148,7 +1254,7 @@ def add_output_flags(p: argparse.ArgumentParser) -> None:
 def add_data_flags(p: argparse.ArgumentParser) -> None:
     dataset = "as in janus_adaptive.py; none: that of the checkpoint"
     tokenizer = "as in janus_adaptive.py; none: tokenizer.json beside the checkpoint"
-    tokens = "tokens to harvest, cut to whole windows; none: by preset"
+    tokens = "tokens to harvest, in whole windows spread over the split; none: by preset"
     g = p.add_argument_group("data")
     g.add_argument("--dataset", help=dataset)
     g.add_argument("--tokenizer", help=tokenizer)

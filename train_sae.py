@@ -4,8 +4,8 @@ Question: into how many directions does what the heads compute decompose, at whi
 error, and how much of the model's behaviour survives when the reconstruction takes the place of
 the activation?
 
-Reads   activations/<run>/L<layer>.<site>.npy [N, D] float16 or float32, raw units;
-        for CE recovered also tokens.npy and the checkpoint
+Reads   activations/<run>/L<layer>.<site>.npy [N, D] float16 or float32, raw units, and
+        documents.npy [N]; for CE recovered also tokens.npy and the checkpoint
 Writes  saes/<run>/L<layer>/ (--unit layer), saes/<run>/L<layer>/H<head>/ (--unit head);
         for a --site other than z: L<layer>.<site>/. In it
           cfg.json, sae_weights.safetensors   float32, folded: takes and gives raw activations
@@ -15,6 +15,8 @@ Writes  saes/<run>/L<layer>/ (--unit layer), saes/<run>/L<layer>/H<head>/ (--uni
           sae_weights.safetensors.json        the sidecar: last, with all metrics
         saes/: sae_metrics.csv, table2.csv, table2.md, figure2_l0_by_depth.png and
         figure3_activation_frequency.png, of every finished SAE
+Held out are 5 % of the windows, those of whole documents, the same for every SAE of a run; training
+sees no document of which a held-out window has a token. Intervals are over documents.
 SAELens' SAE.load_from_disk(folder) loads an export; it encodes flat [N, D]. To splice a layer's SAE
 into a HookedSAETransformer at hook_z [B, T, H, K], first call
 sae.turn_on_forward_pass_hook_z_reshaping(); a head's SAE takes its own [..., K] as it is.
@@ -78,6 +80,9 @@ TWINS = ("sae.safetensors", "ae.pt", "config.json")  # beside WEIGHTS, for other
 SITES = ["z", "attn_out", "mlp_out", "resid_pre", "resid_post"]
 BLOCK = 256  # neighbouring rows of a dump that are read in one go
 POOL = 1 << 18  # rows that are shuffled together: memory does not grow with the dump
+HELD_OUT = 0.05  # share of the windows, at least
+FIRING_TOKENS = 100_000  # at least, on which is counted how often latents fire: rare ones need many
+LEAST_DOCUMENTS = 16  # below, no interval over documents is right about 95 times in 100
 CE_GAP = 0.02  # nats; where ablation costs less, "CE recovered" divides noise by noise
 GROUP = ["run", "unit", "arch", "site", "layer"]  # what a row of table 2 stands for
 # fmt: off
@@ -1136,11 +1141,27 @@ class Layout(NamedTuple):
     batches_per_pool: int
 
 
+def choose_held_out(documents: np.ndarray) -> np.ndarray:
+    """Numbers of the documents to hold out, of documents [W], those of the windows.
+
+    As many as have 5 % of the windows, evenly spread over the dump: in steps of the golden ratio
+    each document falls into the widest gap between those before it.
+    """
+    numbers, n_windows = np.unique(documents, return_counts=True)  # [documents]
+    golden = (math.sqrt(5) - 1) / 2
+    order = np.argsort(np.arange(len(numbers)) * golden % 1)
+    n_so_far = n_windows[order].cumsum()
+    n_chosen = 1 + np.searchsorted(n_so_far, HELD_OUT * len(documents))
+    return numbers[order[:n_chosen]]
+
+
 class Dump:
     """A dumped layer, or one head of it, in raw units.
 
     array: [N, D], memory-mapped; side: its sidecar
-    n_train: rows to train on, the first ones; held_out: the numbers of the windows after them, 5 %
+    documents: [W], number of the document of each window, which is that of its first token
+    held_out: numbers of the windows of the documents held out
+    trained: numbers of the windows that share no document with them; n_train: their rows
     columns: which columns of the dump D is
     """
 
@@ -1157,14 +1178,48 @@ class Dump:
         if head is not None:
             self.columns = slice(head * self.d_head, (head + 1) * self.d_head)
         self.array = whole[:, self.columns]
-        n_windows = len(whole) // self.seq_len
-        if n_windows < 2:
-            found = f"{self.path} has {n_windows} windows of {self.seq_len} tokens"
-            raise HandoffError(f"{found}, expected at least 2 (one is held out): harvest more")
-        n_held_out = max(1, round(0.05 * n_windows))
-        self.held_out = range(n_windows - n_held_out, n_windows)
-        self.n_train = self.held_out.start * self.seq_len
+        self.hold_out(self.read_documents())
         self.pool: tuple[Any, Tensor] = (None, torch.empty(0))  # the last one, and what it is
+
+    def read_documents(self) -> np.ndarray:
+        """Number of the document of each token [W, T]. HandoffError if they are not known, as in a
+        dump of the first windows of a split, which is older."""
+        path = self.path.with_name("documents.npy")
+        layers = " ".join(map(str, dumped_layers(self.path.parent, self.site)))
+        remedy = f"python harvest_activations.py --model_path {self.side.get('checkpoint')}"
+        remedy += f" --run_name {self.run} --site {self.site} --layers {layers}"
+        remedy += f" --save_dir {self.path.parent.parent} --overwrite"
+        if not path.exists():
+            fact = f"{self.path} has no {path.name} beside it, so no document can be held out"
+            raise HandoffError(f"{fact}; harvest anew with: {remedy}")
+        read_sidecar(path, "janus.documents/1", remedy)
+        try:
+            numbers = np.load(path, allow_pickle=False)  # [N]
+        except (ValueError, EOFError):
+            numbers = np.zeros(0)
+        n_windows = len(self.array) // self.seq_len
+        if numbers.shape != self.array.shape[:1] or n_windows == 0:
+            fact = f"{path} {list(numbers.shape)} does not fit {self.path.name}"
+            fact += f" ({len(self.array)} rows, windows of {self.seq_len})"
+            raise HandoffError(f"{fact}; harvest anew with: {remedy}")
+        return numbers[: n_windows * self.seq_len].reshape(n_windows, self.seq_len)
+
+    def hold_out(self, by_token: np.ndarray) -> None:
+        """Divides the windows by their documents, by_token [W, T]. HandoffError if that leaves
+        nothing to train on."""
+        self.documents = by_token[:, 0].copy()  # [W]
+        chosen = choose_held_out(self.documents)
+        is_held_out = np.isin(self.documents, chosen)  # [W]
+        # A held-out window may end in the next document, which must not be trained on either
+        unseen = np.unique(by_token[is_held_out])
+        is_trained = ~np.isin(by_token, unseen).any(1)  # [W]
+        self.held_out = np.flatnonzero(is_held_out)
+        self.trained = np.flatnonzero(is_trained)
+        self.n_train = len(self.trained) * self.seq_len
+        if self.n_train == 0:
+            n_documents = len(np.unique(self.documents))
+            found = f"{self.path} has {len(self.documents)} windows of {n_documents} documents"
+            raise HandoffError(f"{found}, too few to hold any out: harvest more, with --tokens")
 
     def open_array(self) -> np.ndarray:
         """All columns [N, H*K]; also reads seq_len and d_head. HandoffError if the sidecar says
@@ -1181,42 +1236,58 @@ class Dump:
             raise HandoffError(f"{fact}; remake it with: {self.remedy}") from None
         return array
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop-1 [n, D] in the type of the dump. HandoffError that names the first row
-        that is not finite."""
-        raw = torch.from_numpy(np.array(self.array[start:stop]))
+    def rows(self, numbers: np.ndarray) -> Tensor:
+        """These rows [n, D], in ascending order, in the type of the dump. HandoffError that names
+        the first one that is not finite."""
+        first, last = numbers[0], numbers[-1]
+        are_neighbours = last - first == len(numbers) - 1
+        chosen = slice(first, last + 1) if are_neighbours else numbers  # a slice reads faster
+        raw = torch.from_numpy(np.array(self.array[chosen]))  # [n, D]
         if not math.isfinite(raw.sum(dtype=torch.float64)):
             bad = (~raw.isfinite().all(1)).nonzero()
-            fact = f"layer {self.layer}, row {start + int(bad[0])} of {self.path}"
+            fact = f"layer {self.layer}, row {numbers[int(bad[0])]} of {self.path}"
             raise HandoffError(f"{fact} is NaN or infinite; remake it with: {self.remedy}")
         return raw
 
-    def evaluation(self, n_tokens: int) -> list[int]:
+    def training_rows(self, places: np.ndarray) -> Tensor:
+        """Rows [n, D] by their places among the n_train rows to train on."""
+        window, position = np.divmod(places, self.seq_len)
+        return self.rows(self.trained[window] * self.seq_len + position)
+
+    def evaluation(self, n_tokens: int) -> np.ndarray:
         """Held-out windows, evenly spaced, at most n_tokens tokens of them."""
         n = max(1, min(n_tokens // self.seq_len, len(self.held_out)))
         places = np.linspace(0, len(self.held_out) - 1, n).astype(int)
-        return [self.held_out[place] for place in places]
+        return self.held_out[places]
 
-    def windows(self, numbers: list[int]) -> Iterator[Tensor]:
+    def mixture(self, n_tokens: int) -> np.ndarray:
+        """Windows of held-out and of training documents, spread over the dump, with at least
+        n_tokens tokens; all where there are not as many."""
+        n_all = len(self.documents)
+        n = min(n_all, math.ceil(n_tokens / self.seq_len))
+        return np.arange(n) * n_all // n
+
+    def windows(self, numbers: np.ndarray) -> Iterator[Tensor]:
         """The rows of these windows, float32 [n * T, D], a few windows at a time."""
         at_once = max(1, 4096 // self.seq_len)
         for i in range(0, len(numbers), at_once):
-            chunk = numbers[i : i + at_once]
-            rows = [self.rows(w * self.seq_len, (w + 1) * self.seq_len) for w in chunk]
-            yield torch.cat(rows).float()
+            starts = numbers[i : i + at_once, None] * self.seq_len  # [n, 1]
+            rows = starts + np.arange(self.seq_len)  # [n, T]
+            yield self.rows(rows.flatten()).float()
 
     def moments(self) -> tuple[Tensor, float]:
         """Mean [D] and E||raw - mean|| of the training rows, the latter from a sample of them.
-        Reads every row once, so that a bad one is found before training."""
+        Reads every row that is used once, so that a bad one is found before training."""
         total = torch.zeros(self.array.shape[1], dtype=torch.float64)
-        for start in range(0, len(self.array), 4096):
-            rows = self.rows(start, start + 4096)
-            train = rows[: max(0, self.n_train - start)]
-            total += train.sum(0, dtype=torch.float64)
+        for rows in self.windows(self.trained):
+            total += rows.sum(0, dtype=torch.float64)
+        for _ in self.windows(self.held_out):
+            pass
         mean = (total / self.n_train).float()
+        n = min(BLOCK, self.n_train)
         norms = []
-        for start in np.linspace(0, max(0, self.n_train - BLOCK), 256).astype(int):
-            rows = self.rows(start, min(start + BLOCK, self.n_train)).float()
+        for start in np.linspace(0, self.n_train - n, 256).astype(int):
+            rows = self.training_rows(start + np.arange(n)).float()  # [n, D]
             norms.append((rows - mean).norm(dim=1).mean())
         norm = float(np.mean(norms))
         if norm == 0:
@@ -1253,63 +1324,97 @@ class Dump:
         epoch, place = divmod(number, layout.n_pools)
         dealt = np.random.default_rng([seed, epoch]).permutation(layout.n_blocks)
         blocks = np.sort(np.array_split(dealt, layout.n_pools)[place])
-        pool = torch.cat([self.rows(b * layout.block, (b + 1) * layout.block) for b in blocks])
+        starts = blocks * layout.block
+        places = np.arange(layout.block)
+        pool = torch.cat([self.training_rows(start + places) for start in starts])
         order = np.random.default_rng([seed, epoch, place]).permutation(len(pool))
         return pool[torch.from_numpy(order)]
 
 
 # ---- measures, all of raw activations
 def ratio_interval(
-    name: str, top: np.ndarray, bottom: np.ndarray | float = 1.0
+    name: str, top: np.ndarray, bottom: np.ndarray | float, documents: np.ndarray
 ) -> dict[str, float]:
-    """sum(top) / sum(bottom) over windows [W], and its 95 % percentile interval under resampling of
-    windows (NaN below two)."""
-    n = len(top)
-    bottom = np.broadcast_to(np.asarray(bottom, float), top.shape)
-    pick = np.random.default_rng(0).integers(n, size=(2000, n))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = top.sum() / bottom.sum()
-        draws = top[pick].sum(1) / bottom[pick].sum(1)  # [2000]
+    """sum(top) / sum(bottom) over windows [W], and its 95 % interval, for other documents of the
+    same kind: the windows of one document are alike, so documents [W] are resampled as wholes.
+
+    Bootstrap-t (Hall 1988), for skewed documents, and Student's t, for tails on both sides: the end
+    that is further out. Both measure by a standard error, without which the interval is too short
+    where documents are few. NaN below 16 documents, and where the sum of `bottom` is less than
+    three of its standard errors: then the ratio may be anything.
+    """
+    _, unit = np.unique(documents, return_inverse=True)  # [W]
+    tops = np.bincount(unit, top)  # [documents]
+    bottoms = np.bincount(unit, np.broadcast_to(np.asarray(bottom, float), top.shape))
+    n = len(tops)
+    value, error = ratio_and_error(tops, bottoms)
     low, high = math.nan, math.nan
-    if n > 1:
-        low, high = np.nanquantile(draws, [0.025, 0.975])
+    bottom_error = math.sqrt(n) * bottoms.std()  # of its sum
+    if n >= LEAST_DOCUMENTS and abs(bottoms.sum()) >= 3 * bottom_error:
+        pick = np.random.default_rng(0).integers(n, size=(2000, n))
+        values, errors = ratio_and_error(tops[pick], bottoms[pick])  # [2000] each
+        t = np.divide(values - value, errors, out=np.zeros_like(values), where=errors > 0)
+        t_low, t_high = np.quantile(t, [0.025, 0.975])
+        student = stats.t.ppf(0.975, n - 1)
+        low = value - max(t_high, student) * error
+        high = value - min(t_low, -student) * error
     return {name: float(value), f"{name}_lo": float(low), f"{name}_hi": float(high)}
 
 
+def ratio_and_error(top: np.ndarray, bottom: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """sum(top) / sum(bottom) over units [..., n] -> the ratio [...] and its standard error, from
+    what each unit adds to top - ratio * bottom (Cochran 1977)."""
+    n = top.shape[-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        total = bottom.sum(-1)
+        ratio = top.sum(-1) / total
+        residual = top - ratio[..., None] * bottom
+        error = np.sqrt(n / (n - 1) * (residual**2).sum(-1)) / np.abs(total)
+    return ratio, error
+
+
 @torch.no_grad()
-def evaluate(
-    sae: SparseAutoencoder, dump: Dump, chosen: list[int]
-) -> tuple[dict[str, Any], np.ndarray]:
-    """L0, reconstruction error and firing on the windows `chosen` -> metrics, and each latent's
-    number of firings [F]."""
+def evaluate(sae: SparseAutoencoder, dump: Dump, chosen: np.ndarray) -> dict[str, Any]:
+    """L0 and reconstruction error on the windows `chosen`."""
     device = sae.weights["W_dec"].device
-    means = [next(dump.windows([w])).mean(0) for w in chosen]
-    mean = torch.stack(means).mean(0).to(device)  # [D]
-    fired = torch.zeros(len(sae.weights["W_dec"]), dtype=torch.int64, device=device)  # [F]
+    total = torch.zeros(dump.array.shape[1], dtype=torch.float64)
+    for rows in dump.windows(chosen):
+        total += rows.sum(0, dtype=torch.float64)
+    mean = (total / (len(chosen) * dump.seq_len)).float().to(device)  # [D]
     chunks = []
     for rows in dump.windows(chosen):
         raw = rows.to(device)  # [n, D]
         latents = sae.encode(raw)  # [n, F]
-        active = fires(latents)
-        fired += active.sum(0)
         error = (sae.decode(latents) - raw).square().sum(1)  # [n]
         variance = (raw - mean).square().sum(1)
-        chunks.append(torch.stack([active.sum(1), error, variance]).double().cpu())  # [3, n]
+        l0 = fires(latents).sum(1)
+        chunks.append(torch.stack([l0, error, variance]).double().cpu())  # [3, n]
     by_window = torch.cat(chunks, 1).view(3, len(chosen), -1).numpy()  # [3, W, T]
     l0 = by_window[0]  # [W, T] each
     error = by_window[1]
     variance = by_window[2]
 
-    metrics: dict[str, Any] = ratio_interval("l0", l0.mean(1))
+    documents = dump.documents[chosen]  # [W]
+    metrics: dict[str, Any] = ratio_interval("l0", l0.mean(1), 1.0, documents)
     for q in (5, 50, 95):
         metrics[f"l0_p{q:02d}"] = float(np.percentile(l0, q))
-    metrics |= ratio_interval("fvu", error.sum(1), variance.sum(1))
-    metrics |= ratio_interval("mse", error.mean(1) / len(mean))
+    metrics |= ratio_interval("fvu", error.sum(1), variance.sum(1), documents)
+    metrics |= ratio_interval("mse", error.mean(1) / len(mean), 1.0, documents)
     metrics["ev_legacy"] = float((1 - error / variance).mean())
-    metrics["dead_share_eval"] = float((fired == 0).float().mean())
+    metrics["n_documents"] = len(np.unique(documents))
     metrics["n_windows"] = len(l0)
     metrics["n_rows"] = l0.size
-    return metrics, fired.cpu().numpy()
+    return metrics
+
+
+@torch.no_grad()
+def count_on_windows(sae: SparseAutoencoder, dump: Dump, chosen: np.ndarray) -> np.ndarray:
+    """On how many tokens of the windows `chosen` each latent fires [F]."""
+    w_dec = sae.weights["W_dec"]
+    fired = torch.zeros(len(w_dec), dtype=torch.int64, device=w_dec.device)  # [F]
+    for rows in dump.windows(chosen):
+        fired += fires(sae.encode(rows.to(w_dec.device))).sum(0)
+    return fired.cpu().numpy()
 
 
 def spliced(
@@ -1338,7 +1443,7 @@ def ce_recovered(
     dump: Dump,
     tokens: np.ndarray,
     mean: Tensor,
-    chosen: list[int],
+    chosen: np.ndarray,
 ) -> dict[str, Any]:
     """What the model loses (nats a token) when the reconstruction replaces the activation, against
     zero and mean ablation, on the windows `chosen`.
@@ -1367,11 +1472,13 @@ def ce_recovered(
     metrics: dict[str, Any] = {f"ce_{name}": losses[name].mean() for name in edits}
     for name in ("sae", "zero", "mean"):
         metrics[f"kl_{name}"] = np.mean(kl[name])
+    documents = dump.documents[chosen]  # [W]
     for base in ("zero", "mean"):
         kept = losses[base] - losses["sae"]
         lost = losses[base] - losses["clean"]
-        metrics |= ratio_interval(f"ce_recovered_{base}", kept, lost)
+        metrics |= ratio_interval(f"ce_recovered_{base}", kept, lost, documents)
     metrics["ce_informative"] = bool(metrics["ce_mean"] - metrics["ce_clean"] >= CE_GAP)
+    metrics["n_ce_documents"] = len(np.unique(documents))
     metrics["n_ce_windows"] = len(chosen)
     return metrics
 
@@ -1479,6 +1586,7 @@ class Job(NamedTuple):
                 kept[name] = str(value) if isinstance(value, Path) else value
         kept["dump"] = self.dump.side["sha256"]
         kept["head"] = self.dump.head
+        kept["held_out"] = "documents"
         return kept
 
 
@@ -1608,7 +1716,10 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
         trainer.step(dump.batch(0, a.batch_size, a.seed))
         seconds = time.perf_counter() - start
     n_here = math.ceil(n_saes / rank_and_world()[1])
-    minutes = seconds * a.steps * n_here / 60
+    # Measuring an SAE takes about as long as training it on as many tokens
+    firing = dump.mixture(FIRING_TOKENS)
+    n_measured = a.eval_tokens + len(firing) * dump.seq_len
+    minutes = seconds * (a.steps + n_measured / a.batch_size) * n_here / 60
 
     n_latents = a.expansion * d_in
     weights = 8 * n_latents * d_in  # bytes of W_enc and W_dec
@@ -1627,8 +1738,21 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
     tokens = f"{a.tokens:,} tokens in {a.steps} steps each, about {minutes:.1f} min in all"
     disk = f"{weights * copies * n_saes / 1e9:.2f} GB in {a.save_dir}"
     print(f"cost: {tokens}; {disk}, about {memory / 1e9:.1f} GB of memory", flush=True)
+    print(
+        f"{held_out_of(dump)}; latents are counted on {len(firing) * dump.seq_len:,} tokens of all"
+    )
     if architecture.saelens is None:
         print(f"SAELens has no class for {a.arch}: its folders load with train_sae.load_sae only")
+
+
+def held_out_of(dump: Dump) -> str:
+    """Which text is held out, in words."""
+    documents = len(np.unique(dump.documents[dump.held_out]))
+    share = len(dump.held_out) / len(dump.documents)
+    beside = len(dump.documents) - len(dump.held_out) - len(dump.trained)
+    windows = f"{len(dump.held_out):,} windows ({share:.1%}) of {documents:,} documents"
+    text = f"the {dump.side.get('split')} split"
+    return f"held out: {windows} of {text}, and {beside:,} windows that share one are not used"
 
 
 # ---- one SAE
@@ -1783,6 +1907,7 @@ def first_change(job: Job, then: dict[str, Any]) -> str:
     defaults = parse_args([])
     defaults.preset = job.args.preset
     default = Job(fill_in(defaults, job.dump), job.dump, job.folder).trajectory
+    default["held_out"] = "the last windows"
     wanted = job.trajectory
     for name in {**wanted, **then}:
         was = then[name] if name in then else default.get(name)
@@ -1811,7 +1936,12 @@ def finish_sae(job: Job, trainer: Trainer, origin: Origin | None) -> str:
     sae = load_sae(folder, trainer.mean.device)
     chosen = dump.evaluation(a.eval_tokens)
     check_export(job, trainer, sae, next(dump.windows(chosen)))
-    metrics, fired = evaluate(sae, dump, chosen)  # fired [F]
+    metrics = evaluate(sae, dump, chosen)
+    everywhere = dump.mixture(FIRING_TOKENS)
+    fired = count_on_windows(sae, dump, everywhere)  # [F]
+    n_rows = len(everywhere) * dump.seq_len
+    metrics["dead_share"] = float((fired == 0).mean())
+    metrics["dead_share_tokens"] = n_rows
     metrics["dead_share_window"] = trainer.history[-1]["dead_share"]
     if origin:
         few = dump.evaluation(a.eval_tokens // 6)
@@ -1828,13 +1958,14 @@ def finish_sae(job: Job, trainer: Trainer, origin: Origin | None) -> str:
     latents = {
         "latent": np.arange(len(fired)),
         "n_fired": fired,
-        "n_rows": metrics["n_rows"],
-        "frequency": fired / metrics["n_rows"],
+        "n_rows": n_rows,
+        "frequency": fired / n_rows,
     }
     write_csv(folder / "latent_frequencies.csv", pd.DataFrame(names | latents))
     facts = names | facts_of(job, trainer)
-    write_sidecar(folder / WEIGHTS, SAE_SCHEMA, [dump.path], **facts, metrics=metrics)
-    return summary(folder, metrics)
+    inputs = [dump.path, dump.path.with_name("documents.npy")]
+    write_sidecar(folder / WEIGHTS, SAE_SCHEMA, inputs, **facts, metrics=metrics)
+    return summary(job, metrics)
 
 
 def check_export(job: Job, trainer: Trainer, sae: SparseAutoencoder, rows: Tensor) -> None:
@@ -1855,7 +1986,7 @@ def facts_of(job: Job, trainer: Trainer) -> dict[str, Any]:
     """What the sidecar says of an SAE beside its names and metrics."""
     a, dump = job.args, job.dump
     inherited = ["checkpoint", "checkpoint_sha256", "arm", "seq_len", "n_heads", "d_head"]
-    inherited += ["tokenizer_hash", "dataset"]
+    inherited += ["tokenizer_hash", "dataset", "split", "windows"]
     facts = {key: dump.side.get(key) for key in inherited}
     mean = np.asarray(dump.side["mean"], float)[dump.columns]  # [D]
     variance = np.asarray(dump.side["variance"], float)[dump.columns]
@@ -1870,17 +2001,23 @@ def facts_of(job: Job, trainer: Trainer) -> dict[str, Any]:
         "tokens": a.tokens,
         "seed": a.seed,
         "preset": a.preset,
+        "n_train": dump.n_train,
+        "held_out_documents": np.unique(dump.documents[dump.held_out]).tolist(),
         "trajectory": job.trajectory,
         "latent_frequencies": "latent_frequencies.csv",
     }
     return facts
 
 
-def summary(folder: Path, metrics: dict[str, Any]) -> str:
+def summary(job: Job, metrics: dict[str, Any]) -> str:
     """One line for the user."""
     m = metrics
-    fvu = f"FVU {m['fvu']:.3f} [{m['fvu_lo']:.3f}, {m['fvu_hi']:.3f}]"
-    line = f"{folder}: L0 {m['l0']:.1f}, {fvu}, never fired {m['dead_share_eval']:.1%}"
+    fvu = f"FVU {m['fvu']:.3f}"
+    if not math.isnan(m["fvu_lo"]):
+        fvu += f" [{m['fvu_lo']:.3f}, {m['fvu_hi']:.3f}]"
+    text = f"{m['n_documents']} held-out documents of the {job.dump.side.get('split')} split"
+    line = f"{job.folder}: L0 {m['l0']:.1f}, {fvu} on {text}"
+    line += f", never fired {m['dead_share']:.1%} on {m['dead_share_tokens']:,} tokens of all"
     if "kl_sae" not in m:
         return line
     recovered = f"{m['ce_recovered_zero']:.1%} (zero), {m['ce_recovered_mean']:.1%} (mean)"
@@ -1893,15 +2030,22 @@ def summary(folder: Path, metrics: dict[str, Any]) -> str:
 # ---- all of them
 def collect_metrics(save_dir: Path) -> None:
     """sae_metrics.csv: one row for every finished SAE under save_dir."""
-    columns = [*GROUP, "head", "arm", "seed", "k", "d_in", "d_sae", "steps", "tokens", "gamma"]
+    columns = [*GROUP, "head", "arm", "split", "seed", "k", "d_in", "d_sae", "steps", "tokens"]
+    columns += ["gamma", "n_train"]
     rows = []
+    remedy = "python train_sae.py --overwrite"
     for side in sorted(save_dir.glob(f"*/L*/**/{WEIGHTS}.json")):
-        remedy = "python train_sae.py --overwrite"
         with contextlib.suppress(HandoffError):  # another process is just replacing it
             record = read_sidecar(side.with_suffix(""), SAE_SCHEMA, remedy)
+            if "held_out_documents" not in record:
+                fact = f"{side.parent} is left out of the tables: it held out the last windows"
+                print(f"{fact} of its dump, not documents; train it anew with --overwrite")
+                continue
             row = {column: record[column] for column in columns}
             row["folder"] = side.parent.relative_to(save_dir).as_posix()
             rows.append(row | record["metrics"])
+    if not rows:
+        raise HandoffError(f"{save_dir} has no SAE to report; make one with: {remedy}")
     frame = pd.DataFrame(rows).sort_values([*GROUP, "head"])
     for column in ("ce_recovered_zero", "ce_recovered_mean", "kl_sae"):
         if column not in frame:  # no model was there
@@ -2042,27 +2186,25 @@ def read_csv(path: Path, needs: list[str]) -> pd.DataFrame:
 
 
 def table2(metrics: pd.DataFrame) -> pd.DataFrame:
-    """A row a run and layer; 95 % intervals over heads (Student's t) or, where one SAE serves the
-    layer, those over held-out windows."""
+    """A row a run and layer, on held-out documents; 95 % intervals over these.
+
+    Of a layer with an SAE a head it has the mean over heads, and the mean of the ends of their
+    intervals: too long if anything, as a mean varies no more than what it is of.
+    """
     rows = []
     for key, saes in metrics.groupby(GROUP):
         row = dict(zip(GROUP, key, strict=True))
-        n = len(saes)
-        over_heads = n > 1
-        n_windows = saes["n_windows"].iloc[0]
-        row["interval_over"] = f"{n} heads" if over_heads else f"{n_windows} windows"
+        row["n_saes"] = len(saes)
+        row["split"] = " and ".join(sorted(saes["split"].unique()))
+        row["n_documents"] = saes["n_documents"].iloc[0]
         for name in ("l0", "mse", "fvu"):
-            low, high = saes[f"{name}_lo"], saes[f"{name}_hi"]
-            half = 0.0
-            if over_heads:
-                half = stats.t.ppf(0.975, n - 1) * saes[name].std() / math.sqrt(n)
-            if half:
-                low, high = saes[name] - half, saes[name] + half
             row[name] = saes[name].mean()
-            row[f"{name}_lo"] = low.mean()
-            row[f"{name}_hi"] = high.mean()
-        others = ["ce_recovered_zero", "ce_recovered_mean", "ce_informative", "kl_sae"]
-        for name in [*others, "dead_share_eval"]:
+            row[f"{name}_lo"] = saes[f"{name}_lo"].mean()
+            row[f"{name}_hi"] = saes[f"{name}_hi"].mean()
+            row[f"{name}_sd"] = saes[name].std()  # over heads
+        row["dead_share"] = saes["dead_share"].mean()
+        row["dead_share_tokens"] = saes["dead_share_tokens"].iloc[0]
+        for name in ("ce_recovered_zero", "ce_recovered_mean", "ce_informative", "kl_sae"):
             if name in saes:
                 row[name] = saes[name].astype(float).mean()
         rows.append(row)
@@ -2076,7 +2218,9 @@ def write_table2(path: Path, table: pd.DataFrame) -> None:
         lines.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     with atomic(path) as temporary:
-        note = f"\n\nMSE in squared raw units.\n{STUDY}\n"
+        note = "\n\nL0, MSE and FVU on held-out documents of the split, MSE in squared raw units; "
+        note += "_sd: over SAEs of heads;\ndead_share: never fired on dead_share_tokens tokens of "
+        note += f"held-out and training documents.\n{STUDY}\n"
         temporary.write_text(text + note, encoding="utf-8")
 
 
@@ -2088,7 +2232,8 @@ def draw_report(save_dir: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    needs = [*GROUP, "folder", "l0", "l0_lo", "mse", "mse_lo", "fvu", "fvu_lo", "n_windows"]
+    needs = [*GROUP, "folder", "l0", "l0_lo", "mse", "mse_lo", "fvu", "fvu_lo", "split"]
+    needs += ["n_documents", "dead_share", "dead_share_tokens"]
     metrics = read_csv(save_dir / "sae_metrics.csv", needs)
     table = write_csv(save_dir / "table2.csv", table2(metrics))
     write_table2(save_dir / "table2.md", table)
@@ -2132,9 +2277,11 @@ def draw_depth(table: pd.DataFrame) -> Any:
     for ax, label in zip(axes, labels, strict=True):
         ax.set(xlabel="layer", ylabel=label, xticks=layers, ylim=(0, None))
     axes[0].legend(fontsize=8)
-    figure.suptitle("Sparsity and reconstruction error by depth, held-out tokens", fontsize=11)
-    over = ", ".join(sorted(table["interval_over"].unique()))
-    note = f"Bars: 95 % intervals over {over}; a run is one training seed.\n{STUDY}"
+    splits = " and ".join(sorted(table["split"].unique()))
+    title = f"Sparsity and reconstruction error by depth, held-out documents of the {splits} split"
+    figure.suptitle(title, fontsize=11)
+    over = " or ".join(map(str, sorted(table["n_documents"].unique())))
+    note = f"Bars: 95 % intervals over {over} documents; a run is one training seed.\n{STUDY}"
     figure.supxlabel(note, fontsize=7.5)
     return figure
 
@@ -2167,8 +2314,9 @@ def draw_frequencies(save_dir: Path, metrics: pd.DataFrame, table: pd.DataFrame)
         ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False)
     for ax in grid[:, 0]:
         ax.set_ylabel("share of latents in a bin")
-    n_tokens = metrics["n_rows"].max()
-    figure.suptitle(f"How often latents fire ({n_tokens:,} held-out tokens)", fontsize=11)
+    n_tokens = metrics["dead_share_tokens"].max()
+    text = f"{n_tokens:,} tokens of held-out and training documents"
+    figure.suptitle(f"How often latents fire ({text})", fontsize=11)
     return figure
 
 
@@ -2258,7 +2406,7 @@ def add_size_flags(parser: argparse.ArgumentParser) -> None:
     tokens_help = "training tokens, instead of --steps"
     epochs_help = "passes over the training tokens, instead of --steps"
     dead_help = "tokens without firing after which a latent counts as dead"
-    eval_help = "held-out tokens for the metrics; a sixth of them for CE recovered"
+    eval_help = "held-out tokens for errors and L0; a sixth of them for CE recovered"
     group = parser.add_argument_group("sizes", "the preset's, unless given")
     add = group.add_argument
     add("--preset", choices=["auto", *PHASE_PRESETS], default="auto", help=auto_help)

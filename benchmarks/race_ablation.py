@@ -29,6 +29,9 @@ class Text:
     def n_tokens(self) -> int:
         return self.n_windows * self.seq_len
 
+    def spread(self, n: int) -> np.ndarray:
+        return np.arange(n) * self.n_windows // n
+
     def batch(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         return self.rows[windows, :-1], self.rows[windows, 1:]
 

@@ -58,7 +58,8 @@ def test_activations_histogram_and_contexts_are_saelens(made, src):
     from sae_lens import SAE
 
     sae = SAE.load_from_disk(str(made / "saes/adaptive/L2"))
-    z = torch.from_numpy(np.load(made / "activations/adaptive/L2.z.npy")[:3200].astype(np.float32))
+    z = np.load(made / "activations/adaptive/L2.z.npy").astype(np.float32)
+    z = torch.from_numpy(z.reshape(100, 64, -1)[::2].reshape(3200, -1))  # spread over the dump
     with torch.no_grad():
         theirs = sae.encode(z).view(50, 64, -1)
     chosen = fd.strongest(src, 5)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -61,7 +62,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("harvest")
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("etaoinshrdlu"), rng.integers(2, 9))) for _ in range(300)]
-    lines = [" ".join(rng.choice(words, 12)) + "." for _ in range(400)]
+    lines = [" ".join(rng.choice(words, 12)) + "." for _ in range(4000)]
     (root / "text.txt").write_text("\n".join(lines))
     write_checkpoint(root / "ck", root / "text.txt", root / "cache")
     return root
@@ -168,15 +169,70 @@ def test_dumps_equal_what_the_output_projection_is_given(finished, model):
         )
 
 
-def test_tokens_are_the_stream_and_positions_count_in_windows(finished, world):
+def stream_of(world: Path) -> tuple[list[int], list[int]]:
+    """Token ids of the training split, and the document of each, counted here: a document is as many lines as have
+    2,000 characters."""
     tokenizer = h.Tokenizer.from_file(str(world / "ck" / "tokenizer.json"))
-    stream = [
-        i
-        for line in (world / "text.txt").read_text().splitlines()
-        for i in tokenizer.encode(line + "\n\n").ids
-    ]
-    assert np.load(finished / "tokens.npy").tolist() == stream[:N]
+    lines = (world / "text.txt").read_text().splitlines()
+    ends = np.cumsum([len(line) for line in lines])
+    stream, document, number, length = [], [], 0, 0
+    for line, end in zip(lines, ends, strict=True):
+        if end > 0.9 * ends[-1]:
+            break
+        if length >= 2000:
+            number, length = number + 1, 0
+        length += len(line)
+        ids = tokenizer.encode(line + "\n\n").ids
+        stream += ids
+        document += [number] * len(ids)
+    return stream, document
+
+
+def test_rows_are_windows_spread_over_the_split_and_know_their_documents(finished, world):
+    stream, document = stream_of(world)
+    n_windows = (len(stream) - 1) // T
+    chosen = [i * n_windows // 40 for i in range(40)]
+    rows = [w * T + t for w in chosen for t in range(T)]
+    assert chosen[-1] > 0.95 * n_windows  # the old harvest ended at window 39
+    assert np.load(finished / "tokens.npy").tolist() == [stream[row] for row in rows]
     assert np.load(finished / "positions.npy").tolist() == [n % T for n in range(N)]
+    documents = np.load(finished / "documents.npy")
+    assert documents.dtype == np.uint32 and documents.tolist() == [document[row] for row in rows]
+    assert len(np.unique(documents)) >= 40
+    side = json.loads((finished / "documents.npy.json").read_text())
+    assert side["schema"] == "janus.documents/1" and side["shape"] == [N]
+    for name in ("documents.npy", "tokens.npy", "L0.z.npy"):
+        side = json.loads((finished / f"{name}.json").read_text())
+        assert (side["split"], side["windows"]) == ("train", "spread over the split")
+        assert (side["n_windows"], side["split_windows"]) == (40, n_windows)
+        assert side["n_documents"] == len(np.unique(documents[::T]))
+    table = pd.read_csv(finished / "topology_stats.csv")
+    assert set(table["split"]) == {"train"} and set(table["n_documents"]) == {40}
+
+
+def test_all_windows_are_harvested_where_there_are_no_more(run, tmp_path, world):
+    status, out, _ = run("--layers", "0", "--split", "validation", tokens=10**6)
+    assert status == 0
+    n = len(np.load(tmp_path / "out" / "control" / "tokens.npy")) // T
+    assert f"text: {n} of {n} windows of the validation split" in out
+    n_blocks = stat(tmp_path / "out" / "control", 0, "sigma_z")["n_blocks"]
+    documents = np.load(tmp_path / "out" / "control" / "documents.npy")[::T]
+    assert n_blocks == len(np.unique(documents)) < 20  # fewer documents than blocks
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_blocks_are_whole_documents_of_about_equal_size(seed):
+    rng = np.random.default_rng(seed)
+    sizes = rng.geometric(rng.choice([0.02, 0.1, 0.9]), size=rng.integers(1, 300))
+    documents = np.repeat(np.sort(rng.choice(1000, len(sizes), replace=False)), sizes)
+    bounds = h.block_bounds(documents)
+    assert bounds[0] == 0 and bounds[-1] == len(documents) and (np.diff(bounds) > 0).all()
+    inner = bounds[1:-1]
+    assert (documents[inner - 1] < documents[inner]).all()
+    # No border is further from an even one than half of the largest document
+    wished = np.linspace(0, len(documents), 21)
+    assert np.abs(bounds[:, None] - wished).min(1).max() <= sizes.max() / 2
+    assert len(bounds) == 21 or sizes.max() >= len(documents) / 40
 
 
 def test_sites_add_up_to_the_residual_stream(run, tmp_path, finished, model):
@@ -281,15 +337,23 @@ def test_effective_rank_equals_an_svd_and_cka_equals_its_kernel_form(finished):
         assert stat(finished, l, "linear_cka")["value"] == pytest.approx(cka, rel=1e-5)
 
 
-def test_interval_is_the_jackknife_over_blocks_of_windows(finished):
+def test_interval_is_the_jackknife_and_what_halves_show(finished):
     z = heads(finished, 3).reshape(H, 20, -1)
     without = np.array([abs(cosines(np.delete(z, b, axis=1))).mean() for b in range(20)])
     half = 2.093024 * np.sqrt(
         19 / 20 * ((without - without.mean()) ** 2).sum()
     )  # Student's t, 19 degrees of freedom
     row = stat(finished, 3, "sigma_z")
-    assert row["ci_hi"] - row["value"] == pytest.approx(half, rel=1e-3)
-    assert row["value"] - row["ci_lo"] == pytest.approx(half, rel=1e-3)
+    # The bias: of some random halves of the blocks; the script's own are among the 184,756 that there are
+    rng = np.random.default_rng(0)
+    halves = []
+    for _ in range(300):
+        order = rng.permutation(20)
+        halves += [abs(cosines(z[:, part])).mean() for part in (order[:10], order[10:])]
+    assert row["half_text"] == pytest.approx(np.mean(halves), abs=4 * np.std(halves) / np.sqrt(6))
+    more = (1 + np.sqrt(2)) * (row["half_text"] - row["value"])
+    assert row["ci_hi"] - row["value"] == pytest.approx(half + max(0, -more), rel=1e-3)
+    assert row["value"] - row["ci_lo"] == pytest.approx(half + max(0, more), rel=1e-3)
     assert (row["n_tokens"], row["n_windows"], row["n_blocks"]) == (N, N // T, 20)
 
 
@@ -336,14 +400,25 @@ def test_sigma_equals_what_training_logged(smoke_checkpoint, cache_dir, tmp_path
             )
 
 
-def test_jackknife_covers_the_true_mean():
-    rng = np.random.default_rng(1)
+@pytest.mark.parametrize("sizes", [[5] * 20, [1, 2, 3, 4, 10, 3, 2, 8, 7, 6, 5, 5, 4, 9, 2]])
+def test_jackknife_covers_the_true_mean(sizes):
+    """Blocks of equal and of unequal size, in which all values are alike: each block is one observation."""
+    rng, sizes = np.random.default_rng(1), np.array(sizes)
     hits = 0
     for _ in range(400):
-        x = rng.normal(size=(20, 5)).mean(1)
-        without = torch.from_numpy((x.sum() - x) / 19)
-        hits += abs(x.mean()) < h.jackknife(without)
+        block = rng.normal(size=len(sizes)) + rng.normal(size=len(sizes)) / np.sqrt(sizes)  # means
+        total = (block * sizes).sum()
+        without = (total - block * sizes) / (sizes.sum() - sizes)
+        value = total / sizes.sum()
+        hits += abs(value) < h.jackknife(value, without, sizes / sizes.sum())
     assert 0.92 < hits / 400 < 0.98
+
+
+def test_jackknife_with_equal_blocks_is_tukeys():
+    without = np.random.default_rng(2).normal(size=20)
+    variance = 19 / 20 * ((without - without.mean()) ** 2).sum()
+    half = h.jackknife(without.mean(), without, np.full(20, 1 / 20))
+    assert half == pytest.approx(2.093024 * np.sqrt(variance), rel=1e-6)
 
 
 def test_null_equals_heads_whose_bases_are_turned_at_random(finished, model):
@@ -484,7 +559,9 @@ def test_layers_asked_for_later_are_added(run, tmp_path, finished):
     assert run("--layers", "3", "0", "--dump_dtype", "float32", "--run_name", "r")[0] == 0
     before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.npy*")}
     assert sorted(before) == sorted(
-        f"{n}.npy{s}" for n in ("L0.z", "L3.z", "tokens", "positions") for s in ("", ".json")
+        f"{n}.npy{s}"
+        for n in ("L0.z", "L3.z", "tokens", "positions", "documents")
+        for s in ("", ".json")
     )
     assert run("--layers", "1", "2", "3", "--dump_dtype", "float32", "--run_name", "r")[0] == 0
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
@@ -518,6 +595,28 @@ def test_an_unfinished_harvest_is_not_continued_with_other_settings(run, tmp_pat
     assert status == 1 and "unfinished" in err and "dump_dtype" in err
     assert digests(tmp_path / "out" / "control", "*.np*") == before
     assert run("--layers", "0", "--dump_dtype", "float32", "--overwrite")[0] == 0
+
+
+def without_windows(path: Path) -> None:
+    """What a version that harvested the first windows of a split wrote."""
+    record = json.loads(path.read_text())
+    record.pop("windows")
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("unfinished", [True, False])
+def test_a_harvest_of_the_first_windows_is_not_continued(run, tmp_path, monkeypatch, unfinished):
+    out = tmp_path / "out" / "control"
+    with monkeypatch.context() as m:
+        if unfinished:
+            m.setattr(h, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run("--layers", "0")[0] == unfinished
+    without_windows(out / (h.PROGRESS if unfinished else "tokens.npy.json"))
+    before = digests(out, "*.np*", "*.csv*")
+    status, _, err = run("--layers", "0", "1")
+    assert status == 1 and err.count("\n") == 1 and "--overwrite" in err
+    assert "windows None, not 'spread over the split'" in err
+    assert digests(out, "*.np*", "*.csv*") == before
 
 
 def test_a_damaged_unfinished_harvest_is_one_line(run, tmp_path, monkeypatch):
@@ -556,6 +655,7 @@ def test_figure_and_table_come_from_the_csvs_alone(tmp_path, finished):
     )
     (tmp_path / "out" / "control" / "head_cosines.csv.json").unlink()  # as if it were being written
     assert h.main(redraw) == 0 and h.main([*redraw, "--compare", "a", "control"]) == 1
+    assert f"{N} tokens of the train split, 40 documents in 20 blocks" in text
     csv = tmp_path / "out" / "a" / "head_cosines.csv"
     pd.read_csv(csv).assign(cosine=0.1).to_csv(csv, index=False)
     h.write_sidecar(csv, h.TABLE_SCHEMA, [])
@@ -669,3 +769,24 @@ def test_disk_blocks_that_cannot_be_had(run, tmp_path):
     assert digests(tmp_path / "out" / "control", "*.npy*", "*.csv*") == before
     assert not list((tmp_path / "out" / "control").glob("*partial*"))
     assert run("--layers", "1")[0] == 0
+
+
+def test_tables_of_first_windows_are_not_shown_as_others(tmp_path, finished, capsys):
+    out = tmp_path / "out"
+    for name in ("a", "old"):
+        (out / name).mkdir(parents=True)
+        for csv in ("head_cosines.csv", "topology_stats.csv"):
+            table = pd.read_csv(finished / csv).assign(run=name)
+            table.drop(columns=["split"] if name == "old" else []).to_csv(
+                out / name / csv, index=False
+            )
+            h.write_sidecar(out / name / csv, h.TABLE_SCHEMA, [])
+    redraw = ["--redraw", "--run_name", "a", "--save_dir", str(out)]
+    assert h.main(redraw) == 0
+    assert not re.search(r"\bold\b", (out / "a" / "table1_topology.txt").read_text())
+    capsys.readouterr()
+    assert h.main([*redraw, "--compare", "a", "old"]) == 1
+    err = capsys.readouterr().err
+    assert (
+        "no column split: an older version took the first windows" in err and err.count("\n") == 1
+    )

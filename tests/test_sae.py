@@ -420,15 +420,51 @@ def test_folding_changes_nothing_but_the_units(arch):
 
 def test_interval_agrees_with_the_textbook():
     x = np.random.default_rng(0).normal(3, 2, 400)
-    out = ts.ratio_interval("m", x)
+    each = np.arange(400)  # every window a document of its own
+    out = ts.ratio_interval("m", x, 1.0, each)
     assert out["m"] == pytest.approx(x.mean())
     assert (out["m_hi"] - out["m_lo"]) / 2 == pytest.approx(1.96 * x.std() / 20, rel=0.1)
-    ratio = ts.ratio_interval("r", x * 2, x)
+    ratio = ts.ratio_interval("r", x * 2, x, each)
     assert ratio["r"] == ratio["r_lo"] == ratio["r_hi"] == 2
-    assert math.isnan(ts.ratio_interval("m", x[:1])["m_lo"])
+
+
+def test_interval_counts_documents_and_not_their_windows():
+    """Ten equal windows a document say no more than one."""
+    x = np.random.default_rng(0).normal(3, 2, 40)
+    once = ts.ratio_interval("m", x, 1.0, np.arange(40))
+    tenfold = ts.ratio_interval("m", x.repeat(10), 1.0, np.arange(40).repeat(10))
+    assert tenfold == pytest.approx(once)
+    order = np.random.default_rng(1).permutation(
+        400
+    )  # numbers and order of the windows do not matter
+    mixed = ts.ratio_interval("m", x.repeat(10)[order], 1.0, 7 * np.arange(40).repeat(10)[order])
+    assert mixed == pytest.approx(once)
+
+
+def test_there_is_no_interval_where_it_would_mean_nothing():
+    rng = np.random.default_rng(0)
+    few = ts.LEAST_DOCUMENTS - 1
+    x = rng.normal(3, 1, 10 * few)
+    out = ts.ratio_interval("m", x, 1.0, np.arange(few).repeat(10))
+    assert out["m"] == pytest.approx(x.mean()) and math.isnan(out["m_lo"] + out["m_hi"])
+    out = ts.ratio_interval("m", rng.normal(size=60), rng.normal(size=60), np.arange(60))
+    assert math.isnan(out["m_lo"] + out["m_hi"])  # a denominator that may be 0
 
 
 # ----------------------------------------------------------------------------------------------------- a run and its dump
+# Of the 80 documents of `made`, one a window, those held out: their places times the golden ratio lie less than 5 %
+# above a whole number
+HELD_OUT = [0, 13, 34, 68]
+
+
+def documents_of_made() -> np.ndarray:
+    """[80, 32]: a document a window, but 33 ends in the next document, which is held out, and 68, which is held out, in 69."""
+    documents = np.arange(80, dtype=np.uint32)[:, None].repeat(32, 1)
+    documents[33, -1] = 34
+    documents[68, -5:] = 69
+    return documents
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A folder with a small random model, model.pt, and its dump activations/adaptive of 80 windows, layers 0 and 2, made here."""
@@ -468,11 +504,17 @@ def made(tmp_path_factory) -> Path:
         run_name="adaptive",
         dataset="none",
         tokenizer_hash="none",
+        split="train",
+        windows="spread over the split",
     )
     facts |= dict(checkpoint=str(root / "model.pt"), checkpoint_sha256=ts.sha256(root / "model.pt"))
     np.save(folder / "tokens.npy", idx.flatten().numpy().astype(np.uint16))
     ts.write_sidecar(
         folder / "tokens.npy", "janus.tokens/1", [root / "model.pt"], shape=[2560], **facts
+    )
+    np.save(folder / "documents.npy", documents_of_made().flatten())
+    ts.write_sidecar(
+        folder / "documents.npy", "janus.documents/1", [root / "model.pt"], shape=[2560], **facts
     )
     for name, value in tap.items():
         x = value.reshape(2560, 24).half().numpy()
@@ -511,10 +553,9 @@ def finished(made, tmp_path_factory) -> Path:
 
 
 def held_out(made: Path, layer: int) -> torch.Tensor:
-    """The last 5 % of 80 windows: 4 windows, 128 rows, float32."""
-    return torch.from_numpy(
-        np.load(made / f"activations/adaptive/L{layer}.z.npy")[-128:].astype(np.float32)
-    )
+    """The rows of the 4 windows held out, 128, float32."""
+    x = np.load(made / f"activations/adaptive/L{layer}.z.npy").astype(np.float32)
+    return torch.from_numpy(x.reshape(80, 32, 24)[HELD_OUT].reshape(128, 24))
 
 
 def test_tensorboard_shows_the_numbers_of_the_csv(made, finished, tmp_path):
@@ -552,6 +593,8 @@ def test_saelens_loads_the_export_and_agrees(made, finished, arch):
     assert theirs.cfg.architecture() == SAELENS[arch]
     assert theirs.cfg.metadata.hook_name == "blocks.2.attn.hook_z"
     with torch.no_grad():
+        everything = np.load(made / "activations/adaptive/L2.z.npy").astype(np.float32)
+        fired = (theirs.encode(torch.from_numpy(everything)) > 0).sum(0).numpy()
         f = theirs.encode(x)
         assert (f - ours.encode(x)).abs().max() <= 1e-5 and (
             theirs.decode(f) - ours.decode(ours.encode(x))
@@ -567,6 +610,7 @@ def test_saelens_loads_the_export_and_agrees(made, finished, arch):
     assert (
         m["l0"] == pytest.approx(n.mean(), rel=1e-6) and m["n_windows"] == 4 and m["n_rows"] == 128
     )
+    assert m["n_documents"] == 4 and math.isnan(m["fvu_lo"] or math.nan)  # too few for an interval
     assert m["fvu"] == pytest.approx(
         ((y - xn) ** 2).sum() / ((xn - xn.mean(0)) ** 2).sum(), rel=1e-4
     )
@@ -574,9 +618,11 @@ def test_saelens_loads_the_export_and_agrees(made, finished, arch):
     assert m["ev_legacy"] == pytest.approx(
         (1 - ((y - xn) ** 2).sum(1) / ((xn - xn.mean(0)) ** 2).sum(1)).mean(), rel=1e-4
     )
+    # how often latents fire: on the whole dump, which has less than 100,000 tokens
     latents = pd.read_csv(folder / "latent_frequencies.csv")
-    assert latents["n_fired"].tolist() == (f > 0).sum(0).tolist()
-    assert m["dead_share_eval"] == pytest.approx((latents["frequency"] == 0).mean())
+    assert np.abs(latents["n_fired"] - fired).sum() <= 2  # rounding, where one is at its threshold
+    assert set(latents["n_rows"]) == {2560} and m["dead_share_tokens"] == 2560
+    assert m["dead_share"] == pytest.approx((latents["n_fired"] == 0).mean())
     assert n.max() <= 4 if arch == "topk" else n.std() > 0
     assert m["fvu"] < 0.7 and m["l0"] < 6 or arch in ("relu", "gated")  # 60 steps on random z
 
@@ -691,9 +737,32 @@ def test_a_head_has_an_sae_of_its_own_beside_what_was_there(made, finished, tmp_
     fvu = (ours.decode(ours.encode(x)) - x).square().sum() / (x - x.mean(0)).square().sum()
     assert rows["fvu"][1] == pytest.approx(fvu.item(), rel=1e-4)
     table = pd.read_csv(tmp_path / "table2.csv").query("unit == 'head'").iloc[0]
-    half = 4.302653 * rows["l0"].std() / math.sqrt(3)  # Student's t, 2 degrees of freedom
-    assert table["interval_over"] == "3 heads" and table["l0_hi"] - table["l0"] == pytest.approx(
-        half, rel=1e-5
+    assert (table["n_saes"], table["n_documents"], table["split"]) == (3, 4, "train")
+    assert table["l0"] == pytest.approx(rows["l0"].mean())
+    assert table["l0_sd"] == pytest.approx(rows["l0"].std())
+    assert table["dead_share"] == pytest.approx(rows["dead_share"].mean())
+    assert table["dead_share_tokens"] == 2560
+
+
+def test_the_interval_of_a_mean_over_heads_is_as_long_as_theirs():
+    """Heads are no sample of heads: their mean is uncertain as the text is. Its error is at most the mean of theirs."""
+    rng = np.random.default_rng(0)
+    n, rows, by_head = 60, [], []
+    shared = rng.normal(size=n)
+    for head in range(3):
+        x = 5 + head + shared + rng.normal(size=n)
+        by_head.append(x)
+        row = dict(run="r", unit="head", arch="topk", site="z", layer=0, head=head, split="train")
+        row |= dict(n_documents=n, dead_share=0.1, dead_share_tokens=100_000)
+        for name in ("l0", "mse", "fvu"):
+            row |= ts.ratio_interval(name, x, 1.0, np.arange(n))
+        rows.append(row)
+    table = ts.table2(pd.DataFrame(rows)).iloc[0]
+    exact = ts.ratio_interval("mean", np.mean(by_head, 0), 1.0, np.arange(n))
+    assert table["l0"] == pytest.approx(exact["mean"])
+    length = table["l0_hi"] - table["l0_lo"]
+    assert (
+        exact["mean_hi"] - exact["mean_lo"] < length < 1.5 * (exact["mean_hi"] - exact["mean_lo"])
     )
 
 
@@ -763,25 +832,25 @@ def test_ce_recovered_is_one_for_the_identity_and_zero_for_the_ablation(made, he
     )
     standard = {"architecture": "standard"}
     out = ts.ce_recovered(
-        model, ts.SparseAutoencoder(standard, identity), dump, tokens, mean, list(dump.held_out)
+        model, ts.SparseAutoencoder(standard, identity), dump, tokens, mean, dump.held_out
     )
     assert out["ce_recovered_zero"] == pytest.approx(1, abs=1e-4) and out[
         "kl_sae"
     ] == pytest.approx(0, abs=1e-6)
     nothing = identity | {"W_enc": torch.zeros(d, 2 * d)}
     out = ts.ce_recovered(
-        model, ts.SparseAutoencoder(standard, nothing), dump, tokens, mean, list(dump.held_out)
+        model, ts.SparseAutoencoder(standard, nothing), dump, tokens, mean, dump.held_out
     )
     assert out["ce_recovered_zero"] == pytest.approx(0, abs=1e-6) and out[
         "kl_sae"
     ] == pytest.approx(out["kl_zero"], rel=1e-5)
     constant = nothing | {"b_dec": mean}
     out = ts.ce_recovered(
-        model, ts.SparseAutoencoder(standard, constant), dump, tokens, mean, list(dump.held_out)
+        model, ts.SparseAutoencoder(standard, constant), dump, tokens, mean, dump.held_out
     )
     assert out["ce_recovered_mean"] == pytest.approx(0, abs=1e-6) and out["kl_sae"] > 1e-3
     # the losses, from the model itself
-    idx = torch.from_numpy(tokens.reshape(80, 32)[76:].astype(np.int64))
+    idx = torch.from_numpy(tokens.reshape(80, 32)[HELD_OUT].astype(np.int64))
     scale = torch.ones(3, 3)
     scale[2] = 0 if head is None else torch.tensor([1.0, 0.0, 1.0])
     with torch.no_grad():
@@ -829,33 +898,114 @@ def test_another_site_and_a_model_that_is_gone(made, tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------------------------------- data and resume
+def bare_dump(folder: Path, documents: np.ndarray, d: int = 2) -> ts.Dump:
+    """A dump whose rows hold their own number, of windows of these documents [W, T]."""
+    n = documents.size
+    np.save(folder / "L0.z.npy", np.arange(n, dtype=np.float32)[:, None].repeat(d, 1))
+    np.save(folder / "documents.npy", documents.astype(np.uint32).flatten())
+    facts = dict(seq_len=documents.shape[1], d_head=1, dtype="float32", split="train")
+    ts.write_sidecar(folder / "L0.z.npy", "janus.activations/1", [], shape=[n, d], **facts)
+    ts.write_sidecar(folder / "documents.npy", "janus.documents/1", [], shape=[n], **facts)
+    return ts.Dump(folder, 0, "z")
+
+
+def random_documents(seed: int, n_windows: int = 400, seq_len: int = 16) -> np.ndarray:
+    """[W, T]: documents that begin anywhere, each some windows long; numbers with gaps."""
+    rng = np.random.default_rng(seed)
+    length = rng.choice([5, 40, 200])  # tokens, about
+    begins = np.cumsum(rng.geometric(1 / length, size=n_windows * seq_len))
+    numbers = np.searchsorted(begins, np.arange(n_windows * seq_len), side="right")
+    return 3 * numbers.reshape(n_windows, seq_len) + 2
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_document_is_both_trained_on_and_held_out(tmp_path, seed):
+    documents = random_documents(seed)
+    dump = bare_dump(tmp_path, documents)
+    held_out, trained = set(dump.held_out), set(dump.trained)
+    assert not held_out & trained
+    # what makes a window held out is the document that it begins in, and all windows of that one are
+    chosen = set(documents[sorted(held_out), 0])
+    assert held_out == {w for w in range(400) if documents[w, 0] in chosen}
+    seen = set(documents[sorted(trained)].flatten())
+    assert not seen & set(documents[sorted(held_out)].flatten())
+    # nothing else is left out
+    unseen = set(documents[sorted(held_out)].flatten())
+    assert trained == {w for w in range(400) if not unseen & set(documents[w])}
+    # 5 % of the windows and at most one document more, from all over the dump
+    largest = np.unique(documents[:, 0], return_counts=True)[1].max()
+    assert 20 <= len(held_out) < 20 + largest
+    if largest == 1:
+        gaps = np.diff([-1, *sorted(held_out), 400])
+        assert gaps.max() <= 3 * gaps.mean()
+    assert dump.n_train == 16 * len(trained)
+
+
+def test_every_sae_of_a_run_holds_out_the_same_windows(made):
+    folder = made / "activations/adaptive"
+    dumps = [ts.Dump(folder, 0, "z"), ts.Dump(folder, 2, "z", 1), ts.Dump(folder, 2, "mlp_out")]
+    for dump in dumps:
+        assert dump.held_out.tolist() == HELD_OUT
+        assert dump.trained.tolist() == [w for w in range(80) if w not in [*HELD_OUT, 33, 69]]
+
+
+def test_the_sidecar_names_what_was_held_out(finished, capsys):
+    record = json.loads((finished / "topk/adaptive/L0/sae_weights.safetensors.json").read_text())
+    assert record["held_out_documents"] == HELD_OUT and record["n_train"] == 74 * 32
+    assert record["split"] == "train" and record["windows"] == "spread over the split"
+    assert [Path(file["path"]).name for file in record["inputs"]] == ["L0.z.npy", "documents.npy"]
+
+
+def test_every_number_says_which_text_it_is_of(made, tmp_path, capsys):
+    assert run(made, tmp_path, "--layers", "0") == 0
+    out = capsys.readouterr().out
+    assert "held out: 4 windows (5.0%) of 4 documents of the train split, and 2 windows" in out
+    assert "on 4 held-out documents of the train split" in out
+    assert "never fired" in out and "on 2,560 tokens of all" in out
+    row = pd.read_csv(tmp_path / "sae_metrics.csv").iloc[0]
+    assert (row["split"], row["n_documents"], row["n_ce_documents"]) == ("train", 4, 3)
+    assert "dead_share_eval" not in row
+
+
+def test_latents_that_are_rare_are_not_dead(tmp_path):
+    """Each latent fires in a document of its own: on 5 % of the documents 95 % of the latents are silent, and none is dead."""
+    dump = bare_dump(tmp_path, np.arange(200)[:, None].repeat(16, 1), d=200)
+    dump.array = np.eye(200, dtype=np.float32).repeat(16, 0)
+    eye = torch.eye(200)
+    weights = dict(W_enc=eye, b_enc=torch.zeros(200), W_dec=eye, b_dec=torch.zeros(200))
+    sae = ts.SparseAutoencoder({"architecture": "standard"}, weights)
+    assert (ts.count_on_windows(sae, dump, dump.held_out) == 0).mean() == 0.95  # what was printed
+    assert (ts.count_on_windows(sae, dump, dump.mixture(10**5)) == 16).all()
+    half = dump.mixture(1600)
+    assert len(half) == 100 and np.diff(half).max() == 2  # spread over the dump
+    assert len(dump.mixture(1601)) == 101  # at least as many tokens
+
+
 def test_batches_are_the_training_rows_each_once_an_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(ts, "POOL", 1024)  # several pools
     monkeypatch.setattr(ts, "BLOCK", 32)
-    n = 400 * 16
-    np.save(tmp_path / "L0.z.npy", np.arange(n, dtype=np.float32)[:, None].repeat(2, 1))
-    ts.write_sidecar(
-        tmp_path / "L0.z.npy",
-        "janus.activations/1",
-        [],
-        shape=[n, 2],
-        dtype="float32",
-        seq_len=16,
-        d_head=1,
-    )
-    dump = ts.Dump(tmp_path, 0, "z")
-    assert dump.n_train == 380 * 16 and dump.held_out == range(380, 400)
+    dump = bare_dump(tmp_path, np.arange(400)[:, None].repeat(16, 1))
+    assert len(dump.held_out) == 20 and dump.n_train == 380 * 16
     pools, per_pool = dump.layout(64).n_pools, dump.layout(64).batches_per_pool
     epoch = torch.cat([dump.batch(i, 64, 7)[:, 0] for i in range(pools * per_pool)])
-    assert (
-        len(set(epoch.tolist())) == len(epoch) >= 0.9 * dump.n_train and epoch.max() < dump.n_train
-    )
+    allowed = {16 * w + t for w in range(400) for t in range(16) if w not in set(dump.held_out)}
+    assert set(epoch.tolist()) <= allowed
+    assert len(set(epoch.tolist())) == len(epoch) >= 0.9 * dump.n_train
     assert epoch.diff().eq(1).float().mean() < 0.05  # shuffled within blocks
     later = dump.batch(pools * per_pool + 3, 64, 7)
     assert torch.equal(dump.batch(2, 64, 7)[:, 0], epoch[128:192])  # going back gives the same
     assert not torch.equal(later, dump.batch(3, 64, 7)) and not torch.equal(
         dump.batch(2, 64, 8)[:, 0], epoch[128:192]
     )
+
+
+def test_moments_are_those_of_the_training_rows(made):
+    dump = ts.Dump(made / "activations/adaptive", 2, "z")
+    x = np.load(made / "activations/adaptive/L2.z.npy").astype(np.float64).reshape(80, 32, 24)
+    x = x[[w for w in range(80) if w not in [*HELD_OUT, 33, 69]]].reshape(-1, 24)
+    mean, norm = dump.moments()
+    np.testing.assert_allclose(mean, x.mean(0), atol=1e-6)
+    assert norm == pytest.approx(np.linalg.norm(x - x.mean(0), axis=1).mean(), rel=0.05)
 
 
 @pytest.mark.parametrize("arch", SAELENS)
@@ -965,7 +1115,7 @@ def damage(made: Path, root: Path, how: str) -> None:
         x[1234, 5] = np.nan
         np.save(dump, x)
     elif how == "inf":
-        x[2559, 0] = np.inf  # a held-out row
+        x[68 * 32 + 5, 0] = np.inf  # a held-out row
         np.save(dump, x)
     elif how == "truncated":
         dump.write_bytes(dump.read_bytes()[:-100])
@@ -984,11 +1134,26 @@ def damage(made: Path, root: Path, how: str) -> None:
     elif how == "other shape":
         side = Path(f"{dump}.json")
         side.write_text(json.dumps(json.loads(side.read_text()) | {"shape": [24, 2560]}))
+    else:
+        damage_documents(dump.with_name("documents.npy"), how)
+
+
+def damage_documents(path: Path, how: str) -> None:
+    if how == "no documents":
+        path.unlink()
+    elif how == "unfinished documents":
+        Path(f"{path}.json").unlink()
+    elif how == "other documents":
+        np.save(path, np.load(path)[:-32])
+        ts.write_sidecar(path, "janus.documents/1", [])
+    elif how == "one document":
+        np.save(path, np.full(2560, 7, np.uint32))
+        ts.write_sidecar(path, "janus.documents/1", [])
 
 
 WRONG = {
     "nan": "layer 2, row 1234",
-    "inf": "layer 2, row 2559",
+    "inf": "layer 2, row 2181",
     "truncated": "bytes, its sidecar says",
     "pickled": "does not agree with its sidecar",
     "constant": "nothing to decompose",
@@ -996,6 +1161,10 @@ WRONG = {
     "other schema": "expected 'janus.activations/1'",
     "tokens": "or the model; remake both",
     "other shape": "expected float16 [24, 2560]",
+    "no documents": "--run_name adaptive --site z --layers 0 2",
+    "unfinished documents": "documents.npy.json: the run that wrote it did not finish",
+    "other documents": "documents.npy [2528] does not fit L2.z.npy (2560 rows",
+    "one document": "80 windows of 1 documents, too few to hold any out: harvest more",
 }
 
 
@@ -1018,7 +1187,7 @@ def test_a_bad_dump_is_one_line(made, tmp_path, capsys, how):
             ["--layers", "0", "--arch", "jumprelu", "--target_l0", "97"],
             "--target_l0 97 is more than the 96 latents",
         ),
-        (["--layers", "0", "--batch_size", "5000"], "too large for the 2432 training rows"),
+        (["--layers", "0", "--batch_size", "5000"], "too large for the 2368 training rows"),
         (
             ["--layers", "0", "--learning_rate", "1e30", "--lr_warmup", "0"],
             "try a --learning_rate below",
@@ -1072,6 +1241,33 @@ def test_what_exists_is_kept_unless_asked(made, finished, tmp_path, capsys):
     assert "cannot be read" in capsys.readouterr().err
     kept = [p for p in before if p.name not in ("run.json", "training_state.pt")]
     assert all(p.read_bytes() == before[p] for p in kept)
+
+
+def test_an_sae_that_held_out_the_last_windows_is_not_mixed_with_others(
+    made, finished, tmp_path, capsys
+):
+    shutil.copytree(finished / "topk", tmp_path / "s")
+    side = tmp_path / "s/adaptive/L2/sae_weights.safetensors.json"
+    record = json.loads(side.read_text())
+    record.pop("held_out_documents")
+    record["trajectory"].pop("held_out")
+    side.write_text(json.dumps(record))
+    assert run(made, tmp_path / "s", "--layers", "0", "--overwrite") == 0
+    out = capsys.readouterr().out
+    assert out.count("is left out of the tables: it held out the last windows") == 1
+    assert pd.read_csv(tmp_path / "s/sae_metrics.csv")["layer"].tolist() == [0]
+    # nor is its training continued
+    path = tmp_path / "s/adaptive/L2/training_state.pt"
+    state = torch.load(path, weights_only=True)
+    state["trajectory"].pop("held_out")
+    torch.save(state, path)
+    assert run(made, tmp_path / "s", "--layers", "2", "--arch", "topk", "--resume") == 1
+    assert "would change held_out of" in capsys.readouterr().err
+    # the tables of that version are not redrawn as if they were of this one
+    old = pd.read_csv(tmp_path / "s/sae_metrics.csv").drop(columns=["n_documents", "dead_share"])
+    old.to_csv(tmp_path / "s/sae_metrics.csv", index=False)
+    assert ts.main(["--redraw", "--save_dir", str(tmp_path / "s")]) == 1
+    assert "lacks n_documents, dead_share" in capsys.readouterr().err
 
 
 def test_a_damaged_or_empty_csv_is_one_line(tmp_path, capsys):

@@ -13,7 +13,8 @@ For every feature: histogram of its activations, its top contexts (one a window,
 activation), the next tokens that its decoder direction raises and lowers, the share of each head in
 what it writes, and, for its top context, from which source positions and heads the activation came:
 its pre-activation is sum over heads h and positions s of a[h,t,s] <v[h,s], w_enc[h]>, plus a
-constant. A description of the harvested tokens: no null, no interval, and n is printed.
+constant. A description of harvested tokens, in windows spread over the dump; the SAE was trained on
+most of their documents. No null, no interval; n is printed.
 
 Shapes: N windows, T tokens a window, H heads, K d_head, D d_model, F latents, V vocabulary.
 """
@@ -72,6 +73,7 @@ class Source:
     layer: int
     z: np.ndarray  # [N, T, H, K]
     idx: Tensor  # [N, T]
+    text: str  # which text that is, in words
     say: Say
 
     def decoder(self) -> Tensor:
@@ -120,19 +122,25 @@ def open_source(
     n_heads = model.cfg.n_heads
     d_head = model.cfg.d_head
     seq_len = model.cfg.seq_len
-    n_windows = min(len(z), n_tokens) // seq_len
+    n_dumped = len(z) // seq_len  # windows
+    n_windows = min(n_dumped, n_tokens // seq_len)
     if n_windows < 1 or z.shape != (len(tokens), n_heads * d_head):
         fact = f"{dump} has shape {z.shape} beside {len(tokens)} tokens"
         expected = f"expected at least {seq_len} rows"
         raise HandoffError(f"{fact}; {expected}; remake both with: {harvest}")
 
-    n_kept = n_windows * seq_len
-    z = z[:n_kept].reshape(n_windows, seq_len, n_heads, d_head)  # [N, T, H, K]
-    idx = torch.from_numpy(np.asarray(tokens[:n_kept]).astype(np.int64))
-    idx = idx.view(n_windows, seq_len)  # [N, T]
+    # Spread over the dump: its first windows would be those of a few documents
+    chosen = np.arange(n_windows) * n_dumped // n_windows  # [N]
+    n_kept = n_dumped * seq_len
+    z = z[:n_kept].reshape(n_dumped, seq_len, n_heads, d_head)[chosen]  # [N, T, H, K]
+    kept = tokens[:n_kept].reshape(n_dumped, seq_len)[chosen]  # [N, T]
+    idx = torch.from_numpy(kept.astype(np.int64))
+    facts = read_sidecar(dump, "janus.activations/1", harvest)
+    windows = facts.get("windows", "its first ones")
+    text = f"{n_windows:,} windows of the {facts['split']} split ({windows})"
     tokenizer = Tokenizer.from_file(str(path.with_name("tokenizer.json")))
     say = cache(lambda token: token_text(tokenizer, token))
-    return Source(model, sae, layer, z, idx, say)
+    return Source(model, sae, layer, z, idx, text, say)
 
 
 # ---------------------------------------------------------------------------- method: edit here
@@ -335,7 +343,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--features", type=int, nargs="+", help="numbers of the features; none: the strongest"
     )
     which.add_argument("--top", type=positive(int), default=50, help="how many of those")
-    tokens = "harvested tokens to look at, cut to whole windows"
+    tokens = "harvested tokens to look at, in whole windows spread over the dump"
     add("--tokens", type=positive(int), default=65_536, help=tokens)
     place = "where harvest_activations.py wrote; none: where the SAE says"
     add("--activations_dir", type=Path, help=place)
@@ -355,7 +363,7 @@ def run(args: argparse.Namespace) -> int:
     features = describe(source, args.features or strongest(source, args.top))
     about = (
         f"Layer {source.layer}, {n_latents:,} features; "
-        f"{source.idx.numel():,} harvested tokens in {len(source.idx):,} windows. "
+        f"{source.idx.numel():,} harvested tokens in {source.text}. "
         "A description: no null, no interval. "
         "Tokens are shaded by activation; point at one for its value."
     )
