@@ -20,6 +20,7 @@ import pandas as pd
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ablation_test import units  # noqa: E402
 from janus_adaptive import (  # noqa: E402
     HandoffError,
     HFWikiTextLoader,
@@ -161,12 +162,13 @@ def bigram_of(folder: Path, arguments: dict[str, Any]) -> float:
 
 # ---------------------------------------------------------------------------------------- headlines
 def losses(folder: Path, telemetry: dict[str, pd.DataFrame], bigram: float) -> list[Headline]:
-    """Validation loss of both arms, and what the pressure costs, paired by sequence."""
+    """Validation loss of both arms, and what the pressure costs, paired by document."""
     loss = {arm: last_value(telemetry[arm], "val_loss") for arm in ARMS}
     # Phase 4 took the same sequences through both models, so their differences are paired
     with np.load(folder / "results_ablation.npz", allow_pickle=False) as npz:
         price = npz["adaptive.base"] - npz["control.base"]  # [sequences], nats a token
-    low, high = stats.ttest_1samp(price, 0).confidence_interval()  # 95 %
+        by_document = units(price[:, None], npz["documents"])[:, 0]  # [documents]
+    low, high = stats.ttest_1samp(by_document, 0).confidence_interval()  # 95 %
     percent = 100 * (loss["adaptive"] / loss["control"] - 1)
     return [
         (
@@ -177,7 +179,7 @@ def losses(folder: Path, telemetry: dict[str, pd.DataFrame], bigram: float) -> l
         (
             "price of the pressure, nats a token",
             f"{price.mean():+.4f} [{low:+.4f}, {high:+.4f}] "
-            f"(95 % CI over {len(price)} sequences; "
+            f"(95 % CI over {len(by_document)} documents, {len(price)} sequences; "
             f"{percent:+.2f} % on the whole split; one seed)",
         ),
     ]
@@ -230,18 +232,23 @@ def sae_quality(folder: Path) -> Headline:
 
 def hero_heads(folder: Path) -> list[Headline]:
     """The head that each arm would miss most, by the mode of ablation that heads are ranked by."""
-    columns = ["run", "mode", "hero_layer", "unique_hero", "crossfit"]
+    columns = ["run", "mode", "hero_layer", "unique_hero", "crossfit", "n_unit", "unit"]
     summary = read(folder / "results_ablation_summary.csv", columns)
     found = []
     # Every mode has rows; the ranking, and so the hero, comes from one of them
     for _, arm in summary[summary["mode"] == summary["ranked_by"]].iterrows():
         head = f"L{arm['hero_layer']:.0f}H{arm['hero_head']:.0f}"
+        n = f"{arm['n_unit']:.0f} {arm['unit']}, {arm['n_seq']:.0f} sequences"
+        if np.isnan(arm["crossfit"]):  # too few documents to say more
+            verdict = f"no unique hero (first: {head}), no interval: {n}"
+            found.append((f"Hero Head, {arm['run']}", verdict))
+            continue
         verdict = head if arm["unique_hero"] else f"no unique hero (first: {head})"
         interval = f"[{arm['crossfit_lo']:+.4f}, {arm['crossfit_hi']:+.4f}]"
-        # Cross-fitted: picked on one half of the sequences, measured on the other
+        # Cross-fitted: picked on one half of the documents, measured on the other
         impact = f"{arm['crossfit']:+.4f} {interval} nats (cross-fitted)"
-        certainty = f"P(top-1) {arm['p_top1']:.2f}, n = {arm['n_seq']:.0f}"
-        found.append((f"Hero Head, {arm['run']}", f"{verdict}: {impact}, {certainty}"))
+        leads = f"in front in {arm['p_top1']:.0%} of resamples"
+        found.append((f"Hero Head, {arm['run']}", f"{verdict}: {impact}, {leads}; {n}"))
     return found
 
 
