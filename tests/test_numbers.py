@@ -88,7 +88,7 @@ def write_demo(folder: Path) -> None:
         write_sidecar(path)
     sae = {
         "run": "adaptive", "layer": 0, "interval_over": "20 documents", "l0": 16.2,
-        "fvu": 0.123, "fvu_lo": 0.11, "fvu_hi": 0.14, "dead_share_eval": 0.031,
+        "fvu": 0.123, "fvu_lo": 0.11, "fvu_hi": 0.14, "dead_share": 0.031, "dead_share_tokens": 128_000,
     }  # fmt: skip
     write_csv(folder / "saes" / "table2.csv", [sae])
     write_sidecar(folder / "saes" / "table2.csv")
@@ -342,7 +342,10 @@ def test_what_the_blocks_show_of_planted_files(rendered):
     assert "SAE" not in rendered["demo-homeostat"]
     shows("demo-phases", "| 1 train, an arm | 2.0 min | 1 |", "4 ablation, both arms | 2.0 min")
     shows("demo-topology", "| 0 | 0.2 [0.19, 0.21] -> 0.1 [0.09, 0.11] |")
-    shows("demo-saes", "| adaptive | 0 | 0.123 [0.110, 0.140], 20 documents | 16.2 | 3.1% |")
+    shows(
+        "demo-saes",
+        "| adaptive | 0 | 0.123 [0.110, 0.140], 20 documents | 16.2 | 3.1% (on 128,000 tokens) |",
+    )
     # 0.04 of 4 nats under mean ablation; not the 9 of zero ablation
     shows(
         "demo-hero", "| adaptive | L3H1 | yes | +1.00% | +0.0300 [+0.0210, +0.0390] | 0.01 | 48 |"
@@ -389,11 +392,11 @@ def test_the_verdict_on_a_published_difference(low, high, verdict):
 
 def test_a_renamed_column_is_one_line(repository, capsys):
     path = repository / NUMBERS / "demo" / "saes" / "table2.csv"
-    rewrite(path, lambda text: text.replace("dead_share_eval", "silent"))
+    rewrite(path, lambda text: text.replace("dead_share,", "silent,"))
     assert check_numbers.main(["--root", str(repository)]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "table2.csv has no column dead_share_eval" in error
+    assert "table2.csv has no column dead_share;" in error
 
 
 # ------------------------------------------------------------------------------------------ collect

@@ -256,7 +256,8 @@ def demo_topology(kept: Kept) -> str:
 
 def demo_saes(kept: Kept) -> str:
     """What the SAE of each layer leaves unexplained, and which of its latents are silent."""
-    columns = ["run", "layer", "interval_over", "l0", "fvu", "fvu_lo", "fvu_hi", "dead_share_eval"]
+    columns = ["run", "layer", "interval_over", "l0", "fvu", "fvu_lo", "fvu_hi"]
+    columns += ["dead_share", "dead_share_tokens"]
     # Layers are the units, so they stand one by one
     table = kept.table("demo", "saes/table2.csv", columns)
     rows = []
@@ -268,7 +269,7 @@ def demo_saes(kept: Kept) -> str:
                 f"{sae['layer']}",
                 f"{fvu}, {sae['interval_over']}",
                 f"{sae['l0']:.1f}",
-                f"{sae['dead_share_eval']:.1%}",
+                f"{sae['dead_share']:.1%} (on {sae['dead_share_tokens']:,} tokens)",
             ]
         )
     return markdown(["arm", "layer", "FVU", "L0", "latents that never fired"], rows)
