@@ -173,6 +173,7 @@ def topology(run: Run) -> list[Exhibit]:
     what = "Mean absolute cosine between what the heads write (sigma_resid), mean over layers. "
     # The smallest of the arms and layers, so that no n is overstated
     n_windows = int(sigma.n_windows.min())
+    n_documents = int(sigma.n_documents.min())
     n_tokens = int(sigma.n_tokens.min())
     redraw = "python harvest_activations.py --redraw --run_name adaptive"  # needs no model
     exhibit = Exhibit(
@@ -180,8 +181,8 @@ def topology(run: Run) -> list[Exhibit]:
         image="activations/adaptive/figure1_head_cosines.png",
         csv="activations/adaptive/topology_stats.csv",
         reading=what + "; ".join(parts) + ".",
-        n=f"{n_windows:,} windows, {n_tokens:,} tokens a layer",
-        interval="95 % jackknife over blocks of windows (topology_stats.csv)",
+        n=f"{n_windows:,} windows of {n_documents:,} documents, {n_tokens:,} tokens a layer",
+        interval="95 % jackknife over blocks of documents (topology_stats.csv)",
         null="the basis of every head turned at random, independently (null_* of the CSV)",
         command=f"{redraw} --save_dir {run.path}/activations --compare control adaptive",
     )
@@ -196,8 +197,12 @@ def saes(run: Run) -> list[Exhibit]:
     for arm, layers in table.groupby("run"):
         span = f"layers {layers.fvu.min():.3f} to {layers.fvu.max():.3f}"
         unexplained.append(f"{arm} {layers.fvu.mean():.3f} ({span}), L0 {layers.l0.mean():.1f}")
-        dead.append(f"{arm} {layers.dead_share_eval.mean():.1%}")
-    n = f"{len(table)} SAEs on {int(table.n_windows.min()):,} held-out windows"
+        dead.append(f"{arm} {layers.dead_share.mean():.1%}")
+    n = (
+        f"{len(table)} SAEs on {int(table.n_windows.min()):,} windows "
+        f"of {int(table.n_documents.min()):,} held-out documents"
+    )
+    on_tokens = int(table.dead_share_tokens.min())  # on more tokens, more latents fire
     command = f"python train_sae.py --redraw --save_dir {run.path}/saes"
     by_depth = Exhibit(
         title="Figure 2: L0 and FVU by depth",
@@ -205,7 +210,7 @@ def saes(run: Run) -> list[Exhibit]:
         csv="saes/sae_metrics.csv",
         reading=f"Unexplained variance: {'; '.join(unexplained)}.",
         n=n,
-        interval="95 % bootstrap over windows",
+        interval="95 % over documents",
         null="zero and mean ablation of the same activations (ce_recovered_* in the CSV)",
         command=command,
     )
@@ -213,7 +218,7 @@ def saes(run: Run) -> list[Exhibit]:
         title="Figure 3: how often latents fire",
         image="saes/figure3_activation_frequency.png",
         csv="saes/sae_metrics.csv",
-        reading=f"Latents that never fire on the held-out tokens: {', '.join(dead)}.",
+        reading=f"Latents that never fire on {on_tokens:,} mixed tokens: {', '.join(dead)}.",
         n=n,
         interval="none",
         null="none: a description",
@@ -490,6 +495,8 @@ def judge_alignment(run: Run) -> list[Verdict]:
     n_eligible = int(layers.eligible.sum())
     claim = "Features of the Energy Transformer are aligned with its energy"
     evidence = f"{n_aligned} of {n_eligible} eligible pass both nulls, preset {preset}"
+    if layers.fewest.notna().any():  # none without an eligible feature
+        evidence += f"; no fewer than {layers.fewest.max():.0f} could have passed"
     if preset == "smoke":  # a check that it runs, on a model that has learned nothing
         remedy = "python energy_lens_minimal.py"
         return [Verdict(claim, "not told", f"{evidence}, which is too small to tell: {remedy}")]
@@ -498,7 +505,7 @@ def judge_alignment(run: Run) -> list[Verdict]:
 
 def judge_seeds(run: Run) -> list[Verdict]:  # noqa: ARG001 -- no run can say it
     claim = "Differences between the arms hold for other seeds"
-    evidence = "one training seed an arm; RESULTS.md says what was tried"
+    evidence = "one training seed an arm"
     return [Verdict(claim, "not told", evidence)]
 
 
