@@ -1784,7 +1784,7 @@ def matched_features(features: pd.DataFrame, n: int, rng: np.random.Generator) -
 
 @dataclass
 class ActiveFeature:
-    """One feature in the first sequences where it is active: f = relu(<x, reads> + offset)."""
+    """One feature in some sequences where it is active: f = relu(<x, reads> + offset)."""
 
     sequences: Tensor  # [n] which ones
     x: Tensor  # [n, L, D] their states
@@ -1795,9 +1795,15 @@ class ActiveFeature:
 
 
 def where_active(sae: SAE, feature: int, x: Tensor, n_seq: int) -> ActiveFeature:
-    """The feature in the first `n_seq` sequences of x [S, L, D] that activate it; none may."""
+    """The feature in up to `n_seq` sequences of x [S, L, D] that activate it; none may.
+
+    Every feature has others, as far as there are: if all had the first ones, whatever is said of
+    features would rest on a handful of documents.
+    """
     f = sae.encode(x.float(), torch.tensor([feature]))[..., 0].to(x.dtype)  # [S, L]
-    sequences = (f > 0).any(1).nonzero()[:n_seq, 0]  # [n]
+    sequences = (f > 0).any(1).nonzero()[:, 0]  # all that activate it
+    if len(sequences) > n_seq:
+        sequences = sequences.roll(-feature * n_seq)[:n_seq]  # [n]
     reads = sae.w_enc[:, feature].to(x.dtype)  # [D]
     return ActiveFeature(
         sequences,
@@ -2074,7 +2080,7 @@ def jackknife(rho: np.ndarray, effects: AblationEffects) -> Correlations:
     """Intervals of correlations [P, 1 + C + S], which leave out as `effects` does.
 
     Two jackknives, over clusters and over sequences, whose variances add up (no less than the
-    truth); on the scale of Fisher's z, with t at C - 1 degrees of freedom. NaN for few clusters.
+    truth); on the scale of Fisher's z, with t at C - 1 degrees of freedom. NaN for few of either.
     """
     n_features = len(effects.numbers)
     # A correlation of 1 is taken for half of what exchanging two neighbours in rank would leave.
@@ -2086,7 +2092,7 @@ def jackknife(rho: np.ndarray, effects: AblationEffects) -> Correlations:
         deviation = left_out - left_out.mean(1, keepdims=True)
         covariance += (n - 1) / n * deviation @ deviation.T
     error = np.sqrt(covariance.diagonal())  # [P]
-    enough = effects.n_clusters >= MIN_GROUPS
+    enough = min(effects.n_clusters, effects.n_seq) >= MIN_GROUPS
     width = stats.t.ppf(0.975, effects.n_clusters - 1) * error if enough else np.nan
     related = covariance / (np.outer(error, error) + 1e-300)
     return Correlations(rho[:, 0], np.tanh(z[:, 0] - width), np.tanh(z[:, 0] + width), related)
@@ -3550,7 +3556,7 @@ def prediction_method(scores: pd.DataFrame) -> str:
         "nothing of those that are intervened on: only they predict, and only they are on equal "
         f"terms with EFAS ({REFERENCE}). Those of the intervened tokens are computed on the very "
         "states that are then changed. Intervals: 95 %, jackknife over sequences and over whole "
-        f"clusters; of a difference jointly; none below {MIN_GROUPS} clusters. eps: share of the "
+        f"clusters; of a difference jointly; none below {MIN_GROUPS} of either. eps: share of the "
         "feature that is removed. random: a thousand predictors that know nothing, so its interval "
         "is what chance gives."
     )

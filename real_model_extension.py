@@ -810,12 +810,16 @@ class EnergyLensAnalyzer:
     ) -> None:
         """The table of passing features, one by one, beside matched ones; none if no feature is
         eligible."""
-        self._say(f"{lens.LOOKED_AT} passing features and their matches, one by one")
         cfg = self.config
         before = time.perf_counter()
         rng = np.random.default_rng(cfg.seed)
         chosen = lens.passing_and_matched(results.tables["features"], lens.LOOKED_AT, rng)
         of_blocks = [rows for _, rows in chosen.groupby("layer")]
+        n_passes = 2 * LOOKED_AT_SEQUENCES * len(chosen)  # without the feature and with it
+        self._say(
+            f"{len(chosen)} passing and matched features, one by one: at most {n_passes:,} "
+            "sequences through the blocks above"
+        )
 
         def look(rows: pd.DataFrame) -> pd.DataFrame:
             return look_at_block(self.lm, rows, by_layer[int(rows.layer.iloc[0])], test, cfg)

@@ -1042,3 +1042,18 @@ def test_what_a_feature_fires_on_is_told_as_it_is():
     assert math.isnan(apart.ci_lo["energy_change"]), "one pair has no interval"
     blocks = lens.looked_at_section(found, "energy", "This took 1 s", 0)
     assert any("per active token" in str(value) for _, value in blocks)
+
+
+def test_features_that_are_active_everywhere_are_ablated_in_different_sequences():
+    x = torch.randn(40, 8, 16, generator=torch.Generator().manual_seed(0))
+    d = torch.eye(16)[:10]
+    sae = lens.SAE(d.T.contiguous(), torch.full((10,), 5.0), d, torch.zeros(16))
+    used = [lens.where_active(sae, k, x, 4).sequences for k in range(10)]
+    assert all(len(own) == 4 == len(own.unique()) for own in used)
+    assert len(torch.cat(used).unique()) == 40
+    rare = lens.SAE(d.T.contiguous(), torch.full((10,), -1.8), d, torch.zeros(16))
+    for k in range(10):
+        own = lens.where_active(rare, k, x, 30)
+        expected = ((x[..., k] - 1.8) > 0).any(1).nonzero()[:, 0]
+        assert len(expected) <= 30 and torch.equal(own.sequences, expected)
+        assert torch.allclose(own.f, (own.x[..., k] - 1.8).relu())
