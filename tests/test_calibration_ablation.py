@@ -81,8 +81,16 @@ def held(table: pd.DataFrame, name: str, truth: float | np.ndarray) -> np.ndarra
 
 
 # ------------------------------------------------------------------------------- the chosen head
-@pytest.mark.parametrize("kind", ["normal", "tails"])
-@pytest.mark.parametrize("impacts", ["clear", "tied"])
+@pytest.mark.parametrize(
+    ("impacts", "kind"),
+    [
+        ("clear", "normal"),
+        ("clear", "tails"),
+        ("clear", "left"),
+        ("tied", "normal"),
+        ("tied", "tails"),
+    ],
+)
 def test_intervals_of_the_first_head_hold_the_truth_in_95_percent(impacts: str, kind: str) -> None:
     every = {"crossfit": [], "difference": [], "gap": [], "effective": []}
     unique = []
@@ -104,8 +112,9 @@ def test_intervals_of_the_first_head_hold_the_truth_in_95_percent(impacts: str, 
         unique.append(table["unique_hero"].to_numpy(bool))
         record("unique hero", setting, share=unique[-1].mean())
     coverage = {name: np.concatenate(hits) for name, hits in every.items()}
+    lowest = 0.9 if kind == "left" else 0.92  # METRICS.md says so
     for name, hits in coverage.items():
-        assert at_least(hits, 0.92), (name, hits.mean())
+        assert at_least(hits, lowest), (name, hits.mean())
     # The jackknife is wide where heads are tied, and logarithms are where noise is large
     assert at_most(coverage["crossfit"], 0.98)
     if impacts == "tied":
@@ -232,7 +241,7 @@ def test_sequences_of_one_document_are_one_unit(share: float) -> None:
         crossfits.append(A.cross_fit(delta, seed, halvings=10).mean())
     hits = np.concatenate(inside)
     record("interval of a head", f"{share:.0%} of variance of documents", coverage=hits.mean())
-    assert hits.mean() > 0.92
+    assert at_least(hits.ravel(), 0.92)
     # No unit's value knows the others: without an effect the chosen head has none
     bias = np.mean(crossfits)
     assert abs(bias) < 3.3 * stats.sem(crossfits)
