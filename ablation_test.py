@@ -81,8 +81,8 @@ from tqdm import tqdm
 CSV_SCHEMA = "janus.ablation/1"
 LOSSES_SCHEMA = "janus.ablation_losses/1"
 REMEDY = "python ablation_test.py --adaptive_model PATH"
-# With fewer units there is no interval and no p value. Where half of the units do not know the first
-# head, a 95 % interval of its cross-fitted impact holds 90 % of the time at 16, 93 % at 32
+# With fewer units there is no interval and no p value. Where half of the units do not know the
+# first head, a 95 % interval of its cross-fitted impact holds 90 % of the time at 16, 93 % at 32
 MIN_UNITS = 32
 # n_seqs: validation sequences, 0 is all; n_mean: training sequences behind a mean;
 # resample_draws: draws of a random mode; batch_size: sequences.
