@@ -24,7 +24,7 @@ DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.np
 SAES   := $(foreach arm,adaptive control,$(RUN)/saes/$(arm)/L$(LAST)/sae_weights.safetensors.json)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures report seeds loops demo-smollm2 bench numbers clean
+.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures report seeds loops loops32 demo-smollm2 bench numbers clean
 
 help:
 	@echo "make demo   set up, then train, harvest, SAEs, ablation, hero, a small Energy-Lens: everything in $(RUN)"
@@ -104,6 +104,7 @@ seeds: setup
 
 # Does the loop hold on seeds that it was not tuned for, and follow a step of its setpoint? No control arm, no ablation.
 LOOP_SEEDS ?= 1 2 3 4 5 6 42
+LOOPS32    := $(LOOP_SEEDS:%=runs/loops32/%)
 STEP_SEEDS ?= 1 4 42
 STEP       ?= 350 0.009
 LOOP_RUN   := $(PY) janus_adaptive.py $(TRAIN) --overwrite
@@ -111,6 +112,11 @@ loops: setup
 	printf '%s\n' $(LOOP_SEEDS) | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(LOOP_RUN) --seed {} --save_dir runs/loops/{}
 	printf '%s\n' $(STEP_SEEDS) | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(LOOP_RUN) --seed {} --setpoint_step $(STEP) --save_dir runs/loops/step{}
 	$(PY) tools/loops.py $(LOOP_SEEDS:%=runs/loops/%) $(STEP_SEEDS:%=runs/loops/step%) --save_dir runs/loops
+
+# In float32 and not compiled; with ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 before it, also without AVX-512
+loops32: setup
+	printf '%s\n' $(LOOP_SEEDS) | OMP_NUM_THREADS=1 xargs -P 2 -I{} $(LOOP_RUN) --dtype float32 --compile off --seed {} --save_dir runs/loops32/{}
+	$(PY) tools/loops.py $(LOOPS32) --save_dir runs/loops32
 
 # ------------------------------------------------------------------------------------------------------------- tests
 test: setup-dev

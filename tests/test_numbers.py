@@ -139,6 +139,31 @@ def write_seeds(folder: Path) -> None:
     write_csv(folder / "results/seeds_loops.csv", loops)
 
 
+def write_loops32(folder: Path) -> None:
+    """Two adaptive runs; the second one does not hold."""
+    rows = []
+    for seed, share in ((1, 0.96), (4, 0.59)):
+        write_record(folder / f"{seed}/run.json", "janus_adaptive.py")
+        rows.append(
+            {
+                "seed": seed, "dtype": "auto", "settled_step": 205.0, "n": 80, "share": share,
+                "raw_share": 0.56, "noise_share": 0.99, "mean": 0.972, "sd": 0.09,
+            }
+        )  # fmt: skip
+    write_csv(folder / "loops.csv", rows)
+
+
+def write_loops(folder: Path) -> None:
+    """The same, and one whose setpoint moved."""
+    write_loops32(folder)
+    write_record(folder / "step1/run.json", "janus_adaptive.py")
+    moved = {
+        "seed": 1, "step": 350, "before": 0.006, "after": 0.009, "settles_after": 45.0,
+        "share": 0.93, "overshoot": 0.08,
+    }  # fmt: skip
+    write_csv(folder / "setpoint_steps.csv", [moved])
+
+
 def write_lens(folder: Path, layers: list[int]) -> None:
     """What both Energy-Lens scripts write."""
     rows = []
@@ -206,6 +231,8 @@ def write_calibration(folder: Path) -> None:
 WRITERS = {
     "demo": write_demo,
     "seeds": write_seeds,
+    "loops": write_loops,
+    "loops32": write_loops32,
     "energy": write_energy,
     "real": write_real,
     "smollm2": write_smollm2,
@@ -355,6 +382,8 @@ def test_what_the_blocks_show_of_planted_files(rendered):
     # 0.95, 0.9 and 0.97, not 0.59
     shows("seeds-loops", "| 2 | 205 | 59% (80) |", "on 3 of 4 seeds")
     differences = "| +0.051 | +0.052 | +0.053 | +0.054 | 4 of 4 |"
+    shows("loops-held", "| 4 | 205 | 59% (80) | 56% | 99% |", "on 1 of 2 seeds")
+    shows("loops-steps", "| 1 | 0.006 -> 0.009 at step 350 | 45 steps | 8% | 93% |")
     shows("seeds-each", f"| validation loss, nats a token {differences}")
     shows("seeds-summary", "| validation loss, nats a token | 4 | ", " | 4.4 | +0.0525 [")
     brief = rendered["seeds-brief"]

@@ -58,6 +58,17 @@ SOURCES = {
         },
         records="runs/seeds/*/*/run.json",
     ),
+    "loops": Source(
+        "make loops",
+        "runs/loops",
+        bare={"loops.csv": "*/run.json", "setpoint_steps.csv": "step*/run.json"},
+    ),
+    # The same seeds where products have neither bfloat16 nor AVX-512
+    "loops32": Source(
+        "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 make loops32",
+        "runs/loops32",
+        bare={"loops.csv": "*/run.json"},
+    ),
     "energy": Source(
         "python energy_lens_minimal.py",
         "energy_lens_results",
@@ -470,6 +481,57 @@ def seeds_loops(kept: Kept) -> str:
     return f"{markdown(header, rows)}\n\n{held}"
 
 
+def loop_table(kept: Kept, source: str) -> str:
+    """How the loop of every seed held its setpoint."""
+    columns = ["seed", "settled_step", "n", "share", "raw_share", "noise_share", "mean", "sd"]
+    table = kept.table(source, "loops.csv", columns)
+    rows = []
+    for _, loop in table.iterrows():
+        rows.append(
+            [
+                f"{loop['seed']:.0f}",
+                f"{loop['settled_step']:.0f}",
+                f"{loop['share']:.0%} ({loop['n']:.0f})",
+                f"{loop['raw_share']:.0%}",
+                f"{loop['noise_share']:.0%}",
+                f"{loop['mean']:.3f} +- {loop['sd']:.3f}",
+            ]
+        )
+    header = ["seed", "settled at step", "filtered, within 10 % (n)", "unfiltered"]
+    header += ["noise alone, filtered", "mean +- sd, of setpoint"]
+    n_held = (table["share"] >= 0.9).sum()
+    held = f"At least 90 % of the filtered samples within 10 %: on {n_held} of {len(table)} seeds."
+    return f"{markdown(header, rows)}\n\n{held}"
+
+
+def loops_held(kept: Kept) -> str:
+    """The loop on seeds that it was not tuned for, in the arithmetic of the machine."""
+    return loop_table(kept, "loops")
+
+
+def loops32_held(kept: Kept) -> str:
+    """The same in float32 without AVX-512."""
+    return loop_table(kept, "loops32")
+
+
+def loops_steps(kept: Kept) -> str:
+    """How the loop followed a step of its setpoint."""
+    columns = ["seed", "step", "before", "after", "settles_after", "share", "overshoot"]
+    rows = []
+    for _, moved in kept.table("loops", "setpoint_steps.csv", columns).iterrows():
+        rows.append(
+            [
+                f"{moved['seed']:.0f}",
+                f"{moved['before']:g} -> {moved['after']:g} at step {moved['step']:.0f}",
+                f"{moved['settles_after']:.0f} steps",
+                f"{moved['overshoot']:.0%}",
+                f"{moved['share']:.0%}",
+            ]
+        )
+    header = ["seed", "setpoint", "within 10 % after", "overshoot", "within 10 % from then on"]
+    return markdown(header, rows)
+
+
 def seeds_brief(kept: Kept) -> str:
     """In a sentence, which metrics the arms differ in."""
     columns = ["metric", "n_seeds", "difference", "ci_lo", "ci_hi"]
@@ -751,6 +813,9 @@ BLOCKS = {
     "energy-lens": Block(README, energy_lens),
     "where-from": Block(RESULTS, where_from),
     "demo-homeostat": Block(RESULTS, demo_homeostat),
+    "loops-held": Block(RESULTS, loops_held),
+    "loops32-held": Block(RESULTS, loops32_held),
+    "loops-steps": Block(RESULTS, loops_steps),
     "seeds-loops": Block(RESULTS, seeds_loops),
     "seeds-summary": Block(RESULTS, seeds_summary),
     "seeds-each": Block(RESULTS, seeds_each),
