@@ -44,14 +44,14 @@ class StepResponse:
 
 def step_response(telemetry: pd.DataFrame, seed: int) -> StepResponse:
     """The response to the one step in the column `setpoint`."""
-    moved = telemetry["setpoint"].ne(telemetry["setpoint"].iloc[0])
     before = telemetry["setpoint"].iloc[0]
-    later = telemetry[moved]
+    later = telemetry[telemetry["setpoint"] != before]
     start = later["step"].iloc[0]
     after = later["setpoint"].iloc[0]
     relative = later["sigma_filtered"] / after  # [samples], 1 is the new setpoint
     inside = is_within(relative)
-    beyond = relative - 1 if after > before else 1 - relative  # [samples], past the new setpoint
+    # Past the new setpoint as seen from the old one: above it after a step up, below after one down
+    beyond = relative - 1 if after > before else 1 - relative  # [samples]
     settles_after = np.nan
     share = 0.0
     if inside.any():
@@ -64,6 +64,7 @@ def step_response(telemetry: pd.DataFrame, seed: int) -> StepResponse:
 def read_run(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Telemetry and arguments of a run. Raises HandoffError if it is not an adaptive one."""
     telemetry = read_telemetry(folder / "telemetry.csv")
+    # The setpoint and the filter stand in the arguments alone
     try:
         record = (folder / "run.json").read_text(encoding="utf-8")
         arguments = json.loads(record)["arguments"]
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     steps = []
     for folder in args.runs:
         telemetry, arguments = read_run(folder)
+        # A run whose setpoint moved is judged by how it followed, not by how it held
         if arguments.get("setpoint_step"):
             steps.append(asdict(step_response(telemetry, arguments["seed"])))
             continue
@@ -88,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         facts = {"seed": arguments["seed"], "dtype": arguments["dtype"]}
         loops.append(facts | asdict(held) | {"val_loss": losses.iloc[-1]})
 
+    # Two tables: a run is a row of one of them
     for name, rows in {"loops": loops, "setpoint_steps": steps}.items():
         if not rows:
             continue
