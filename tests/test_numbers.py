@@ -58,6 +58,7 @@ def write_ablation(folder: Path, runs: list[str]) -> None:
             rows.append(
                 {
                     "run": run, "mode": mode, "ranked_by": "mean", "base_loss": 4.0, "n_seq": 48,
+                    "n_unit": 35, "unit": "documents",
                     "hero_layer": 3 + i, "hero_head": 1, "unique_hero": i == 0,
                     "delta": 0.04 if mode == "mean" else 9.0, "p_maxT": 0.01,
                     "crossfit": 0.03, "crossfit_lo": 0.021, "crossfit_hi": 0.039,
@@ -67,7 +68,7 @@ def write_ablation(folder: Path, runs: list[str]) -> None:
     write_csv(folder / number_blocks.ABLATION, rows)
     write_sidecar(folder / number_blocks.ABLATION)
     ranking = {
-        "run": "adaptive", "name": "L3H1", "pct_impact": 1.0, "ci_lo_pct": 0.9, "ci_hi_pct": 1.1,
+        "run": "adaptive", "name": "L3H1", "pct_impact": 1.0, "ci_all_lo_pct": 0.9, "ci_all_hi_pct": 1.1,
         "published_head": "adaptive L9H1", "published_zero_pct_impact": 0.932,
     }  # fmt: skip
     write_csv(folder / number_blocks.TABLE_3, [ranking])
@@ -87,7 +88,7 @@ def write_demo(folder: Path) -> None:
         write_csv(path, rows)
         write_sidecar(path)
     sae = {
-        "run": "adaptive", "layer": 0, "interval_over": "20 documents", "l0": 16.2,
+        "run": "adaptive", "layer": 0, "n_documents": 20, "l0": 16.2,
         "fvu": 0.123, "fvu_lo": 0.11, "fvu_hi": 0.14, "dead_share": 0.031, "dead_share_tokens": 128_000,
     }  # fmt: skip
     write_csv(folder / "saes" / "table2.csv", [sae])
@@ -98,7 +99,7 @@ def write_demo(folder: Path) -> None:
             {
                 "role": "hero", "run": "adaptive", "layer": 3, "head": 1, "mechanism": "keys: x",
                 "kind": kind, "value": value, "ci_low": 0.8, "ci_high": 0.95, "n": 31,
-                "unit": "document",
+                "unit": "document", "sequences": 96,
             }
         )  # fmt: skip
     write_csv(folder / number_blocks.PRESERVING, kinds)
@@ -375,10 +376,16 @@ def test_what_the_blocks_show_of_planted_files(rendered):
     )
     # 0.04 of 4 nats under mean ablation; not the 9 of zero ablation
     shows(
-        "demo-hero", "| adaptive | L3H1 | yes | +1.00% | +0.0300 [+0.0210, +0.0390] | 0.01 | 48 |"
+        "demo-hero",
+        "| adaptive | L3H1 | yes | +1.00% | +0.0300 [+0.0210, +0.0390] | 0.01 "
+        "| 35 documents, 48 sequences |",
     )
     shows("demo-hero", "+0.0040 [-0.0110, +0.0190]", "is neither shown nor excluded")
-    shows("demo-mechanism", "L3H1 of adaptive", "| keys: x | 91% [80%, 95%] | 23% | 31 documents |")
+    shows(
+        "demo-mechanism",
+        "L3H1 of adaptive",
+        "| keys: x | 91% [80%, 95%] | 23% | 96 sequences of 31 documents |",
+    )
     # 0.95, 0.9 and 0.97, not 0.59
     shows("seeds-loops", "| 2 | 205 | 59% (80) |", "on 3 of 4 seeds")
     differences = "| +0.051 | +0.052 | +0.053 | +0.054 | 4 of 4 |"

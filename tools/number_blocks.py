@@ -7,6 +7,7 @@ SOURCES. Each function names the columns that it reads in one place.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,7 +268,7 @@ def demo_topology(kept: Kept) -> str:
 
 def demo_saes(kept: Kept) -> str:
     """What the SAE of each layer leaves unexplained, and which of its latents are silent."""
-    columns = ["run", "layer", "interval_over", "l0", "fvu", "fvu_lo", "fvu_hi"]
+    columns = ["run", "layer", "n_documents", "l0", "fvu", "fvu_lo", "fvu_hi"]
     columns += ["dead_share", "dead_share_tokens"]
     # Layers are the units, so they stand one by one
     table = kept.table("demo", "saes/table2.csv", columns)
@@ -278,7 +279,7 @@ def demo_saes(kept: Kept) -> str:
             [
                 sae["run"],
                 f"{sae['layer']}",
-                f"{fvu}, {sae['interval_over']}",
+                f"{fvu}, {sae['n_documents']} documents",
                 f"{sae['l0']:.1f}",
                 f"{sae['dead_share']:.1%} (on {sae['dead_share_tokens']:,} tokens)",
             ]
@@ -294,23 +295,28 @@ PUBLISHED_DIFFERENCE = 0.018  # nats: best head of the adaptive model minus that
 def first_heads(kept: Kept, source: str) -> str:
     """The first head of each run, by the mode of ablation that heads are ranked by."""
     columns = ["run", "mode", "ranked_by", "hero_layer", "hero_head", "unique_hero"]
-    columns += ["n_seq", "base_loss", "delta", "crossfit", "crossfit_lo", "crossfit_hi", "p_maxT"]
+    columns += ["n_seq", "n_unit", "unit", "base_loss", "delta", "p_maxT"]
+    columns += ["crossfit", "crossfit_lo", "crossfit_hi"]
     table = kept.table(source, ABLATION, columns)
     rows = []
     # Every mode has rows; the ranking, and so the first head, comes from one of them
     for _, arm in table[table["mode"] == table["ranked_by"]].iterrows():
         unique = "yes" if arm["unique_hero"] else "no"
         interval = bounds(arm["crossfit_lo"], arm["crossfit_hi"], "+.4f")
+        # Picked on one half of the documents, measured on the other
+        fitted = f"{arm['crossfit']:+.4f} {interval}"
+        p = f"{arm['p_maxT']:.3g}"
+        if math.isnan(arm["crossfit"]):
+            fitted = p = "none: too few documents"
         rows.append(
             [
                 arm["run"],
                 f"L{arm['hero_layer']:.0f}H{arm['hero_head']:.0f}",
                 unique,
                 f"{arm['delta'] / arm['base_loss']:+.2%}",
-                # Picked on one half of the sequences, measured on the other
-                f"{arm['crossfit']:+.4f} {interval}",
-                f"{arm['p_maxT']:.3g}",
-                f"{arm['n_seq']:.0f}",
+                fitted,
+                p,
+                f"{arm['n_unit']:.0f} {arm['unit']}, {arm['n_seq']:.0f} sequences",
             ]
         )
     header = ["run", "first head", "unique", "of the loss", "cross-fitted, nats", "p (max-T)", "n"]
@@ -324,12 +330,12 @@ def demo_hero(kept: Kept) -> str:
     # The difference is of both arms, and stands in the rows of each
     ranking = table[table["mode"] == table["ranked_by"]].iloc[0]
     low, high = ranking["difference_lo"], ranking["difference_hi"]
-    # One seed: the interval is over sequences, and so is the verdict
+    # One seed: the interval is over documents, and so is the verdict
     verdict = direction(low, high, PUBLISHED_DIFFERENCE, "on this seed")
     return (
         f"{first_heads(kept, 'demo')}\n\n"
         f"Best head of the adaptive model minus best of the control: {ranking['difference']:+.4f} "
-        f"{bounds(low, high, '+.4f')} nats over sequences, one seed; published "
+        f"{bounds(low, high, '+.4f')} nats over documents, one seed; published "
         f"{PUBLISHED_DIFFERENCE:+.3f}. A stronger hero under pressure is {verdict}."
     )
 
@@ -348,13 +354,13 @@ def direction(low: float, high: float, published: float, where: str) -> str:
 
 def demo_ranking(kept: Kept) -> str:
     """The strongest heads of both arms beside the published ones."""
-    columns = ["run", "name", "pct_impact", "ci_lo_pct", "ci_hi_pct"]
+    columns = ["run", "name", "pct_impact", "ci_all_lo_pct", "ci_all_hi_pct"]
     published = ["published_head", "published_zero_pct_impact"]
     table = kept.table("demo", TABLE_3, columns + published)
     rows = []
     # The two columns share ranks and nothing else: other model, other size, other ablation
     for _, head in table.iterrows():
-        interval = bounds(head["ci_lo_pct"], head["ci_hi_pct"], ".3f")
+        interval = bounds(head["ci_all_lo_pct"], head["ci_all_hi_pct"], ".3f")
         impact = f"{head['pct_impact']:.3f} % {interval}"
         theirs = f"{head['published_head']}: {head['published_zero_pct_impact']:.3f} %"
         rows.append([f"{head['run']} {head['name']}", impact, theirs])
@@ -364,7 +370,7 @@ def demo_ranking(kept: Kept) -> str:
 def demo_mechanism(kept: Kept) -> str:
     """How much of the hero's impact is left when one kind of key or feature is all it has."""
     columns = ["role", "run", "layer", "head", "mechanism", "kind"]
-    columns += ["value", "ci_low", "ci_high", "n", "unit"]
+    columns += ["value", "ci_low", "ci_high", "n", "unit", "sequences"]
     table = kept.table("demo", PRESERVING, columns)
     hero = table[table["role"] == "hero"]
     # As many keys or features drawn at random preserve what any would
@@ -377,7 +383,7 @@ def demo_mechanism(kept: Kept) -> str:
                 found["mechanism"],
                 f"{found['value']:.0%} {interval}",
                 f"{chance[found['mechanism']]:.0%}",
-                f"{found['n']:.0f} {found['unit']}s",
+                f"{found['sequences']:.0f} sequences of {found['n']:.0f} {found['unit']}s",
             ]
         )
     # One hero: its name stands in every row
