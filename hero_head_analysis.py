@@ -1864,7 +1864,10 @@ def opening(
         verdict = "the unique hero"
     else:
         verdict = "no unique hero: this is the top-ranked head"
-    standing = f"L{top['layer']}H{top['head']} is top-1 in {top['p_top1']:.1%} of bootstrap draws"
+    first = f"L{top['layer']}H{top['head']}"
+    standing = f"{first} is in front in {top['p_top1']:.1%} of resamples, p {top['p_maxT']:.4f}"
+    if math.isnan(top["p_maxT"]):
+        standing = f"{first} is in front; phase 4 had too few documents for a p value"
     summary = args.ablation_csv.with_name(f"{args.ablation_csv.stem}_summary.csv").name
 
     matched = ""
@@ -1878,7 +1881,7 @@ def opening(
     impact = tables["impact"].iloc[0]
     return (
         f"L{hero.layer}H{hero.head} of {inputs.ckpt['path']} (run {hero.run}): {verdict} "
-        f"({standing}, p {top['p_maxT']:.4f}).{matched} Impact {impact['value']:.5f} nats a token "
+        f"({standing}).{matched} Impact {impact['value']:.5f} nats a token "
         f"[{impact['ci_low']:.5f}, {impact['ci_high']:.5f}]; {best_explanation(tables)}. "
         f"Measured on {measured_on(tables['impact'])}, in windows of {inputs.val.seq_len} tokens; "
         f"means of z from {args.n_seqs} windows of the training split. "

@@ -790,6 +790,7 @@ def study(tmp_path_factory) -> Path:
         checkpoint=str(paths["adaptive"]),
         checkpoint_sha256=hero.sha256(paths["adaptive"]),
         site="z",
+        split="train",
     )
     dump.mkdir(parents=True)
     np.save(dump / "tokens.npy", idx.flatten().numpy().astype(np.uint16))
