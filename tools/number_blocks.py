@@ -732,7 +732,7 @@ def real_validity(kept: Kept) -> str:
 
 # -------------------------------------------------------------------------------------- calibration
 def calibration(kept: Kept) -> str:
-    """What the simulations measured, a row a statistic and figure; the settings stand in the CSV."""
+    """What the simulations measured, a row a statistic and figure; the CSV has every setting."""
     columns = ["statistic", "setting", "figure", "value"]
     table = kept.table("calibration", "calibration.csv", columns)
     table = table[~table["figure"].isin(["n", "n_sim", "simulations"])]  # how many, not what
