@@ -2082,10 +2082,10 @@ def jackknife(rho: np.ndarray, effects: AblationEffects) -> Correlations:
     Two jackknives, over clusters and over sequences, whose variances add up (no less than the
     truth); on the scale of Fisher's z, with t at C - 1 degrees of freedom. NaN for few of either.
     """
-    n_features = len(effects.numbers)
-    # A correlation of 1 is taken for half of what exchanging two neighbours in rank would leave.
-    most = 1 - 6 / (n_features * (n_features**2 - 1)) if n_features > 2 else 0.0
-    z = np.arctanh(rho.clip(-most, most))  # [P, 1 + C + S]
+    # z has no end: a correlation of .9999 would seem as far from .99 as that from .5. So few ranks
+    # do not tell such correlations apart: they are shrunk a little before, and stretched after.
+    shrunk = 1 - 1 / len(effects.numbers)
+    z = np.arctanh(rho * shrunk)  # [P, 1 + C + S]
     covariance = np.zeros((len(z), len(z)))
     for left_out in (z[:, 1 : 1 + effects.n_clusters], z[:, 1 + effects.n_clusters :]):
         n = left_out.shape[1]
@@ -2095,7 +2095,9 @@ def jackknife(rho: np.ndarray, effects: AblationEffects) -> Correlations:
     enough = min(effects.n_clusters, effects.n_seq) >= MIN_GROUPS
     width = stats.t.ppf(0.975, effects.n_clusters - 1) * error if enough else np.nan
     related = covariance / (np.outer(error, error) + 1e-300)
-    return Correlations(rho[:, 0], np.tanh(z[:, 0] - width), np.tanh(z[:, 0] + width), related)
+    lo = np.tanh(z[:, 0] - width) / shrunk
+    hi = np.tanh(z[:, 0] + width) / shrunk
+    return Correlations(rho[:, 0], lo.clip(-1, 1), hi.clip(-1, 1), related)
 
 
 def difference_interval(found: Correlations, a: int, b: int) -> tuple[float, float, float]:

@@ -38,7 +38,7 @@ JITTER = 0.2  # of a copy around its cluster
 N_SEQUENCES = 40
 
 
-def draw(setting, r):
+def draw(setting, r, jitter=JITTER):
     """Effects as `ablate` gives them, and the table of features with two predictors."""
     n_clusters, copies, (one, two), n_seq, noise, heavy = setting
     correlation = [[1, one, two], [one, 1, one * two], [two, one * two, 1]]
@@ -46,7 +46,7 @@ def draw(setting, r):
     sizes = r.geometric(1 / copies, n_clusters)
     cluster = np.repeat(np.arange(n_clusters), sizes)
     n = len(cluster)
-    values = math.sqrt(1 - JITTER**2) * z[cluster] + JITTER * r.standard_normal((n, 3))
+    values = math.sqrt(1 - jitter**2) * z[cluster] + jitter * r.standard_normal((n, 3))
     change = np.sinh(1.5 * values[:, 0]) if heavy else values[:, 0]
     # A sequence acts on all features that it activates, on each in its own way
     effect = r.standard_normal((N_SEQUENCES, 3))
@@ -139,6 +139,21 @@ def test_a_difference_between_predictors_is_found(two_predictors):
     record("Spearman, difference", "50 clusters of 3", n_sim=n_sim, **found)
     assert found["planted"] >= 0.8
     assert found["equal"] <= 0.08 + allowed(0.08, n_sim)
+
+
+def test_a_correlation_near_one_has_a_narrow_interval(two_predictors):
+    """Fisher's z alone has none: one exchange of neighbours near 1 is a long way there."""
+    r = np.random.default_rng(9)
+    limits = []
+    for _ in range(20 * LONGER):
+        scores, _ = lens.predicted_versus_actual(
+            *draw((40, 1, (0.9999, 0.5), 8, 0.003, False), r, jitter=0.003), 0
+        )
+        row = scores[(scores.scale == "signed") & (scores.predictor == "attribution_a")].iloc[0]
+        assert row.spearman > 0.99
+        limits.append(row.ci_lo)
+    record("Spearman near 1", "40 features", lowest_limit=min(limits), n_sim=len(limits))
+    assert min(limits) > 0.95
 
 
 def test_no_interval_below_eight_clusters(two_predictors):
