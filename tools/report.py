@@ -373,7 +373,7 @@ def efas(run: Run) -> list[Exhibit]:
     # A row a predictor, dose (eps) and scale: Spearman with what the intervention did.
     predictors = run.table(f"{folder}/predictors.csv")
     small = predictors[
-        (predictors.scale == "signed") & predictors.predictor.isin(["attribution", "efas_a"])
+        (predictors.scale == "signed") & predictors.predictor.isin(["attribution_a", "efas_a"])
     ]
     # The smallest intervention: only there is a first-order prediction meant to hold.
     small = small[small.eps == small.eps.min()]
@@ -388,7 +388,7 @@ def efas(run: Run) -> list[Exhibit]:
         csv=f"{folder}/predictors.csv",
         reading=f"Spearman with the energy change of a small ablation: {'; '.join(told)}.",
         n=f"{int(small.n_features.iloc[0])} features, {n}",
-        interval="95 % bootstrap over sequences and features",
+        interval="95 % jackknife over sequences and clusters of features",
         null="a random predictor (same CSV)",
         command=command,
     )
