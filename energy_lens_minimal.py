@@ -3738,7 +3738,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--permutations", type=count, help=orders)
     directions = (
         "covariance-matched random directions a layer: of m features, 40 m / directions must lie "
-        "beyond all before one passes by counting; a fitted tail reaches 100 times further"
+        "beyond all before one passes by counting; a fitted tail reaches 10 times further"
     )
     group.add_argument("--directions", type=count, help=directions)
     ablated = "features that are ablated, half of them aligned"

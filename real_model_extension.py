@@ -1492,7 +1492,7 @@ def add_statistics_flags(parser: argparse.ArgumentParser) -> None:
     orders = "Monte Carlo permutations of sequences (p_mc, p_maxt; p_token is exact moments)"
     add("--permutations", type=count, help=orders)
     directions = "covariance-matched random directions a block: of m features, 40 m / directions "
-    directions += "must lie beyond all before one passes by counting; a fitted tail reaches 100 "
+    directions += "must lie beyond all before one passes by counting; a fitted tail reaches 10 "
     directions += "times further"
     add("--directions", type=count, help=directions)
     add("--intervened", type=count, help=ablated)
