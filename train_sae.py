@@ -2275,7 +2275,8 @@ def draw_depth(table: pd.DataFrame) -> Any:
     layers = sorted(table["layer"].unique())
     labels = ["L0: active latents a token", "FVU: share of the variance not explained"]
     for ax, label in zip(axes, labels, strict=True):
-        ax.set(xlabel="layer", ylabel=label, xticks=layers, ylim=(0, None))
+        highest = ax.get_ylim()[1]  # of values that may be alike, so the margin is small beside 0
+        ax.set(xlabel="layer", ylabel=label, xticks=layers, ylim=(0, 1.05 * highest))
     axes[0].legend(fontsize=8)
     splits = " and ".join(sorted(table["split"].unique()))
     title = f"Sparsity and reconstruction error by depth, held-out documents of the {splits} split"
