@@ -2365,12 +2365,14 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, Any]:
 
 
 def multiplies_bfloat16_fast(device_name: str) -> bool:
-    """Whether the hardware has bfloat16 products; elsewhere they are emulated, and slower."""
+    """Whether the hardware has bfloat16 products, and torch may use them (ATEN_CPU_CAPABILITY can
+    forbid it); elsewhere they are emulated, and slower."""
     if device_name == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_name == "cpu":
         features = torch.cpu.get_capabilities()
-        return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+        has_products = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+        return has_products and "AVX512" in torch.backends.cpu.get_cpu_capability()
     return False
 
 
