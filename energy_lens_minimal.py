@@ -59,6 +59,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Before torch: a thread that waits for another leaves its core to whoever needs it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pandas as pd
 import torch
@@ -2980,7 +2983,11 @@ def run(args: argparse.Namespace) -> int:
     keep_memory()
     with run_record(args.save_dir, args) as record:
         texts = documents(args.corpus, args.cache_dir)
-        res, _ = run_all(args, build_corpus(texts, args.sequences, args.seed))
+        corpus = build_corpus(texts, args.sequences, args.seed)
+        some = corpus.train[:32]
+        et = untrained(corpus, args.seed)
+        choose_threads(lambda: descend(et, some, 6, args.step_size), args.threads)
+        res, _ = run_all(args, corpus)
         cost = cost_line(clock)
         save_tables(res.tables, args.save_dir)
         title = "Energy-Lens on an Energy Transformer"
@@ -3750,6 +3757,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("runtime")
     group.add_argument("--seed", type=int, default=42, help="seed of NumPy and torch")
+    add_threads_flag(group)
     group.add_argument("--overwrite", action="store_true", help="replace existing output")
     cache = os.environ.get("JANUS_CACHE", "~/.cache/janus_arc")
     group.add_argument("--cache_dir", default=cache, help="folder of the text cache")
@@ -3838,6 +3846,46 @@ def keep_memory() -> None:
 
 
 # <<< shared: memory
+
+
+# >>> shared: threads ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+def choose_threads(step: Callable[[], object], wanted: int | None, n: int = 3) -> float:
+    """Sets the number of threads that torch computes with -> seconds of one `step`, mean of n.
+
+    `wanted` threads; else one, or all that torch may use, whichever is faster now. Threads that
+    share a step wait for one another: where another program has a core, all wait for that core.
+    Several processes may call this together: each takes as many steps.
+    """
+    step()  # touches its memory for the first time
+    most = torch.get_num_threads()  # a core each, or OMP_NUM_THREADS
+    torch.set_num_threads(wanted or most)
+    seconds = seconds_of(step, n)
+    if wanted or most == 1:
+        return seconds
+    torch.set_num_threads(1)
+    seconds_alone = seconds_of(step, n)
+    # Sums round differently with another number of threads, so it should not change by chance
+    if seconds_alone <= 1.1 * seconds:
+        return seconds_alone
+    torch.set_num_threads(most)
+    return seconds
+
+
+def seconds_of(step: Callable[[], object], n: int = 3) -> float:
+    """Mean seconds of n calls."""
+    start = time.perf_counter()
+    for _ in range(n):
+        step()
+    return (time.perf_counter() - start) / n
+
+
+def add_threads_flag(group: Any) -> None:
+    """Adds --threads to a parser or a group of flags."""
+    about = "threads of torch on the CPU; not given: one or all, whichever is faster at the start"
+    group.add_argument("--threads", type=positive(int), help=about)
+
+
+# <<< shared: threads
 
 
 # >>> shared: files ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix

@@ -67,6 +67,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+# Before torch: a thread that waits for another leaves its core to whoever needs it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pandas as pd
 import torch
@@ -782,8 +785,16 @@ def harvest(
     dumps = open_partial_dumps(args, layers if left else [])
 
     n_left = sum(int(bounds[block + 1] - bounds[block]) for block in left)  # windows
-    n_done = 0  # windows
-    start = time.perf_counter()
+    if left:
+        first = bounds[left[0]]
+        some = windows[first : first + args.batch_size]
+
+        def one_batch() -> None:  # the first that will be written, to where it belongs
+            write_batch(args, model, data, autocast, dumps, some, first)
+
+        minutes = choose_threads(one_batch, args.threads, n=1) * n_left / len(some) / 60
+        where = f"layers {layers}, site {args.site}, on {model.embedding.weight.device}"
+        print(f"time: about {minutes:.1f} min for {where}", flush=True)
     with tqdm(total=n_left * data.seq_len, unit="tok", unit_scale=True, disable=None) as bar:
         for block in left:
             sums: dict[str, Any] = {}  # "<sum>.<layer>", of this block
@@ -792,11 +803,6 @@ def harvest(
                 found = write_batch(args, model, data, autocast, dumps, windows[first:end], first)
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + value
-                if n_done == 0:  # the first batch is the slowest
-                    minutes = (time.perf_counter() - start) * n_left / (end - first) / 60
-                    where = f"layers {layers}, site {args.site}, on {model.embedding.weight.device}"
-                    bar.write(f"time: at most about {minutes:.1f} min for {where}")
-                n_done += end - first
                 bar.update((end - first) * data.seq_len)
             # The rows are on the disk before the sums say that they are
             for dump in dumps.values():
@@ -1343,6 +1349,7 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=42, help="seed of Python, NumPy and torch")
     group.add_argument("--device", choices=devices, default="auto", help="where to compute")
     group.add_argument("--dtype", choices=dtypes, default="auto", help=dtype_help)
+    add_threads_flag(group)
     group.add_argument("--overwrite", action="store_true", help="replace existing output")
     group.add_argument("--cache_dir", default=cache, help="folder of the token cache")
     group.add_argument("--skip_probe", action="store_true", help=probe_help)
@@ -1414,6 +1421,46 @@ def keep_memory() -> None:
 
 
 # <<< shared: memory
+
+
+# >>> shared: threads ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+def choose_threads(step: Callable[[], object], wanted: int | None, n: int = 3) -> float:
+    """Sets the number of threads that torch computes with -> seconds of one `step`, mean of n.
+
+    `wanted` threads; else one, or all that torch may use, whichever is faster now. Threads that
+    share a step wait for one another: where another program has a core, all wait for that core.
+    Several processes may call this together: each takes as many steps.
+    """
+    step()  # touches its memory for the first time
+    most = torch.get_num_threads()  # a core each, or OMP_NUM_THREADS
+    torch.set_num_threads(wanted or most)
+    seconds = seconds_of(step, n)
+    if wanted or most == 1:
+        return seconds
+    torch.set_num_threads(1)
+    seconds_alone = seconds_of(step, n)
+    # Sums round differently with another number of threads, so it should not change by chance
+    if seconds_alone <= 1.1 * seconds:
+        return seconds_alone
+    torch.set_num_threads(most)
+    return seconds
+
+
+def seconds_of(step: Callable[[], object], n: int = 3) -> float:
+    """Mean seconds of n calls."""
+    start = time.perf_counter()
+    for _ in range(n):
+        step()
+    return (time.perf_counter() - start) / n
+
+
+def add_threads_flag(group: Any) -> None:
+    """Adds --threads to a parser or a group of flags."""
+    about = "threads of torch on the CPU; not given: one or all, whichever is faster at the start"
+    group.add_argument("--threads", type=positive(int), help=about)
+
+
+# <<< shared: threads
 
 
 # >>> shared: files ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix

@@ -60,6 +60,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+# Before torch: a thread that waits for another leaves its core to whoever needs it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pandas as pd
 import torch
@@ -710,6 +713,7 @@ MAY_CHANGE_ON_RESUME = {
     "skip_probe",
     "save_interval",
     "preset",
+    "threads",
 }
 
 
@@ -797,6 +801,9 @@ def resume(training: Training) -> None:
         if now != then:
             fact = f"--resume would change --{name} from {then} to {now}"
             raise HandoffError(f"{fact}; give the same arguments, or start in another --save_dir")
+    if args.threads is None:  # as many as before: with others, sums round differently
+        producer = json.loads(sidecar_path(finished[-1]).read_text(encoding="utf-8"))["producer"]
+        torch.set_num_threads(producer["hardware"]["threads"])
     training.model.load_state_dict(saved.state_dict())
     training.optimizer.load_state_dict(ckpt["optimizer"])
     training.pressure.load_state_dict(ckpt["pressure"])
@@ -888,18 +895,15 @@ def prepare(args: argparse.Namespace) -> Training:
     return Training(args, model, optimizer, pressure, train, validation, device, autocast, facts)
 
 
-def compile_where_it_pays(training: Training) -> None:
-    """torch.compile of blocks and loss, by --compile; auto: on a GPU, and on a CPU with a
-    compiler where the run has minutes of work."""
+def pays_to_compile(training: Training) -> bool:
+    """Whether torch.compile is used, by --compile; auto: on a GPU, and on a CPU with a compiler
+    where the run has minutes of work."""
     args = training.args
-    model = training.model
-    _, n_inner = model.n_params()
+    _, n_inner = training.model.n_params()
     # 2 FLOPs a parameter and token forward, 4 backward
     flops = 6 * n_inner * args.steps * tokens_per_step(args)
     pays = training.device.type == "cuda" or (shutil.which("c++") is not None and flops > 1e13)
-    if args.compile == "on" or (args.compile == "auto" and pays):
-        for module in (*model.blocks, model.loss):
-            module.compile()
+    return args.compile == "on" or (args.compile == "auto" and pays)
 
 
 def announce(training: Training) -> None:
@@ -913,18 +917,23 @@ def announce(training: Training) -> None:
     # Three checkpoints, a temporary and the final one, each of float32 weights and two moments
     n_bytes = 5 * 12 * n_total
     need_disk(args.save_dir, n_bytes)
-    compile_where_it_pays(training)
 
     # The same window over and over: only its time matters
-    with torch.random.fork_rng():
-        x, y = training.train.batch(np.zeros(args.batch_size, np.int64))
-        batches = [(x.to(training.device), y.to(training.device))]
-        weights = torch.ones(args.n_layers, device=training.device)
-        for _ in range(2):  # the first one compiles, and touches its memory for the first time
-            start = time.perf_counter()
-            training_step(model, batches, weights, args, training.autocast, measure=True)
-            seconds = time.perf_counter() - start
+    x, y = training.train.batch(np.zeros(args.batch_size, np.int64))
+    batches = [(x.to(training.device), y.to(training.device))]
+    weights = torch.ones(args.n_layers, device=training.device)
+
+    def step() -> None:
+        training_step(model, batches, weights, args, training.autocast, measure=True)
         model.zero_grad(set_to_none=True)
+
+    with torch.random.fork_rng():
+        seconds = choose_threads(step, args.threads)
+        if pays_to_compile(training):
+            for module in (*model.blocks, model.loss):
+                module.compile()
+            step()  # compiles
+            seconds = seconds_of(step)
 
     # What is trained, on what, and what it will take
     dtype = "bfloat16" if training.autocast._enabled else "float32"
@@ -1379,6 +1388,7 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=42, help="seed of Python, NumPy and torch")
     group.add_argument("--device", choices=devices, default="auto", help="where to compute")
     group.add_argument("--dtype", choices=dtypes, default="auto", help=dtype_help)
+    add_threads_flag(group)
     group.add_argument("--overwrite", action="store_true", help="replace existing output")
     group.add_argument("--cache_dir", default=cache, help="folder of the token cache")
     group.add_argument("--skip_probe", action="store_true", help=probe_help)
@@ -1450,6 +1460,46 @@ def keep_memory() -> None:
 
 
 # <<< shared: memory
+
+
+# >>> shared: threads ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+def choose_threads(step: Callable[[], object], wanted: int | None, n: int = 3) -> float:
+    """Sets the number of threads that torch computes with -> seconds of one `step`, mean of n.
+
+    `wanted` threads; else one, or all that torch may use, whichever is faster now. Threads that
+    share a step wait for one another: where another program has a core, all wait for that core.
+    Several processes may call this together: each takes as many steps.
+    """
+    step()  # touches its memory for the first time
+    most = torch.get_num_threads()  # a core each, or OMP_NUM_THREADS
+    torch.set_num_threads(wanted or most)
+    seconds = seconds_of(step, n)
+    if wanted or most == 1:
+        return seconds
+    torch.set_num_threads(1)
+    seconds_alone = seconds_of(step, n)
+    # Sums round differently with another number of threads, so it should not change by chance
+    if seconds_alone <= 1.1 * seconds:
+        return seconds_alone
+    torch.set_num_threads(most)
+    return seconds
+
+
+def seconds_of(step: Callable[[], object], n: int = 3) -> float:
+    """Mean seconds of n calls."""
+    start = time.perf_counter()
+    for _ in range(n):
+        step()
+    return (time.perf_counter() - start) / n
+
+
+def add_threads_flag(group: Any) -> None:
+    """Adds --threads to a parser or a group of flags."""
+    about = "threads of torch on the CPU; not given: one or all, whichever is faster at the start"
+    group.add_argument("--threads", type=positive(int), help=about)
+
+
+# <<< shared: threads
 
 
 # >>> shared: files ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix

@@ -43,6 +43,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Before torch: a thread that waits for another leaves its core to whoever needs it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pandas as pd
 import torch
@@ -1181,6 +1184,9 @@ def run(args: argparse.Namespace) -> int:
         with rank_0_first():  # it fills the cache
             analyzer = EnergyLensAnalyzer(cfg)
             lens.documents(cfg.corpus, cfg.cache_dir)
+        if analyzer.lm:
+            some = torch.zeros(8, cfg.seq_len, dtype=torch.int64)  # token ids
+            lens.choose_threads(lambda: analyzer.lm.run(some), args.threads)
         results = analyzer.run_comprehensive_analysis(texts)
         if rank:
             return 0
@@ -1500,8 +1506,10 @@ def add_statistics_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Seed, cache, and what may be replaced."""
-    add = parser.add_argument_group("runtime").add_argument
+    group = parser.add_argument_group("runtime")
+    add = group.add_argument
     add("--seed", type=int, help="seed of NumPy and torch")
+    lens.add_threads_flag(group)
     add("--overwrite", action="store_true", help="replace existing output")
     add("--cache_dir", help="folder of the text cache")
     lens.add_version_flag(parser)

@@ -64,6 +64,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+# Before torch: a thread that waits for another leaves its core to whoever needs it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import pandas as pd
 import safetensors.torch
@@ -1562,7 +1565,7 @@ MAY_DIFFER = [
     "runs", "activations_dir", "layers", "site", "unit",  # hash of the dump and head stand for them
     "model_path", "skip_probe", "eval_tokens",  # only measure
     "save_dir", "save_interval", "tensorboard", "overwrite", "resume", "redraw", "cache_dir",
-    "device", "int8",  # dtype says int8, too
+    "device", "threads", "int8",  # dtype says int8, too
     "preset", "tokens", "epochs",  # the sizes and steps that they stand for are there
 ]
 # fmt: on
@@ -1703,18 +1706,14 @@ def check_fast_step(job: Job, device: torch.device) -> None:
 
 
 def announce_cost(jobs: list[Job], device: torch.device) -> None:
-    """Prints sizes and cost, measured on three steps that leave no trace; refuses to start if the
-    disk is too small."""
+    """Prints sizes and cost, measured on steps that leave no trace, and sets the number of threads;
+    refuses to start if the disk is too small."""
     a, dump = jobs[0].args, jobs[0].dump
     architecture = ARCHITECTURES[a.arch]
     n_saes = len(jobs)
     d_in = dump.array.shape[1]
     trainer = Trainer(a, torch.zeros(d_in), math.sqrt(d_in), device, a.plain)
-    seconds = 0.0  # of the last of them: the first ones are slower
-    for _ in range(3):
-        start = time.perf_counter()
-        trainer.step(dump.batch(0, a.batch_size, a.seed))
-        seconds = time.perf_counter() - start
+    seconds = choose_threads(lambda: trainer.step(dump.batch(0, a.batch_size, a.seed)), a.threads)
     n_here = math.ceil(n_saes / rank_and_world()[1])
     # Measuring an SAE takes about as long as training it on as many tokens
     firing = dump.mixture(FIRING_TOKENS)
@@ -1840,6 +1839,7 @@ def training_state(job: Job, trainer: Trainer) -> dict[str, Any]:
         "idle": trainer.idle,
         "tau": trainer.cut,
         "optimizer": trainer.optimizer.state_dict(),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -1892,6 +1892,9 @@ def resume_sae(job: Job, device: torch.device) -> Trainer | None:
         change = first_change(job, state["trajectory"])
         if not change:
             restore(trainer, state)
+            if job.args.threads is None and "threads" in state:
+                # as many as before: with others, sums round differently
+                torch.set_num_threads(state["threads"])
     except Exception as e:  # torch raises many types for a damaged file
         fact = f"{path} cannot be read ({str(e).strip()[:100]})"
         raise HandoffError(f"{fact}; train anew with --overwrite") from None
@@ -2499,6 +2502,7 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=42, help="seed of Python, NumPy and torch")
     group.add_argument("--device", choices=devices, default="auto", help="where to compute")
     group.add_argument("--dtype", choices=dtypes, default="auto", help=dtype_help)
+    add_threads_flag(group)
     group.add_argument("--overwrite", action="store_true", help="replace existing output")
     group.add_argument("--cache_dir", default=cache, help="folder of the token cache")
     group.add_argument("--skip_probe", action="store_true", help=probe_help)
@@ -2570,6 +2574,46 @@ def keep_memory() -> None:
 
 
 # <<< shared: memory
+
+
+# >>> shared: threads ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+def choose_threads(step: Callable[[], object], wanted: int | None, n: int = 3) -> float:
+    """Sets the number of threads that torch computes with -> seconds of one `step`, mean of n.
+
+    `wanted` threads; else one, or all that torch may use, whichever is faster now. Threads that
+    share a step wait for one another: where another program has a core, all wait for that core.
+    Several processes may call this together: each takes as many steps.
+    """
+    step()  # touches its memory for the first time
+    most = torch.get_num_threads()  # a core each, or OMP_NUM_THREADS
+    torch.set_num_threads(wanted or most)
+    seconds = seconds_of(step, n)
+    if wanted or most == 1:
+        return seconds
+    torch.set_num_threads(1)
+    seconds_alone = seconds_of(step, n)
+    # Sums round differently with another number of threads, so it should not change by chance
+    if seconds_alone <= 1.1 * seconds:
+        return seconds_alone
+    torch.set_num_threads(most)
+    return seconds
+
+
+def seconds_of(step: Callable[[], object], n: int = 3) -> float:
+    """Mean seconds of n calls."""
+    start = time.perf_counter()
+    for _ in range(n):
+        step()
+    return (time.perf_counter() - start) / n
+
+
+def add_threads_flag(group: Any) -> None:
+    """Adds --threads to a parser or a group of flags."""
+    about = "threads of torch on the CPU; not given: one or all, whichever is faster at the start"
+    group.add_argument("--threads", type=positive(int), help=about)
+
+
+# <<< shared: threads
 
 
 # >>> shared: files ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
