@@ -928,15 +928,15 @@ def announce_cost(
     def one_batch() -> None:
         measure_arm(some_windows, args.mode[:1], [middle], precision)
 
-    seconds = choose_threads(one_batch, args.threads, n=1)
+    seconds = choose_threads(one_batch, args.threads, n=2)
 
     _, world = rank_and_world()
     n_passes = len(list_passes(args.mode, args.resample_draws))
     n_batches = len(windows) / len(some_windows) / world
-    minutes = seconds / 60 * n_passes * len(args.layers) * n_batches
+    time_left = duration(seconds * n_passes * len(args.layers) * n_batches)
     heads = f"{len(args.layers) * cfg.n_heads} heads x {n_passes} passes"
     size = f"{len(windows)} sequences of {cfg.seq_len} tokens"
-    print(f"{name}: {heads} over {size}: at most about {minutes:.1f} min here", flush=True)
+    print(f"{name}: {heads} over {size}: about {time_left} here", flush=True)
 
 
 def load_arms(args: argparse.Namespace, device: torch.device) -> dict[str, Arm]:
@@ -1765,6 +1765,11 @@ def seconds_of(step: Callable[[], object], n: int = 3) -> float:
     for _ in range(n):
         step()
     return (time.perf_counter() - start) / n
+
+
+def duration(seconds: float) -> str:
+    """A time for people, such as 12 s or 3.4 min."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 def add_threads_flag(group: Any) -> None:

@@ -3879,6 +3879,11 @@ def seconds_of(step: Callable[[], object], n: int = 3) -> float:
     return (time.perf_counter() - start) / n
 
 
+def duration(seconds: float) -> str:
+    """A time for people, such as 12 s or 3.4 min."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
 def add_threads_flag(group: Any) -> None:
     """Adds --threads to a parser or a group of flags."""
     about = "threads of torch on the CPU; not given: one or all, whichever is faster at the start"

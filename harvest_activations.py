@@ -792,9 +792,9 @@ def harvest(
         def one_batch() -> None:  # the first that will be written, to where it belongs
             write_batch(args, model, data, autocast, dumps, some, first)
 
-        minutes = choose_threads(one_batch, args.threads, n=1) * n_left / len(some) / 60
+        seconds = choose_threads(one_batch, args.threads, n=1) * n_left / len(some)
         where = f"layers {layers}, site {args.site}, on {model.embedding.weight.device}"
-        print(f"time: about {minutes:.1f} min for {where}", flush=True)
+        print(f"time: about {duration(seconds)} for {where}", flush=True)
     with tqdm(total=n_left * data.seq_len, unit="tok", unit_scale=True, disable=None) as bar:
         for block in left:
             sums: dict[str, Any] = {}  # "<sum>.<layer>", of this block
@@ -1452,6 +1452,11 @@ def seconds_of(step: Callable[[], object], n: int = 3) -> float:
     for _ in range(n):
         step()
     return (time.perf_counter() - start) / n
+
+
+def duration(seconds: float) -> str:
+    """A time for people, such as 12 s or 3.4 min."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 def add_threads_flag(group: Any) -> None:

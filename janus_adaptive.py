@@ -942,10 +942,14 @@ def announce(training: Training) -> None:
     text = training.train.description
     vocabulary = f"tokenizer {text['tokenizer_hash']}, {model.cfg.vocab_size:,} kinds"
     print(f"data: {text['dataset_key']}, {text['n_tokens']:,} training tokens; {vocabulary}")
-    minutes = seconds * args.steps * args.grad_accum / rank_and_world()[1] / 60
+    # A validation only goes forward: a third of a step for as many tokens
+    n_checks = len({*range(args.val_interval, args.steps, args.val_interval), args.steps})
+    split = training.validation.n_windows * training.validation.seq_len  # tokens
+    n_steps = args.steps * args.grad_accum + n_checks * split / x.numel() / 3  # of one micro-batch
+    time_left = duration(seconds * n_steps / rank_and_world()[1])
     work = f"{args.steps} steps, {args.steps * tokens_per_step(args):,} tokens"
     disk = f"up to {n_bytes / 1e9:.2f} GB in {args.save_dir}"
-    print(f"cost: {work}, about {minutes:.1f} min; {disk}", flush=True)
+    print(f"cost: {work}, about {time_left}; {disk}", flush=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -1491,6 +1495,11 @@ def seconds_of(step: Callable[[], object], n: int = 3) -> float:
     for _ in range(n):
         step()
     return (time.perf_counter() - start) / n
+
+
+def duration(seconds: float) -> str:
+    """A time for people, such as 12 s or 3.4 min."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 def add_threads_flag(group: Any) -> None:

@@ -1718,7 +1718,7 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
     # Measuring an SAE takes about as long as training it on as many tokens
     firing = dump.mixture(FIRING_TOKENS)
     n_measured = a.eval_tokens + len(firing) * dump.seq_len
-    minutes = seconds * (a.steps + n_measured / a.batch_size) * n_here / 60
+    time_left = duration(seconds * (a.steps + n_measured / a.batch_size) * n_here)
 
     n_latents = a.expansion * d_in
     weights = 8 * n_latents * d_in  # bytes of W_enc and W_dec
@@ -1734,7 +1734,7 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
     what = f"{n_saes} SAE{'s' * (n_saes > 1)} ({a.arch}, of a {a.unit})"
     where = f"on {device} in {a.dtype}, preset {a.preset}"
     print(f"{what}: D = {d_in}, F = {n_latents}, {where}")
-    tokens = f"{a.tokens:,} tokens in {a.steps} steps each, about {minutes:.1f} min in all"
+    tokens = f"{a.tokens:,} tokens in {a.steps} steps each, about {time_left} in all"
     disk = f"{weights * copies * n_saes / 1e9:.2f} GB in {a.save_dir}"
     print(f"cost: {tokens}; {disk}, about {memory / 1e9:.1f} GB of memory", flush=True)
     print(
@@ -2605,6 +2605,11 @@ def seconds_of(step: Callable[[], object], n: int = 3) -> float:
     for _ in range(n):
         step()
     return (time.perf_counter() - start) / n
+
+
+def duration(seconds: float) -> str:
+    """A time for people, such as 12 s or 3.4 min."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 def add_threads_flag(group: Any) -> None:
