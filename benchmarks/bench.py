@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import ROOT, SKIPPED, Row, race, rates, skip, without_peers
+from harness import ROOT, SKIPPED, Row, bfloat16_is_fast, race, rates, skip, without_peers
 from race_ablation import ablation
 from race_energy import gradients, nulls
 from race_harvest import harvest
@@ -56,7 +56,11 @@ def matrix_products(n: int, seconds: float) -> list[Row]:
         out = torch.randn(n, n).to(dtype)  # made once: allocating is no part of a product
         return lambda: torch.mm(a, b, out=out)
 
-    calls = {"bfloat16": product(torch.bfloat16), "float32": product(torch.float32)}
+    calls = {"float32": product(torch.float32)}
+    if bfloat16_is_fast():
+        calls = {"bfloat16": product(torch.bfloat16), **calls}
+    else:
+        skip("matrix products in bfloat16", "emulated here")
     flops = 2 * n**3  # a multiplication and an addition each
     shape = f"{n} x {n} x {n}"
     return rates("machine", "matrix product", shape, race(calls, seconds), flops / 1e9, "GFLOP/s")

@@ -216,9 +216,11 @@ def breakdown(call: Callable[[], Any], kinds: dict[str, tuple[str, ...]]) -> dic
 
 
 def bfloat16_is_fast() -> bool:
-    """Whether the scripts would multiply in bfloat16 here."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    """Whether the scripts would multiply in bfloat16 here. Elsewhere its products are emulated: they
+    take minutes, and nobody would use them."""
+    import janus_adaptive as janus
+
+    return janus.multiplies_bfloat16_fast("cpu")
 
 
 def autocast(on: bool = True) -> Any:

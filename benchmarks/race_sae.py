@@ -207,11 +207,13 @@ def lens_calls(shape: SAEShape, data: list[Tensor]) -> Calls:
 
         return step
 
-    return {
-        "SAELens, topk, float32": variant("topk", low=False),
-        "SAELens, topk, bfloat16 autocast": variant("topk", low=True),
-        "SAELens, batchtopk, bfloat16 autocast": variant("batchtopk", low=True),
-    }
+    calls = {"SAELens, topk, float32": variant("topk", low=False)}
+    if bfloat16_is_fast():
+        calls["SAELens, topk, bfloat16 autocast"] = variant("topk", low=True)
+        calls["SAELens, batchtopk, bfloat16 autocast"] = variant("batchtopk", low=True)
+    else:
+        calls["SAELens, batchtopk, float32"] = variant("batchtopk", low=False)
+    return calls
 
 
 def other_calls(shape: SAEShape, data: list[Tensor]) -> Calls:

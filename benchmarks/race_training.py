@@ -221,14 +221,16 @@ def our_calls(model: janus.NewGPT, shape: TrainingShape, data: Batches) -> Calls
 def peer_calls(model: nn.Module, shape: TrainingShape, data: Batches, backend: str) -> Calls:
     """A step of transformers' model in each of the ways that its users have."""
     loop = PlainLoop(model, same_optimizer(model, shape.arguments()))
-    calls: Calls = {
-        "transformers, float32": lambda: loop.step(model, *next(data), low=False),
-        "transformers, bfloat16 autocast": lambda: loop.step(model, *next(data), low=True),
-    }
+    calls: Calls = {"transformers, float32": lambda: loop.step(model, *next(data), low=False)}
+    low = bfloat16_is_fast()
+    precision = "bfloat16 autocast" if low else "float32"
+    if low:
+        name = "transformers, bfloat16 autocast"
+        calls[name] = lambda: loop.step(model, *next(data), low=True)
     if has_compiler():
         compiled = torch.compile(model, backend=backend)
-        name = "transformers, bfloat16 autocast, torch.compile"
-        calls[name] = lambda: loop.step(compiled, *next(data), low=True)
+        name = f"transformers, {precision}, torch.compile"
+        calls[name] = lambda: loop.step(compiled, *next(data), low=low)
     else:
         skip("transformers, torch.compile", "no C++ compiler; apt-get install g++")
     return calls

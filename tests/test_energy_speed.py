@@ -1,6 +1,5 @@
-"""Both token nulls of 2,048 features x 10,000 tokens x 10,000 permutations: 5 s on two cores, beside scipy on the same features."""
-
-import time
+"""Both token nulls at full size, 2,048 features x 10,000 tokens x 10,000 permutations, beside scipy
+on two of the features. How fast they are is for benchmarks/ to say."""
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from scipy import stats
 import energy_lens_minimal as lens
 
 
-def test_nulls_are_fast_and_agree_with_scipy():
+def test_nulls_agree_with_scipy_at_full_size():
     g = torch.Generator().manual_seed(0)
     n_seq, length, k, n_perm = 313, 32, 2048, 10_000
     f = (torch.rand(n_seq, length, k, generator=g) < 0.01) * torch.rand(
@@ -18,16 +17,13 @@ def test_nulls_are_fast_and_agree_with_scipy():
     a = torch.randn(n_seq, length, k, generator=g)
     strata = torch.zeros(n_seq)
     perms = lens.permutations(strata, n_perm, np.random.default_rng(0))
-    wall, start = time.perf_counter(), time.process_time()
     moments = lens.seqperm_moments(f, a, strata)
     t = lens.seqperm_mc(f, a, perms)
-    cpu, wall = time.process_time() - start, time.perf_counter() - wall
     p_exact = 2 * torch.special.ndtr(-moments.z_of(moments.observed).abs())
     reached = (t - moments.mean).abs() >= (moments.observed - moments.mean).abs()
     p_mc = (1 + reached.sum(0)) / (1 + n_perm)
 
-    few, start = 2, time.process_time()
-    for i in range(few):  # scipy permutes the sequences of one feature
+    for i in range(2):  # scipy permutes the sequences of one feature
         fi, table = f[..., i].numpy(), a[..., i].numpy()
 
         def statistic(order, axis=-1, fi=fi, table=table):
@@ -45,9 +41,3 @@ def test_nulls_are_fast_and_agree_with_scipy():
         assert (
             abs(done.pvalue - p_mc[i].item()) < 0.03 and abs(done.pvalue - p_exact[i].item()) < 0.03
         )
-    scipy_cpu = (time.process_time() - start) / few * k
-    size = f"{k} features x {n_seq * length} tokens x {n_perm} permutations"
-    print(
-        f"\n{size}: {cpu:.1f} CPU s ({wall:.1f} s); scipy: {scipy_cpu:.0f} CPU s; ratio {scipy_cpu / cpu:.0f}"
-    )
-    assert cpu < 10 and scipy_cpu / cpu > 20
