@@ -338,7 +338,7 @@ def test_the_interval_of_a_mean_over_features_covers_it(law, n):
         means = r.standard_normal(n) if law == "normal" else r.lognormal(0, 0.7, n)
         true = 0.0 if law == "normal" else math.exp(0.7**2 / 2)
         values = pd.Series(np.repeat(means, 3) + 0.3 * r.standard_normal(3 * n))
-        interval = lens.bootstrap_mean(values, pd.Series(np.repeat(np.arange(n), 3)), seed)
+        interval = lens.bootstrap_mean(values, pd.Series(np.repeat(np.arange(n), 3)))
         covered.append(interval.lo <= true <= interval.hi)
     coverage, n_sim = np.mean(covered), len(covered)
     record("bootstrap_mean", f"{law}, {n} features", coverage=coverage, n_sim=n_sim)
