@@ -3168,6 +3168,8 @@ def draw_dose(clamps: pd.DataFrame, path: Path) -> None:
                 for _, at_dose in rows.groupby("dose"):
                     means.append(bootstrap_mean(at_dose[outcome], at_dose.cluster))
                 band = pd.DataFrame(means)  # a row a dose: mean, lo, hi
+                if outcome != "attractor_shift":  # a rate, also where no sample bounds it
+                    band = band.clip(0, 1)
                 ax.plot(doses, band["mean"], style, color=colour, label=arm, markersize=4)
                 ax.fill_between(doses, band.lo, band.hi, color=colour, alpha=0.2)
             ax.set(xlabel="clamp (multiple of mean activation)", ylabel=label)
