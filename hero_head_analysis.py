@@ -212,9 +212,17 @@ def interval(text: Text, numerator: Any, denominator: Any = 1.0, tests: int = 1)
     documents, place = np.unique(text.documents[measured], return_inverse=True)
     num = np.bincount(place, num[measured], len(documents))  # [n], of each document
     den = np.bincount(place, den[measured], len(documents))  # [n]
-    value, low, high = ratio_of_sums(num, den, MIN_DOCUMENTS, tests)
-    n_windows = int(measured.sum())
-    return Interval(value, low, high, len(documents), "document", n_windows, text.split, tests)
+    ratio = ratio_of_sums(num, den, MIN_DOCUMENTS, tests)
+    return Interval(
+        value=ratio.value,
+        ci_low=ratio.low,
+        ci_high=ratio.high,
+        n=len(documents),
+        unit="document",
+        sequences=int(measured.sum()),
+        split=text.split,
+        tests=tests,
+    )
 
 
 @dataclass
@@ -3299,11 +3307,18 @@ N_BOOTSTRAP = 10_000  # resamples behind every interval of a ratio
 MOST_COUNTS = 2**23  # of units in them, if those are 1,000 or more
 
 
-def ratio_of_sums(
-    top: np.ndarray, bottom: np.ndarray, least: int, tests: int = 1
-) -> tuple[float, float, float]:
-    """sum(top) / sum(bottom) over n independent units [n], and the ends of its 95 % interval,
-    Bonferroni-corrected for `tests` intervals: nan below `least` units.
+@dataclass
+class Ratio:
+    """A ratio of sums and its 95 % interval."""
+
+    value: float
+    low: float  # nan below the least number of units, infinite where nothing bounds it
+    high: float
+
+
+def ratio_of_sums(top: np.ndarray, bottom: np.ndarray, least: int, tests: int = 1) -> Ratio:
+    """sum(top) / sum(bottom) over n independent units [n], and its 95 % interval from `least` units
+    on, Bonferroni-corrected for `tests` intervals.
 
     The interval holds each ratio r for which top - r bottom has a mean near enough to 0, counted in
     standard errors t (Fieller 1954). How near is the further of two: the bootstrap-t (Hall 1988;
@@ -3316,19 +3331,19 @@ def ratio_of_sums(
         top = -top
         bottom = -bottom
     with np.errstate(divide="ignore", invalid="ignore"):
-        value = top.sum() / bottom.sum()
+        value = float(top.sum() / bottom.sum())
         error = top - value * bottom  # [n], of sum 0
     n = len(top)
     if n < least:
-        return float(value), math.nan, math.nan
+        return Ratio(value, math.nan, math.nan)
     if np.abs(error).max() <= 1e-12 * np.abs(top).max():  # all units are alike
-        return float(value), float(value), float(value)
+        return Ratio(value, value, value)
     tail = 0.025 / tests
     t_low, t_high = np.quantile(bootstrap_t(error), [tail, 1 - tail], method="nearest")
     student = stats.t.ppf(1 - tail, n - 1)
     low = ratio_at(max(t_high, student), top, bottom)  # the larger the ratio, the smaller t
     high = ratio_at(min(t_low, -student), top, bottom)
-    return float(value), float(low), float(high)
+    return Ratio(value, low, high)
 
 
 def bootstrap_t(error: np.ndarray) -> np.ndarray:
@@ -3358,8 +3373,8 @@ def resamples(n: int) -> np.ndarray:
 def ratio_at(t: float, top: np.ndarray, bottom: np.ndarray) -> float:
     """The ratio r at which top - r bottom [n] has a mean of t standard errors: a root of
     a r^2 - 2 b r + c = 0. Infinite where there is none: the mean of bottom is itself too near 0."""
-    side = -np.sign(t)
-    if np.isinf(t):
+    side = -float(np.sign(t))
+    if math.isinf(t):
         return side * math.inf
     covariance = np.cov(top, bottom) / len(top)  # [2, 2], of the two means
     a = bottom.mean() ** 2 - t**2 * covariance[1, 1]
@@ -3367,7 +3382,7 @@ def ratio_at(t: float, top: np.ndarray, bottom: np.ndarray) -> float:
     c = top.mean() ** 2 - t**2 * covariance[0, 0]
     if not a > 0:
         return side * math.inf
-    return (b + side * math.sqrt(max(0.0, b * b - a * c))) / a
+    return float((b + side * math.sqrt(max(0.0, b * b - a * c))) / a)
 
 
 # <<< shared: ratios

@@ -1346,11 +1346,11 @@ def ratio_interval(
     _, unit = np.unique(documents, return_inverse=True)  # [W]
     tops = np.bincount(unit, top)  # [documents]
     bottoms = np.bincount(unit, np.broadcast_to(np.asarray(bottom, float), top.shape))
-    value, low, high = ratio_of_sums(tops, bottoms, LEAST_DOCUMENTS)
+    ratio = ratio_of_sums(tops, bottoms, LEAST_DOCUMENTS)
     bottom_error = math.sqrt(len(bottoms)) * bottoms.std()  # of its sum
-    if abs(bottoms.sum()) < 3 * bottom_error or not math.isfinite(high - low):
-        low = high = math.nan
-    return {name: value, f"{name}_lo": low, f"{name}_hi": high}
+    if abs(bottoms.sum()) < 3 * bottom_error or not math.isfinite(ratio.high - ratio.low):
+        ratio = Ratio(ratio.value, math.nan, math.nan)
+    return {name: ratio.value, f"{name}_lo": ratio.low, f"{name}_hi": ratio.high}
 
 
 @torch.no_grad()
@@ -3168,11 +3168,18 @@ N_BOOTSTRAP = 10_000  # resamples behind every interval of a ratio
 MOST_COUNTS = 2**23  # of units in them, if those are 1,000 or more
 
 
-def ratio_of_sums(
-    top: np.ndarray, bottom: np.ndarray, least: int, tests: int = 1
-) -> tuple[float, float, float]:
-    """sum(top) / sum(bottom) over n independent units [n], and the ends of its 95 % interval,
-    Bonferroni-corrected for `tests` intervals: nan below `least` units.
+@dataclass
+class Ratio:
+    """A ratio of sums and its 95 % interval."""
+
+    value: float
+    low: float  # nan below the least number of units, infinite where nothing bounds it
+    high: float
+
+
+def ratio_of_sums(top: np.ndarray, bottom: np.ndarray, least: int, tests: int = 1) -> Ratio:
+    """sum(top) / sum(bottom) over n independent units [n], and its 95 % interval from `least` units
+    on, Bonferroni-corrected for `tests` intervals.
 
     The interval holds each ratio r for which top - r bottom has a mean near enough to 0, counted in
     standard errors t (Fieller 1954). How near is the further of two: the bootstrap-t (Hall 1988;
@@ -3185,19 +3192,19 @@ def ratio_of_sums(
         top = -top
         bottom = -bottom
     with np.errstate(divide="ignore", invalid="ignore"):
-        value = top.sum() / bottom.sum()
+        value = float(top.sum() / bottom.sum())
         error = top - value * bottom  # [n], of sum 0
     n = len(top)
     if n < least:
-        return float(value), math.nan, math.nan
+        return Ratio(value, math.nan, math.nan)
     if np.abs(error).max() <= 1e-12 * np.abs(top).max():  # all units are alike
-        return float(value), float(value), float(value)
+        return Ratio(value, value, value)
     tail = 0.025 / tests
     t_low, t_high = np.quantile(bootstrap_t(error), [tail, 1 - tail], method="nearest")
     student = stats.t.ppf(1 - tail, n - 1)
     low = ratio_at(max(t_high, student), top, bottom)  # the larger the ratio, the smaller t
     high = ratio_at(min(t_low, -student), top, bottom)
-    return float(value), float(low), float(high)
+    return Ratio(value, low, high)
 
 
 def bootstrap_t(error: np.ndarray) -> np.ndarray:
@@ -3227,8 +3234,8 @@ def resamples(n: int) -> np.ndarray:
 def ratio_at(t: float, top: np.ndarray, bottom: np.ndarray) -> float:
     """The ratio r at which top - r bottom [n] has a mean of t standard errors: a root of
     a r^2 - 2 b r + c = 0. Infinite where there is none: the mean of bottom is itself too near 0."""
-    side = -np.sign(t)
-    if np.isinf(t):
+    side = -float(np.sign(t))
+    if math.isinf(t):
         return side * math.inf
     covariance = np.cov(top, bottom) / len(top)  # [2, 2], of the two means
     a = bottom.mean() ** 2 - t**2 * covariance[1, 1]
@@ -3236,7 +3243,7 @@ def ratio_at(t: float, top: np.ndarray, bottom: np.ndarray) -> float:
     c = top.mean() ** 2 - t**2 * covariance[0, 0]
     if not a > 0:
         return side * math.inf
-    return (b + side * math.sqrt(max(0.0, b * b - a * c))) / a
+    return float((b + side * math.sqrt(max(0.0, b * b - a * c))) / a)
 
 
 # <<< shared: ratios
