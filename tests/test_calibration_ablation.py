@@ -147,7 +147,7 @@ def leads(found: list[A.HeadStatistics], mu: np.ndarray) -> np.ndarray:
     ],
 )
 def test_intervals_of_the_first_head_hold_the_truth_in_95_percent(impacts: str, kind: str) -> None:
-    """A low single cell is noise so far: .90 for effective heads in the short run at n = 200 (clear,
+    """A low cell of the short run is noise: .90 for effective heads at n = 200 (clear,
     normal) is .95 in 600 simulations, where the four intervals cover .95 to .99, tied ones too."""
     every = {"crossfit": [], "difference": [], "gap": [], "effective": []}
     unique = []
