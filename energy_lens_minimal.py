@@ -2383,42 +2383,23 @@ class Interval(NamedTuple):
     """A mean and its 95 % interval."""
 
     mean: float
-    lo: float
+    lo: float  # nan below MIN_GROUPS groups, infinite where nothing bounds it
     hi: float
 
 
-def bootstrap_mean(values: pd.Series, groups: pd.Series, seed: int, n: int = 500) -> Interval:
+def bootstrap_mean(values: pd.Series, groups: pd.Series) -> Interval:
     """Mean with its interval over whole groups (sequences, texts, clusters of features), which are
     what is independent."""
     by_group = values.groupby(groups.to_numpy()).agg(["sum", "count"])
-    return bootstrap_ratio(by_group["sum"], by_group["count"], seed, n)
+    return bootstrap_ratio(by_group["sum"], by_group["count"])
 
 
-def bootstrap_ratio(totals: pd.Series, counts: pd.Series, seed: int, n: int = 500) -> Interval:
-    """Sum of `totals` over sum of `counts`, an entry a group [G], and its interval: the bootstrap-t
-    over groups, as percentiles cover too little where groups are few or their tails heavy. NaN
-    below MIN_GROUPS."""
+def bootstrap_ratio(totals: pd.Series, counts: pd.Series) -> Interval:
+    """Sum of `totals` over sum of `counts`, an entry a group [G], and its interval."""
     total = np.asarray(totals, dtype=float)
     count = np.asarray(counts, dtype=float)
-    n_groups = len(total)
-    mean = total.sum() / count.sum()
-    if n_groups < MIN_GROUPS:
-        return Interval(mean, math.nan, math.nan)
-
-    def estimates(times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The ratio and its standard error with each group so many times [n, G]: [n] each."""
-        ratio = times @ total / (times @ count)  # [n]
-        rest = total - ratio[:, None] * count  # [n, G]
-        square = (times * rest**2).sum(1) * n_groups / (n_groups - 1)
-        return ratio, np.sqrt(square) / (times @ count)
-
-    _, error = estimates(np.ones((1, n_groups)))
-    drawn, errors = estimates(bootstrap_counts(n_groups, n, np.random.default_rng(seed)))
-    if error[0] == 0:  # all groups are alike
-        return Interval(mean, mean, mean)
-    t = (drawn - mean)[errors > 0] / errors[errors > 0]
-    t_lo, t_hi = np.quantile(t, [0.025, 0.975])
-    return Interval(mean, mean - t_hi * error[0], mean - t_lo * error[0])
+    ratio = ratio_of_sums(total, count, MIN_GROUPS)
+    return Interval(ratio.value, ratio.low, ratio.high)
 
 
 # ---- the passing features, one by one: what they fire on, and what their ablation does ----
@@ -2456,7 +2437,6 @@ def look_at(
     ids: Tensor,
     decode: Callable[[list[int]], str],
     effects: pd.DataFrame,
-    seed: int,
 ) -> pd.DataFrame:
     """A row a feature of `chosen` (of one layer): what it fires on, by its activation f [S, L, n]
     and the tokens ids [S, L]; and the energy change of its full ablation per active token, with an
@@ -2464,7 +2444,7 @@ def look_at(
     rows = []
     for n, feature in enumerate(chosen.feature):
         own = effects[effects.feature == feature]  # a row a sequence
-        change = bootstrap_ratio(own.energy_change, own.n_active, seed)
+        change = bootstrap_ratio(own.energy_change, own.n_active)
         effect = {"energy_change": change.mean, "ci_lo": change.lo, "ci_hi": change.hi}
         effect["n_seq_ablated"] = len(own)
         rows.append(fired_on(f[..., n], ids, decode) | effect | contexts(f[..., n], ids, decode))
@@ -2895,7 +2875,7 @@ def look_at_passing(study: Study, x: Tensor, b: Tensor, sae: SAE) -> None:
     chosen = passing_and_matched(own, LOOKED_AT, np.random.default_rng(seed))
     removed = ablation_of(study, x[1::2], b[1::2], sae)(chosen, n_seq=24, steps=0, doses=(1.0,))
     f = sae.encode(x, torch.tensor(chosen.feature.to_numpy()))  # [S, L, n]
-    table = look_at(chosen, f, corpus.test, corpus.decode, removed, seed)
+    table = look_at(chosen, f, corpus.test, corpus.decode, removed)
     study.tables["passing_features"] = table
 
 
@@ -3194,8 +3174,10 @@ def draw_dose(clamps: pd.DataFrame, path: Path) -> None:
             for (arm, rows), colour, style in zip(arms, COLOURS, styles, strict=False):
                 means = []
                 for _, at_dose in rows.groupby("dose"):
-                    means.append(bootstrap_mean(at_dose[outcome], at_dose.cluster, 0))
+                    means.append(bootstrap_mean(at_dose[outcome], at_dose.cluster))
                 band = pd.DataFrame(means)  # a row a dose: mean, lo, hi
+                if outcome != "attractor_shift":  # a rate, also where no sample bounds it
+                    band = band.clip(0, 1)
                 ax.plot(doses, band["mean"], style, color=colour, label=arm, markersize=4)
                 ax.fill_between(doses, band.lo, band.hi, color=colour, alpha=0.2)
             ax.set(xlabel="clamp (multiple of mean activation)", ylabel=label)
@@ -3391,12 +3373,12 @@ def sae_line(sae: pd.DataFrame) -> str:
     )
 
 
-def shift_line(clamps: pd.DataFrame, seed: int) -> str:
+def shift_line(clamps: pd.DataFrame) -> str:
     """What the strongest clamp shifts, beside an equal random displacement."""
     strongest = clamps[clamps.dose == clamps.dose.max()]
     own = strongest[strongest.arm == "feature"].reset_index(drop=True)
     random = strongest[strongest.arm == "random direction"].reset_index(drop=True)
-    excess = bootstrap_mean(own.attractor_shift - random.attractor_shift, own.cluster, seed)
+    excess = bootstrap_mean(own.attractor_shift - random.attractor_shift, own.cluster)
     interval = f"[{cell(excess.lo)}, {cell(excess.hi)}], {own.cluster.nunique()} clusters of copies"
     return (
         f"clamped at {clamps.dose.max():g} x the mean activation: "
@@ -3593,7 +3575,7 @@ def intervention_section(res: LensResults, folder: Path) -> list[ReportPart]:
     ]
 
 
-def against_matched(looked: pd.DataFrame, seed: int) -> pd.DataFrame:
+def against_matched(looked: pd.DataFrame) -> pd.DataFrame:
     """What sets the passing features apart from their matches: a row a quantity, with the mean
     difference within pairs and its interval over clusters of the passing ones."""
     looked = looked.assign(size_of_change=looked.energy_change.abs())
@@ -3606,7 +3588,7 @@ def against_matched(looked: pd.DataFrame, seed: int) -> pd.DataFrame:
         "distinct_share", "token_entropy", "top_token_share", "energy_change", "size_of_change"
     ):  # fmt: skip
         difference = passing[quantity] - matched[quantity]
-        interval = bootstrap_mean(difference, cluster, seed)
+        interval = bootstrap_mean(difference, cluster)
         rows.append(
             {
                 "quantity": quantity,
@@ -3622,7 +3604,7 @@ def against_matched(looked: pd.DataFrame, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def looked_at_section(looked: pd.DataFrame, unit: str, cost: str, seed: int) -> list[ReportPart]:
+def looked_at_section(looked: pd.DataFrame, unit: str, cost: str) -> list[ReportPart]:
     """The passing features one by one, beside matched ones; `unit` of the change of energy."""
     group = looked.group[0]
     n_passing = int((looked.group == group).sum())
@@ -3646,7 +3628,7 @@ def looked_at_section(looked: pd.DataFrame, unit: str, cost: str, seed: int) -> 
     return [
         ("h", "Passing features, one by one"),
         ("p", text),
-        ("t", against_matched(looked, seed)),
+        ("t", against_matched(looked)),
         ("t", shown),
         ("t", looked[where]),
     ]
@@ -3686,9 +3668,9 @@ def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[Report
         blocks += intervention_section(res, folder)
         looked = res.tables["passing_features"]
         took = f"This took {res.facts['seconds_looked_at']:.0f} s"
-        blocks += looked_at_section(looked, "energy", took, args.seed)
+        blocks += looked_at_section(looked, "energy", took)
         concept = concept_line(res.tables["concepts"])
-        shift = shift_line(res.tables["clamps"], args.seed)
+        shift = shift_line(res.tables["clamps"])
         res.facts["shift"] = shift
     blocks += attractor_section(res, folder)
     headlines = against_original(res.tables["layers"], res.tables["features"], concept, shift, cost)
@@ -4146,6 +4128,92 @@ def render_page(template: str, **values: Any) -> str:
 
 
 # <<< shared: pages
+
+
+# >>> shared: ratios ---- edit in hero_head_analysis.py, then: python tools/check_copies.py --fix
+N_BOOTSTRAP = 10_000  # resamples behind every interval of a ratio
+MOST_COUNTS = 2**23  # of units in them, if those are 1,000 or more
+
+
+@dataclass
+class Ratio:
+    """A ratio of sums and its 95 % interval."""
+
+    value: float
+    low: float  # nan below the least number of units, infinite where nothing bounds it
+    high: float
+
+
+def ratio_of_sums(top: np.ndarray, bottom: np.ndarray, least: int, tests: int = 1) -> Ratio:
+    """sum(top) / sum(bottom) over n independent units [n], and its 95 % interval from `least` units
+    on, Bonferroni-corrected for `tests` intervals.
+
+    The interval holds each ratio r for which top - r bottom has a mean near enough to 0, counted in
+    standard errors t (Fieller 1954). How near is the further of two: the bootstrap-t (Hall 1988;
+    Efron & Tibshirani 1993, 12.5), for skewed units, and Student's t, for tails on both sides.
+
+    An end is infinite where nothing bounds it: where sum(bottom) is not told from 0, or where so
+    few units differ from the others that too many resamples have none of them.
+    """
+    if bottom.sum() < 0:  # the same ratio, with a positive denominator
+        top = -top
+        bottom = -bottom
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(top.sum() / bottom.sum())
+        error = top - value * bottom  # [n], of sum 0
+    n = len(top)
+    if n < least:
+        return Ratio(value, math.nan, math.nan)
+    if np.abs(error).max() <= 1e-12 * np.abs(top).max():  # all units are alike
+        return Ratio(value, value, value)
+    tail = 0.025 / tests
+    t_low, t_high = np.quantile(bootstrap_t(error), [tail, 1 - tail], method="nearest")
+    student = stats.t.ppf(1 - tail, n - 1)
+    low = ratio_at(max(t_high, student), top, bottom)  # the larger the ratio, the smaller t
+    high = ratio_at(min(t_low, -student), top, bottom)
+    return Ratio(value, low, high)
+
+
+def bootstrap_t(error: np.ndarray) -> np.ndarray:
+    """Errors [n], which sum to 0 -> mean over standard error in resamples of them [draws];
+    infinite where a resample has no variance."""
+    n = len(error)
+    error = error / np.sqrt((error**2).mean())  # no unit: then rounding is around 1e-16
+    moments = resamples(n) @ np.stack((error, error**2), 1) / n  # [draws, 2]
+    mean = moments[:, 0]
+    variance = moments[:, 1] - mean**2
+    se = np.sqrt(np.where(variance > 1e-12, variance, 0) / (n - 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.abs(mean) < 1e-12, 0, mean / se)
+
+
+@functools.lru_cache(maxsize=4)
+def resamples(n: int) -> np.ndarray:
+    """How often each of n units is in each resample [draws, n]: the same for every interval, so
+    that they stay paired. Of very many units there are fewer, for memory."""
+    draws = max(1000, min(N_BOOTSTRAP, MOST_COUNTS // n))
+    picked = np.random.default_rng(0).integers(n, size=(draws, n))
+    place = picked + n * np.arange(draws)[:, None]  # of each picked unit's count among all
+    counts = np.bincount(place.ravel(), minlength=draws * n)
+    return counts.reshape(draws, n).astype(float)
+
+
+def ratio_at(t: float, top: np.ndarray, bottom: np.ndarray) -> float:
+    """The ratio r at which top - r bottom [n] has a mean of t standard errors: a root of
+    a r^2 - 2 b r + c = 0. Infinite where there is none: the mean of bottom is itself too near 0."""
+    side = -float(np.sign(t))
+    if math.isinf(t):
+        return side * math.inf
+    covariance = np.cov(top, bottom) / len(top)  # [2, 2], of the two means
+    a = bottom.mean() ** 2 - t**2 * covariance[1, 1]
+    b = top.mean() * bottom.mean() - t**2 * covariance[0, 1]
+    c = top.mean() ** 2 - t**2 * covariance[0, 0]
+    if not a > 0:
+        return side * math.inf
+    return float((b + side * math.sqrt(max(0.0, b * b - a * c))) / a)
+
+
+# <<< shared: ratios
 
 
 # --------------------------------------------------------------------------------------------- main

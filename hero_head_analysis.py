@@ -82,7 +82,6 @@ PHASE_PRESETS = {
 }
 OFFSETS = (1, 2, 8, 64)  # distances at which query-key scores are decoded, tokens
 N_RANDOM = 4  # control heads drawn from the hero's own model
-N_BOOTSTRAP = 10_000  # draws of every interval
 MIN_DOCUMENTS = 16  # with fewer an interval covers less than it says (test_calibration_hero.py)
 BATCH_NUMBERS = 2**25  # in the largest tensor of a batch: logits or patterns of 128 MB
 
@@ -205,67 +204,28 @@ class Interval:
 
 
 def interval(text: Text, numerator: Any, denominator: Any = 1.0, tests: int = 1) -> Interval:
-    """sum(numerator) / sum(denominator) of values [windows] of a text, and its 95 % interval,
-    Bonferroni-corrected for `tests` intervals.
+    """sum(numerator) / sum(denominator) of values [windows] of a text, and its 95 % interval
+    (`ratio_of_sums`), Bonferroni-corrected for `tests` intervals.
 
-    The unit is the document: what its windows have is summed first. The interval holds each ratio r
-    for which numerator - r denominator has a mean that the bootstrap finds near enough to 0, in
-    standard errors (Fieller 1954; bootstrap-t, Efron & Tibshirani 1993, 12.5). It has no end where
-    the denominator itself is not told from 0.
-
-    A window whose numerator is nan has none of what is measured, and is left out.
+    The unit is the document: what its windows have is summed first. A window whose numerator is nan
+    has none of what is measured, and is left out.
     """
     num, den = np.broadcast_arrays(np.asarray(numerator, float), np.asarray(denominator, float))
     measured = np.isfinite(num)
     documents, place = np.unique(text.documents[measured], return_inverse=True)
     num = np.bincount(place, num[measured], len(documents))  # [n], of each document
     den = np.bincount(place, den[measured], len(documents))  # [n]
-    if den.sum() < 0:  # the same ratio, with a positive denominator
-        num = -num
-        den = -den
-    value = low = high = math.nan
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = num.sum() / den.sum()
-        if len(documents) >= MIN_DOCUMENTS:
-            t = bootstrap_t(num - value * den)  # [N_BOOTSTRAP]
-            tail = 0.025 / tests
-            t_low, t_high = np.quantile(t, [tail, 1 - tail], method="nearest")
-            low = ratio_at(t_high, num, den)  # the larger the ratio, the smaller t
-            high = ratio_at(t_low, num, den)
-    n_windows = int(measured.sum())
-    return Interval(value, low, high, len(documents), "document", n_windows, text.split, tests)
-
-
-def bootstrap_t(error: np.ndarray) -> np.ndarray:
-    """Errors [n], which sum to 0 -> mean over standard error in resamples of them [N_BOOTSTRAP];
-    infinite where a resample has no variance."""
-    n = len(error)
-    moments = resamples(n) @ np.stack((error, error**2), 1) / n  # [N_BOOTSTRAP, 2]
-    mean = moments[:, 0]
-    variance = moments[:, 1] - mean**2
-    se = np.sqrt(variance.clip(0) / (n - 1))
-    return np.where(mean == 0, 0, mean / se)
-
-
-@functools.lru_cache(maxsize=4)
-def resamples(n: int) -> np.ndarray:
-    """How often each of n units is in each resample [N_BOOTSTRAP, n]. The same for every interval,
-    so they stay paired."""
-    rng = np.random.default_rng(0)
-    return rng.multinomial(n, np.full(n, 1 / n), size=N_BOOTSTRAP).astype(float)
-
-
-def ratio_at(t: float, num: np.ndarray, den: np.ndarray) -> float:
-    """The ratio r at which num - r den [n] has a mean of t standard errors: a root of
-    a r^2 - 2 b r + c = 0. Infinite where there is none: the mean of den is itself too near to 0."""
-    covariance = np.cov(num, den) / len(num)  # [2, 2], of the two means
-    a = den.mean() ** 2 - t**2 * covariance[1, 1]
-    b = num.mean() * den.mean() - t**2 * covariance[0, 1]
-    c = num.mean() ** 2 - t**2 * covariance[0, 0]
-    side = -np.sign(t)
-    if not a > 0:
-        return side * math.inf
-    return (b + side * math.sqrt(max(0.0, b * b - a * c))) / a
+    ratio = ratio_of_sums(num, den, MIN_DOCUMENTS, tests)
+    return Interval(
+        value=ratio.value,
+        ci_low=ratio.low,
+        ci_high=ratio.high,
+        n=len(documents),
+        unit="document",
+        sequences=int(measured.sum()),
+        split=text.split,
+        tests=tests,
+    )
 
 
 @dataclass
@@ -3393,6 +3353,92 @@ def render_page(template: str, **values: Any) -> str:
 
 
 # <<< shared: pages
+
+
+# >>> shared: ratios ---- edit in hero_head_analysis.py, then: python tools/check_copies.py --fix
+N_BOOTSTRAP = 10_000  # resamples behind every interval of a ratio
+MOST_COUNTS = 2**23  # of units in them, if those are 1,000 or more
+
+
+@dataclass
+class Ratio:
+    """A ratio of sums and its 95 % interval."""
+
+    value: float
+    low: float  # nan below the least number of units, infinite where nothing bounds it
+    high: float
+
+
+def ratio_of_sums(top: np.ndarray, bottom: np.ndarray, least: int, tests: int = 1) -> Ratio:
+    """sum(top) / sum(bottom) over n independent units [n], and its 95 % interval from `least` units
+    on, Bonferroni-corrected for `tests` intervals.
+
+    The interval holds each ratio r for which top - r bottom has a mean near enough to 0, counted in
+    standard errors t (Fieller 1954). How near is the further of two: the bootstrap-t (Hall 1988;
+    Efron & Tibshirani 1993, 12.5), for skewed units, and Student's t, for tails on both sides.
+
+    An end is infinite where nothing bounds it: where sum(bottom) is not told from 0, or where so
+    few units differ from the others that too many resamples have none of them.
+    """
+    if bottom.sum() < 0:  # the same ratio, with a positive denominator
+        top = -top
+        bottom = -bottom
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(top.sum() / bottom.sum())
+        error = top - value * bottom  # [n], of sum 0
+    n = len(top)
+    if n < least:
+        return Ratio(value, math.nan, math.nan)
+    if np.abs(error).max() <= 1e-12 * np.abs(top).max():  # all units are alike
+        return Ratio(value, value, value)
+    tail = 0.025 / tests
+    t_low, t_high = np.quantile(bootstrap_t(error), [tail, 1 - tail], method="nearest")
+    student = stats.t.ppf(1 - tail, n - 1)
+    low = ratio_at(max(t_high, student), top, bottom)  # the larger the ratio, the smaller t
+    high = ratio_at(min(t_low, -student), top, bottom)
+    return Ratio(value, low, high)
+
+
+def bootstrap_t(error: np.ndarray) -> np.ndarray:
+    """Errors [n], which sum to 0 -> mean over standard error in resamples of them [draws];
+    infinite where a resample has no variance."""
+    n = len(error)
+    error = error / np.sqrt((error**2).mean())  # no unit: then rounding is around 1e-16
+    moments = resamples(n) @ np.stack((error, error**2), 1) / n  # [draws, 2]
+    mean = moments[:, 0]
+    variance = moments[:, 1] - mean**2
+    se = np.sqrt(np.where(variance > 1e-12, variance, 0) / (n - 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.abs(mean) < 1e-12, 0, mean / se)
+
+
+@functools.lru_cache(maxsize=4)
+def resamples(n: int) -> np.ndarray:
+    """How often each of n units is in each resample [draws, n]: the same for every interval, so
+    that they stay paired. Of very many units there are fewer, for memory."""
+    draws = max(1000, min(N_BOOTSTRAP, MOST_COUNTS // n))
+    picked = np.random.default_rng(0).integers(n, size=(draws, n))
+    place = picked + n * np.arange(draws)[:, None]  # of each picked unit's count among all
+    counts = np.bincount(place.ravel(), minlength=draws * n)
+    return counts.reshape(draws, n).astype(float)
+
+
+def ratio_at(t: float, top: np.ndarray, bottom: np.ndarray) -> float:
+    """The ratio r at which top - r bottom [n] has a mean of t standard errors: a root of
+    a r^2 - 2 b r + c = 0. Infinite where there is none: the mean of bottom is itself too near 0."""
+    side = -float(np.sign(t))
+    if math.isinf(t):
+        return side * math.inf
+    covariance = np.cov(top, bottom) / len(top)  # [2, 2], of the two means
+    a = bottom.mean() ** 2 - t**2 * covariance[1, 1]
+    b = top.mean() * bottom.mean() - t**2 * covariance[0, 1]
+    c = top.mean() ** 2 - t**2 * covariance[0, 0]
+    if not a > 0:
+        return side * math.inf
+    return float((b + side * math.sqrt(max(0.0, b * b - a * c))) / a)
+
+
+# <<< shared: ratios
 
 
 # --------------------------------------------------------------------------------------------- main

@@ -533,7 +533,6 @@ def look_at_block(
     chosen: pd.DataFrame,
     block: BlockResult,
     test: States,
-    cfg: EnergyLensConfig,
 ) -> pd.DataFrame:
     """What features of one block fire on and what their ablation does: a row each of `chosen`."""
     layer = int(chosen.layer.iloc[0])
@@ -541,12 +540,12 @@ def look_at_block(
     removed = ablate(block.sae, chosen, n_seq=LOOKED_AT_SEQUENCES, steps=0, doses=(1.0,))
     index = torch.tensor(chosen.feature.to_numpy())  # [n]
     f = block.sae.encode(test.h[layer][:, INNER], index)  # [S, T-2, n]
-    return lens.look_at(chosen, f, test.ids[:, INNER], lm.decode, removed, cfg.seed)
+    return lens.look_at(chosen, f, test.ids[:, INNER], lm.decode, removed)
 
 
 # ---- texts: five types, and those that were given
 def text_type_table(
-    lm: LanguageModel, features: pd.DataFrame, saes: dict[int, SAE], seed: int
+    lm: LanguageModel, features: pd.DataFrame, saes: dict[int, SAE]
 ) -> pd.DataFrame:
     """The five types of the original study: a row a (type, block, quantity), with mean and interval
     over the eight texts of a type."""
@@ -568,7 +567,7 @@ def text_type_table(
             "aligned_clusters_active_per_token",
             "abs_attribution_nats",
         ):
-            over_texts = lens.bootstrap_mean(group[quantity], group.text, seed)
+            over_texts = lens.bootstrap_mean(group[quantity], group.text)
             summary.append(
                 {
                     "text_type": text_type,
@@ -800,7 +799,7 @@ class EnergyLensAnalyzer:
         self._look_at_passing(results, by_layer, test)
 
         # Descriptive: what the features do in short texts.
-        tables["text_types"] = text_type_table(lm, tables["features"], saes, cfg.seed)
+        tables["text_types"] = text_type_table(lm, tables["features"], saes)
         if given:
             energies = {}
             for layer, block in by_layer.items():
@@ -825,7 +824,7 @@ class EnergyLensAnalyzer:
         )
 
         def look(rows: pd.DataFrame) -> pd.DataFrame:
-            return look_at_block(self.lm, rows, by_layer[int(rows.layer.iloc[0])], test, cfg)
+            return look_at_block(self.lm, rows, by_layer[int(rows.layer.iloc[0])], test)
 
         tables = dealt_out(of_blocks, look, "passing features", "block")
         if tables:
@@ -1276,12 +1275,12 @@ def compose_report(results: LensResults, cfg: EnergyLensConfig, out: Path) -> li
     blocks += efas_blocks(tables, out)
     shift = "not enough data: no eligible feature"
     if "interventions" in tables:
-        shift = ablation_excess(tables["interventions"], cfg.seed)
+        shift = ablation_excess(tables["interventions"])
         blocks += intervention_blocks(tables, shift, out)
     if "passing_features" in tables:
         looked = tables["passing_features"]
         took = f"This took {results.facts['seconds_looked_at']:.0f} s"
-        blocks += lens.looked_at_section(looked, "nats of the loss", took, cfg.seed)
+        blocks += lens.looked_at_section(looked, "nats of the loss", took)
     blocks += [
         ("h", "Five types of text"),
         ("t", tables["text_types"]),
@@ -1356,7 +1355,7 @@ def full_ablations(interventions: pd.DataFrame) -> pd.DataFrame:
     return full.assign(size=(full.energy_change / full.n_active).abs())
 
 
-def ablation_excess(interventions: pd.DataFrame, seed: int) -> str:
+def ablation_excess(interventions: pd.DataFrame) -> str:
     """The headline: how much more the loss changes than by a random direction of equal length."""
     full = full_ablations(interventions)
     pairs = ["layer", "cluster", "feature", "sequence"]
@@ -1364,7 +1363,7 @@ def ablation_excess(interventions: pd.DataFrame, seed: int) -> str:
     of_random = full[full.arm == "random direction"].set_index(pairs)["size"]
     excess = (of_feature - of_random).dropna().reset_index()
     cluster = pd.Series(excess.groupby(["layer", "cluster"]).ngroup())  # over all layers
-    interval = lens.bootstrap_mean(excess["size"], cluster, seed)
+    interval = lens.bootstrap_mean(excess["size"], cluster)
     limits = f"[{lens.cell(interval.lo)}, {lens.cell(interval.hi)}]"
     return (
         "|change of the loss| by full ablation, feature minus random direction of equal length: "

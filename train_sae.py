@@ -42,6 +42,7 @@ import argparse
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import io
 import json
@@ -1338,42 +1339,21 @@ class Dump:
 def ratio_interval(
     name: str, top: np.ndarray, bottom: np.ndarray | float, documents: np.ndarray
 ) -> dict[str, float]:
-    """sum(top) / sum(bottom) over windows [W], and its 95 % interval, for other documents of the
-    same kind: the windows of one document are alike, so documents [W] are resampled as wholes.
+    """sum(top) / sum(bottom) over windows [W], and its 95 % interval (`ratio_of_sums`), for other
+    documents of the same kind: the windows of one document are alike, so what those of a document
+    [W] have is summed first.
 
-    Bootstrap-t (Hall 1988), for skewed documents, and Student's t, for tails on both sides: the end
-    that is further out. Both measure by a standard error, without which the interval is too short
-    where documents are few. NaN below 16 documents, and where the sum of `bottom` is less than
-    three of its standard errors: then the ratio may be anything.
+    NaN below 16 documents, and where the ratio may be anything: where the sum of `bottom` is less
+    than three of its standard errors, or nothing bounds the ratio.
     """
     _, unit = np.unique(documents, return_inverse=True)  # [W]
     tops = np.bincount(unit, top)  # [documents]
     bottoms = np.bincount(unit, np.broadcast_to(np.asarray(bottom, float), top.shape))
-    n = len(tops)
-    value, error = ratio_and_error(tops, bottoms)
-    low, high = math.nan, math.nan
-    bottom_error = math.sqrt(n) * bottoms.std()  # of its sum
-    if n >= LEAST_DOCUMENTS and abs(bottoms.sum()) >= 3 * bottom_error:
-        pick = np.random.default_rng(0).integers(n, size=(2000, n))
-        values, errors = ratio_and_error(tops[pick], bottoms[pick])  # [2000] each
-        t = np.divide(values - value, errors, out=np.zeros_like(values), where=errors > 0)
-        t_low, t_high = np.quantile(t, [0.025, 0.975])
-        student = stats.t.ppf(0.975, n - 1)
-        low = value - max(t_high, student) * error
-        high = value - min(t_low, -student) * error
-    return {name: float(value), f"{name}_lo": float(low), f"{name}_hi": float(high)}
-
-
-def ratio_and_error(top: np.ndarray, bottom: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """sum(top) / sum(bottom) over units [..., n] -> the ratio [...] and its standard error, from
-    what each unit adds to top - ratio * bottom (Cochran 1977)."""
-    n = top.shape[-1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        total = bottom.sum(-1)
-        ratio = top.sum(-1) / total
-        residual = top - ratio[..., None] * bottom
-        error = np.sqrt(n / (n - 1) * (residual**2).sum(-1)) / np.abs(total)
-    return ratio, error
+    ratio = ratio_of_sums(tops, bottoms, LEAST_DOCUMENTS)
+    bottom_error = math.sqrt(len(bottoms)) * bottoms.std()  # of its sum
+    if abs(bottoms.sum()) < 3 * bottom_error or not math.isfinite(ratio.high - ratio.low):
+        ratio = Ratio(ratio.value, math.nan, math.nan)
+    return {name: ratio.value, f"{name}_lo": ratio.low, f"{name}_hi": ratio.high}
 
 
 @torch.no_grad()
@@ -3232,6 +3212,92 @@ def load_checkpoint(
 
 
 # <<< shared: model
+
+
+# >>> shared: ratios ---- edit in hero_head_analysis.py, then: python tools/check_copies.py --fix
+N_BOOTSTRAP = 10_000  # resamples behind every interval of a ratio
+MOST_COUNTS = 2**23  # of units in them, if those are 1,000 or more
+
+
+@dataclass
+class Ratio:
+    """A ratio of sums and its 95 % interval."""
+
+    value: float
+    low: float  # nan below the least number of units, infinite where nothing bounds it
+    high: float
+
+
+def ratio_of_sums(top: np.ndarray, bottom: np.ndarray, least: int, tests: int = 1) -> Ratio:
+    """sum(top) / sum(bottom) over n independent units [n], and its 95 % interval from `least` units
+    on, Bonferroni-corrected for `tests` intervals.
+
+    The interval holds each ratio r for which top - r bottom has a mean near enough to 0, counted in
+    standard errors t (Fieller 1954). How near is the further of two: the bootstrap-t (Hall 1988;
+    Efron & Tibshirani 1993, 12.5), for skewed units, and Student's t, for tails on both sides.
+
+    An end is infinite where nothing bounds it: where sum(bottom) is not told from 0, or where so
+    few units differ from the others that too many resamples have none of them.
+    """
+    if bottom.sum() < 0:  # the same ratio, with a positive denominator
+        top = -top
+        bottom = -bottom
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(top.sum() / bottom.sum())
+        error = top - value * bottom  # [n], of sum 0
+    n = len(top)
+    if n < least:
+        return Ratio(value, math.nan, math.nan)
+    if np.abs(error).max() <= 1e-12 * np.abs(top).max():  # all units are alike
+        return Ratio(value, value, value)
+    tail = 0.025 / tests
+    t_low, t_high = np.quantile(bootstrap_t(error), [tail, 1 - tail], method="nearest")
+    student = stats.t.ppf(1 - tail, n - 1)
+    low = ratio_at(max(t_high, student), top, bottom)  # the larger the ratio, the smaller t
+    high = ratio_at(min(t_low, -student), top, bottom)
+    return Ratio(value, low, high)
+
+
+def bootstrap_t(error: np.ndarray) -> np.ndarray:
+    """Errors [n], which sum to 0 -> mean over standard error in resamples of them [draws];
+    infinite where a resample has no variance."""
+    n = len(error)
+    error = error / np.sqrt((error**2).mean())  # no unit: then rounding is around 1e-16
+    moments = resamples(n) @ np.stack((error, error**2), 1) / n  # [draws, 2]
+    mean = moments[:, 0]
+    variance = moments[:, 1] - mean**2
+    se = np.sqrt(np.where(variance > 1e-12, variance, 0) / (n - 1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(np.abs(mean) < 1e-12, 0, mean / se)
+
+
+@functools.lru_cache(maxsize=4)
+def resamples(n: int) -> np.ndarray:
+    """How often each of n units is in each resample [draws, n]: the same for every interval, so
+    that they stay paired. Of very many units there are fewer, for memory."""
+    draws = max(1000, min(N_BOOTSTRAP, MOST_COUNTS // n))
+    picked = np.random.default_rng(0).integers(n, size=(draws, n))
+    place = picked + n * np.arange(draws)[:, None]  # of each picked unit's count among all
+    counts = np.bincount(place.ravel(), minlength=draws * n)
+    return counts.reshape(draws, n).astype(float)
+
+
+def ratio_at(t: float, top: np.ndarray, bottom: np.ndarray) -> float:
+    """The ratio r at which top - r bottom [n] has a mean of t standard errors: a root of
+    a r^2 - 2 b r + c = 0. Infinite where there is none: the mean of bottom is itself too near 0."""
+    side = -float(np.sign(t))
+    if math.isinf(t):
+        return side * math.inf
+    covariance = np.cov(top, bottom) / len(top)  # [2, 2], of the two means
+    a = bottom.mean() ** 2 - t**2 * covariance[1, 1]
+    b = top.mean() * bottom.mean() - t**2 * covariance[0, 1]
+    c = top.mean() ** 2 - t**2 * covariance[0, 0]
+    if not a > 0:
+        return side * math.inf
+    return float((b + side * math.sqrt(max(0.0, b * b - a * c))) / a)
+
+
+# <<< shared: ratios
 
 
 # --------------------------------------------------------------------------------------------- main

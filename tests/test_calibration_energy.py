@@ -60,6 +60,8 @@ def direction_table(x, gx, sae, n, seed):
 
 @pytest.mark.parametrize("case", ["one rate", "a few rates far from the others"])
 def test_p_against_random_directions_is_uniform_for_random_directions(case):
+    """Twelve shares are looked at, of 30 features or of all. The largest is 5 of 30 below .05: so
+    many are found in one of 60 shares where p is uniform, in one of six looks at twelve."""
     dim, k = 24, 800
     x, gx = quadratic_states(0, dim)
     r = rng(1)
@@ -338,13 +340,14 @@ def test_the_interval_of_a_mean_over_features_covers_it(law, n):
         means = r.standard_normal(n) if law == "normal" else r.lognormal(0, 0.7, n)
         true = 0.0 if law == "normal" else math.exp(0.7**2 / 2)
         values = pd.Series(np.repeat(means, 3) + 0.3 * r.standard_normal(3 * n))
-        interval = lens.bootstrap_mean(values, pd.Series(np.repeat(np.arange(n), 3)), seed)
+        interval = lens.bootstrap_mean(values, pd.Series(np.repeat(np.arange(n), 3)))
         covered.append(interval.lo <= true <= interval.hi)
     coverage, n_sim = np.mean(covered), len(covered)
     record("bootstrap_mean", f"{law}, {n} features", coverage=coverage, n_sim=n_sim)
-    stated = 0.95 if law == "normal" else 0.85  # as its docstring says of few lognormal groups
+    stated = 0.95 if law == "normal" else 0.90  # one heavy tail in eight groups
     assert coverage >= stated - 3 * math.sqrt(stated * (1 - stated) / n_sim)
-    assert coverage <= 0.95 + 3 * math.sqrt(0.05 * 0.95 / n_sim)
+    # Eight normal groups cover .97: the further of two ends
+    assert coverage <= 0.98 + 3 * math.sqrt(0.02 * 0.98 / n_sim)
 
 
 CLASS_SETTINGS = {
@@ -355,6 +358,9 @@ CLASS_SETTINGS = {
 
 @pytest.mark.parametrize("setting", CLASS_SETTINGS)
 def test_p_of_concepts_is_uniform_without_association(setting):
+    """Uniform up to .7. Where a rare class meets no active token of a rare feature, which is the
+    least that can be, p is 1: 22 % of 2,400. That alone sets ks_p far below any level (5e-26), on
+    the safe side: no p is smaller than uniform ones are (ks_p_smaller)."""
     case = CLASS_SETTINGS[setting]
     ps = []
     for seed in range(3 * LONGER):
@@ -366,6 +372,9 @@ def test_p_of_concepts_is_uniform_without_association(setting):
         ps.append(table.p.to_numpy()[enough])
     p = np.concatenate(ps)
     figures = {f"below_{level:g}": (p < level).mean() for level in (0.05, 0.01, 1e-3)}
-    record("concepts p", setting, n=len(p), ks_p=stats.kstest(p, "uniform").pvalue, **figures)
+    figures["ks_p"] = stats.kstest(p, "uniform").pvalue
+    figures["ks_p_smaller"] = stats.kstest(p, "uniform", alternative="greater").pvalue
+    record("concepts p", setting, n=len(p), **figures)
+    assert figures["ks_p_smaller"] > 1e-3
     for level in (0.05, 0.01, 1e-3):
         assert (p < level).mean() <= upper_limit(level, len(p)), level

@@ -117,6 +117,19 @@ def test_a_share_of_the_impact(kind: str, n: int):
     check_exact("hero: share of the impact", f"{kind}, {n} documents", found)
 
 
+@pytest.mark.parametrize("n", [16, 48])
+def test_an_effect_in_few_documents(n: int):
+    """One document in five has any effect. Where too few of them are in the sample its interval is
+    open, else it would cover .85 of the time at 16 documents."""
+
+    def draw(rng: np.random.Generator, n: int) -> Sample:
+        effect = rng.exponential(1, n)
+        has_one = rng.random(n) < 0.2
+        return Sample(effect * has_one, 1.0, np.arange(n), 0.2)
+
+    check("hero: an effect in few documents", f"{n} documents", coverage_of(draw, n))
+
+
 @pytest.mark.parametrize("n", [16, 48, 200])
 def test_a_share_of_an_impact_that_may_be_zero_is_left_open(n: int):
     """Its interval must hold the truth, and mostly say that it knows nothing."""

@@ -1021,7 +1021,7 @@ def test_what_a_feature_fires_on_is_told_as_it_is():
         for s, change in enumerate(4 * changes):
             rows.append(dict(feature=k, sequence=s, energy_change=change, n_active=2))
     found = lens.look_at(
-        chosen, f, ids, lambda some: "".join(f" {i}" for i in some), pd.DataFrame(rows), 0
+        chosen, f, ids, lambda some: "".join(f" {i}" for i in some), pd.DataFrame(rows)
     )
     one = found.iloc[0]
     assert one.distinct_share == pytest.approx(1 / (ids == 7).sum().item())
@@ -1037,10 +1037,10 @@ def test_what_a_feature_fires_on_is_told_as_it_is():
     assert many.context_1 == "".join(row[:5]) + f"«{row[5]}»" + "".join(row[6:14])
     assert many.ci_lo <= 0 <= many.ci_hi
 
-    apart = lens.against_matched(found, 0).set_index("quantity")
+    apart = lens.against_matched(found).set_index("quantity")
     assert apart.difference["energy_change"] == 2 and apart.n_pairs.unique() == [1]
     assert math.isnan(apart.ci_lo["energy_change"]), "one pair has no interval"
-    blocks = lens.looked_at_section(found, "energy", "This took 1 s", 0)
+    blocks = lens.looked_at_section(found, "energy", "This took 1 s")
     assert any("per active token" in str(value) for _, value in blocks)
 
 
