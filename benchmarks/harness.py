@@ -216,8 +216,8 @@ def breakdown(call: Callable[[], Any], kinds: dict[str, tuple[str, ...]]) -> dic
 
 
 def bfloat16_is_fast() -> bool:
-    """Whether the scripts would multiply in bfloat16 here; elsewhere its products are emulated, which
-    takes minutes."""
+    """Whether the scripts would multiply in bfloat16 here; elsewhere its products are emulated,
+    which takes minutes."""
     import janus_adaptive as janus
 
     return janus.multiplies_bfloat16_fast("cpu")
