@@ -598,7 +598,7 @@ def lens_counts(kept: Kept, source: str) -> dict[str, str]:
     columns = ["layer", "n_seq", "n_tokens", "latents", "eligible", "split_half_r"]
     columns += ["rule_passes", "rule_false_directions", "token_null", "direction_null"]
     columns += ["within_documents", "aligned", "aligned_positive", "aligned_clusters"]
-    columns += ["directions", "fewest"]
+    columns += ["aligned_participation", "directions", "fewest"]
     # Counts of features, and of clusters of near-copies: copies pass a null as a block
     layers = kept.table(source, "layers.csv", columns)
     total = layers.sum()  # a feature of two layers is two features: one family over all
@@ -607,6 +607,7 @@ def lens_counts(kept: Kept, source: str) -> dict[str, str]:
     # The trivial dictionary: where it explains more, a feature need be no more than a token
     of_tokens = sae[sae["dictionary"].str.startswith("one atom a token")]["fvu"]
     aligned = f"{total['aligned']:,.0f}, in {total['aligned_clusters']:,.0f} clusters of copies"
+    dimensions = f"worth {total['aligned_participation']:.0f} directions"
     return {
         "sequences (the unit of every test), tokens": (
             f"{layers['n_seq'].max():,}, {layers['n_tokens'].max():,}"
@@ -626,7 +627,7 @@ def lens_counts(kept: Kept, source: str) -> dict[str, str]:
             f"{layers['fewest'].max():,}; {layers['directions'].max():,}"
         ),
         "**aligned** (both, and same sign in both halves)": (
-            f"**{aligned}**; {total['aligned_positive']:,.0f} amplifying"
+            f"**{aligned}**, {dimensions}; {total['aligned_positive']:,.0f} amplifying"
         ),
         "split-half correlation of EFAS": span(layers["split_half_r"], ".2f"),
     }
@@ -704,15 +705,15 @@ def real_layers(kept: Kept) -> str:
 def lens_layers(kept: Kept, source: str) -> str:
     """What passes, a row a layer."""
     columns = ["layer", "eligible", "token_null", "direction_null", "aligned", "aligned_clusters"]
-    columns += ["median_abs_efas", "median_ci_lo", "median_ci_hi"]
+    columns += ["aligned_participation", "median_abs_efas", "median_ci_lo", "median_ci_hi"]
     rows = []
     for _, layer in kept.table(source, "layers.csv", columns).iterrows():
-        counts = [f"{layer[name]:,.0f}" for name in columns[:6]]
+        counts = [f"{layer[name]:,.0f}" for name in columns[:7]]
         interval = bounds(layer["median_ci_lo"], layer["median_ci_hi"], ".3f")
         rows.append([*counts, f"{layer['median_abs_efas']:.3f} {interval}"])
     # The median says how far EFAS is from 0, which no count does
     header = [STATES[source].rstrip("s"), "eligible", "pass: sequences", "pass: directions"]
-    return markdown([*header, "aligned", "clusters", "median \\|EFAS\\|"], rows)
+    return markdown([*header, "aligned", "clusters", "worth", "median \\|EFAS\\|"], rows)
 
 
 def real_validity(kept: Kept) -> str:

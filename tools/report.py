@@ -58,7 +58,7 @@ PARTS = [  # folders with a run.json, in the order in which they are made
     "energy_lens",
     "hero_analysis",
 ]
-BOOTSTRAP = "95 % bootstrap-t over documents, Bonferroni within the table"
+BOOTSTRAP = "95 % over documents (bootstrap-t, at least Student's t), Bonferroni within the table"
 
 
 @dataclass
