@@ -1021,7 +1021,7 @@ def test_what_a_feature_fires_on_is_told_as_it_is():
         for s, change in enumerate(4 * changes):
             rows.append(dict(feature=k, sequence=s, energy_change=change, n_active=2))
     found = lens.look_at(
-        chosen, f, ids, lambda some: "".join(f" {i}" for i in some), pd.DataFrame(rows), 0
+        chosen, f, ids, lambda some: [f" {i}" for i in some], pd.DataFrame(rows), 0
     )
     one = found.iloc[0]
     assert one.distinct_share == pytest.approx(1 / (ids == 7).sum().item())

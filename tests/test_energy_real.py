@@ -262,7 +262,7 @@ def test_nan_weights_are_refused(lm, gpt2):
     next(model.parameters()).data[0, 0] = math.nan
     with pytest.raises(lens.HandoffError, match="NaN"):
         real.LanguageModel(
-            "x", model, lm.blocks, lm.norm, lm.unembedding, lm.encode, lm.decode, 128
+            "x", model, lm.blocks, lm.norm, lm.unembedding, lm.encode, lm.spell, 128
         )
 
 

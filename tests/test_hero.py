@@ -58,10 +58,14 @@ def spoken(model: hero.NewGPT, n: int) -> torch.Tensor:
     return idx
 
 
+def spell(ids: list[int]) -> list[str]:
+    return [f"<{token}>" for token in ids]
+
+
 def as_text(idx: torch.Tensor, documents: np.ndarray | None = None) -> hero.Text:
     """Windows of validation text, each of a document of its own if none are given."""
     documents = np.arange(len(idx)) if documents is None else documents
-    return hero.Text(idx, lambda token: f"<{token}>", "validation", documents)
+    return hero.Text(idx, spell, "validation", documents)
 
 
 def interval(numerator, denominator=1.0, documents=None, **how) -> hero.Interval:
@@ -107,7 +111,7 @@ def test_query_key_scores_are_the_models_own_in_layer_0():
 def test_band_shares_add_up_to_one_and_pairs_are_the_largest_scores():
     at = some_head(make_model(), 1, 2)
     ids = torch.arange(30)
-    pairs, bands = (pd.DataFrame(x) for x in hero.decode_qk(at, ids, str))
+    pairs, bands = (pd.DataFrame(x) for x in hero.decode_qk(at, ids, spell))
     assert set(bands["offset"]) == {1, 2, 8}  # 64 is beyond the context of 20
     np.testing.assert_allclose(bands.groupby("offset")["share"].sum(), 1, atol=1e-5)
     x = at.token_inputs(ids)
@@ -254,7 +258,7 @@ def test_scores_of_known_patterns():
 
 def test_a_new_score_is_one_function_and_one_entry_and_no_mechanism(monkeypatch):
     def ends_in_7(text: hero.Text) -> torch.Tensor:
-        sevens = [token for token in range(40) if text.say(token).endswith("7>")]
+        sevens = [token for token in range(40) if hero.alone(text.say, token).endswith("7>")]
         is_seven = torch.isin(text.idx, torch.tensor(sevens))
         return is_seven[:, None, :] & (hero.tokens_back(text) >= 0)
 
@@ -1188,7 +1192,7 @@ def test_memory_does_not_grow_with_the_windows_that_are_scored():
         peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e3
         before = peak()
         idx = torch.randint(100, (int(sys.argv[1]), 512))
-        text = hero.Text(idx, str, "validation", torch.arange(len(idx)).numpy())
+        text = hero.Text(idx, spell, "validation", torch.arange(len(idx)).numpy())
         hero.score_table([hero.Head("hero", "adaptive", 1, 0, model)], text)
         print(peak() - before)
     """
