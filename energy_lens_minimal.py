@@ -2448,6 +2448,8 @@ def passing_and_matched(features: pd.DataFrame, n: int, rng: np.random.Generator
 
 
 Spell = Callable[[list[int]], list[str]]  # token ids -> text of each where it stands
+# What would end the cell of a table becomes a sign that can be seen
+LINE_ENDS = str.maketrans({"\n": "⏎", "\r": "␍", "\f": "␌", "\v": "␋", "\x85": "␤", "\u2028": "␤"})
 
 
 def look_at(
@@ -2480,7 +2482,7 @@ def fired_on(f: Tensor, ids: Tensor, spell: Spell) -> dict[str, Any]:
     return {
         "distinct_share": len(tokens) / counts.sum().item(),
         "token_entropy": float(stats.entropy(counts.numpy())),
-        "top_token": spell([tokens[commonest].item()])[0].replace("\n", "⏎"),
+        "top_token": spell([tokens[commonest].item()])[0].translate(LINE_ENDS),
         "top_token_share": (counts[commonest] / counts.sum()).item(),
     }
 
@@ -2497,7 +2499,7 @@ def contexts(f: Tensor, ids: Tensor, spell: Spell, n: int = 3, width: int = 8) -
         before = "".join(texts[max(0, peak - width) : peak])
         after = "".join(texts[end + 1 : end + 1 + width])
         text = f"{before}«{texts[end]}»{after}"
-        shown[f"context_{rank}"] = text.replace("\n", "⏎")
+        shown[f"context_{rank}"] = text.translate(LINE_ENDS)
     return shown
 
 

@@ -2519,7 +2519,7 @@ def read_documents(dataset: str, split: str) -> list[str]:
     if has_splits:
         return texts
     if len(texts) < 100:  # a few long texts: cut, so that every split gets its share
-        length = sum(map(len, texts)) // 100 + 1
+        length = max(20, sum(map(len, texts)) // 100 + 1)  # no ordinary word is cut
         pieces = []
         for text in texts:
             pieces += cut(text, length)

@@ -843,7 +843,7 @@ class EnergyLensAnalyzer:
         actives = []
         for name, ids in given.items():
             field_of_text, states = lens.descend(et, ids, args.energy_layers[-1], args.step_size)
-            tokens = [corpus.vocab[i] for i in ids[0]]
+            tokens = corpus.spell(ids[0].tolist())
             for step, sae in results.state["saes"].items():
                 # The energy of a descent step is exact, and so is its gradient.
                 x = states[step]  # [1, T, D]
