@@ -2462,7 +2462,9 @@ def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
     name = "openai-community/gpt2" if tokenizer == "gpt2" else tokenizer
 
     def load() -> Tokenizer:
-        return import_module("transformers").AutoTokenizer.from_pretrained(name).backend_tokenizer
+        auto = import_module("transformers").AutoTokenizer
+        # Without a token for padding: transformers would give one an id of its own
+        return auto.from_pretrained(name, pad_token=None).backend_tokenizer
 
     return plain_tokenizer(from_hub(f"tokenizer {tokenizer!r}", load))
 

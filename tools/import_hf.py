@@ -182,7 +182,8 @@ def load_llama(name: str) -> tuple[Any, Any]:
         # Before the weights, which may be gigabytes
         check_config(shown, hf.AutoConfig.from_pretrained(name, **options))
         model = hf.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-        return model.eval(), hf.AutoTokenizer.from_pretrained(name, **options)
+        # Without a token for padding: transformers would give one an id of its own
+        return model.eval(), hf.AutoTokenizer.from_pretrained(name, pad_token=None, **options)
 
     try:
         if Path(name).is_dir():
