@@ -1702,7 +1702,7 @@ def read_shown_text(text: str, split: HFWikiTextLoader, device: torch.device) ->
 
 
 # White space and control characters become signs that can be seen
-VISIBLE = {code: 0x2400 + code for code in range(32)}
+VISIBLE: dict[int, int | str] = {code: 0x2400 + code for code in range(32)}
 VISIBLE |= {ord(" "): "·", ord("\t"): "⇥", ord("\n"): "⏎", 0x85: "␤", 0x2028: "␤", 0x2029: "␤"}
 
 

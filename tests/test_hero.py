@@ -64,6 +64,10 @@ def spell(ids: list[int]) -> list[str]:
     return [f"<{token}>" for token in ids]
 
 
+def numbers(ids: list[int]) -> list[str]:
+    return [str(token) for token in ids]
+
+
 def as_text(idx: torch.Tensor, documents: np.ndarray | None = None) -> hero.Text:
     """Windows of validation text, each of a document of its own if none are given."""
     documents = np.arange(len(idx)) if documents is None else documents
@@ -113,7 +117,7 @@ def test_query_key_scores_are_the_models_own_in_layer_0():
 def test_band_shares_add_up_to_one_and_pairs_are_the_largest_scores():
     at = some_head(make_model(), 1, 2)
     ids = torch.arange(30)
-    pairs, bands = (pd.DataFrame(x) for x in hero.decode_qk(at, ids, spell))
+    pairs, bands = (pd.DataFrame(x) for x in hero.decode_qk(at, ids, numbers))
     assert set(bands["offset"]) == {1, 2, 8}  # 64 is beyond the context of 20
     np.testing.assert_allclose(bands.groupby("offset")["share"].sum(), 1, atol=1e-5)
     x = at.token_inputs(ids)
@@ -147,7 +151,7 @@ def test_copying_score_and_written_tokens():
         w_o.copy_(sign * w_v.T)
         circuit = hero.ov_circuit(at, rms=1.0)
         rows, score = (
-            hero.written_tokens(at, circuit, torch.arange(10), str),
+            hero.written_tokens(at, circuit, torch.arange(10), numbers),
             hero.copying_score(at, circuit),
         )
         assert sign * score["value"] > 0.99 and score["null_max"] < 0.8
