@@ -57,7 +57,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -862,7 +862,7 @@ def list_passes(modes: list[str], resample_draws: int) -> list[tuple[str, int]]:
 
 def unigram_loss(train: HFWikiTextLoader, val: HFWikiTextLoader, windows: np.ndarray) -> np.ndarray:
     """Loss [n] of the training split's word frequencies on windows [n] of the validation split."""
-    counts = np.bincount(train.tokens, minlength=train.tokenizer.get_vocab_size()) + 1
+    counts = np.bincount(train.tokens, minlength=count_ids(train.tokenizer)) + 1
     loss = -np.log(counts / counts.sum())  # [V]
     _, targets = val.batch(windows)  # [n, T]
     return loss[targets.numpy()].mean(1)
@@ -1003,6 +1003,7 @@ def open_splits(args: argparse.Namespace, arm: Arm) -> tuple[HFWikiTextLoader, H
     seq_len = arm.checkpoint["config"]["seq_len"]
     train = HFWikiTextLoader(dataset, tokenizer, seq_len, "train", args.cache_dir)
     val = HFWikiTextLoader(dataset, tokenizer, seq_len, "validation", args.cache_dir)
+    need_rows(count_ids(train.tokenizer), arm.checkpoint["config"]["vocab_size"], arm.path)
     here = train.description
     trained = arm.checkpoint["data"]
     if here["tokenizer_hash"] != trained["tokenizer_hash"]:
@@ -1788,12 +1789,24 @@ class HandoffError(Exception):
 
 
 def one_line_errors(work: Callable[[], int]) -> int:
-    """Exit status of `work`; an expected failure is one line on stderr and status 1, no
-    traceback."""
+    """Exit status of `work`; an expected failure is one line on stderr and status 1 (2 for an
+    argument that is not UTF-8), no traceback."""
+    # A letter that the terminal lacks is shown as an escape: printing never fails
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a test or a notebook puts there has none
+            stream.reconfigure(errors="backslashreplace")
+    status = 1
     try:
+        for argument in sys.argv:
+            argument.encode()
         return work()
     except HandoffError as e:
         text = str(e)
+    except UnicodeEncodeError as e:
+        text = f"{ascii(e.object):.200} is not UTF-8; expected names and texts in UTF-8"
+        status = 2
+    except UnicodeDecodeError as e:
+        text = f"a file that was read is not UTF-8 text ({e}); convert it: iconv -t UTF-8"
     except OSError as e:
         where = e.filename or "while writing"
         advice = "nothing that existed was changed: use a folder with room, and yours"
@@ -1804,7 +1817,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
         text = "interrupted"
     script = Path(work.__code__.co_filename).name
     print(f"{script}: error: {' '.join(text.split())}", file=sys.stderr)
-    return 1
+    return status
 
 
 @contextlib.contextmanager
@@ -1842,6 +1855,16 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
 
 
+# Columns that hold names and tokens, which may look like a number, or like "nan"
+TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
+
+
+def csv_table(path: str | Path) -> pd.DataFrame:
+    """A CSV, in which text stays text: a run called 007 or null, a token NaN."""
+    text = dict.fromkeys(TEXT_COLUMNS, str)
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of the file's bytes."""
     with open(path, "rb") as f:
@@ -1862,8 +1885,8 @@ def git(*words: str) -> str:
         return ""
     command = ["git", "-C", str(here), *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
 
@@ -2403,7 +2426,7 @@ def run_tool(name: str, *argv: object) -> None:
         origin = "it comes with the repository, not with the installed commands"
         raise HandoffError(f"{tool} is missing: {origin}")
     command = [sys.executable, str(tool), *map(str, argv)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"{tool} failed"]
         raise HandoffError(lines[-1].removeprefix(f"{name}.py: error: "))
@@ -2571,11 +2594,74 @@ def from_hub(
 # <<< shared: hub
 
 
+# >>> shared: tokenizer ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer without what its file may switch on: padding, truncation and dropout of
+    merges would change the text, or make it another one at each reading."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """A plain tokenizer from its tokenizer.json; HandoffError if it cannot be read."""
+    try:
+        return plain_tokenizer(Tokenizer.from_file(str(path)))
+    except Exception as e:  # the library raises bare Exception
+        fact = f"tokenizer {path} cannot be read ({first_line(e, 120)})"
+        raise HandoffError(f"{fact}; expected a tokenizer.json") from None
+
+
+def count_ids(tokenizer: Tokenizer) -> int:
+    """Its largest id, and one: as many rows an embedding needs. The ids may have gaps, so there
+    can be fewer tokens."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def need_rows(n_ids: int, n_rows: int, model: object) -> None:
+    """Raises HandoffError if token ids 0 to n_ids - 1 do not fit an embedding of n_rows. More rows
+    than ids are common, and no harm."""
+    if n_ids > n_rows:
+        fact = f"{model}: token ids go up to {n_ids - 1}, its embedding has rows 0 to {n_rows - 1}"
+        raise HandoffError(f"{fact}; use the tokenizer that the model was trained with")
+
+
+# <<< shared: tokenizer
+
+
+# >>> shared: lines ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+def read_lines(path: str | Path) -> list[str]:
+    r"""Lines of a UTF-8 file, without its byte order mark. They end at \n, \r\n or \r:
+    str.splitlines would also cut at form feeds and at U+2028."""
+    return Path(path).read_text(encoding="utf-8-sig").split("\n")
+
+
+def cut(text: str, length: int) -> list[str]:
+    """Pieces of at most `length` characters, cut at the last space that is in reach (which is left
+    out) or, in a text without spaces, between two characters."""
+    pieces = []
+    start = 0
+    while len(text) - start > length:
+        end = text.rfind(" ", start + 1, start + length + 1)
+        is_space = end > 0
+        if not is_space:
+            end = start + length
+        pieces.append(text[start:end])
+        start = end + is_space
+    return [*pieces, text[start:]]
+
+
+# <<< shared: lines
+
+
 # >>> shared: text ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
 HUB_DATASETS = {
     "wikitext-103-raw-v1": "Salesforce/wikitext",
     "wikitext-2-raw-v1": "Salesforce/wikitext",
 }
+TEXT_VERSION = 2  # raise it when reading or cutting changes: it is part of the token cache's names
 # Of a dataset that has no splits: the shares where each begins and ends
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
 
@@ -2584,8 +2670,9 @@ class HFWikiTextLoader:
     """One split of a text dataset as a flat, memory-mapped token stream, cut into windows of
     `seq_len` tokens.
 
-    Tokenised once, with all cores, and cached as <cache_dir>/<dataset>-<tokenizer>-<split>.npy
-    (uint16 or uint32), with <...>.documents.npy beside it. Attributes: tokenizer, tokens [n],
+    Tokenised once, with all cores, and cached in <cache_dir> as
+    <dataset>-<TEXT_VERSION>-<tokenizer>-<split>.npy (uint16 or uint32), with <...>.documents.npy
+    beside it. Attributes: tokenizer, tokens [n],
     document_starts [documents] (where in `tokens` each document begins), n_windows, and
     `description` (dataset, its key, tokenizer hash, ...) for sidecars.
     """
@@ -2599,7 +2686,7 @@ class HFWikiTextLoader:
         serialised = self.tokenizer.to_str().encode()
         tokenizer_hash = hashlib.sha256(serialised).hexdigest()[:12]
         key = dataset_key(dataset)
-        path = cache / f"{key}-{tokenizer_hash}-{split}.npy"
+        path = cache / f"{key}-{TEXT_VERSION}-{tokenizer_hash}-{split}.npy"
         starts_path = path.with_suffix(".documents.npy")
         if not (path.exists() and starts_path.exists()):
             texts = read_documents(dataset, split)
@@ -2625,7 +2712,7 @@ class HFWikiTextLoader:
     def tokenise(self, texts: list[str], split: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [n] of all texts, one after the other, an empty line between two; and where
         each text begins [texts]."""
-        fits_16_bits = self.tokenizer.get_vocab_size() <= 1 << 16
+        fits_16_bits = count_ids(self.tokenizer) <= 1 << 16
         dtype = np.uint16 if fits_16_bits else np.uint32
         ids = [np.zeros(0, dtype)]
         batches = range(0, len(texts), 1000)
@@ -2689,24 +2776,22 @@ def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
         tokenizer = "gpt2" if dataset in HUB_DATASETS else "train:4096"
     if tokenizer.startswith("train:"):
         vocab_size = tokenizer.removeprefix("train:")
-        path = cache / f"{dataset_key(dataset)}-bpe{vocab_size}.json"
+        path = cache / f"{dataset_key(dataset)}-{TEXT_VERSION}-bpe{vocab_size}.json"
         if not path.exists():
             bpe = train_bpe(read_documents(dataset, "train"), int(vocab_size))
             with atomic(path) as temporary:
                 bpe.save(str(temporary))
         tokenizer = str(path)
     if tokenizer.endswith(".json"):
-        try:
-            return Tokenizer.from_file(tokenizer)
-        except Exception as e:  # the library raises bare Exception
-            fact = f"tokenizer {tokenizer} cannot be read ({e})"
-            raise HandoffError(f"{fact}; expected a tokenizer.json") from None
+        return read_tokenizer(tokenizer)
     name = "openai-community/gpt2" if tokenizer == "gpt2" else tokenizer
 
     def load() -> Tokenizer:
-        return import_module("transformers").AutoTokenizer.from_pretrained(name).backend_tokenizer
+        auto = import_module("transformers").AutoTokenizer
+        # Without a token for padding: transformers would give one an id of its own
+        return auto.from_pretrained(name, pad_token=None).backend_tokenizer
 
-    return from_hub(f"tokenizer {tokenizer!r}", load)
+    return plain_tokenizer(from_hub(f"tokenizer {tokenizer!r}", load))
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -2746,13 +2831,10 @@ def read_documents(dataset: str, split: str) -> list[str]:
         def load() -> Any:
             return import_module("datasets").load_dataset(repository, dataset, split=split)
 
-        rows = from_hub(f"dataset {dataset!r}", load)["text"]
-        return [row for row in rows if row.strip()]
+        return only_texts(from_hub(f"dataset {dataset!r}", load)["text"], dataset)
 
     try:
         rows, has_splits = read_rows(Path(dataset), split)
-        if has_splits:
-            return [row for row in rows if row.strip()]
     except UnicodeDecodeError as e:
         fact = f"--dataset {dataset} is not UTF-8 text (byte {e.start})"
         raise HandoffError(f"{fact}; convert it, e.g. with iconv -t UTF-8") from None
@@ -2760,15 +2842,44 @@ def read_documents(dataset: str, split: str) -> list[str]:
         raise HandoffError(f"--dataset {dataset} has no column `text`") from None
     except Exception as e:  # pandas, pyarrow and datasets raise many types
         raise HandoffError(f"--dataset {dataset} cannot be read: {first_line(e, 120)}") from None
-    texts = [str(row) for row in rows if str(row).strip()]
-    if len(texts) < 100:  # a few long texts: cut between words, so that every split gets its share
-        words = " ".join(texts).split(" ")
-        n_words = len(words) // 100 + 1
-        starts = range(0, len(words), n_words)
-        texts = [" ".join(words[start : start + n_words]) for start in starts]
+    texts = only_texts(rows, dataset)
+    if has_splits:
+        return texts
+    if len(texts) < 100:  # a few long texts: cut, so that every split gets its share
+        length = max(20, sum(map(len, texts)) // 100 + 1)  # no ordinary word is cut
+        pieces = []
+        for text in texts:
+            pieces += cut(text, length)
+        texts = pieces
     lengths = [len(text) for text in texts]
     ends = np.cumsum(lengths) / max(1, sum(lengths))  # share of the characters so far
     return [text for text, end in zip(texts, ends, strict=True) if low < end <= high + 1e-9]
+
+
+def only_texts(rows: Iterable[Any], dataset: str) -> list[str]:
+    """The rows that hold more than white space. Missing ones are left out, and a line says how
+    many; HandoffError for what is no text, as nothing is guessed."""
+    texts = []
+    n_missing = 0
+    for number, row in enumerate(rows, 1):
+        if row is None or row != row:  # null or NaN
+            n_missing += 1
+        elif not isinstance(row, str):
+            fact = f"--dataset {dataset}: row {number} of column `text` is {row!r:.60}"
+            raise HandoffError(f"{fact}, expected text (in quotes, or null)")
+        elif row.strip():
+            # Half of a surrogate pair, which JSON may hold, becomes U+FFFD: UTF-8 has no such thing
+            pairs = row.encode("utf-16", "surrogatepass")
+            texts.append(pairs.decode("utf-16", "replace"))
+    if n_missing:
+        say_once(f"note: {n_missing:,} rows of {dataset} have no text (null); they are left out")
+    return texts
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Prints a line, and not again: every split is read from the same file."""
+    print(line, flush=True)
 
 
 def first_texts(texts: list[str]) -> list[int]:
@@ -2797,11 +2908,39 @@ def read_rows(path: Path, split: str) -> tuple[Any, bool]:
             return saved["text"], False
         has_split = split in saved
         return saved[split if has_split else "train"]["text"], has_split
-    if path.suffix == ".parquet":
-        return pd.read_parquet(path)["text"], False
+    if path.suffix == ".parquet":  # not through pandas, which has two kinds of nothing
+        return import_module("pyarrow.parquet").read_table(path)["text"].to_pylist(), False
     if path.suffix in (".jsonl", ".json"):
-        return pd.read_json(path, lines=path.suffix == ".jsonl")["text"], False
-    return path.read_text(encoding="utf-8").splitlines(), False
+        return json_rows(path), False
+    return read_lines(path), False
+
+
+def json_rows(path: Path) -> list[Any]:
+    """`text` of a JSON file: of objects, one a line or in an array, or of an object of columns.
+    None where an object has no `text`; KeyError if none of them has."""
+    lines = read_lines(path)
+    try:
+        rows = json.loads("\n".join(lines))
+    except ValueError:
+        rows = [json_line(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if isinstance(rows, dict):
+        column = rows["text"]
+        if isinstance(column, dict):  # {"text": {"0": ..., "1": ...}}, as pandas writes it
+            column = list(column.values())
+        return column if isinstance(column, list) else [column]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError('expected objects like {"text": "..."}')
+    if rows and not any("text" in row for row in rows):
+        raise KeyError("text")
+    return [row.get("text") for row in rows]
+
+
+def json_line(line: str, number: int) -> Any:
+    """The value of one line of JSON Lines; ValueError with the number of the line."""
+    try:
+        return json.loads(line)
+    except ValueError as e:
+        raise ValueError(f"line {number}: {e}") from None
 
 
 def dataset_key(dataset: str) -> str:

@@ -2431,11 +2431,16 @@ def passing_and_matched(features: pd.DataFrame, n: int, rng: np.random.Generator
     return pd.concat(tables, ignore_index=True) if tables else eligible
 
 
+Spell = Callable[[list[int]], list[str]]  # token ids -> text of each where it stands
+# What would end the cell of a table becomes a sign that can be seen
+LINE_ENDS = str.maketrans({"\n": "⏎", "\r": "␍", "\f": "␌", "\v": "␋", "\x85": "␤", "\u2028": "␤"})
+
+
 def look_at(
     chosen: pd.DataFrame,
     f: Tensor,
     ids: Tensor,
-    decode: Callable[[list[int]], str],
+    spell: Spell,
     effects: pd.DataFrame,
 ) -> pd.DataFrame:
     """A row a feature of `chosen` (of one layer): what it fires on, by its activation f [S, L, n]
@@ -2447,12 +2452,12 @@ def look_at(
         change = bootstrap_ratio(own.energy_change, own.n_active)
         effect = {"energy_change": change.mean, "ci_lo": change.lo, "ci_hi": change.hi}
         effect["n_seq_ablated"] = len(own)
-        rows.append(fired_on(f[..., n], ids, decode) | effect | contexts(f[..., n], ids, decode))
+        rows.append(fired_on(f[..., n], ids, spell) | effect | contexts(f[..., n], ids, spell))
     names = "group pair layer feature cluster efas z_direction q_direction n_active n_seq"
     return pd.concat([chosen[names.split()].reset_index(drop=True), pd.DataFrame(rows)], axis=1)
 
 
-def fired_on(f: Tensor, ids: Tensor, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+def fired_on(f: Tensor, ids: Tensor, spell: Spell) -> dict[str, Any]:
     """Of the tokens ids [S, L] where f [S, L] is above 0: share of distinct ones, entropy (nats),
     and the commonest with its share. A feature that is one token has shares near 0 and 1."""
     tokens, counts = ids[f > 0].unique(return_counts=True)
@@ -2460,24 +2465,24 @@ def fired_on(f: Tensor, ids: Tensor, decode: Callable[[list[int]], str]) -> dict
     return {
         "distinct_share": len(tokens) / counts.sum().item(),
         "token_entropy": float(stats.entropy(counts.numpy())),
-        "top_token": decode([tokens[commonest].item()]).replace("\n", "⏎"),
+        "top_token": spell([tokens[commonest].item()])[0].translate(LINE_ENDS),
         "top_token_share": (counts[commonest] / counts.sum()).item(),
     }
 
 
-def contexts(
-    f: Tensor, ids: Tensor, decode: Callable[[list[int]], str], n: int = 3, width: int = 8
-) -> dict[str, str]:
+def contexts(f: Tensor, ids: Tensor, spell: Spell, n: int = 3, width: int = 8) -> dict[str, str]:
     """The n sequences where f [S, L] is largest: `width` tokens on both sides of its peak, which is
     marked."""
     shown = {}
     for rank, s in enumerate(f.amax(1).topk(n).indices.tolist(), 1):
         peak = int(f[s].argmax())
-        tokens = ids[s].tolist()
-        before = decode(tokens[max(0, peak - width) : peak])
-        after = decode(tokens[peak + 1 : peak + 1 + width])
-        text = f"{before}«{decode(tokens[peak : peak + 1])}»{after}"
-        shown[f"context_{rank}"] = text.replace("\n", "⏎")
+        texts = spell(ids[s].tolist())
+        # Of several tokens that make one letter the last has it, and the others have no text
+        end = next(place for place in range(peak, len(texts)) if texts[place])
+        before = "".join(texts[max(0, peak - width) : peak])
+        after = "".join(texts[end + 1 : end + 1 + width])
+        text = f"{before}«{texts[end]}»{after}"
+        shown[f"context_{rank}"] = text.translate(LINE_ENDS)
     return shown
 
 
@@ -2485,7 +2490,8 @@ def contexts(
 # ---- the corpus ----
 def documents(corpus: str, cache_dir: str | Path) -> dict[str, str]:
     """{name: text}: `builtin` (cached: parsing costs 40 s), `topics` (the language reference in
-    sections), or a file's paragraphs."""
+    sections), or a file's paragraphs, which end at empty lines. A file of few and long ones is cut
+    into documents of 2,000 characters."""
     if corpus == "topics":
         topics = import_module("pydoc_data.topics").topics
         sections = {}
@@ -2496,11 +2502,17 @@ def documents(corpus: str, cache_dir: str | Path) -> dict[str, str]:
         return sections
     if corpus != "builtin":
         try:
-            paragraphs = Path(corpus).read_text(encoding="utf-8").split("\n\n")
-            return {str(i): paragraph for i, paragraph in enumerate(paragraphs)}
+            content = "\n".join(read_lines(corpus))
         except (OSError, UnicodeDecodeError) as e:
             expected = "expected builtin, topics or a UTF-8 text file"
             raise HandoffError(f"--corpus {corpus} cannot be read ({e}); {expected}") from None
+        paragraphs = re.split(r"\n(?:[ \t]*\n)+", content)
+        if len(paragraphs) < 100:
+            pieces = []
+            for paragraph in paragraphs:
+                pieces += cut(paragraph, 2000)
+            paragraphs = pieces
+        return {str(i): paragraph for i, paragraph in enumerate(paragraphs)}
     # What the text depends on is in the name of its cache.
     releases = [version(package) for package in BUILTIN_PACKAGES.values()]
     key = repr([BUILTIN_VERSION, platform.python_version(), releases])
@@ -2561,9 +2573,9 @@ class Corpus:
         words = TOKEN.findall(text.lower())
         return torch.tensor([index.get(word, UNK) for word in words], dtype=torch.int64)
 
-    def decode(self, ids: list[int]) -> str:
-        """Token ids -> text, a space before every token."""
-        return "".join(f" {self.vocab[i]}" for i in ids)
+    def spell(self, ids: list[int]) -> list[str]:
+        """Token ids -> text of each, with a space before it."""
+        return [f" {self.vocab[i]}" for i in ids]
 
 
 def written_tokens(text: str, n: int) -> list[str]:
@@ -2875,7 +2887,7 @@ def look_at_passing(study: Study, x: Tensor, b: Tensor, sae: SAE) -> None:
     chosen = passing_and_matched(own, LOOKED_AT, np.random.default_rng(seed))
     removed = ablation_of(study, x[1::2], b[1::2], sae)(chosen, n_seq=24, steps=0, doses=(1.0,))
     f = sae.encode(x, torch.tensor(chosen.feature.to_numpy()))  # [S, L, n]
-    table = look_at(chosen, f, corpus.test, corpus.decode, removed)
+    table = look_at(chosen, f, corpus.test, corpus.spell, removed)
     study.tables["passing_features"] = table
 
 
@@ -3882,12 +3894,24 @@ class HandoffError(Exception):
 
 
 def one_line_errors(work: Callable[[], int]) -> int:
-    """Exit status of `work`; an expected failure is one line on stderr and status 1, no
-    traceback."""
+    """Exit status of `work`; an expected failure is one line on stderr and status 1 (2 for an
+    argument that is not UTF-8), no traceback."""
+    # A letter that the terminal lacks is shown as an escape: printing never fails
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a test or a notebook puts there has none
+            stream.reconfigure(errors="backslashreplace")
+    status = 1
     try:
+        for argument in sys.argv:
+            argument.encode()
         return work()
     except HandoffError as e:
         text = str(e)
+    except UnicodeEncodeError as e:
+        text = f"{ascii(e.object):.200} is not UTF-8; expected names and texts in UTF-8"
+        status = 2
+    except UnicodeDecodeError as e:
+        text = f"a file that was read is not UTF-8 text ({e}); convert it: iconv -t UTF-8"
     except OSError as e:
         where = e.filename or "while writing"
         advice = "nothing that existed was changed: use a folder with room, and yours"
@@ -3898,7 +3922,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
         text = "interrupted"
     script = Path(work.__code__.co_filename).name
     print(f"{script}: error: {' '.join(text.split())}", file=sys.stderr)
-    return 1
+    return status
 
 
 @contextlib.contextmanager
@@ -3936,6 +3960,16 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
 
 
+# Columns that hold names and tokens, which may look like a number, or like "nan"
+TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
+
+
+def csv_table(path: str | Path) -> pd.DataFrame:
+    """A CSV, in which text stays text: a run called 007 or null, a token NaN."""
+    text = dict.fromkeys(TEXT_COLUMNS, str)
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of the file's bytes."""
     with open(path, "rb") as f:
@@ -3956,8 +3990,8 @@ def git(*words: str) -> str:
         return ""
     command = ["git", "-C", str(here), *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
 
@@ -4025,6 +4059,31 @@ def need_disk(folder: str | Path, n_bytes: float) -> None:
 
 
 # <<< shared: files
+
+
+# >>> shared: lines ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+def read_lines(path: str | Path) -> list[str]:
+    r"""Lines of a UTF-8 file, without its byte order mark. They end at \n, \r\n or \r:
+    str.splitlines would also cut at form feeds and at U+2028."""
+    return Path(path).read_text(encoding="utf-8-sig").split("\n")
+
+
+def cut(text: str, length: int) -> list[str]:
+    """Pieces of at most `length` characters, cut at the last space that is in reach (which is left
+    out) or, in a text without spaces, between two characters."""
+    pieces = []
+    start = 0
+    while len(text) - start > length:
+        end = text.rfind(" ", start + 1, start + length + 1)
+        is_space = end > 0
+        if not is_space:
+            end = start + length
+        pieces.append(text[start:end])
+        start = end + is_space
+    return [*pieces, text[start:]]
+
+
+# <<< shared: lines
 
 
 # >>> shared: builtin ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix

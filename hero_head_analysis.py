@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import codecs
 import contextlib
 import functools
 import gc
@@ -50,7 +51,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
@@ -159,7 +160,7 @@ class Study:
 # ---- texts, intervals, and a model that reads
 Row = dict[str, Any]  # of a table, by column
 Rows = list[Row]
-Say = Callable[[int], str]  # token id -> its text; white space is made visible: · ⇥ ⏎ ␍
+Say = Callable[[list[int]], list[str]]  # token ids, in their order -> text of each where it stands
 
 
 @dataclass
@@ -178,7 +179,18 @@ class Text:
         return len(self.idx)
 
     def words(self, window: int) -> list[str]:
-        return [self.say(token) for token in self.idx[window].tolist()]
+        """Text of each token of a window; joined they are its text."""
+        return self.say(self.idx[window].tolist())
+
+
+def alone(say: Say, token: int) -> str:
+    """Text of a token out of context."""
+    return say([token])[0]
+
+
+def in_a_row(say: Say, tokens: Tensor) -> str:
+    """Tokens that do not follow one another [n], each out of context, a space between two."""
+    return " ".join([alone(say, token) for token in tokens.tolist()])
 
 
 def spread_over(split: HFWikiTextLoader, n: int, like: Text) -> Text:
@@ -851,10 +863,10 @@ def written_tokens(head: Head, circuit: OVCircuit, sources: Tensor, say: Say) ->
     rows = []
     for i, source in enumerate(sources.tolist()):
         row = head.row(
-            source=say(source),
+            source=alone(say, source),
             top_logit=raised.values[i, 0].item(),
-            raises=" ".join(map(say, raised.indices[i].tolist())),
-            lowers=" ".join(map(say, lowered.indices[i].tolist())),
+            raises=in_a_row(say, raised.indices[i]),
+            lowers=in_a_row(say, lowered.indices[i]),
         )
         rows.append(row)
     return rows
@@ -917,8 +929,8 @@ def decode_qk(head: Head, ids: Tensor, say: Say) -> tuple[Rows, Rows]:
             query, key = divmod(place, len(ids))
             pair = head.row(
                 offset=offset,
-                query=say(int(ids[query])),
-                key=say(int(ids[key])),
+                query=alone(say, int(ids[query])),
+                key=alone(say, int(ids[key])),
                 logits=score[query, key].item(),
                 sds=(score[query, key] / score.std()).item(),
             )
@@ -944,6 +956,7 @@ def tokens_that_need(hero: Head, ablation: Ablation, attribution: Attribution) -
         window, position = divmod(place, delta.shape[1])
         words = text.words(window)
         key = int(attention[window, position].argmax())
+        key_letter = words[letter_end(words, key)]
         row = dict(
             document=int(text.documents[window]),
             window=window,
@@ -951,8 +964,8 @@ def tokens_that_need(hero: Head, ablation: Ablation, attribution: Attribution) -
             delta_nats=delta[window, position].item(),
             direct_logits=own[window, position].item(),
             context="".join(words[max(0, position - 11) : position + 1]),
-            next=words[position + 1],
-            attends_to=f"{words[key]} ({position - key} back)",
+            next=words[letter_end(words, position + 1)],
+            attends_to=f"{key_letter} ({position - key} back)",
         )
         rows.append(row)
     return rows
@@ -1185,15 +1198,16 @@ def top_contexts(feature: Feature, activation: Tensor, position: Tensor, harvest
     for window in activation.topk(min(8, len(activation))).indices.tolist():
         peak = int(position[window])
         words = harvested.words(window)
+        end = letter_end(words, peak)
         before = "".join(words[max(0, peak - 8) : peak])
-        after = "".join(words[peak + 1 : peak + 4])
+        after = "".join(words[end + 1 : end + 4])
         row = dict(
             feature=feature.number,
             kind=feature.kind,
             activation=activation[window].item(),
             window=window,
             position=peak,
-            context=f"{before}«{words[peak]}»{after}",
+            context=f"{before}«{words[end]}»{after}",
         )
         rows.append(row)
     return rows
@@ -1214,8 +1228,8 @@ def feature_row(
         effective_heads=1 / facts.share[f].square().sum().item(),
         effective_heads_null=1 / facts.null_share[f].square().sum().item(),
         **vars(effect),
-        raises=" ".join(map(say, logits.topk(5).indices.tolist())),
-        lowers=" ".join(map(say, (-logits).topk(5).indices.tolist())),
+        raises=in_a_row(say, logits.topk(5).indices),
+        lowers=in_a_row(say, (-logits).topk(5).indices),
     )
 
 
@@ -1625,6 +1639,7 @@ def open_split(name: str, args: argparse.Namespace, ckpt: dict[str, Any]) -> HFW
         raise HandoffError(f"{fact}; say where it is, or name another text, with --dataset")
     tokenizer = args.tokenizer or str(path.with_name("tokenizer.json"))
     split = HFWikiTextLoader(dataset, tokenizer, ckpt["config"]["seq_len"], name, args.cache_dir)
+    need_rows(count_ids(split.tokenizer), ckpt["config"]["vocab_size"], path)
     found = split.description
     trained = ckpt["data"]
     if found["tokenizer_hash"] != trained["tokenizer_hash"]:
@@ -1638,6 +1653,7 @@ def open_split(name: str, args: argparse.Namespace, ckpt: dict[str, Any]) -> HFW
 
 def read_shown_text(text: str, split: HFWikiTextLoader, device: torch.device) -> Text:
     """--text as one window, cut at the context of the model."""
+    text.encode()  # raises UnicodeEncodeError if the argument was not UTF-8
     tokenizer = split.tokenizer
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if not ids:
@@ -1645,18 +1661,19 @@ def read_shown_text(text: str, split: HFWikiTextLoader, device: torch.device) ->
     if len(ids) > split.seq_len:
         used = f"only the first {split.seq_len}, the context of the model, are used"
         print(f"--text has {len(ids)} tokens; {used}")
-    say = functools.cache(functools.partial(token_text, tokenizer))
+    say = functools.partial(visible_texts, tokenizer)
     idx = torch.tensor([ids[: split.seq_len]], device=device)  # [1, tokens]
     return Text(idx, say, "--text", np.zeros(1, int))
 
 
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Text of a token with visible spaces and line ends; a piece of a letter by its name in the
-    vocabulary."""
-    text = tokenizer.decode([token], skip_special_tokens=False)
-    if not text or "\ufffd" in text:
-        text = tokenizer.id_to_token(token) or f"<{token}>"
-    return text.translate({32: "·", 9: "⇥", 10: "⏎", 13: "␍"})
+# White space and control characters become signs that can be seen
+VISIBLE: dict[int, int | str] = {code: 0x2400 + code for code in range(32)}
+VISIBLE |= {ord(" "): "·", ord("\t"): "⇥", ord("\n"): "⏎", 0x85: "␤", 0x2028: "␤", 0x2029: "␤"}
+
+
+def visible_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    """Text of each token where it stands, with visible spaces and line ends."""
+    return [text.translate(VISIBLE) for text in token_texts(tokenizer, ids)]
 
 
 def whole_windows(tokens: np.ndarray, cfg: GPTConfig, shown: Text, harvest: str) -> Text:
@@ -1896,7 +1913,9 @@ def importance_table(inputs: Inputs, heads: list[Head]) -> pd.DataFrame:
 
 def attention_table(maps: list[AttentionMap], shown: Text) -> pd.DataFrame:
     """A row a cell of the maps' lower triangles."""
-    words = np.array(shown.words(0))
+    texts = shown.words(0)
+    # A part of a letter is labelled with the letter
+    words = np.array([texts[letter_end(texts, place)] for place in range(len(texts))])
     tables = []
     for panel in maps:
         columns = dict(
@@ -1940,7 +1959,7 @@ def redrawn(
     from matplotlib import pyplot as plt
 
     try:
-        table = pd.read_csv(folder / f"hero_{name}.csv", keep_default_na=False, na_values=[""])
+        table = csv_table(folder / f"hero_{name}.csv")
         n_panels = table[panels].nunique() if panels else 1
         width = n_panels * inches[0]
         fig, axes = plt.subplots(
@@ -2398,12 +2417,24 @@ class HandoffError(Exception):
 
 
 def one_line_errors(work: Callable[[], int]) -> int:
-    """Exit status of `work`; an expected failure is one line on stderr and status 1, no
-    traceback."""
+    """Exit status of `work`; an expected failure is one line on stderr and status 1 (2 for an
+    argument that is not UTF-8), no traceback."""
+    # A letter that the terminal lacks is shown as an escape: printing never fails
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a test or a notebook puts there has none
+            stream.reconfigure(errors="backslashreplace")
+    status = 1
     try:
+        for argument in sys.argv:
+            argument.encode()
         return work()
     except HandoffError as e:
         text = str(e)
+    except UnicodeEncodeError as e:
+        text = f"{ascii(e.object):.200} is not UTF-8; expected names and texts in UTF-8"
+        status = 2
+    except UnicodeDecodeError as e:
+        text = f"a file that was read is not UTF-8 text ({e}); convert it: iconv -t UTF-8"
     except OSError as e:
         where = e.filename or "while writing"
         advice = "nothing that existed was changed: use a folder with room, and yours"
@@ -2414,7 +2445,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
         text = "interrupted"
     script = Path(work.__code__.co_filename).name
     print(f"{script}: error: {' '.join(text.split())}", file=sys.stderr)
-    return 1
+    return status
 
 
 @contextlib.contextmanager
@@ -2452,6 +2483,16 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
 
 
+# Columns that hold names and tokens, which may look like a number, or like "nan"
+TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
+
+
+def csv_table(path: str | Path) -> pd.DataFrame:
+    """A CSV, in which text stays text: a run called 007 or null, a token NaN."""
+    text = dict.fromkeys(TEXT_COLUMNS, str)
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of the file's bytes."""
     with open(path, "rb") as f:
@@ -2472,8 +2513,8 @@ def git(*words: str) -> str:
         return ""
     command = ["git", "-C", str(here), *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
 
@@ -2947,7 +2988,7 @@ def run_tool(name: str, *argv: object) -> None:
         origin = "it comes with the repository, not with the installed commands"
         raise HandoffError(f"{tool} is missing: {origin}")
     command = [sys.executable, str(tool), *map(str, argv)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"{tool} failed"]
         raise HandoffError(lines[-1].removeprefix(f"{name}.py: error: "))
@@ -3073,11 +3114,74 @@ def from_hub(
 # <<< shared: hub
 
 
+# >>> shared: tokenizer ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer without what its file may switch on: padding, truncation and dropout of
+    merges would change the text, or make it another one at each reading."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """A plain tokenizer from its tokenizer.json; HandoffError if it cannot be read."""
+    try:
+        return plain_tokenizer(Tokenizer.from_file(str(path)))
+    except Exception as e:  # the library raises bare Exception
+        fact = f"tokenizer {path} cannot be read ({first_line(e, 120)})"
+        raise HandoffError(f"{fact}; expected a tokenizer.json") from None
+
+
+def count_ids(tokenizer: Tokenizer) -> int:
+    """Its largest id, and one: as many rows an embedding needs. The ids may have gaps, so there
+    can be fewer tokens."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def need_rows(n_ids: int, n_rows: int, model: object) -> None:
+    """Raises HandoffError if token ids 0 to n_ids - 1 do not fit an embedding of n_rows. More rows
+    than ids are common, and no harm."""
+    if n_ids > n_rows:
+        fact = f"{model}: token ids go up to {n_ids - 1}, its embedding has rows 0 to {n_rows - 1}"
+        raise HandoffError(f"{fact}; use the tokenizer that the model was trained with")
+
+
+# <<< shared: tokenizer
+
+
+# >>> shared: lines ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+def read_lines(path: str | Path) -> list[str]:
+    r"""Lines of a UTF-8 file, without its byte order mark. They end at \n, \r\n or \r:
+    str.splitlines would also cut at form feeds and at U+2028."""
+    return Path(path).read_text(encoding="utf-8-sig").split("\n")
+
+
+def cut(text: str, length: int) -> list[str]:
+    """Pieces of at most `length` characters, cut at the last space that is in reach (which is left
+    out) or, in a text without spaces, between two characters."""
+    pieces = []
+    start = 0
+    while len(text) - start > length:
+        end = text.rfind(" ", start + 1, start + length + 1)
+        is_space = end > 0
+        if not is_space:
+            end = start + length
+        pieces.append(text[start:end])
+        start = end + is_space
+    return [*pieces, text[start:]]
+
+
+# <<< shared: lines
+
+
 # >>> shared: text ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
 HUB_DATASETS = {
     "wikitext-103-raw-v1": "Salesforce/wikitext",
     "wikitext-2-raw-v1": "Salesforce/wikitext",
 }
+TEXT_VERSION = 2  # raise it when reading or cutting changes: it is part of the token cache's names
 # Of a dataset that has no splits: the shares where each begins and ends
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
 
@@ -3086,8 +3190,9 @@ class HFWikiTextLoader:
     """One split of a text dataset as a flat, memory-mapped token stream, cut into windows of
     `seq_len` tokens.
 
-    Tokenised once, with all cores, and cached as <cache_dir>/<dataset>-<tokenizer>-<split>.npy
-    (uint16 or uint32), with <...>.documents.npy beside it. Attributes: tokenizer, tokens [n],
+    Tokenised once, with all cores, and cached in <cache_dir> as
+    <dataset>-<TEXT_VERSION>-<tokenizer>-<split>.npy (uint16 or uint32), with <...>.documents.npy
+    beside it. Attributes: tokenizer, tokens [n],
     document_starts [documents] (where in `tokens` each document begins), n_windows, and
     `description` (dataset, its key, tokenizer hash, ...) for sidecars.
     """
@@ -3101,7 +3206,7 @@ class HFWikiTextLoader:
         serialised = self.tokenizer.to_str().encode()
         tokenizer_hash = hashlib.sha256(serialised).hexdigest()[:12]
         key = dataset_key(dataset)
-        path = cache / f"{key}-{tokenizer_hash}-{split}.npy"
+        path = cache / f"{key}-{TEXT_VERSION}-{tokenizer_hash}-{split}.npy"
         starts_path = path.with_suffix(".documents.npy")
         if not (path.exists() and starts_path.exists()):
             texts = read_documents(dataset, split)
@@ -3127,7 +3232,7 @@ class HFWikiTextLoader:
     def tokenise(self, texts: list[str], split: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [n] of all texts, one after the other, an empty line between two; and where
         each text begins [texts]."""
-        fits_16_bits = self.tokenizer.get_vocab_size() <= 1 << 16
+        fits_16_bits = count_ids(self.tokenizer) <= 1 << 16
         dtype = np.uint16 if fits_16_bits else np.uint32
         ids = [np.zeros(0, dtype)]
         batches = range(0, len(texts), 1000)
@@ -3191,24 +3296,22 @@ def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
         tokenizer = "gpt2" if dataset in HUB_DATASETS else "train:4096"
     if tokenizer.startswith("train:"):
         vocab_size = tokenizer.removeprefix("train:")
-        path = cache / f"{dataset_key(dataset)}-bpe{vocab_size}.json"
+        path = cache / f"{dataset_key(dataset)}-{TEXT_VERSION}-bpe{vocab_size}.json"
         if not path.exists():
             bpe = train_bpe(read_documents(dataset, "train"), int(vocab_size))
             with atomic(path) as temporary:
                 bpe.save(str(temporary))
         tokenizer = str(path)
     if tokenizer.endswith(".json"):
-        try:
-            return Tokenizer.from_file(tokenizer)
-        except Exception as e:  # the library raises bare Exception
-            fact = f"tokenizer {tokenizer} cannot be read ({e})"
-            raise HandoffError(f"{fact}; expected a tokenizer.json") from None
+        return read_tokenizer(tokenizer)
     name = "openai-community/gpt2" if tokenizer == "gpt2" else tokenizer
 
     def load() -> Tokenizer:
-        return import_module("transformers").AutoTokenizer.from_pretrained(name).backend_tokenizer
+        auto = import_module("transformers").AutoTokenizer
+        # Without a token for padding: transformers would give one an id of its own
+        return auto.from_pretrained(name, pad_token=None).backend_tokenizer
 
-    return from_hub(f"tokenizer {tokenizer!r}", load)
+    return plain_tokenizer(from_hub(f"tokenizer {tokenizer!r}", load))
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -3248,13 +3351,10 @@ def read_documents(dataset: str, split: str) -> list[str]:
         def load() -> Any:
             return import_module("datasets").load_dataset(repository, dataset, split=split)
 
-        rows = from_hub(f"dataset {dataset!r}", load)["text"]
-        return [row for row in rows if row.strip()]
+        return only_texts(from_hub(f"dataset {dataset!r}", load)["text"], dataset)
 
     try:
         rows, has_splits = read_rows(Path(dataset), split)
-        if has_splits:
-            return [row for row in rows if row.strip()]
     except UnicodeDecodeError as e:
         fact = f"--dataset {dataset} is not UTF-8 text (byte {e.start})"
         raise HandoffError(f"{fact}; convert it, e.g. with iconv -t UTF-8") from None
@@ -3262,15 +3362,44 @@ def read_documents(dataset: str, split: str) -> list[str]:
         raise HandoffError(f"--dataset {dataset} has no column `text`") from None
     except Exception as e:  # pandas, pyarrow and datasets raise many types
         raise HandoffError(f"--dataset {dataset} cannot be read: {first_line(e, 120)}") from None
-    texts = [str(row) for row in rows if str(row).strip()]
-    if len(texts) < 100:  # a few long texts: cut between words, so that every split gets its share
-        words = " ".join(texts).split(" ")
-        n_words = len(words) // 100 + 1
-        starts = range(0, len(words), n_words)
-        texts = [" ".join(words[start : start + n_words]) for start in starts]
+    texts = only_texts(rows, dataset)
+    if has_splits:
+        return texts
+    if len(texts) < 100:  # a few long texts: cut, so that every split gets its share
+        length = max(20, sum(map(len, texts)) // 100 + 1)  # no ordinary word is cut
+        pieces = []
+        for text in texts:
+            pieces += cut(text, length)
+        texts = pieces
     lengths = [len(text) for text in texts]
     ends = np.cumsum(lengths) / max(1, sum(lengths))  # share of the characters so far
     return [text for text, end in zip(texts, ends, strict=True) if low < end <= high + 1e-9]
+
+
+def only_texts(rows: Iterable[Any], dataset: str) -> list[str]:
+    """The rows that hold more than white space. Missing ones are left out, and a line says how
+    many; HandoffError for what is no text, as nothing is guessed."""
+    texts = []
+    n_missing = 0
+    for number, row in enumerate(rows, 1):
+        if row is None or row != row:  # null or NaN
+            n_missing += 1
+        elif not isinstance(row, str):
+            fact = f"--dataset {dataset}: row {number} of column `text` is {row!r:.60}"
+            raise HandoffError(f"{fact}, expected text (in quotes, or null)")
+        elif row.strip():
+            # Half of a surrogate pair, which JSON may hold, becomes U+FFFD: UTF-8 has no such thing
+            pairs = row.encode("utf-16", "surrogatepass")
+            texts.append(pairs.decode("utf-16", "replace"))
+    if n_missing:
+        say_once(f"note: {n_missing:,} rows of {dataset} have no text (null); they are left out")
+    return texts
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Prints a line, and not again: every split is read from the same file."""
+    print(line, flush=True)
 
 
 def first_texts(texts: list[str]) -> list[int]:
@@ -3299,11 +3428,39 @@ def read_rows(path: Path, split: str) -> tuple[Any, bool]:
             return saved["text"], False
         has_split = split in saved
         return saved[split if has_split else "train"]["text"], has_split
-    if path.suffix == ".parquet":
-        return pd.read_parquet(path)["text"], False
+    if path.suffix == ".parquet":  # not through pandas, which has two kinds of nothing
+        return import_module("pyarrow.parquet").read_table(path)["text"].to_pylist(), False
     if path.suffix in (".jsonl", ".json"):
-        return pd.read_json(path, lines=path.suffix == ".jsonl")["text"], False
-    return path.read_text(encoding="utf-8").splitlines(), False
+        return json_rows(path), False
+    return read_lines(path), False
+
+
+def json_rows(path: Path) -> list[Any]:
+    """`text` of a JSON file: of objects, one a line or in an array, or of an object of columns.
+    None where an object has no `text`; KeyError if none of them has."""
+    lines = read_lines(path)
+    try:
+        rows = json.loads("\n".join(lines))
+    except ValueError:
+        rows = [json_line(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+    if isinstance(rows, dict):
+        column = rows["text"]
+        if isinstance(column, dict):  # {"text": {"0": ..., "1": ...}}, as pandas writes it
+            column = list(column.values())
+        return column if isinstance(column, list) else [column]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError('expected objects like {"text": "..."}')
+    if rows and not any("text" in row for row in rows):
+        raise KeyError("text")
+    return [row.get("text") for row in rows]
+
+
+def json_line(line: str, number: int) -> Any:
+    """The value of one line of JSON Lines; ValueError with the number of the line."""
+    try:
+        return json.loads(line)
+    except ValueError as e:
+        raise ValueError(f"line {number}: {e}") from None
 
 
 def dataset_key(dataset: str) -> str:
@@ -3330,6 +3487,55 @@ def dataset_key(dataset: str) -> str:
 
 
 # <<< shared: text
+
+
+# >>> shared: spelling ---- edit in hero_head_analysis.py, then: python tools/check_copies.py --fix
+# Byte-level vocabularies write each byte as a letter: the printable ones of Latin-1 as themselves,
+# the others as those from U+0100 on (GPT-2; Radford et al. 2019).
+PRINTED_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTED_BYTES]
+BYTE_OF_LETTER = {chr(byte): byte for byte in PRINTED_BYTES}
+BYTE_OF_LETTER |= {chr(256 + n): byte for n, byte in enumerate(OTHER_BYTES)}
+
+
+def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    """Text of each token where it stands, with its own space; joined they are the text.
+
+    Where several tokens make one letter, the last of them has it and the others have "". A byte
+    that belongs to no letter is shown as \\xe3.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    texts = [decoder.decode(token_bytes(tokenizer, token)) for token in ids]
+    if texts:
+        texts[-1] += decoder.decode(b"", final=True)
+    return texts
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes of a token in UTF-8: some have no whole letter."""
+    # Some decoders drop the space in front of a text, so the token is read after itself
+    once = tokenizer.decode([token], skip_special_tokens=False)
+    twice = tokenizer.decode([token, token], skip_special_tokens=False)
+    text = twice[len(once) :]
+    if text and "\ufffd" not in twice:
+        return text.encode()
+    name = tokenizer.id_to_token(token) or f"<{token}>"
+    if re.fullmatch("<0x[0-9A-F]{2}>", name):  # SentencePiece
+        return bytes([int(name[1:-1], 16)])
+    if all(letter in BYTE_OF_LETTER for letter in name):
+        return bytes([BYTE_OF_LETTER[letter] for letter in name])
+    return name.encode()
+
+
+def letter_end(texts: list[str], place: int) -> int:
+    """Place of the token that has the letter which the token at `place` is a part of: itself, if
+    it has a text."""
+    while not texts[place]:
+        place += 1
+    return place
+
+
+# <<< shared: spelling
 
 
 # >>> shared: pages ---- edit in hero_head_analysis.py, then: python tools/check_copies.py --fix

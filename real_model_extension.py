@@ -24,17 +24,19 @@ Shapes  S sequences (one a document), T tokens, D d_model, K SAE features, V voc
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import io
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -51,6 +53,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -540,7 +543,7 @@ def look_at_block(
     removed = ablate(block.sae, chosen, n_seq=LOOKED_AT_SEQUENCES, steps=0, doses=(1.0,))
     index = torch.tensor(chosen.feature.to_numpy())  # [n]
     f = block.sae.encode(test.h[layer][:, INNER], index)  # [S, T-2, n]
-    return lens.look_at(chosen, f, test.ids[:, INNER], lm.decode, removed)
+    return lens.look_at(chosen, f, test.ids[:, INNER], lm.spell, removed)
 
 
 # ---- texts: five types, and those that were given
@@ -619,7 +622,7 @@ def trace_texts(
     ablations = []
     for name, ids in given.items():
         states = states_and_gradients(lm, ids, list(saes))
-        tokens = [lm.decode([i]) for i in ids[0].tolist()]
+        tokens = lm.spell(ids[0].tolist())
         for layer, sae in saes.items():
             energy = energies[layer]
             h = states.h[layer]  # [1, T, D]
@@ -842,7 +845,7 @@ class EnergyLensAnalyzer:
         actives = []
         for name, ids in given.items():
             field_of_text, states = lens.descend(et, ids, args.energy_layers[-1], args.step_size)
-            tokens = [corpus.vocab[i] for i in ids[0]]
+            tokens = corpus.spell(ids[0].tolist())
             for step, sae in results.state["saes"].items():
                 # The energy of a descent step is exact, and so is its gradient.
                 x = states[step]  # [1, T, D]
@@ -906,8 +909,8 @@ class LanguageModel:
     blocks.
 
     Blocks are hooked, because transformers' hidden_states[-1] is already normed. A block may
-    return a tensor or a tuple. encode: text -> token ids; decode: token ids -> text; context:
-    the most tokens at once.
+    return a tensor or a tuple. encode: text -> token ids; spell: token ids -> text of each where
+    it stands; context: the most tokens at once.
     """
 
     def __init__(
@@ -918,7 +921,7 @@ class LanguageModel:
         norm: nn.Module,
         unembedding: nn.Module,
         encode: Callable,
-        decode: Callable,
+        spell: Callable,
         context: int,
     ) -> None:
         self.name = name
@@ -927,7 +930,7 @@ class LanguageModel:
         self.norm = norm
         self.unembedding = unembedding
         self.encode = encode
-        self.decode = decode
+        self.spell = spell
         self.context = context
         # Else every number that follows would be NaN, without a word.
         if not all(p.isfinite().all() for p in model.parameters()):
@@ -1020,12 +1023,21 @@ def load_language_model(name: str) -> LanguageModel:
         fact = f"no final norm or unembedding was found in {type(body).__name__}"
         raise HandoffError(f"--model_name {name}: {fact}")
 
+    n_rows = len(model.get_input_embeddings().weight)
+
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        need_rows(max(ids, default=-1) + 1, n_rows, name)
+        return ids
+
+    def spell(ids: list[int]) -> list[str]:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:  # written in Python: it reads tokens one by one
+            return [tokenizer.decode([i]) or tokenizer.convert_ids_to_tokens(i) for i in ids]
+        return token_texts(backend, ids)
 
     context = int(getattr(model.config, "max_position_embeddings", 0) or 1024)
-    decode = tokenizer.decode
-    return LanguageModel(name, model, blocks, norms[-1], unembedding, encode, decode, context)
+    return LanguageModel(name, model, blocks, norms[-1], unembedding, encode, spell, context)
 
 
 def load_janus_model(path: str) -> LanguageModel:
@@ -1035,7 +1047,8 @@ def load_janus_model(path: str) -> LanguageModel:
     if not tokenizer_path.is_file():
         fact = f"{tokenizer_path} does not exist"
         raise HandoffError(f"{fact}: a Janus checkpoint lies beside its tokenizer")
-    tokenizer = import_module("tokenizers").Tokenizer.from_file(str(tokenizer_path))
+    tokenizer = read_tokenizer(tokenizer_path)
+    need_rows(count_ids(tokenizer), model.cfg.vocab_size, path)
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -1047,7 +1060,7 @@ def load_janus_model(path: str) -> LanguageModel:
         model.norm,
         model.unembedding,
         encode,
-        tokenizer.decode,
+        partial(token_texts, tokenizer),
         model.cfg.seq_len,
     )
 
@@ -1062,6 +1075,8 @@ def load_pretrained(name: str) -> tuple[Any, Any]:
         hf.utils.logging.set_verbosity_error()
         hf.utils.logging.disable_progress_bar()
         tokenizer = hf.AutoTokenizer.from_pretrained(source, **options)
+        if hasattr(tokenizer, "backend_tokenizer"):
+            plain_tokenizer(tokenizer.backend_tokenizer)
         model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
         return tokenizer, model
 
@@ -1133,8 +1148,8 @@ def read_texts(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        content = path.read_text(encoding="utf-8")
-        texts = json.loads(content) if path.suffix == ".json" else texts_by_line(content)
+        lines = lens.read_lines(path)
+        texts = json.loads("\n".join(lines)) if path.suffix == ".json" else texts_by_number(lines)
     except (OSError, ValueError) as e:
         raise HandoffError(f"--texts {path} cannot be read: {e}") from None
     if not isinstance(texts, dict) or not texts:
@@ -1142,10 +1157,9 @@ def read_texts(path: Path | None) -> dict[str, str]:
     return texts
 
 
-def texts_by_line(content: str) -> dict[str, str]:
+def texts_by_number(lines: list[str]) -> dict[str, str]:
     """The lines that hold text, named by their number."""
-    lines = enumerate(content.splitlines(), 1)
-    return {f"line {number}": line for number, line in lines if line.strip()}
+    return {f"line {number}": line for number, line in enumerate(lines, 1) if line.strip()}
 
 
 def check_texts(
@@ -2022,6 +2036,92 @@ def load_checkpoint(
 
 
 # <<< shared: model
+
+
+# >>> shared: tokenizer ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
+def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer without what its file may switch on: padding, truncation and dropout of
+    merges would change the text, or make it another one at each reading."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if getattr(tokenizer.model, "dropout", None) is not None:
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """A plain tokenizer from its tokenizer.json; HandoffError if it cannot be read."""
+    try:
+        return plain_tokenizer(Tokenizer.from_file(str(path)))
+    except Exception as e:  # the library raises bare Exception
+        fact = f"tokenizer {path} cannot be read ({first_line(e, 120)})"
+        raise HandoffError(f"{fact}; expected a tokenizer.json") from None
+
+
+def count_ids(tokenizer: Tokenizer) -> int:
+    """Its largest id, and one: as many rows an embedding needs. The ids may have gaps, so there
+    can be fewer tokens."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def need_rows(n_ids: int, n_rows: int, model: object) -> None:
+    """Raises HandoffError if token ids 0 to n_ids - 1 do not fit an embedding of n_rows. More rows
+    than ids are common, and no harm."""
+    if n_ids > n_rows:
+        fact = f"{model}: token ids go up to {n_ids - 1}, its embedding has rows 0 to {n_rows - 1}"
+        raise HandoffError(f"{fact}; use the tokenizer that the model was trained with")
+
+
+# <<< shared: tokenizer
+
+
+# >>> shared: spelling ---- edit in hero_head_analysis.py, then: python tools/check_copies.py --fix
+# Byte-level vocabularies write each byte as a letter: the printable ones of Latin-1 as themselves,
+# the others as those from U+0100 on (GPT-2; Radford et al. 2019).
+PRINTED_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHER_BYTES = [byte for byte in range(256) if byte not in PRINTED_BYTES]
+BYTE_OF_LETTER = {chr(byte): byte for byte in PRINTED_BYTES}
+BYTE_OF_LETTER |= {chr(256 + n): byte for n, byte in enumerate(OTHER_BYTES)}
+
+
+def token_texts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    """Text of each token where it stands, with its own space; joined they are the text.
+
+    Where several tokens make one letter, the last of them has it and the others have "". A byte
+    that belongs to no letter is shown as \\xe3.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+    texts = [decoder.decode(token_bytes(tokenizer, token)) for token in ids]
+    if texts:
+        texts[-1] += decoder.decode(b"", final=True)
+    return texts
+
+
+def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    """The bytes of a token in UTF-8: some have no whole letter."""
+    # Some decoders drop the space in front of a text, so the token is read after itself
+    once = tokenizer.decode([token], skip_special_tokens=False)
+    twice = tokenizer.decode([token, token], skip_special_tokens=False)
+    text = twice[len(once) :]
+    if text and "\ufffd" not in twice:
+        return text.encode()
+    name = tokenizer.id_to_token(token) or f"<{token}>"
+    if re.fullmatch("<0x[0-9A-F]{2}>", name):  # SentencePiece
+        return bytes([int(name[1:-1], 16)])
+    if all(letter in BYTE_OF_LETTER for letter in name):
+        return bytes([BYTE_OF_LETTER[letter] for letter in name])
+    return name.encode()
+
+
+def letter_end(texts: list[str], place: int) -> int:
+    """Place of the token that has the letter which the token at `place` is a part of: itself, if
+    it has a text."""
+    while not texts[place]:
+        place += 1
+    return place
+
+
+# <<< shared: spelling
 
 
 # >>> shared: hub ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix

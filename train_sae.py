@@ -2157,7 +2157,7 @@ def read_csv(path: Path, needs: list[str]) -> pd.DataFrame:
     """A CSV of this script, checked for columns and rows."""
     remedy = "it is written by: python train_sae.py"
     try:
-        frame = pd.read_csv(path)
+        frame = csv_table(path)
     except (OSError, ValueError) as e:
         raise HandoffError(f"{path} cannot be read ({str(e)[:100]}); {remedy}") from None
     missing = [column for column in needs if column not in frame]
@@ -2608,12 +2608,24 @@ class HandoffError(Exception):
 
 
 def one_line_errors(work: Callable[[], int]) -> int:
-    """Exit status of `work`; an expected failure is one line on stderr and status 1, no
-    traceback."""
+    """Exit status of `work`; an expected failure is one line on stderr and status 1 (2 for an
+    argument that is not UTF-8), no traceback."""
+    # A letter that the terminal lacks is shown as an escape: printing never fails
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a test or a notebook puts there has none
+            stream.reconfigure(errors="backslashreplace")
+    status = 1
     try:
+        for argument in sys.argv:
+            argument.encode()
         return work()
     except HandoffError as e:
         text = str(e)
+    except UnicodeEncodeError as e:
+        text = f"{ascii(e.object):.200} is not UTF-8; expected names and texts in UTF-8"
+        status = 2
+    except UnicodeDecodeError as e:
+        text = f"a file that was read is not UTF-8 text ({e}); convert it: iconv -t UTF-8"
     except OSError as e:
         where = e.filename or "while writing"
         advice = "nothing that existed was changed: use a folder with room, and yours"
@@ -2624,7 +2636,7 @@ def one_line_errors(work: Callable[[], int]) -> int:
         text = "interrupted"
     script = Path(work.__code__.co_filename).name
     print(f"{script}: error: {' '.join(text.split())}", file=sys.stderr)
-    return 1
+    return status
 
 
 @contextlib.contextmanager
@@ -2662,6 +2674,16 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
 
 
+# Columns that hold names and tokens, which may look like a number, or like "nan"
+TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
+
+
+def csv_table(path: str | Path) -> pd.DataFrame:
+    """A CSV, in which text stays text: a run called 007 or null, a token NaN."""
+    text = dict.fromkeys(TEXT_COLUMNS, str)
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of the file's bytes."""
     with open(path, "rb") as f:
@@ -2682,8 +2704,8 @@ def git(*words: str) -> str:
         return ""
     command = ["git", "-C", str(here), *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
 

@@ -79,7 +79,7 @@ class Cost:
 def run_script(checkout: Path, command: list[str], log: Path) -> Cost:
     """Runs a script of a checkout. Raises RuntimeError with its last line if it fails."""
     start = time.perf_counter()
-    with open(log, "w") as out:
+    with open(log, "w", encoding="utf-8") as out:
         words = [sys.executable, *command]
         process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, cwd=checkout)
         # The usage of this process alone, which the totals of all children would not tell

@@ -127,7 +127,7 @@ PEERS = ("transformers", "sae-lens", "transformer-lens", "dictionary-learning", 
 def cpu_name() -> str:
     # On Linux platform.processor() is often empty, or the architecture alone
     if platform.system() == "Linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":")[1].strip()
     return platform.processor()

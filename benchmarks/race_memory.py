@@ -36,7 +36,7 @@ def peak(command: list[str], folder: Path) -> tuple[float, float]:
     the last line that the script printed if it fails.
     """
     resident, anonymous = 0.0, 0.0
-    with open(folder / "log.txt", "w+") as log:
+    with open(folder / "log.txt", "w+", encoding="utf-8") as log:
         process = subprocess.Popen(
             [sys.executable, *command], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT
         )

@@ -171,7 +171,7 @@ function shadeStrip() {
 function tellChoice() {
   const { query, key } = choice;
   const numbers = maps.map((map) => `${map.name} ${showNumber(map.shown[query * nTokens + key])}`);
-  const place = `query ${query} ${tokens[query]}, key ${key} ${tokens[key]}`;
+  const place = `query ${query} ${letterOf(query)}, key ${key} ${letterOf(key)}`;
   tell.textContent = `${place}: ${numbers.join("; ")}`;
 }
 
@@ -236,6 +236,11 @@ function moveChoice(event) {
   event.preventDefault(); // or the page scrolls
   const { query, key } = choice || { query: 0, key: 0 };
   choose(limit(query + step[0], 0, nTokens - 1), limit(key + step[1], 0, nTokens - 1));
+}
+
+/** The text of a token. Where several make one letter the last has it, the others are empty. */
+function letterOf(position) {
+  return tokens.slice(position).find((text) => text !== "");
 }
 
 /** The text, a token an element. */

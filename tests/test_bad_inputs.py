@@ -452,3 +452,117 @@ def test_a_folder_that_cannot_be_written(smoke_args, tmp_path):
     )
     assert r.returncode == 1 and "Traceback" not in r.stderr
     assert r.stderr.strip().count("\n") == 0 and str(folder) in r.stderr
+
+
+# ---- what is not UTF-8, and terminals that lack letters
+TOOLS = Path(janus.__file__).parent / "tools"
+NOT_UTF8 = b"caf\xe9"  # Latin-1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["janus_adaptive.py", "--save_dir", NOT_UTF8],
+        ["harvest_activations.py", "--model_path", "x.pt", "--run_name", NOT_UTF8],
+        ["train_sae.py", "--runs", NOT_UTF8],
+        ["ablation_test.py", "--adaptive_model", NOT_UTF8],
+        ["hero_head_analysis.py", "--text", NOT_UTF8],
+        ["energy_lens_minimal.py", "--save_dir", NOT_UTF8],
+        ["real_model_extension.py", "--model_name", NOT_UTF8],
+        ["tools/import_hf.py", NOT_UTF8, "out"],
+        ["tools/export_hf.py", NOT_UTF8, "out"],
+        ["tools/feature_dashboard.py", NOT_UTF8],
+        ["tools/report.py", NOT_UTF8],
+    ],
+)
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_an_argument_that_is_not_utf8_is_one_line(argv, locale, tmp_path):
+    script = TOOLS.parent / argv[0]
+    done = subprocess.run(
+        [sys.executable, str(script), *argv[1:]],
+        capture_output=True,
+        cwd=tmp_path,
+        env=os.environ | {"LC_ALL": locale},
+    )
+    err = done.stderr.decode()
+    assert done.returncode == 2, err
+    assert err.count("\n") == 1 and "not UTF-8" in err and r"caf\udce9" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_that_is_not_utf8(copy, cache_dir, capsys):
+    """As os.fsdecode hands it over when main() is called from Python."""
+    argv = ["--ablation_csv", copy / "results.csv", "--saes_dir", copy / "saes"]
+    argv += ["--activations_dir", copy / "activations", "--save_dir", copy / "hero"]
+    argv += ["--cache_dir", cache_dir, "--text", os.fsdecode(NOT_UTF8)]
+    refused("hero", argv, capsys, "not UTF-8")
+
+
+@pytest.mark.parametrize("narrow", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}])
+def test_a_terminal_without_letters_stops_nothing(narrow, text_file, tmp_path):
+    """Names and texts outside ASCII, from the first phase to its figure; files are UTF-8 always."""
+    corpus = tmp_path / "Ünïcode · 日本.txt"
+    shutil.copy(text_file, corpus)
+    folder = tmp_path / "größe"
+    done = subprocess.run(
+        [
+            sys.executable,
+            janus.__file__,
+            *["--preset", "smoke", "--steps", "2", "--tokenizer", "train:300"],
+            *["--dataset", str(corpus), "--save_dir", str(folder)],
+            *["--cache_dir", str(tmp_path / "cache"), "--dtype", "float32"],
+        ],
+        capture_output=True,
+        env=os.environ | {"PYTHONCOERCECLOCALE": "0"} | narrow,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"Traceback" not in done.stderr
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    assert record["exit_status"] == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "name"), [("harvest", "--model_path"), ("ablate", "--adaptive_model")]
+)
+def test_a_tokenizer_with_ids_above_the_embedding(script, name, copy, cache_dir, capsys):
+    more_ids(copy / "model" / "tokenizer.json")
+    argv = [name, copy / "model" / "janus_adaptive_final.pt", "--cache_dir", cache_dir]
+    place = copy / "new.csv" if script == "ablate" else copy / "new"
+    argv += ["--save_file" if script == "ablate" else "--save_dir", place]
+    refused(script, argv, capsys, "token ids go up to 512, its embedding has rows 0 to 511", copy)
+
+
+def test_hero_of_a_tokenizer_with_ids_above_the_embedding(copy, cache_dir, capsys):
+    model = copy / "model" / "janus_adaptive_final.pt"
+    quick = ["--n_seqs", "12", "--mode", "mean", "--layers", "3", "--bootstrap", "200"]
+    argv = ["--adaptive_model", model, "--save_file", copy / "own.csv", "--cache_dir", cache_dir]
+    assert ablation_test.main([str(word) for word in [*argv, *quick]]) == 0
+    more_ids(copy / "model" / "tokenizer.json")
+    argv = ["--ablation_csv", copy / "own.csv", "--save_dir", copy / "hero"]
+    argv += ["--cache_dir", cache_dir]
+    refused("hero", argv, capsys, "token ids go up to 512, its embedding has rows 0 to 511")
+
+
+def more_ids(path: Path) -> None:
+    """Adds a token to a tokenizer.json, as add_tokens() without resizing the embedding does."""
+    tokenizer = janus.Tokenizer.from_file(str(path))
+    assert tokenizer.add_tokens(["<new>"]) == 1
+    tokenizer.save(str(path))
+
+
+def test_resume_with_other_tokens_is_refused(smoke_args, tmp_path, capsys):
+    """A checkpoint whose text was read in another way must not go on with other tokens."""
+    folder = tmp_path / "run"
+    argv = [*smoke_args, "--save_dir", str(folder)]
+    assert janus.main(argv) == 0
+    for path in folder.glob("janus_*"):
+        path.unlink()
+    for checkpoint in folder.glob("ckpt_*.pt"):
+        content = torch.load(checkpoint, weights_only=True)
+        content["data"]["n_tokens"] -= 1
+        torch.save(content, checkpoint)
+        facts = json.loads(janus.sidecar_path(checkpoint).read_text())
+        facts["bytes"] = checkpoint.stat().st_size
+        janus.write_json(janus.sidecar_path(checkpoint), facts)
+    says = r"--resume: n_tokens was \d+, is \d+: the tokens are others"
+    refused("train", [*argv, "--resume"], capsys, says, folder)

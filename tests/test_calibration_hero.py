@@ -32,7 +32,7 @@ class Sample:
 
 def as_text(documents: np.ndarray) -> hero.Text:
     idx = torch.zeros(len(documents), 2, dtype=torch.long)
-    return hero.Text(idx, str, "validation", documents)
+    return hero.Text(idx, lambda ids: list(map(str, ids)), "validation", documents)
 
 
 def standard_error(share: float, n: int) -> float:

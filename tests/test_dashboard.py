@@ -1,6 +1,7 @@
 """The page about SAE features, against SAELens and plain loops."""
 
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_activations_histogram_and_contexts_are_saelens(made, src):
         )
         best = row.contexts[0]
         window = int(a.max(1).values.argmax())
-        assert "".join(t for t, *_ in best) in "".join(src.say(int(i)) for i in src.idx[window])
+        assert "".join(t for t, *_ in best) in "".join(src.say(src.idx[window].tolist()))
 
 
 def test_sources_add_up_to_the_pre_activation(src):
@@ -145,7 +146,7 @@ class Tags(HTMLParser):
 
 def test_the_page_keeps_hostile_tokens_as_text_and_needs_no_network(src, monkeypatch):
     bad = ["<script>alert(1)</script>", "</details><img src=x onerror=alert(1)>", '"', "&lt;"]
-    monkeypatch.setattr(src, "say", lambda i: bad[i % 4])
+    monkeypatch.setattr(src, "say", lambda ids: [bad[i % 4] for i in ids])
     page = fd.render("<b>", "", fd.describe(src, fd.strongest(src, 2)))
     tags = Tags()
     tags.feed(page)
@@ -175,3 +176,30 @@ def test_wrong_inputs_are_one_line(made, tmp_path, capsys):
         fd.main([sae, "--features", "3", "--tokens", "640", "--out", str(out)]) == 0
         and "Feature 3:" in out.read_text()
     )
+
+
+def test_tokens_look_as_in_their_text(src, monkeypatch):
+    """Of letters that several tokens make, the contexts show each once, and places show it whole."""
+    parts = ["·or", "", "", "日", "·but"]
+
+    def say(ids: list[int]) -> list[str]:
+        """Every window is these five tokens over and over."""
+        return [parts[place % 5] for place in range(len(ids))]
+
+    monkeypatch.setattr(src, "say", say)
+    feature = fd.strongest(src, 1)
+    row = fd.describe(src, feature)[0]
+    for context in row.contexts:
+        text = "".join(token.text for token in context)
+        assert text in "·or日·but" * 20
+    assert all(place.text in ("·or", "日", "·but") for place in row.origin.places)
+
+
+def test_tokens_above_the_embedding_are_one_line(made, smoke_checkpoint, tmp_path):
+    shutil.copytree(made / "activations", tmp_path / "activations")
+    path = tmp_path / "activations" / "adaptive" / "tokens.npy"
+    tokens = np.load(path)
+    tokens[:] = 512
+    np.save(path, tokens)
+    with pytest.raises(fd.HandoffError, match="token ids go up to 512, its embedding has rows 0"):
+        fd.open_source(made / "saes/adaptive/L2", tmp_path / "activations", None, 3200)

@@ -1,5 +1,6 @@
 """The loader: splits, tokens, cache and windows, on every kind of local input; and what it says when there is no hub."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,11 @@ import threading
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import janus_adaptive as janus
 
@@ -209,3 +214,253 @@ def test_a_silent_hub_is_waited_for_once_and_then_never_asked(monkeypatch):
     with pytest.raises(janus.HandoffError, match="no answer from http://127.0.0.1:9"):
         janus.from_hub("a dataset", load)
     assert waits == [6.0]
+
+
+# ---- text is data: nothing about it is guessed, and no file's hidden state changes it
+def write_tokenizer(path):
+    """A byte-level tokenizer that was saved with padding, truncation and dropout switched on."""
+    bpe = janus.train_bpe(LINES, 300)
+    bpe.save(str(path.with_name("plain.json")))
+    bpe.enable_padding(length=64, pad_id=0, pad_token="!")
+    bpe.enable_truncation(5)
+    bpe.model.dropout = 0.5
+    bpe.save(str(path))
+    return path
+
+
+def test_padding_truncation_and_dropout_of_a_tokenizer_file_do_not_touch_the_tokens(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("\n".join(LINES), encoding="utf-8")
+    saved = write_tokenizer(tmp_path / "padded.json")
+    assert json.loads(saved.read_text())["padding"] and json.loads(saved.read_text())["truncation"]
+    streams = []
+    for name, cache in (("plain", "one"), ("padded", "two")):
+        tokenizer = str(tmp_path / f"{name}.json")
+        data = janus.HFWikiTextLoader(str(text), tokenizer, 16, "train", tmp_path / cache)
+        streams.append(data)
+    assert np.array_equal(streams[0].tokens, streams[1].tokens)
+    assert streams[0].description["tokenizer_hash"] == streams[1].description["tokenizer_hash"]
+    expected = "".join(t + "\n\n" for t in janus.read_documents(str(text), "train"))
+    assert streams[1].tokenizer.decode(streams[1].tokens.tolist()) == expected
+
+
+def test_padding_of_a_tokenizer_folder_is_switched_off(tmp_path, monkeypatch):
+    from transformers import PreTrainedTokenizerFast
+
+    saved = write_tokenizer(tmp_path / "padded.json")
+    PreTrainedTokenizerFast(tokenizer_file=str(saved)).save_pretrained(tmp_path / "folder")
+    monkeypatch.setattr(janus, "from_hub", lambda what, load: load())
+    found = janus.load_tokenizer(str(tmp_path / "folder"), "builtin", tmp_path)
+    assert found.padding is None and found.truncation is None
+    assert len(found.encode("rain").ids) < 64
+    assert len(found.encode(LINES[0]).ids) > 5
+
+
+def save_texts(path, texts):
+    """A column `text` in the format of the file's name; None is a missing value."""
+    rows = [{"text": text} for text in texts]
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    else:
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(path)
+    return path
+
+
+FORMATS = ["a.jsonl", "a.json", "a.parquet", "a.folder"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_missing_values_are_left_out_and_counted(name, tmp_path, capsys):
+    texts = [None if i % 4 == 3 else line for i, line in enumerate(LINES)]
+    path = save_texts(tmp_path / name, texts)
+    parts = [janus.read_documents(str(path), s) for s in ("train", "validation", "test")]
+    assert parts[0] + parts[1] + parts[2] == [text for text in texts if text]
+    said = capsys.readouterr().out
+    assert said.count("100 rows") == 1 and "null" in said, said  # once, not for each split
+
+
+def test_rows_without_the_column_and_nan_are_missing_too(tmp_path, capsys):
+    rows = ['{"text": "rain"}', '{"words": "iron"}', '{"text": NaN}', "", '{"text": ""}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows * 200), encoding="utf-8")
+    texts = janus.read_documents(str(tmp_path / "a.jsonl"), "train")
+    assert set(texts) == {"rain"}
+    assert "400 rows" in capsys.readouterr().out
+
+
+def test_missing_values_of_a_split_of_its_own(tmp_path):
+    column = {"text": ["rain", None, "nan"]}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(column)}).save_to_disk(tmp_path / "s")
+    assert janus.read_documents(str(tmp_path / "s"), "train") == ["rain", "nan"]
+
+
+LOOKS_LIKE = ["007", "1e3", "true", "NaN", "None", "null", "2024-01-01", " 7 ", "-0", "1e400"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_text_that_looks_like_something_else_stays_text(name, tmp_path):
+    path = save_texts(tmp_path / name, LOOKS_LIKE * 20)
+    parts = [janus.read_documents(str(path), s) for s in ("train", "validation", "test")]
+    assert parts[0] + parts[1] + parts[2] == LOOKS_LIKE * 20
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_numbers_are_not_made_into_text(name, tmp_path):
+    path = save_texts(tmp_path / name, [7, 8, 9] * 50)
+    with pytest.raises(janus.HandoffError, match="row 1 of column `text` is 7, expected text"):
+        janus.read_documents(str(path), "train")
+
+
+def test_json_in_all_its_shapes(tmp_path):
+    shapes = {
+        "records.json": json.dumps([{"text": "rain"}, {"text": "iron"}]),
+        "columns.json": json.dumps({"text": {"0": "rain", "1": "iron"}}),
+        "lists.json": json.dumps({"text": ["rain", "iron"]}),
+        "lines.json": '{"text": "rain"}\n{"text": "iron"}',  # JSON Lines under the other name
+        "array.jsonl": json.dumps([{"text": "rain"}, {"text": "iron"}]),
+        "windows.jsonl": '\ufeff{"text": "rain"}\r\n{"text": "iron"}\r\n',
+    }
+    for name, content in shapes.items():
+        (tmp_path / name).write_bytes(content.encode())
+        rows, _ = janus.read_rows(tmp_path / name, "train")
+        assert list(rows) == ["rain", "iron"], name
+
+
+def test_half_a_surrogate_pair_becomes_one_letter_that_utf_8_has(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "ab \\ud83d cd \\ud83d\\ude00"}\n' * 200, encoding="utf-8")
+    data = janus.HFWikiTextLoader(str(path), "train:300", 16, "train", tmp_path / "cache")
+    assert data.tokenizer.decode(data.tokens.tolist()).startswith("ab \ufffd cd \U0001f600\n\n")
+
+
+BORDERS = ["\u2028", "\u2029", "\u0085", "\f", "\v", "\x1c", "\x1e"]
+
+
+@pytest.mark.parametrize("border", BORDERS)
+def test_a_line_ends_at_a_line_end_alone(border, tmp_path):
+    lines = [f"{line}{border}and more" for line in LINES]
+    path = tmp_path / "a.txt"
+    path.write_bytes("\n".join(lines).encode())
+    parts = [janus.read_documents(str(path), s) for s in ("train", "validation", "test")]
+    assert parts[0] + parts[1] + parts[2] == lines
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(LINES).encode())
+    parts = [janus.read_documents(str(path), s) for s in ("train", "validation", "test")]
+    assert parts[0] + parts[1] + parts[2] == LINES
+
+
+def letters(alphabet, n):
+    """n random letters in one line."""
+    return "".join(np.random.default_rng(0).choice(list(alphabet), n))
+
+
+CHINESE = letters("深海的鱼不知道水是什么因为它们从未离开过", 96_000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CHINESE,  # 288 kB
+        letters("ACGT", 288_000),
+        "rain " + CHINESE[:50_000] + " iron" * 500,
+        letters(["e\u0301", "o", "ñ"], 60_000),
+    ],
+    ids=["chinese", "genome", "mixed", "accents"],
+)
+def test_a_line_without_spaces_is_cut_by_characters(text, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(text, encoding="utf-8")
+    parts = [janus.read_documents(str(path), s) for s in ("train", "validation", "test")]
+    characters = [len("".join(part)) / len(text.replace(" ", "")) for part in parts]
+    assert "".join("".join(part) for part in parts).replace(" ", "") == text.replace(" ", "")
+    assert characters == pytest.approx([0.9, 0.05, 0.05], abs=0.02)
+    data = janus.HFWikiTextLoader(str(path), "train:300", 16, "validation", tmp_path / "cache")
+    assert data.n_windows > 10
+    train = janus.HFWikiTextLoader(str(path), "train:300", 16, "train", tmp_path / "cache")
+    assert len(train.document_starts) > 16
+
+
+def test_a_few_short_texts_keep_their_words(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(["rain", "iron and rain"] * 10), encoding="utf-8")
+    parts = [janus.read_documents(str(path), s) for s in ("train", "validation", "test")]
+    assert sum(parts, []) == ["rain", "iron and rain"] * 10
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "a b", "aaa bbb", " aaa", "aaaa", "a  b  c", "aaaabbbb c "]
+)
+def test_cut_loses_nothing_but_the_space_at_a_cut(text):
+    pieces = janus.cut(text, 3)
+    assert all(len(piece) <= 3 for piece in pieces)
+    place = 0
+    for piece in pieces:
+        if text[place : place + len(piece)] != piece:
+            assert text[place] == " "
+            place += 1
+        assert text[place : place + len(piece)] == piece
+        place += len(piece)
+    assert text[place:].strip() == ""
+
+
+def with_gaps(path, largest):
+    """A tokenizer of a few words, whose last one has the id `largest`."""
+    words = sorted({word for line in LINES for word in line.split()})
+    ids = {word: i for i, word in enumerate(["[UNK]", *words])}
+    ids["rain,"] = largest
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path))
+    return str(path)
+
+
+def test_sizes_come_from_the_largest_id_not_from_the_number_of_tokens(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("\n".join(LINES), encoding="utf-8")
+    tokenizer = with_gaps(tmp_path / "gaps.json", 70_000)
+    data = janus.HFWikiTextLoader(str(text), tokenizer, 16, "train", tmp_path / "cache")
+    assert data.tokens.max() == 70_000  # 16 bits would have made it 4,464
+    assert janus.count_ids(data.tokenizer) == 70_001 > data.tokenizer.get_vocab_size()
+
+
+def test_a_vocabulary_with_gaps_trains(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("\n".join(LINES), encoding="utf-8")
+    tokenizer = with_gaps(tmp_path / "gaps.json", 2000)
+    argv = ["--preset", "smoke", "--steps", "2", "--dataset", str(text), "--tokenizer", tokenizer]
+    argv += ["--seq_len", "16", "--dtype", "float32", "--save_dir", str(tmp_path / "out")]
+    argv += ["--cache_dir", str(tmp_path / "cache")]
+    assert janus.main(argv) == 0
+    out = tmp_path / "out" / "janus_adaptive_final.pt"
+    model, _ = janus.load_checkpoint(out, torch.device("cpu"), False)
+    assert model.cfg.vocab_size == 2001
+
+
+def test_names_and_tokens_of_a_csv_stay_text(tmp_path):
+    path = tmp_path / "a.csv"
+    words = ["007", "null", "1e3", "nan", "NA"]
+    table = pd.DataFrame({"run": words, "next": words, "value": [1.5, np.nan, 2, 3, np.inf]})
+    table.to_csv(path, index=False)
+    found = janus.csv_table(path)
+    assert found["run"].tolist() == found["next"].tolist() == words
+    assert np.array_equal(found["value"], table["value"], equal_nan=True)
+
+
+def test_tokens_cached_by_an_older_reader_are_not_served(tmp_path):
+    """Its cache holds the tokens of "nan" and of split lines under the name without a version."""
+    text = tmp_path / "a.txt"
+    text.write_text("\n".join(LINES), encoding="utf-8")
+    data = janus.HFWikiTextLoader(str(text), "train:300", 16, "train", tmp_path / "cache")
+    key = data.description["dataset_key"]
+    old = tmp_path / "cache" / f"{key}-{data.description['tokenizer_hash']}-train.npy"
+    assert not old.exists()
+    np.save(old, data.tokens[:100])
+    np.save(old.with_suffix(".documents.npy"), data.document_starts[:1])
+    again = janus.HFWikiTextLoader(str(text), "train:300", 16, "train", tmp_path / "cache")
+    assert len(again.tokens) == len(data.tokens)

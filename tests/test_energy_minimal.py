@@ -1021,7 +1021,7 @@ def test_what_a_feature_fires_on_is_told_as_it_is():
         for s, change in enumerate(4 * changes):
             rows.append(dict(feature=k, sequence=s, energy_change=change, n_active=2))
     found = lens.look_at(
-        chosen, f, ids, lambda some: "".join(f" {i}" for i in some), pd.DataFrame(rows)
+        chosen, f, ids, lambda some: [f" {i}" for i in some], pd.DataFrame(rows)
     )
     one = found.iloc[0]
     assert one.distinct_share == pytest.approx(1 / (ids == 7).sum().item())
@@ -1057,3 +1057,38 @@ def test_features_that_are_active_everywhere_are_ablated_in_different_sequences(
         expected = ((x[..., k] - 1.8) > 0).any(1).nonzero()[:, 0]
         assert len(expected) <= 30 and torch.equal(own.sequences, expected)
         assert torch.allclose(own.f, (own.x[..., k] - 1.8).relu())
+
+
+# ---- texts and tokens as they are
+def test_paragraphs_end_at_empty_lines_of_any_kind(tmp_path):
+    path = tmp_path / "a.txt"
+    for gap in ("\n\n", "\n \n", "\r\n\r\n", "\n\t\n \n"):  # " " is how WikiText writes it
+        content = gap.join(f"Paragraph {i}\u2028 and its\f end." for i in range(150))
+        path.write_bytes(b"\xef\xbb\xbf" + content.encode())
+        found = list(lens.documents(str(path), tmp_path).values())
+        assert found == [f"Paragraph {i}\u2028 and its\f end." for i in range(150)], repr(gap)
+
+
+@pytest.mark.parametrize("text", ["x" * 300_000, "深い " * 90_000, "rain\n" * 60_000])
+def test_a_file_of_one_paragraph_is_cut_into_documents(text, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(text, encoding="utf-8")
+    found = lens.documents(str(path), tmp_path)
+    assert len(found) >= 130 and max(map(len, found.values())) <= 2000
+    assert "".join(found.values()).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_context_shows_whole_letters_around_its_peak():
+    """Token 3 is a letter's last byte, tokens 1 and 2 are the others, as a spelling gives them."""
+    texts = [" a", "", "", "日", " b", " c"]
+    ids = torch.arange(6)[None]
+    for peak, expected in (
+        (0, "« a»日 b c"),
+        (2, " a«日» b c"),
+        (3, " a«日» b c"),
+        (5, " a日 b« c»"),
+    ):
+        f = torch.zeros(1, 6)
+        f[0, peak] = 1.0
+        found = lens.contexts(f, ids, lambda some: [texts[i] for i in some], n=1)
+        assert found == {"context_1": expected}

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -261,9 +262,7 @@ def test_nan_weights_are_refused(lm, gpt2):
     model = real.load_language_model(str(gpt2)).model
     next(model.parameters()).data[0, 0] = math.nan
     with pytest.raises(lens.HandoffError, match="NaN"):
-        real.LanguageModel(
-            "x", model, lm.blocks, lm.norm, lm.unembedding, lm.encode, lm.decode, 128
-        )
+        real.LanguageModel("x", model, lm.blocks, lm.norm, lm.unembedding, lm.encode, lm.spell, 128)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c", "nothing.gguf"])
@@ -298,3 +297,72 @@ def test_too_little_data_exits_2():
     with pytest.raises(SystemExit) as e:
         real.main(["--model_name", "gpt2", "--corpus_tokens", "64"])
     assert e.value.code == 2
+
+
+def test_tokens_are_spelled_where_they_stand(lm):
+    """Joined they are the text, whatever the bytes of a letter are spread over."""
+    text = " The naïve 日本 fox\u2028 👩 jumps"
+    ids = lm.encode(text)
+    assert len(ids) > len(text)  # of a vocabulary of 600, letters take several tokens
+    shown = lm.spell(ids)
+    assert len(shown) == len(ids) and "".join(shown) == text
+    assert not any("\ufffd" in of_token for of_token in shown)
+
+
+@pytest.mark.parametrize("scheme", ["llama", "metaspace"])
+def test_sentencepiece_tokens_keep_their_spaces(scheme, tmp_path):
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = ["▁or", "▁module", "▁scope", ",", "▁but", "▁not", "▁stored", "."]
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    to_bytes = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    llama = decoders.Sequence([*to_bytes, decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = llama if scheme == "llama" else decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(names), **sizes)).save_pretrained(tmp_path)
+    model = real.load_language_model(str(tmp_path))
+    ids = [vocabulary[word] for word in words]
+    assert "".join(model.spell(ids)) == " or module scope, but not stored."
+    assert [model.spell([i])[0] for i in ids] == model.spell(ids)
+
+
+def test_token_ids_above_the_embedding_are_one_line(gpt2, tmp_path):
+    """Also where the vocabulary alone is too large: ids that no text has do no harm."""
+    shutil.copytree(gpt2, tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer.json"
+    tokenizer = real.Tokenizer.from_file(str(path))
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save(str(path))
+    model = real.load_language_model(str(tmp_path / "m"))
+    assert model.encode("The fox")
+    with pytest.raises(real.HandoffError, match="token ids go up to 600, its embedding has rows 0"):
+        model.encode("The <new> fox")
+
+
+def test_padding_of_a_tokenizer_does_not_touch_the_tokens(gpt2, smoke_checkpoint, lm, tmp_path):
+    shutil.copytree(gpt2, tmp_path / "m")
+    for name in (smoke_checkpoint.name, f"{smoke_checkpoint.name}.json", "tokenizer.json"):
+        shutil.copy(smoke_checkpoint.with_name(name), tmp_path / name)
+    for path in (tmp_path / "m" / "tokenizer.json", tmp_path / "tokenizer.json"):
+        tokenizer = real.Tokenizer.from_file(str(path))
+        tokenizer.enable_padding(length=64)
+        tokenizer.enable_truncation(5)
+        tokenizer.save(str(path))
+    text = "The quick brown fox jumps over the lazy dog"
+    assert real.load_language_model(str(tmp_path / "m")).encode(text) == lm.encode(text)
+    janus = real.load_language_model(str(tmp_path / smoke_checkpoint.name))
+    plain = real.load_language_model(str(smoke_checkpoint))
+    assert janus.encode(text) == plain.encode(text)
+
+
+def test_lines_of_texts_end_at_line_ends(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_bytes("\ufeffone\u2028still one\r\n\r\nthree\fstill".encode())
+    assert real.read_texts(path) == {"line 1": "one\u2028still one", "line 3": "three\fstill"}
+    named = tmp_path / "texts.json"
+    named.write_bytes('\ufeff{"a": "one\u2028still one"}'.encode())
+    assert real.read_texts(named) == {"a": "one\u2028still one"}

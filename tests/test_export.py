@@ -174,3 +174,16 @@ def test_wrong_inputs_are_one_line_and_lose_nothing(folder, smoke_checkpoint, tm
     assert "tokenizer.json" in says(tmp_path / smoke_checkpoint.name, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".*"))  # no half-made folder
+
+
+def test_padding_in_the_tokenizer_file_is_not_exported(smoke_checkpoint, tmp_path):
+    """As an older version left it beside the checkpoint."""
+    for name in (smoke_checkpoint.name, f"{smoke_checkpoint.name}.json"):
+        shutil.copy(smoke_checkpoint.with_name(name), tmp_path / name)
+    tokenizer = janus.Tokenizer.from_file(str(smoke_checkpoint.with_name("tokenizer.json")))
+    tokenizer.enable_padding(length=64)
+    tokenizer.enable_truncation(5)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert export_hf.main([str(tmp_path / smoke_checkpoint.name), str(tmp_path / "out")]) == 0
+    saved = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert saved["padding"] is None and saved["truncation"] is None

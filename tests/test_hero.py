@@ -1,6 +1,8 @@
 """hero_head_analysis.py against independent computations: naive forwards, hand-set weights, SAELens, an HTML parser."""
 
 import base64
+import functools
+import itertools
 import json
 import math
 import re
@@ -58,10 +60,18 @@ def spoken(model: hero.NewGPT, n: int) -> torch.Tensor:
     return idx
 
 
+def spell(ids: list[int]) -> list[str]:
+    return [f"<{token}>" for token in ids]
+
+
+def numbers(ids: list[int]) -> list[str]:
+    return [str(token) for token in ids]
+
+
 def as_text(idx: torch.Tensor, documents: np.ndarray | None = None) -> hero.Text:
     """Windows of validation text, each of a document of its own if none are given."""
     documents = np.arange(len(idx)) if documents is None else documents
-    return hero.Text(idx, lambda token: f"<{token}>", "validation", documents)
+    return hero.Text(idx, spell, "validation", documents)
 
 
 def interval(numerator, denominator=1.0, documents=None, **how) -> hero.Interval:
@@ -107,7 +117,7 @@ def test_query_key_scores_are_the_models_own_in_layer_0():
 def test_band_shares_add_up_to_one_and_pairs_are_the_largest_scores():
     at = some_head(make_model(), 1, 2)
     ids = torch.arange(30)
-    pairs, bands = (pd.DataFrame(x) for x in hero.decode_qk(at, ids, str))
+    pairs, bands = (pd.DataFrame(x) for x in hero.decode_qk(at, ids, numbers))
     assert set(bands["offset"]) == {1, 2, 8}  # 64 is beyond the context of 20
     np.testing.assert_allclose(bands.groupby("offset")["share"].sum(), 1, atol=1e-5)
     x = at.token_inputs(ids)
@@ -141,7 +151,7 @@ def test_copying_score_and_written_tokens():
         w_o.copy_(sign * w_v.T)
         circuit = hero.ov_circuit(at, rms=1.0)
         rows, score = (
-            hero.written_tokens(at, circuit, torch.arange(10), str),
+            hero.written_tokens(at, circuit, torch.arange(10), numbers),
             hero.copying_score(at, circuit),
         )
         assert sign * score["value"] > 0.99 and score["null_max"] < 0.8
@@ -254,7 +264,7 @@ def test_scores_of_known_patterns():
 
 def test_a_new_score_is_one_function_and_one_entry_and_no_mechanism(monkeypatch):
     def ends_in_7(text: hero.Text) -> torch.Tensor:
-        sevens = [token for token in range(40) if text.say(token).endswith("7>")]
+        sevens = [token for token in range(40) if hero.alone(text.say, token).endswith("7>")]
         is_seven = torch.isin(text.idx, torch.tensor(sevens))
         return is_seven[:, None, :] & (hero.tokens_back(text) >= 0)
 
@@ -1188,7 +1198,7 @@ def test_memory_does_not_grow_with_the_windows_that_are_scored():
         peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e3
         before = peak()
         idx = torch.randint(100, (int(sys.argv[1]), 512))
-        text = hero.Text(idx, str, "validation", torch.arange(len(idx)).numpy())
+        text = hero.Text(idx, spell, "validation", torch.arange(len(idx)).numpy())
         hero.score_table([hero.Head("hero", "adaptive", 1, 0, model)], text)
         print(peak() - before)
     """
@@ -1201,3 +1211,142 @@ def test_memory_does_not_grow_with_the_windows_that_are_scored():
         few,
         many,
     )  # MB; 2.5 times as much when freed memory was kept
+
+
+# ---- how tokens are shown
+def sentencepiece() -> Tokenizer:
+    """A vocabulary as Llama has it: spaces as ▁, which its decoder drops in front of a text, and
+    single bytes for what has no token."""
+    words = ["▁or", "▁module", "▁sc", "ope", ",", "▁but", "▁not", "▁stored", ".", "▁", "日"]
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    model = models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+def byte_level() -> Tokenizer:
+    """As GPT-2 has it, without merges: every byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(alphabet)}
+    vocabulary |= {"or": 256, "Ġor": 257, "Ġæ": 258, "æĹ": 259}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def ids_of(tokenizer: Tokenizer, names: str) -> list[int]:
+    ids = [tokenizer.token_to_id(name) for name in names.split()]
+    assert None not in ids
+    return ids
+
+
+def bytes_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    names = [f"<0x{byte:02X}>" for byte in text.encode()]
+    return ids_of(tokenizer, " ".join(names))
+
+
+def test_sentencepiece_tokens_have_their_space_and_look_alike_everywhere():
+    tokenizer = sentencepiece()
+    ids = ids_of(tokenizer, "▁or ▁module ▁sc ope , ▁but ▁not ▁stored .")
+    texts = hero.token_texts(tokenizer, ids)
+    assert "".join(texts) == " or module scope, but not stored."
+    for token, text in zip(ids, texts, strict=True):
+        assert hero.token_texts(tokenizer, [token]) == [text]
+        assert hero.token_texts(tokenizer, [ids[3], token])[1] == text
+    say = functools.partial(hero.visible_texts, tokenizer)
+    shown = hero.Text(torch.tensor([ids]), say, "validation", np.zeros(1, int))
+    assert "".join(shown.words(0)) == "·or·module·scope,·but·not·stored."
+    assert hero.in_a_row(say, torch.tensor(ids[:3])) == "·or ·module ·sc"
+    assert hero.token_texts(tokenizer, ids_of(tokenizer, "▁")) == [" "]
+
+
+@pytest.mark.parametrize("letters", ["日", "日本", "é", "👩", "é\n日"])
+def test_letters_of_several_byte_tokens_are_whole(letters):
+    tokenizer = sentencepiece()
+    before = ids_of(tokenizer, "▁or")
+    ids = before + bytes_of(tokenizer, letters) + before
+    texts = hero.token_texts(tokenizer, ids)
+    assert "".join(texts) == f" or{letters} or"
+    n_whole = sum(text != "" for text in texts)
+    assert n_whole == len(letters) + 2
+
+    level = byte_level()
+    ids = level.encode(f"or {letters}x").ids
+    assert len(ids) == len(f"or {letters}x".encode())
+    assert "".join(hero.token_texts(level, ids)) == f"or {letters}x"
+
+
+def test_a_byte_that_belongs_to_no_letter_is_named_alike_in_both_kinds_of_vocabulary():
+    for tokenizer, names in ((sentencepiece(), "<0xE6>"), (byte_level(), "æ")):
+        byte = ids_of(tokenizer, names)
+        word = ids_of(tokenizer, "▁or" if names.startswith("<") else "Ġor")
+        assert hero.token_texts(tokenizer, byte) == ["\\xe6"]
+        assert "".join(hero.token_texts(tokenizer, byte + word)) == "\\xe6 or"
+        assert "".join(hero.token_texts(tokenizer, word + byte)) == " or\\xe6"
+    level = byte_level()
+    assert hero.token_texts(level, ids_of(level, "Ġæ")) == [" \\xe6"]
+    assert hero.token_texts(level, ids_of(level, "Ġæ Ĺ ¥")) == [" ", "", "日"]
+    assert hero.token_texts(level, ids_of(level, "æĹ ¥")) == ["", "日"]
+    # U+FFFD in the text itself is a letter like any other
+    assert "".join(hero.token_texts(level, level.encode("a\ufffdb").ids)) == "a\ufffdb"
+
+
+def test_every_vocabulary_gives_back_its_text():
+    """The joined texts against the decoder's own, from every token on."""
+    text = "def naïve(x):\n\treturn 'x' + \"日本語\" # 👩‍🚀 ok  \r\n"
+    level = byte_level()
+    ids = level.encode(text).ids
+    assert "".join(hero.token_texts(level, ids)) == text == level.decode(ids)
+    for start in range(len(ids)):
+        shown = "".join(hero.token_texts(level, ids[start:]))
+        whole = level.decode(ids[start:]).lstrip("\ufffd")
+        assert shown.endswith(whole)
+
+
+def test_white_space_and_control_characters_are_visible():
+    level = byte_level()
+    ids = level.encode("a b\tc\nd\re\ff\x00g\u2028h").ids
+    assert "".join(hero.visible_texts(level, ids)) == "a·b⇥c⏎d␍e␌f␀g␤h"
+
+
+def test_contexts_and_labels_show_whole_letters():
+    tokenizer = sentencepiece()
+    ids = ids_of(tokenizer, "▁or") + bytes_of(tokenizer, "日本") + ids_of(tokenizer, "▁but .")
+    say = functools.partial(hero.visible_texts, tokenizer)
+    text = hero.Text(torch.tensor([ids]), say, "harvested tokens", np.zeros(1, int))
+    feature = hero.Feature(7, "hero")
+    for peak in range(len(ids)):
+        activation, position = torch.tensor([1.0]), torch.tensor([peak])
+        row = hero.top_contexts(feature, activation, position, text)[0]
+        assert row["context"].replace("«", "").replace("»", "") in "·or日本·but."
+        expected = ["·or", "日", "日", "日", "本", "本", "本", "·but", "."][peak]
+        assert f"«{expected}»" in row["context"]
+        assert row["context"].count("日") == 1 and "\ufffd" not in row["context"]
+
+    cell = (np.array([3]), np.array([1]), torch.tensor([1.0]), torch.ones(len(ids)))
+    panel = hero.AttentionMap("hero", *cell)
+    table = hero.attention_table([panel], text)
+    assert table["query_token"].tolist() == ["日"] and table["key_token"].tolist() == ["日"]
+
+
+def test_a_text_of_numbers_is_drawn_with_its_own_letters(tmp_path):
+    words = ["007", "1", "null", "1e3"]
+    rows = []
+    for query, key in itertools.product(range(4), range(4)):
+        row = dict(panel="hero", query=query, key=key, attention=0.25, value_norm=1.0)
+        rows.append(row | dict(query_token=words[query], key_token=words[key]))
+    for some in (rows, rows[:1]):  # the second is a column of numbers alone
+        pd.DataFrame(some).to_csv(tmp_path / "hero_attention.csv", index=False)
+        hero.draw_attention(tmp_path)
+        table = hero.csv_table(tmp_path / "hero_attention.csv")
+        assert table["query_token"].tolist() == [row["query_token"] for row in some]

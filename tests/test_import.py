@@ -353,3 +353,49 @@ def test_a_gguf_of_another_model_is_refused(tmp_path, says):
     writer.write_tensors_to_file()
     writer.close()
     assert "other.gguf" in says(tmp_path / "other.gguf")
+
+
+def resized(source: Path, folder: Path, n_rows: int) -> Path:
+    """The same tokenizer beside a random Llama whose embedding has another number of rows."""
+    shutil.copytree(source, folder)
+    config = LlamaConfig.from_pretrained(source)
+    config.vocab_size = n_rows
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_token_ids_above_the_embedding_are_one_line_at_import(source, tmp_path, says):
+    n_ids = LlamaConfig.from_pretrained(source).vocab_size
+    line = says(resized(source, tmp_path / "small", n_ids - 1))
+    assert f"token ids go up to {n_ids - 1}" in line and f"rows 0 to {n_ids - 2}" in line
+
+
+def test_an_embedding_with_more_rows_than_ids_is_taken(source, text_flags, tmp_path, capsys):
+    """Many models round their embedding up; a row without a token is shown by its number."""
+    n_ids = LlamaConfig.from_pretrained(source).vocab_size
+    folder = resized(source, tmp_path / "large", n_ids + 24)
+    assert import_hf.main([str(folder), str(tmp_path / "out"), "--seq_len", "32", *text_flags]) == 0
+    model, _ = janus.load_checkpoint(tmp_path / "out/janus_pretrained_final.pt", CPU, False)
+    assert model.cfg.vocab_size == n_ids + 24
+    tokenizer = janus.read_tokenizer(tmp_path / "out/tokenizer.json")
+    shown = hero_head_analysis.visible_texts(tokenizer, [n_ids + 3])
+    assert shown == [f"<{n_ids + 3}>"]
+
+
+def test_padding_of_the_models_tokenizer_does_not_come_along(
+    source, imported, text_flags, tmp_path
+):
+    padded = tmp_path / "padded"
+    shutil.copytree(source, padded)
+    tokenizer = janus.Tokenizer.from_file(str(padded / "tokenizer.json"))
+    tokenizer.enable_padding(length=64)
+    tokenizer.enable_truncation(5)
+    tokenizer.save(str(padded / "tokenizer.json"))
+    out = tmp_path / "out"
+    assert import_hf.main([str(padded), str(out), "--seq_len", "32", *text_flags]) == 0
+    saved = json.loads((out / "tokenizer.json").read_text())
+    assert saved["padding"] is None and saved["truncation"] is None
+    expected = json.loads(Path(f"{imported}.json").read_text())["data"]
+    found = json.loads((out / "janus_pretrained_final.pt.json").read_text())["data"]
+    assert found["n_tokens"] == expected["n_tokens"]

@@ -31,6 +31,7 @@ from janus_adaptive import (  # noqa: E402
     load_checkpoint,
     need_disk,
     one_line_errors,
+    plain_tokenizer,
     sha256,
 )
 
@@ -212,7 +213,7 @@ def model_card(path: Path, model: NewGPT, ckpt: dict[str, Any]) -> str:
 def read_tokenizer(path: Path) -> Tokenizer:
     """Raises HandoffError if it cannot be read."""
     try:
-        return Tokenizer.from_file(str(path))
+        return plain_tokenizer(Tokenizer.from_file(str(path)))
     except Exception as e:  # the library raises bare Exception
         advice = "janus_adaptive.py writes it beside the checkpoint"
         raise HandoffError(f"{path} cannot be read ({e}); {advice}") from None

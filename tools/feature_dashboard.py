@@ -22,13 +22,12 @@ Shapes: N windows, T tokens a window, H heads, K d_head, D d_model, F latents, V
 import argparse
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,19 +36,23 @@ from hero_head_analysis import (  # noqa: E402
     HandoffError,
     NewGPT,
     Say,
+    alone,
     atomic,
     encode,
     head_share,
+    letter_end,
     load_checkpoint,
+    need_rows,
     one_line_errors,
     open_dump,
     open_sae,
     positive,
     read_sidecar,
+    read_tokenizer,
     render_page,
     sha256,
-    token_text,
     unembedding,
+    visible_texts,
     write_basis,
 )
 
@@ -138,9 +141,9 @@ def open_source(
     facts = read_sidecar(dump, "janus.activations/1", harvest)
     windows = facts.get("windows", "its first ones")
     text = f"{n_windows:,} windows of the {facts['split']} split ({windows})"
-    tokenizer = Tokenizer.from_file(str(path.with_name("tokenizer.json")))
-    say = cache(lambda token: token_text(tokenizer, token))
-    return Source(model, sae, layer, z, idx, text, say)
+    need_rows(int(idx.max()) + 1, model.cfg.vocab_size, path)
+    tokenizer = read_tokenizer(path.with_name("tokenizer.json"))
+    return Source(model, sae, layer, z, idx, text, partial(visible_texts, tokenizer))
 
 
 # ---------------------------------------------------------------------------- method: edit here
@@ -230,11 +233,11 @@ def top_contexts(source: Source, activation: Tensor) -> list[list[Token]]:
         place = int(where[window])
         first = max(0, place - TOKENS_BEFORE)
         end = min(activation.shape[1], place + TOKENS_AFTER + 1)
+        words = source.say(source.idx[window].tolist())
         context = []
         for position in range(first, end):
-            text = source.say(int(source.idx[window, position]))
             value = float(activation[window, position])
-            context.append(Token(text, value, is_peak=position == place))
+            context.append(Token(words[position], value, is_peak=position == place))
         contexts.append(context)
     return contexts
 
@@ -249,7 +252,7 @@ def trace_peak(source: Source, feature: int, activation: Tensor) -> Origin:
     else:
         part = torch.zeros(source.model.cfg.n_heads, 1)
     by_position = part.sum(0)  # [place + 1]
-    words = [source.say(int(token)) for token in source.idx[window]]
+    words = source.say(source.idx[window].tolist())
 
     first = max(0, place - TOKENS_BEFORE)
     shown = range(first, len(by_position))
@@ -257,14 +260,15 @@ def trace_peak(source: Source, feature: int, activation: Tensor) -> Origin:
     places = []
     for position in by_position.abs().topk(min(N_SOURCES, len(by_position))).indices.tolist():
         contribution = float(by_position[position])
-        places.append(Place(words[position], place - position, contribution))
+        letter = words[letter_end(words, position)]
+        places.append(Place(letter, place - position, contribution))
     return Origin(tokens, places, part.sum(1).tolist())
 
 
 def next_tokens(source: Source, logits: Tensor, sign: int) -> list[Token]:
     """The tokens whose logits [V] are largest (sign 1) or smallest (sign -1)."""
     ranked = (sign * logits).topk(N_NEXT_TOKENS).indices.tolist()
-    return [Token(source.say(token), float(logits[token])) for token in ranked]
+    return [Token(alone(source.say, token), float(logits[token])) for token in ranked]
 
 
 @torch.no_grad()

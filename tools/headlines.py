@@ -25,6 +25,7 @@ from janus_adaptive import (  # noqa: E402
     HandoffError,
     HFWikiTextLoader,
     atomic,
+    count_ids,
     one_line_errors,
     read_telemetry,
 )
@@ -157,7 +158,7 @@ def bigram_of(folder: Path, arguments: dict[str, Any]) -> float:
     val = split("validation")
     # Phase 1 leaves out what does not fill a window; the last target is one token further
     measured = val.tokens[: val.n_windows * val.seq_len + 1]
-    return bigram_loss(train.tokens, measured, train.tokenizer.get_vocab_size())
+    return bigram_loss(train.tokens, measured, count_ids(train.tokenizer))
 
 
 # ---------------------------------------------------------------------------------------- headlines
@@ -277,7 +278,7 @@ def headlines(folder: Path) -> list[Headline]:
     """Every headline of a finished pipeline. Raises HandoffError where a phase is missing."""
     telemetry = {arm: read_telemetry(folder / arm / "telemetry.csv") for arm in ARMS}
     # Both arms were trained with the same arguments but --pressure
-    record = (folder / "adaptive" / "run.json").read_text()
+    record = (folder / "adaptive" / "run.json").read_text(encoding="utf-8")
     arguments = json.loads(record)["arguments"]
     bigram = bigram_of(folder, arguments)
     return [

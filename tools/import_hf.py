@@ -36,11 +36,14 @@ from janus_adaptive import (  # noqa: E402
     HFWikiTextLoader,
     NewGPT,
     atomic,
+    count_ids,
     first_line,
     from_hub,
     golden_probe,
     need_disk,
+    need_rows,
     one_line_errors,
+    plain_tokenizer,
     refuse_overwrite,
     sidecar_path,
     write_sidecar,
@@ -179,7 +182,8 @@ def load_llama(name: str) -> tuple[Any, Any]:
         # Before the weights, which may be gigabytes
         check_config(shown, hf.AutoConfig.from_pretrained(name, **options))
         model = hf.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
-        return model.eval(), hf.AutoTokenizer.from_pretrained(name, **options)
+        # Without a token for padding: transformers would give one an id of its own
+        return model.eval(), hf.AutoTokenizer.from_pretrained(name, pad_token=None, **options)
 
     try:
         if Path(name).is_dir():
@@ -228,16 +232,18 @@ def run(args: argparse.Namespace) -> int:
 
     # The weights, and the same numbers out
     llama, tokenizer = load_llama(args.model)
+    backend = plain_tokenizer(tokenizer.backend_tokenizer)
+    need_rows(count_ids(backend), llama.config.vocab_size, args.model)
     seq_len = choose_seq_len(args.seq_len, llama.config.max_position_embeddings, args.model)
     model = as_newgpt(llama, seq_len)
     total, inner = model.n_params()
     need_disk(args.folder, 4.2 * total)  # float32
-    ids = tokenizer(TEXT, add_special_tokens=False).input_ids
+    ids = backend.encode(TEXT, add_special_tokens=False).ids
     ours, theirs = compare(args.model, model, llama, ids)
 
     # The text that the later phases read, in this model's tokens
     with atomic(vocabulary) as tmp:
-        tokenizer.backend_tokenizer.save(str(tmp))
+        backend.save(str(tmp))
     dataset = args.dataset
     if Path(dataset).exists():
         dataset = str(Path(dataset).resolve())

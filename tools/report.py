@@ -41,6 +41,7 @@ from hero_head_analysis import render_page  # noqa: E402
 from janus_adaptive import (  # noqa: E402
     HandoffError,
     atomic,
+    csv_table,
     one_line_errors,
     read_telemetry,
 )
@@ -86,7 +87,7 @@ class Run:
             raise HandoffError(f"{fact}: make demo RUN={path}")
 
     def table(self, name: str) -> pd.DataFrame:
-        return pd.read_csv(self.path / name)
+        return csv_table(self.path / name)
 
     def record(self, name: str) -> dict[str, Any]:
         """The run.json of a part."""
