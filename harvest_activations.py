@@ -1619,6 +1619,7 @@ def run_record(out_dir: str | Path, args: argparse.Namespace) -> Iterator[dict[s
         raise
     finally:
         record["end"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        record["hardware"]["threads"] = torch.get_num_threads()  # chosen since the start
         with contextlib.suppress(OSError):  # a full disk must not hide the error on its way
             write_json(path, record)
 
