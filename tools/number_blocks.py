@@ -49,6 +49,12 @@ SOURCES = {
         # The picture of README is kept, too, so that it does not outlive its run
         {"headlines.csv": "**/run.json", TABLE_3: "run.json", "training.png": "adaptive/run.json"},
     ),
+    # The same where products have neither bfloat16 nor AVX-512: what does rounding alone change?
+    "demo32": Source(
+        "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 make demo RUN=runs/demo32",
+        "runs/demo32",
+        bare={"headlines.csv": "**/run.json"},
+    ),
     "seeds": Source(
         "make seeds",
         ".",  # tables and runs lie in two folders, results/ and runs/seeds/
@@ -232,6 +238,24 @@ def demo_headlines(kept: Kept) -> str:
     # Word for word what the terminal showed, so that a reader can compare
     lines = [f"{what}: {number}" for what, number in headlines.itertuples(index=False)]
     return "\n".join(["```", *lines, "```"])
+
+
+def demo_elsewhere(kept: Kept) -> str:
+    """The last lines of `make demo`, shortened, beside those in another precision."""
+    columns = ["what", "number"]
+    here = kept.table("demo", "headlines.csv", columns).set_index("what")["number"]
+    there = kept.table("demo32", "headlines.csv", columns).set_index("what")["number"]
+    rows = []
+    for what in here.index.union(there.index, sort=False):
+        found = [short_headline(numbers.get(what, "-")) for numbers in (here, there)]
+        rows.append([what, *found])
+    return markdown(["seed 42", "bfloat16, AVX-512", "float32, AVX2"], rows)
+
+
+def short_headline(number: str) -> str:
+    """A headline without its n, its null and its notes, which stand where it is quoted whole."""
+    number = number.partition("; ")[0]
+    return number.partition(" (95 %")[0]
 
 
 def demo_homeostat(kept: Kept) -> str:
@@ -821,6 +845,7 @@ RESULTS = "RESULTS.md"
 BLOCKS = {
     "demo-phases": Block(README, demo_phases),
     "demo-headlines": Block(README, demo_headlines),
+    "demo-elsewhere": Block(README, demo_elsewhere),
     "seeds-brief": Block(README, seeds_brief),
     "energy-lens": Block(README, energy_lens),
     "where-from": Block(RESULTS, where_from),
