@@ -34,6 +34,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import errno
 import functools
 import gc
 import hashlib
@@ -44,6 +45,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -3797,13 +3799,25 @@ def positive(kind: type) -> Callable[[str], Any]:
     """argparse type: a finite int or float above zero."""
 
     def parse(text: str) -> Any:
-        number = kind(text)
+        number = float(text)
         if not (number > 0 and math.isfinite(number)):
             raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-        return number
+        if kind is float:
+            return number
+        if number.is_integer() and number < 2**53:  # 1e6 is a whole number too
+            return int(number)
+        return int(text)
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse names the type in its errors
     return parse
+
+
+def finite(text: str) -> float:
+    """argparse type: a float that is not NaN or infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
 
 
 def add_version_flag(parser: argparse.ArgumentParser) -> None:
@@ -3854,11 +3868,15 @@ def one_line_errors(work: Callable[[], int]) -> int:
     except HandoffError as e:
         text = str(e)
     except OSError as e:
+        advice = {
+            errno.ENOSPC: "; make room on that disk, or name a folder on another one",
+            errno.EACCES: "; name a place that you may read and write",
+            errno.EROFS: "; name a folder that can be written",
+        }
         where = e.filename or "while writing"
-        advice = "nothing that existed was changed: use a folder with room, and yours"
-        text = f"{e.strerror or e}: {where}; {advice}"
+        text = f"{e.strerror or e}: {where}{advice.get(e.errno or 0, '')}"
     except (MemoryError, torch.OutOfMemoryError) as e:
-        text = f"out of memory ({e}); use a smaller --batch_size"
+        text = f"out of memory ({e}); give smaller sizes or batches, see --help"
     except KeyboardInterrupt:
         text = "interrupted"
     script = Path(work.__code__.co_filename).name
@@ -3899,6 +3917,30 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def drawing(finished: list[Path], redraw: list[Any]) -> Iterator[None]:
+    """Within the block a failure costs a picture, and no result: HandoffError, which names the
+    files that are finished, and `redraw`, the words of the command that draws again."""
+    try:
+        yield
+    except Exception as e:  # matplotlib raises many types
+        if not all(path.is_file() for path in finished):
+            raise
+        cause = f"{type(e).__name__}: {first_line(e, 120)}"
+        kept = f"the results are safe in {' and '.join(map(str, finished))}"
+        command = shlex.join(map(str, ["python", *redraw]))
+        fact = f"a picture could not be drawn ({cause})"
+        raise HandoffError(f"{fact}; {kept}; draw it with: {command}") from e
+
+
+def as_label(name: object) -> str:
+    """A name as matplotlib shows it letter for letter: $ begins no formula, and a leading _ does
+    not keep it out of a legend."""
+    text = str(name).encode("utf-8", "replace").decode()  # a path may hold bytes that are no text
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def sha256(path: str | Path) -> str:

@@ -31,6 +31,7 @@ import argparse
 import ast
 import base64
 import contextlib
+import errno
 import functools
 import gc
 import hashlib
@@ -41,6 +42,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -909,7 +911,7 @@ def copying_score(head: Head, circuit: OVCircuit) -> Row:
     ratios = []
     for order in orders:
         values = circuit.values[order.to(circuit.values.device)]  # [V, K]
-        eigenvalues = torch.linalg.eigvals((circuit.logits.T @ values).double().cpu())  # [K]
+        eigenvalues = torch.linalg.eigvals((circuit.logits.T @ values).cpu().double())  # [K]
         ratios.append((eigenvalues.real.sum() / eigenvalues.abs().sum()).item())
     nulls = ratios[1:]
     return head.row(
@@ -2289,13 +2291,25 @@ def positive(kind: type) -> Callable[[str], Any]:
     """argparse type: a finite int or float above zero."""
 
     def parse(text: str) -> Any:
-        number = kind(text)
+        number = float(text)
         if not (number > 0 and math.isfinite(number)):
             raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-        return number
+        if kind is float:
+            return number
+        if number.is_integer() and number < 2**53:  # 1e6 is a whole number too
+            return int(number)
+        return int(text)
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse names the type in its errors
     return parse
+
+
+def finite(text: str) -> float:
+    """argparse type: a float that is not NaN or infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
 
 
 def add_version_flag(parser: argparse.ArgumentParser) -> None:
@@ -2391,11 +2405,15 @@ def one_line_errors(work: Callable[[], int]) -> int:
     except HandoffError as e:
         text = str(e)
     except OSError as e:
+        advice = {
+            errno.ENOSPC: "; make room on that disk, or name a folder on another one",
+            errno.EACCES: "; name a place that you may read and write",
+            errno.EROFS: "; name a folder that can be written",
+        }
         where = e.filename or "while writing"
-        advice = "nothing that existed was changed: use a folder with room, and yours"
-        text = f"{e.strerror or e}: {where}; {advice}"
+        text = f"{e.strerror or e}: {where}{advice.get(e.errno or 0, '')}"
     except (MemoryError, torch.OutOfMemoryError) as e:
-        text = f"out of memory ({e}); use a smaller --batch_size"
+        text = f"out of memory ({e}); give smaller sizes or batches, see --help"
     except KeyboardInterrupt:
         text = "interrupted"
     script = Path(work.__code__.co_filename).name
@@ -2436,6 +2454,30 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(plain(record), indent=1) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def drawing(finished: list[Path], redraw: list[Any]) -> Iterator[None]:
+    """Within the block a failure costs a picture, and no result: HandoffError, which names the
+    files that are finished, and `redraw`, the words of the command that draws again."""
+    try:
+        yield
+    except Exception as e:  # matplotlib raises many types
+        if not all(path.is_file() for path in finished):
+            raise
+        cause = f"{type(e).__name__}: {first_line(e, 120)}"
+        kept = f"the results are safe in {' and '.join(map(str, finished))}"
+        command = shlex.join(map(str, ["python", *redraw]))
+        fact = f"a picture could not be drawn ({cause})"
+        raise HandoffError(f"{fact}; {kept}; draw it with: {command}") from e
+
+
+def as_label(name: object) -> str:
+    """A name as matplotlib shows it letter for letter: $ begins no formula, and a leading _ does
+    not keep it out of a legend."""
+    text = str(name).encode("utf-8", "replace").decode()  # a path may hold bytes that are no text
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def sha256(path: str | Path) -> str:
@@ -2551,7 +2593,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
     """The description of a finished artefact, checked for schema and size.
 
     Raises HandoffError, naming `remedy` (the command that makes the artefact), if it is missing,
-    unfinished or damaged.
+    unfinished or of another size.
     """
     path = Path(path)
     side = sidecar_path(path)
@@ -2560,6 +2602,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         raise HandoffError(f"{path} {fact}; make it with: {remedy}")
     if not side.is_file():
         fact = f"{path} has no sidecar {side.name}: the run that wrote it did not finish"
+        fact += ", or it was moved without its sidecar"
         raise HandoffError(f"{fact}; make it with: {remedy}")
     try:
         record = json.loads(side.read_text(encoding="utf-8"))
@@ -2576,6 +2619,24 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         fact = f"{path} has {size} bytes, its sidecar says {expected_size}: damaged"
         raise HandoffError(f"{fact}; remake it with: {remedy}")
     return record
+
+
+def moved_with(named: str | Path, neighbour: Path, is_it: Callable[[Path], bool]) -> Path:
+    """The file that `neighbour` names: where the name says, or at the same place beside a folder
+    that holds `neighbour`, if both were moved, or named from another folder.
+
+    `is_it` tells by the content. The name as it is, if nothing is it.
+    """
+    named = Path(named)
+    parts = named.parts[1:] if named.is_absolute() else named.parts
+    candidates = [named]
+    for folder in neighbour.resolve().parents:  # the nearest first
+        # Longest ends first: a name may be told by the folders that it lies in
+        candidates += [folder.joinpath(*parts[i:]) for i in range(len(parts))]
+    for candidate in candidates:
+        if candidate.is_file() and is_it(candidate):
+            return candidate
+    return named
 
 
 # <<< shared: sidecars
@@ -2894,12 +2955,11 @@ def load_checkpoint(
 ) -> tuple[NewGPT, dict[str, Any]]:
     """Reads a Janus checkpoint -> the model in eval mode on `device`, and the rest of the file.
 
-    Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees
-    with its golden probe.
+    Raises HandoffError if the file is missing, unfinished, unreadable, of another kind, or
+    disagrees with its golden probe.
     """
-    train = "python janus_adaptive.py --save_dir DIR"
-    remedy = f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
-    read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
+    remedy = checkpoint_remedy(Path(path))
+    side = read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         model = NewGPT(GPTConfig(**ckpt["config"]))
@@ -2907,18 +2967,47 @@ def load_checkpoint(
         loss_then = ckpt["probe"]["loss"]
         numbers_then = [loss_then, *ckpt["probe"]["top_logits"]]
     except Exception as e:  # a damaged zip, a pickle, other names or shapes: many types
-        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file"
-        raise HandoffError(f"{fact}: {first_line(e, 160)}") from None
+        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file ({first_line(e, 160)})"
+        raise HandoffError(f"{fact}; make it with: {remedy}") from None
     if not skip_probe:
         now = golden_probe(model)
         numbers_now = [now["loss"], *now["top_logits"]]
         if not np.allclose(numbers_now, numbers_then, rtol=1e-5, atol=1e-4):
-            fact = f"the golden probe gives {now['loss']:.5f} nats"
+            fact = f"{path}: the golden probe gives {now['loss']:.5f} nats"
             fact += f", the checkpoint says {loss_then:.5f}"
-            cause = f"the model in {Path(__file__).name} is not the one that was trained"
-            advice = "run tools/check_copies.py, or pass --skip_probe"
-            raise HandoffError(f"{path}: {fact}: {cause}; {advice}")
+            # Whose fault it is: the file's, the weights', or the script's
+            if sha256(path) != side.get("sha256"):
+                cause = (
+                    f"its bytes are not those that its sidecar describes; make it with: {remedy}"
+                )
+            elif not all(weight.isfinite().all() for weight in model.parameters()):
+                cause = f"its weights hold NaN or infinity; make it with: {remedy}"
+            else:
+                cause = f"the model in {Path(__file__).name} is not the one that was trained"
+                cause += "; run tools/check_copies.py, or pass --skip_probe where it is a flag"
+            raise HandoffError(f"{fact}: {cause}")
     return model.to(device).eval(), ckpt
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints for --resume in a folder, oldest first: those of the size that their
+    sidecars say."""
+    finished = []
+    for path in sorted(folder.glob("ckpt_*.pt")):
+        with contextlib.suppress(HandoffError):
+            read_sidecar(path, CHECKPOINT_SCHEMA, "")
+            finished.append(path)
+    return finished
+
+
+def checkpoint_remedy(path: Path) -> str:
+    """What makes a checkpoint that is missing or broken, by what lies beside it."""
+    others = [other for other in finished_checkpoints(path.parent) if other != path]
+    if others and (path.parent / "run.json").is_file():
+        command = f"the command in {path.parent / 'run.json'} and --resume"
+        return f"{command}, which goes on from {others[-1].name}"
+    train = "python janus_adaptive.py --save_dir DIR"
+    return f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
 
 
 # <<< shared: model

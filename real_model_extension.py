@@ -1578,7 +1578,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
     """The description of a finished artefact, checked for schema and size.
 
     Raises HandoffError, naming `remedy` (the command that makes the artefact), if it is missing,
-    unfinished or damaged.
+    unfinished or of another size.
     """
     path = Path(path)
     side = sidecar_path(path)
@@ -1587,6 +1587,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         raise HandoffError(f"{path} {fact}; make it with: {remedy}")
     if not side.is_file():
         fact = f"{path} has no sidecar {side.name}: the run that wrote it did not finish"
+        fact += ", or it was moved without its sidecar"
         raise HandoffError(f"{fact}; make it with: {remedy}")
     try:
         record = json.loads(side.read_text(encoding="utf-8"))
@@ -1603,6 +1604,24 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         fact = f"{path} has {size} bytes, its sidecar says {expected_size}: damaged"
         raise HandoffError(f"{fact}; remake it with: {remedy}")
     return record
+
+
+def moved_with(named: str | Path, neighbour: Path, is_it: Callable[[Path], bool]) -> Path:
+    """The file that `neighbour` names: where the name says, or at the same place beside a folder
+    that holds `neighbour`, if both were moved, or named from another folder.
+
+    `is_it` tells by the content. The name as it is, if nothing is it.
+    """
+    named = Path(named)
+    parts = named.parts[1:] if named.is_absolute() else named.parts
+    candidates = [named]
+    for folder in neighbour.resolve().parents:  # the nearest first
+        # Longest ends first: a name may be told by the folders that it lies in
+        candidates += [folder.joinpath(*parts[i:]) for i in range(len(parts))]
+    for candidate in candidates:
+        if candidate.is_file() and is_it(candidate):
+            return candidate
+    return named
 
 
 # <<< shared: sidecars
@@ -1987,12 +2006,11 @@ def load_checkpoint(
 ) -> tuple[NewGPT, dict[str, Any]]:
     """Reads a Janus checkpoint -> the model in eval mode on `device`, and the rest of the file.
 
-    Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees
-    with its golden probe.
+    Raises HandoffError if the file is missing, unfinished, unreadable, of another kind, or
+    disagrees with its golden probe.
     """
-    train = "python janus_adaptive.py --save_dir DIR"
-    remedy = f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
-    read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
+    remedy = checkpoint_remedy(Path(path))
+    side = read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         model = NewGPT(GPTConfig(**ckpt["config"]))
@@ -2000,18 +2018,47 @@ def load_checkpoint(
         loss_then = ckpt["probe"]["loss"]
         numbers_then = [loss_then, *ckpt["probe"]["top_logits"]]
     except Exception as e:  # a damaged zip, a pickle, other names or shapes: many types
-        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file"
-        raise HandoffError(f"{fact}: {first_line(e, 160)}") from None
+        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file ({first_line(e, 160)})"
+        raise HandoffError(f"{fact}; make it with: {remedy}") from None
     if not skip_probe:
         now = golden_probe(model)
         numbers_now = [now["loss"], *now["top_logits"]]
         if not np.allclose(numbers_now, numbers_then, rtol=1e-5, atol=1e-4):
-            fact = f"the golden probe gives {now['loss']:.5f} nats"
+            fact = f"{path}: the golden probe gives {now['loss']:.5f} nats"
             fact += f", the checkpoint says {loss_then:.5f}"
-            cause = f"the model in {Path(__file__).name} is not the one that was trained"
-            advice = "run tools/check_copies.py, or pass --skip_probe"
-            raise HandoffError(f"{path}: {fact}: {cause}; {advice}")
+            # Whose fault it is: the file's, the weights', or the script's
+            if sha256(path) != side.get("sha256"):
+                cause = (
+                    f"its bytes are not those that its sidecar describes; make it with: {remedy}"
+                )
+            elif not all(weight.isfinite().all() for weight in model.parameters()):
+                cause = f"its weights hold NaN or infinity; make it with: {remedy}"
+            else:
+                cause = f"the model in {Path(__file__).name} is not the one that was trained"
+                cause += "; run tools/check_copies.py, or pass --skip_probe where it is a flag"
+            raise HandoffError(f"{fact}: {cause}")
     return model.to(device).eval(), ckpt
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints for --resume in a folder, oldest first: those of the size that their
+    sidecars say."""
+    finished = []
+    for path in sorted(folder.glob("ckpt_*.pt")):
+        with contextlib.suppress(HandoffError):
+            read_sidecar(path, CHECKPOINT_SCHEMA, "")
+            finished.append(path)
+    return finished
+
+
+def checkpoint_remedy(path: Path) -> str:
+    """What makes a checkpoint that is missing or broken, by what lies beside it."""
+    others = [other for other in finished_checkpoints(path.parent) if other != path]
+    if others and (path.parent / "run.json").is_file():
+        command = f"the command in {path.parent / 'run.json'} and --resume"
+        return f"{command}, which goes on from {others[-1].name}"
+    train = "python janus_adaptive.py --save_dir DIR"
+    return f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
 
 
 # <<< shared: model
