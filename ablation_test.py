@@ -42,6 +42,7 @@ import errno
 import functools
 import gc
 import hashlib
+import html
 import io
 import json
 import math
@@ -994,7 +995,7 @@ def fill_in_sizes(args: argparse.Namespace, arm: Arm) -> None:
 def open_splits(args: argparse.Namespace, arm: Arm) -> tuple[HFWikiTextLoader, HFWikiTextLoader]:
     """Training and validation split of the text that the checkpoint was trained on, or of
     --dataset."""
-    dataset = args.dataset or arm.checkpoint["dataset"]
+    dataset = args.dataset or find_text(arm.checkpoint, arm.path)
     tokenizer = args.tokenizer or str(arm.path.parent / "tokenizer.json")
     seq_len = arm.checkpoint["config"]["seq_len"]
     train = HFWikiTextLoader(dataset, tokenizer, seq_len, "train", args.cache_dir)
@@ -1035,16 +1036,17 @@ def write_results(args: argparse.Namespace) -> None:
         if keep and path.read_text(encoding="utf-8") != texts[path]:
             fact = f"{path} would change (another --mode, --bootstrap or --seed?)"
             raise HandoffError(f"{fact}; pass --overwrite to replace it")
-    # Without a sidecar until all is written: an unfinished result never looks done
+    # Without a sidecar until both are written: an unfinished result never looks done
     for path, text in texts.items():
         sidecar_path(path).unlink(missing_ok=True)
         save(path, text)
-    draw(csv)
     ranked_by = summary["ranked_by"][0]
     about = {"ranked_by": ranked_by, "bootstrap": args.bootstrap, "seed": args.seed}
     for path in texts:
         write_sidecar(path, CSV_SCHEMA, [npz], **about)
     tell(summary)
+    with drawing(list(texts), ["ablation_test.py", "--redraw", csv]):
+        draw(csv)
 
 
 # ------------------------------------------------------------------------------- tables and figures
@@ -1341,10 +1343,10 @@ def read_table(
     """A CSV of this script, checked to have the columns `names`, numbers in `numbers`, and numbers
     or nothing in `uncertain`."""
     try:
-        table = pd.read_csv(path)
+        table = pd.read_csv(path, converters=dict.fromkeys(names, str))
         table[uncertain].astype(float)
         has_numbers = table[numbers].astype(float).notna().all(axis=None)
-        if not has_numbers or table[names].isna().any(axis=None) or table.empty:
+        if not has_numbers or (table[names] == "").any(axis=None) or table.empty:
             raise ValueError("no rows, or empty cells")
     except (OSError, ValueError, KeyError) as e:
         fact = f"{path} is not a table of ablation_test.py ({e})"
@@ -1390,7 +1392,8 @@ def as_markdown(frame: pd.DataFrame) -> str:
     lines = [list(frame.columns), ["---"] * frame.shape[1]]
     for row in frame.to_numpy():
         lines.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    rows = [[markdown_text(cell) for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def noise_share(summary: pd.DataFrame) -> float:
@@ -1422,7 +1425,8 @@ def figure4(table: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
         ax = axes[0, modes.index(row["mode"])]
         heads = table[(table["run"] == row["run"]) & (table["mode"] == row["mode"])]
         draw_heads(ax, heads.sort_values("rank"), row, runs.index(row["run"]))
-        ax.set(title=f"{row['mode']} ablation", xticks=range(len(runs)), xticklabels=runs)
+        ax.set(title=f"{row['mode']} ablation", xticks=range(len(runs)))
+        ax.set_xticklabels([as_label(run) for run in runs])
         ax.set_xlim(-0.6, len(runs) - 0.4)
     linear = noise_share(summary)
     # Where all is within the noise, symlog would be linear, with hardly a tick
@@ -1516,7 +1520,7 @@ def draw_map(ax: plt.Axes, heads: pd.DataFrame, row: pd.Series, norm: colors.Nor
     line = "-" if row["unique_hero"] else ":"
     ax.add_patch(plt.Rectangle((left, bottom), 1, 1, fill=False, lw=2, ls=line))
     n_layers, n_heads = impact.shape
-    ax.set(title=row["run"], xlabel="head", ylabel="layer")
+    ax.set(title=as_label(row["run"]), xlabel="head", ylabel="layer")
     ax.set(xticks=range(n_heads), yticks=range(n_layers), yticklabels=impact.index)
     return image
 
@@ -1830,6 +1834,18 @@ def as_label(name: object) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
+def markdown_text(text: str) -> str:
+    """One line of Markdown that shows the text: it can neither end the cell of a table nor become
+    markup, code, a link or a formula."""
+    escaped = html.escape(text)
+    for character in "|`*$~\\":
+        escaped = escaped.replace(character, f"&#{ord(character)};")
+    escaped = escaped.replace("](", "]&#40;")
+    # An underscore within a word is one, as in the names of columns
+    escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
+    return " ".join(escaped.splitlines())
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of the file's bytes."""
     with open(path, "rb") as f:
@@ -1984,9 +2000,18 @@ def moved_with(named: str | Path, neighbour: Path, is_it: Callable[[Path], bool]
         # Longest ends first: a name may be told by the folders that it lies in
         candidates += [folder.joinpath(*parts[i:]) for i in range(len(parts))]
     for candidate in candidates:
-        if candidate.is_file() and is_it(candidate):
+        if candidate.exists() and is_it(candidate):
             return candidate
     return named
+
+
+def find_checkpoint(named: str | Path, digest: str, neighbour: Path) -> Path:
+    """The checkpoint of this sha256 (or its beginning) that the file `neighbour` names."""
+
+    def is_it(path: Path) -> bool:
+        return path.is_file() and bool(digest) and sha256(path).startswith(digest)
+
+    return moved_with(named, neighbour, is_it)
 
 
 # <<< shared: sidecars
@@ -2837,6 +2862,23 @@ def read_rows(path: Path, split: str) -> tuple[Any, bool]:
     if path.suffix in (".jsonl", ".json"):
         return pd.read_json(path, lines=path.suffix == ".jsonl")["text"], False
     return path.read_text(encoding="utf-8").splitlines(), False
+
+
+def find_text(ckpt: dict[str, Any], checkpoint: Path) -> str:
+    """The text that a checkpoint was trained on: what it names, or a file of the same content
+    that was moved with it."""
+    named = ckpt["dataset"]
+    if named == "builtin" or named in HUB_DATASETS:
+        return named
+    digest = ckpt["data"]["dataset_key"].rpartition("-")[2]
+
+    def is_it(path: Path) -> bool:
+        try:
+            return dataset_key(str(path)).endswith(digest)
+        except HandoffError:  # of no kind that is a text
+            return False
+
+    return str(moved_with(named, checkpoint, is_it))
 
 
 def dataset_key(dataset: str) -> str:

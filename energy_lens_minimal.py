@@ -38,13 +38,13 @@ import errno
 import functools
 import gc
 import hashlib
+import html
 import itertools
 import json
 import math
 import os
 import platform
 import re
-import resource
 import shlex
 import shutil
 import subprocess
@@ -2959,7 +2959,10 @@ def run_all(args: Any, corpus: Corpus) -> tuple[LensResults, EnergyTransformer]:
 
 
 def peak_gb() -> float:
-    """Peak resident memory of this process, GB."""
+    """Peak resident memory of this process, GB; NaN where the system does not say (Windows)."""
+    if find_spec("resource") is None:
+        return math.nan
+    resource = import_module("resource")
     unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, kB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -2975,6 +2978,8 @@ def cost_line(clock: float) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, analyses, writes tables, figures and report to args.save_dir; exit status."""
+    if args.redraw:
+        return redraw(args.save_dir)
     clock = time.perf_counter()
     report = args.save_dir / "research_report.md"
     raw = args.save_dir / "raw_results.json"
@@ -2984,11 +2989,12 @@ def run(args: argparse.Namespace) -> int:
         texts = documents(args.corpus, args.cache_dir)
         res, _ = run_all(args, build_corpus(texts, args.sequences, args.seed))
         cost = cost_line(clock)
-        save_tables(res.tables, args.save_dir)
-        title = "Energy-Lens on an Energy Transformer"
-        write_report(title, compose(res, args, cost, args.save_dir), report)
-        res.to_json(raw)
         record |= {"cost": cost, "facts": res.facts}
+        save_results(res, args.save_dir)
+        again = ["energy_lens_minimal.py", "--redraw", "--save_dir", args.save_dir]
+        with drawing([raw, args.save_dir / "features.csv"], again):
+            write_report(TITLE, compose(res, args, cost, args.save_dir), report)
+        res.to_json(raw)  # with what the report concludes
     shown = (
         "layer eligible rule_passes token_null within_documents direction_null fewest aligned "
         "aligned_clusters aligned_participation median_abs_efas split_half_r"
@@ -2998,7 +3004,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def redraw(folder: Path) -> int:
+    """Figures and report once more, from the files of an earlier run; exit status."""
+    res = read_results(folder)
+    record = read_record(folder, "python energy_lens_minimal.py")
+    args = argparse.Namespace(**record["arguments"])
+    report = folder / "research_report.md"
+    write_report(TITLE, compose(res, args, record["cost"], folder), report)
+    print(f"drawn again: {report}")
+    return 0
+
+
 # ------------------------------------------------------------------------------- tables and figures
+TITLE = "Energy-Lens on an Energy Transformer"
 # ("h", heading), ("p", paragraph), ("t", table) or ("img", (path, caption)) of a report
 ReportPart = tuple[str, Any]
 COLOURS = [
@@ -3027,7 +3045,7 @@ def markdown_table(table: pd.DataFrame) -> str:
     """A table as Markdown."""
     lines = [list(map(str, table.columns)), ["---"] * table.shape[1]]
     for row in table.itertuples(index=False):
-        lines.append([cell(value).replace("|", "\\|") for value in row])
+        lines.append([markdown_text(cell(value)) for value in row])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -3051,7 +3069,7 @@ def png_address(image: Path) -> str:
 def write_report(title: str, blocks: list[ReportPart], path: Path) -> None:
     """The same blocks as Markdown (`path`) and as one self-contained HTML page beside it. Where the
     folder pages/ is missing, a line says so and there is no page."""
-    paragraphs = [f"# {title}"]
+    paragraphs = [f"# {markdown_text(title)}"]
     for kind, value in blocks:
         paragraphs.append(markdown_block(kind, value))
     with atomic(path) as temporary:
@@ -3075,6 +3093,53 @@ def save_tables(tables: dict[str, pd.DataFrame], out: Path) -> None:
     for name, table in tables.items():
         with atomic(out / f"{name}.csv") as temporary:
             table.to_csv(temporary, index=False)
+
+
+def save_results(res: LensResults, out: Path) -> None:
+    """All that --redraw needs beside run.json: raw_results.json, and every table as CSV."""
+    save_tables(res.tables, out)
+    res.to_json(out / "raw_results.json")
+
+
+def read_record(folder: Path, remedy: str) -> dict[str, Any]:
+    """The run.json of a run that got as far as its results. Raises HandoffError otherwise."""
+    path = folder / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["cost"], record["arguments"]  # noqa: B018 -- KeyError if it did not get so far
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        fact = f"{path} is not that of a run with results ({e!r})"
+        raise HandoffError(f"{fact}; it is written by: {remedy}") from None
+    return record
+
+
+def read_results(folder: Path) -> LensResults:
+    """What `save_results` saved. Raises HandoffError if a file is missing or cannot be read."""
+    raw = folder / "raw_results.json"
+    try:
+        record = json.loads(raw.read_text(encoding="utf-8"))
+        res = LensResults(record["model"], none_to_nan(record["facts"]))
+        for name in record["tables"]:
+            file = folder / f"{name}.csv"
+            if file.stat().st_size > 1:  # a table without columns has one line end
+                # Tokens are text, also where one reads nan
+                how: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+                table = pd.read_csv(file, **how)
+            else:
+                table = pd.DataFrame()
+            res.tables[name] = table
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        fact = f"{folder} cannot be drawn again ({e})"
+        expected = "expected raw_results.json and a CSV for each of its tables"
+        raise HandoffError(f"{fact}; {expected}") from None
+    return res
+
+
+def none_to_nan(facts: Any) -> Any:
+    """The facts of a JSON file, which has no NaN: null stands for it."""
+    if isinstance(facts, dict):
+        return {name: none_to_nan(value) for name, value in facts.items()}
+    return math.nan if facts is None else facts
 
 
 # ---- figures ----
@@ -3443,7 +3508,7 @@ def introduction(res: LensResults, args: Any, cost: str) -> list[ReportPart]:
     setting = (
         f"n = {n_seq} held-out sequences of 32 tokens, one a document, which are the unit of every "
         f"test; one training seed ({args.seed}), so nothing here speaks for other seeds. Preset "
-        f"{args.preset}, corpus {args.corpus}, gradient by {args.gradient}. {cost}."
+        f"{args.preset}, corpus `{args.corpus}`, gradient by {args.gradient}. {cost}."
     )
     return [("p", meaning), ("p", setting)]
 
@@ -3703,7 +3768,9 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("outputs")
     folder = Path("energy_lens_results")
+    again = "only draw the figures and write the report again, from the files in --save_dir"
     group.add_argument("--save_dir", type=Path, default=folder, help="output folder")
+    group.add_argument("--redraw", action="store_true", help=again)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -3941,6 +4008,18 @@ def as_label(name: object) -> str:
     text = str(name).encode("utf-8", "replace").decode()  # a path may hold bytes that are no text
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
+
+
+def markdown_text(text: str) -> str:
+    """One line of Markdown that shows the text: it can neither end the cell of a table nor become
+    markup, code, a link or a formula."""
+    escaped = html.escape(text)
+    for character in "|`*$~\\":
+        escaped = escaped.replace(character, f"&#{ord(character)};")
+    escaped = escaped.replace("](", "]&#40;")
+    # An underscore within a word is one, as in the names of columns
+    escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
+    return " ".join(escaped.splitlines())
 
 
 def sha256(path: str | Path) -> str:

@@ -42,6 +42,7 @@ import errno
 import functools
 import gc
 import hashlib
+import html
 import io
 import json
 import math
@@ -590,7 +591,7 @@ def resolve(args: argparse.Namespace, ckpt: dict[str, Any], autocast: Any) -> No
     # A flag that was not given: as in training, and in the sizes of a preset
     preset = PHASE_PRESETS[ckpt["preset"] if args.preset == "auto" else args.preset]
     args.run_name = args.run_name or ckpt["arm"]
-    args.dataset = args.dataset or ckpt["dataset"]
+    args.dataset = args.dataset or find_text(ckpt, args.model_path)
     args.tokenizer = args.tokenizer or str(args.model_path.parent / "tokenizer.json")
     args.tokens = args.tokens or preset["tokens"]
     args.batch_size = args.batch_size or preset["batch_size"]
@@ -836,10 +837,23 @@ def reserve(args: argparse.Namespace, layers: list[int], n_tokens: int, width: i
             # The file first, with holes; then the blocks of the disk that fill them
             np.lib.format.open_memmap(path, mode="w+", dtype=args.dump_dtype, shape=shape)
             with open(path, "rb+") as f:
-                os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+                fill_holes(f.fileno(), path.stat().st_size)
         except OSError as e:
             fact = f"{path} cannot have {shape} {args.dump_dtype} numbers of disk"
             raise HandoffError(f"{fact}: {e.strerror}") from None
+
+
+def fill_holes(file: int, n_bytes: int) -> None:
+    """Gives an open file all its blocks of the disk. Not every system (macOS) and not every disk
+    can: there a disk that fills up on the way ends the process."""
+    cannot = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file, 0, n_bytes)
+    except OSError as e:
+        if e.errno not in cannot:
+            raise
 
 
 def open_partial_dumps(args: argparse.Namespace, layers: list[int]) -> dict[int, np.memmap]:
@@ -853,7 +867,7 @@ def open_partial_dumps(args: argparse.Namespace, layers: list[int]) -> dict[int,
             dumps[l] = np.lib.format.open_memmap(partial_path(args, l), mode="r+")
     except (OSError, ValueError) as e:
         fact = f"the unfinished harvest in {args.out} was damaged ({e}) and is now removed"
-        raise HandoffError(f"{fact}; start again") from None
+        raise HandoffError(f"{fact}; give the same command again, it begins anew") from None
     return dumps
 
 
@@ -1011,7 +1025,7 @@ def publish_table(
     table = pd.DataFrame(rows)
     if path.is_file() and not job["anew"]:
         # A layer to do may be there already, from a finish() that was interrupted
-        earlier = pd.read_csv(path)
+        earlier = pd.read_csv(path, converters={"run": str})
         earlier = earlier[~earlier["layer"].isin(job["todo"])]
         table = pd.concat([earlier, table]).sort_values("layer", kind="stable")
     write = functools.partial(table.to_csv, index=False)
@@ -1062,16 +1076,20 @@ def publish_dump(
 def report(args: argparse.Namespace) -> None:
     """Draws figure 1, and writes and prints table 1, of the runs compared; needs nothing but their
     CSV files."""
-    figure = args.out / "figure1_head_cosines.png"
-    csvs = compared_csvs(args, PAIRS_CSV)
-    publish(figure, functools.partial(draw_cosines, csvs), FIGURE_SCHEMA, csvs)
-
     table = args.out / "table1_topology.txt"
     csvs = compared_csvs(args, TOPOLOGY_CSV)
     text = table1(csvs)
     write = functools.partial(Path.write_text, data=text, encoding="utf-8")
     publish(table, write, TABLE_SCHEMA, csvs)
-    print(f"{text}\nsee {figure} and {table}")
+    print(text)
+
+    figure = args.out / "figure1_head_cosines.png"
+    csvs = compared_csvs(args, PAIRS_CSV)
+    redraw = ["harvest_activations.py", "--redraw", "--run_name", args.run_name]
+    redraw += ["--save_dir", args.save_dir, *(["--compare", *args.compare] if args.compare else [])]
+    with drawing([table, *csvs], redraw):
+        publish(figure, functools.partial(draw_cosines, csvs), FIGURE_SCHEMA, csvs)
+    print(f"see {figure} and {table}")
 
 
 def compared_csvs(args: argparse.Namespace, name: str) -> list[Path]:
@@ -1105,7 +1123,7 @@ def compared_csvs(args: argparse.Namespace, name: str) -> list[Path]:
 
 def side_by_side(csvs: list[Path]) -> pd.DataFrame:
     """Rows of all files, of the layers that every run has (if there is such a layer)."""
-    frames = [pd.read_csv(csv) for csv in csvs]
+    frames = [pd.read_csv(csv, converters={"run": str}) for csv in csvs]
     common = set.intersection(*(set(frame["layer"]) for frame in frames))
     table = pd.concat(frames)
     return table[table["layer"].isin(common)] if common else table
@@ -1144,7 +1162,7 @@ def draw_cosines(csvs: list[Path], out: Path) -> None:
     for layer in layers:
         for run in runs:
             pairs = frame[(frame["run"] == run) & (frame["layer"] == layer)]
-            image = draw_panel(next(free_axes), f"{run}, layer {layer}", pairs, limit)
+            image = draw_panel(next(free_axes), as_label(f"{run}, layer {layer}"), pairs, limit)
     for ax in free_axes:
         ax.axis("off")
 
@@ -1517,6 +1535,18 @@ def as_label(name: object) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
+def markdown_text(text: str) -> str:
+    """One line of Markdown that shows the text: it can neither end the cell of a table nor become
+    markup, code, a link or a formula."""
+    escaped = html.escape(text)
+    for character in "|`*$~\\":
+        escaped = escaped.replace(character, f"&#{ord(character)};")
+    escaped = escaped.replace("](", "]&#40;")
+    # An underscore within a word is one, as in the names of columns
+    escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
+    return " ".join(escaped.splitlines())
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of the file's bytes."""
     with open(path, "rb") as f:
@@ -1671,9 +1701,18 @@ def moved_with(named: str | Path, neighbour: Path, is_it: Callable[[Path], bool]
         # Longest ends first: a name may be told by the folders that it lies in
         candidates += [folder.joinpath(*parts[i:]) for i in range(len(parts))]
     for candidate in candidates:
-        if candidate.is_file() and is_it(candidate):
+        if candidate.exists() and is_it(candidate):
             return candidate
     return named
+
+
+def find_checkpoint(named: str | Path, digest: str, neighbour: Path) -> Path:
+    """The checkpoint of this sha256 (or its beginning) that the file `neighbour` names."""
+
+    def is_it(path: Path) -> bool:
+        return path.is_file() and bool(digest) and sha256(path).startswith(digest)
+
+    return moved_with(named, neighbour, is_it)
 
 
 # <<< shared: sidecars
@@ -2524,6 +2563,23 @@ def read_rows(path: Path, split: str) -> tuple[Any, bool]:
     if path.suffix in (".jsonl", ".json"):
         return pd.read_json(path, lines=path.suffix == ".jsonl")["text"], False
     return path.read_text(encoding="utf-8").splitlines(), False
+
+
+def find_text(ckpt: dict[str, Any], checkpoint: Path) -> str:
+    """The text that a checkpoint was trained on: what it names, or a file of the same content
+    that was moved with it."""
+    named = ckpt["dataset"]
+    if named == "builtin" or named in HUB_DATASETS:
+        return named
+    digest = ckpt["data"]["dataset_key"].rpartition("-")[2]
+
+    def is_it(path: Path) -> bool:
+        try:
+            return dataset_key(str(path)).endswith(digest)
+        except HandoffError:  # of no kind that is a text
+            return False
+
+    return str(moved_with(named, checkpoint, is_it))
 
 
 def dataset_key(dataset: str) -> str:

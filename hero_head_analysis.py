@@ -1118,7 +1118,7 @@ def feature_facts(hero: Head, sae: SAE, ablation: Ablation) -> FeatureFacts:
     by_window = []
     for z in ablation.held.z.split(1):  # [1, T, H, K]
         is_active = encode(sae, z) > 0  # [1, T, F]
-        by_window.append(is_active.double().mean((0, 1)))
+        by_window.append(is_active.cpu().double().mean((0, 1)))
     basis = write_basis(hero.model, hero.layer)  # [H, K, K]
     noise = F.normalize(torch.randn(decoder.shape, generator=rng), dim=-1).to(decoder)
     random_decoder = noise * decoder.norm(dim=-1, keepdim=True)  # [F, H, K]
@@ -1529,7 +1529,7 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
     runs = list(table["run"].unique())
     run_name = args.run or ("adaptive" if "adaptive" in runs else runs[0])
     if run_name not in runs:
-        found = ", ".join(map(str, runs))
+        found = ", ".join(runs)
         raise HandoffError(f"--run {run_name} is not in {args.ablation_csv}, which has: {found}")
     mine = open_run(args, table, run_name, "hero", device)
     is_unique = is_unique_hero(args.ablation_csv, run_name, mine.top)
@@ -1577,8 +1577,9 @@ def read_ablation_csv(path: Path) -> pd.DataFrame:
     read_sidecar(path, "janus.ablation/1", remedy)
     numbers = ["rank", "delta", "p_top1", "p_maxT"]
     types = {"layer": int, "head": int, **dict.fromkeys(numbers, float)}
+    names = ["run", "checkpoint", "ckpt_sha", "mode"]  # text, though it may look like a number
     try:
-        table = pd.read_csv(path, dtype=types)
+        table = pd.read_csv(path, dtype=types, converters=dict.fromkeys(names, str))
     except ValueError as e:
         raise HandoffError(f"{path} is not a CSV ({e}); make it with: {remedy}") from None
     if table.empty:
@@ -1608,13 +1609,9 @@ def open_run(
     modes = list(rows["mode"])
     mode = "mean" if "mean" in modes else modes[0]
     top = rows[rows["mode"] == mode].sort_values("rank").iloc[0]
-    path = Path(str(top["checkpoint"]))
-    expected_sha = str(top["ckpt_sha"])
+    path = checkpoint_of(args, top)
     model, ckpt = load_checkpoint(path, device, args.skip_probe)
     found_sha = sha256(path)
-    if not found_sha.startswith(expected_sha):
-        fact = f"{path} has sha256 {found_sha[:12]}, {args.ablation_csv} says {expected_sha[:12]}"
-        raise HandoffError(f"{fact}; run ablation_test.py on it again")
     layer = int(top["layer"])
     h = int(top["head"])
     if role == "hero" and args.force_layer is not None:
@@ -1627,6 +1624,24 @@ def open_run(
     return OpenedRun(Head(role, run_name, layer, h, model.requires_grad_(False)), ckpt, top)
 
 
+def checkpoint_of(args: argparse.Namespace, top: pd.Series) -> Path:
+    """The checkpoint that a row of the CSV was measured on, told by its sha256: of --model_path,
+    where the CSV says, or beside the CSV. Raises HandoffError if none of them is it."""
+    named = str(top["checkpoint"])
+    digest = str(top["ckpt_sha"])
+    path = find_checkpoint(named, digest, args.ablation_csv)
+    for candidate in [*(args.model_path or []), path]:
+        if candidate.is_file() and digest and sha256(candidate).startswith(digest):
+            return candidate
+    fact = f"{path} (the checkpoint of run {top['run']} in {args.ablation_csv}) does not exist"
+    if path.is_file():
+        fact = f"{path} has sha256 {sha256(path)[:12]}, {args.ablation_csv} says {digest[:12]}"
+    if args.model_path:
+        fact += f", and none of --model_path {' '.join(map(str, args.model_path))} has that sha256"
+    advice = "say where it is with --model_path, or measure again with: python ablation_test.py"
+    raise HandoffError(f"{fact}; {advice}")
+
+
 def need_in_range(name: str, number: int, count: int, path: Path) -> None:
     if not 0 <= number < count:
         raise HandoffError(f"{name} {number} is out of range: {path} has {name}s 0 to {count - 1}")
@@ -1637,7 +1652,7 @@ def is_unique_hero(ablation_csv: Path, run_name: str, top: pd.Series) -> bool:
     CSV alone (the verdict also asks for a gap to the second head)."""
     summary = ablation_csv.with_name(f"{ablation_csv.stem}_summary.csv")
     with contextlib.suppress(OSError, ValueError, LookupError):
-        verdicts = pd.read_csv(summary).set_index(["run", "mode"])
+        verdicts = pd.read_csv(summary, converters={"run": str}).set_index(["run", "mode"])
         return bool(verdicts.loc[(run_name, top["mode"]), "unique_hero"])
     return bool(top["p_top1"] >= 0.95 and top["p_maxT"] < 0.05)
 
@@ -1655,7 +1670,7 @@ def open_split(name: str, args: argparse.Namespace, ckpt: dict[str, Any]) -> HFW
     """A split of the text that the checkpoint was trained on, or of --dataset. Raises HandoffError
     where it is gone, or its tokens are not those of the model."""
     path = ckpt["path"]
-    dataset = args.dataset or ckpt["dataset"]
+    dataset = args.dataset or find_text(ckpt, path)
     is_local = dataset != "builtin" and dataset not in HUB_DATASETS
     if is_local and args.dataset is None and not Path(dataset).exists():
         fact = f"{dataset}, the text that {path} was trained on, is not there"
@@ -1976,7 +1991,12 @@ def redrawn(
     from matplotlib import pyplot as plt
 
     try:
-        table = pd.read_csv(folder / f"hero_{name}.csv", keep_default_na=False, na_values=[""])
+        table = pd.read_csv(
+            folder / f"hero_{name}.csv",
+            keep_default_na=False,
+            na_values=[""],
+            converters={"run": str},
+        )
         n_panels = table[panels].nunique() if panels else 1
         width = n_panels * inches[0]
         fig, axes = plt.subplots(
@@ -2005,12 +2025,12 @@ def draw_attention(folder: Path) -> None:
 
     with redrawn(folder, "attention", (7, 6.4), "panel") as (table, axes):
         for ax, (name, part) in zip(axes, table.groupby("panel", sort=False), strict=True):
-            words = part.drop_duplicates("query")["query_token"].str.replace("$", r"\$")
+            words = part.drop_duplicates("query")["query_token"].map(as_label)
             grid = part.pivot(index="query", columns="key", values="attention").clip(lower=1e-3)
             grid = grid.set_axis(words).set_axis(words, axis=1)
             bar = dict(label="attention probability (log; darkest: .001 or less)")
             sns.heatmap(grid, norm=LogNorm(1e-3, 1), cmap="viridis", ax=ax, cbar_kws=bar)
-            ax.set(title=name, xlabel="key (attended to)", ylabel="query")
+            ax.set(title=as_label(name), xlabel="key (attended to)", ylabel="query")
 
 
 def draw_importance(folder: Path) -> None:
@@ -2035,7 +2055,7 @@ def draw_importance(folder: Path) -> None:
                 cbar_kws=dict(label="loss increase (1/1000 nats a token)"),
             )
             ax.set(
-                title=f"{run_name}: ablation of each head",
+                title=as_label(f"{run_name}: ablation of each head"),
                 xlabel="head (◆ studied here, * 95 % interval excludes 0)",
             )
 
@@ -2179,14 +2199,9 @@ def report_sections(tables: dict[str, pd.DataFrame], missing: str) -> list[Repor
     return sections
 
 
-def markdown_cell(text: str) -> str:
-    """Text that can neither end its cell nor become markup or code."""
-    return html.escape(text).replace("|", "&#124;").replace("`", "&#96;")
-
-
 def markdown_report(title: str, lead: str, sections: list[ReportSection]) -> str:
     """The report as Markdown. All text is escaped: a token is never markup."""
-    paragraphs = [f"# {html.escape(title)}", html.escape(lead)]
+    paragraphs = [f"# {markdown_text(title)}", markdown_text(lead)]
     for section in sections:
         paragraphs.append(f"## {section.heading}")
         paragraphs.append(html.escape(section.about, quote=False))
@@ -2194,7 +2209,7 @@ def markdown_report(title: str, lead: str, sections: list[ReportSection]) -> str
             continue
         lines = [list(section.table.columns), ["---"] * section.table.shape[1]]
         lines += section.table.map(show).to_numpy().tolist()
-        rows = ["| " + " | ".join(map(markdown_cell, line)) + " |" for line in lines]
+        rows = ["| " + " | ".join(map(markdown_text, line)) + " |" for line in lines]
         paragraphs.append("\n".join(rows))
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
@@ -2243,6 +2258,8 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     add("--dataset", help=dataset)
     tokenizer = "as for janus_adaptive.py; none: tokenizer.json beside the checkpoint"
     add("--tokenizer", help=tokenizer)
+    model = "checkpoints of the runs of the CSV, in any order, where they are not where it says"
+    add("--model_path", type=Path, nargs="+", help=model)
     run_help = "run of the CSV whose hero is analysed; none: adaptive, else the first"
     add("--run", help=run_help)
     add("--saes_dir", type=Path, default=Path("saes"), help="output folder of train_sae.py")
@@ -2480,6 +2497,18 @@ def as_label(name: object) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
+def markdown_text(text: str) -> str:
+    """One line of Markdown that shows the text: it can neither end the cell of a table nor become
+    markup, code, a link or a formula."""
+    escaped = html.escape(text)
+    for character in "|`*$~\\":
+        escaped = escaped.replace(character, f"&#{ord(character)};")
+    escaped = escaped.replace("](", "]&#40;")
+    # An underscore within a word is one, as in the names of columns
+    escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
+    return " ".join(escaped.splitlines())
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of the file's bytes."""
     with open(path, "rb") as f:
@@ -2634,9 +2663,18 @@ def moved_with(named: str | Path, neighbour: Path, is_it: Callable[[Path], bool]
         # Longest ends first: a name may be told by the folders that it lies in
         candidates += [folder.joinpath(*parts[i:]) for i in range(len(parts))]
     for candidate in candidates:
-        if candidate.is_file() and is_it(candidate):
+        if candidate.exists() and is_it(candidate):
             return candidate
     return named
+
+
+def find_checkpoint(named: str | Path, digest: str, neighbour: Path) -> Path:
+    """The checkpoint of this sha256 (or its beginning) that the file `neighbour` names."""
+
+    def is_it(path: Path) -> bool:
+        return path.is_file() and bool(digest) and sha256(path).startswith(digest)
+
+    return moved_with(named, neighbour, is_it)
 
 
 # <<< shared: sidecars
@@ -3379,6 +3417,23 @@ def read_rows(path: Path, split: str) -> tuple[Any, bool]:
     if path.suffix in (".jsonl", ".json"):
         return pd.read_json(path, lines=path.suffix == ".jsonl")["text"], False
     return path.read_text(encoding="utf-8").splitlines(), False
+
+
+def find_text(ckpt: dict[str, Any], checkpoint: Path) -> str:
+    """The text that a checkpoint was trained on: what it names, or a file of the same content
+    that was moved with it."""
+    named = ckpt["dataset"]
+    if named == "builtin" or named in HUB_DATASETS:
+        return named
+    digest = ckpt["data"]["dataset_key"].rpartition("-")[2]
+
+    def is_it(path: Path) -> bool:
+        try:
+            return dataset_key(str(path)).endswith(digest)
+        except HandoffError:  # of no kind that is a text
+            return False
+
+    return str(moved_with(named, checkpoint, is_it))
 
 
 def dataset_key(dataset: str) -> str:

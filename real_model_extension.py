@@ -57,6 +57,7 @@ from energy_lens_minimal import (
     HandoffError,
     LensResults,
     ReportPart,
+    drawing,
     first_line,
     one_line_errors,
     positive,
@@ -740,15 +741,8 @@ class EnergyLensAnalyzer:
         `path`."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self.lm:
-            blocks = compose_report(results, self.config, path.parent)
-        else:
-            args = results.state["args"]
-            blocks = lens.compose(results, args, results.facts["cost"], path.parent)
-            blocks += text_blocks(results)
         lens.save_tables(results.tables, path.parent)
-        lens.write_report(f"Energy-Lens on {Path(results.model).name}", blocks, path)
-        print(f"report: {path}")
+        write_report(results, self.config, path)
         return path
 
     def _pretrained(self, texts: dict[str, str]) -> LensResults:
@@ -1167,6 +1161,8 @@ def check_texts(
 
 def run(args: argparse.Namespace) -> int:
     """One model: its analysis, raw results and report. Every process computes, the first writes."""
+    if args.redraw:
+        return redraw(args.save_dir)
     rank, world = rank_and_world()
     report = args.save_dir / "research_report.md"
     refuse_overwrite([report], args.overwrite)
@@ -1184,12 +1180,42 @@ def run(args: argparse.Namespace) -> int:
         results = analyzer.run_comprehensive_analysis(texts)
         if rank:
             return 0
-        results.to_json(args.save_dir / "raw_results.json")
-        analyzer.generate_research_report(results, report)
         record["cost"] = results.facts["cost"]
         record["config"] = asdict(cfg)
+        lens.save_results(results, args.save_dir)
+        raw = args.save_dir / "raw_results.json"
+        again = ["real_model_extension.py", "--redraw", "--save_dir", args.save_dir]
+        with drawing([raw, args.save_dir / "features.csv"], again):
+            analyzer.generate_research_report(results, report)
     print_summary(results)
     return 0
+
+
+def redraw(folder: Path) -> int:
+    """Figures and report once more, from the files of an earlier run; exit status."""
+    results = lens.read_results(folder)
+    record = lens.read_record(folder, "python real_model_extension.py")
+    try:
+        cfg = EnergyLensConfig(**record["config"])
+    except (KeyError, TypeError) as e:
+        fact = f"{folder / 'run.json'} holds no configuration of this script ({e!r})"
+        command = "python real_model_extension.py --model_name MODEL"
+        raise HandoffError(f"{fact}; it is written by: {command}") from None
+    report = folder / "research_report.md"
+    write_report(results, cfg, report)
+    return 0
+
+
+def write_report(results: LensResults, cfg: EnergyLensConfig, path: Path) -> None:
+    """The report, Markdown and HTML, and its figures, from the tables and facts alone."""
+    if cfg.model_name == BUILT_IN:
+        args = built_in_arguments(cfg)
+        blocks = lens.compose(results, args, results.facts["cost"], path.parent)
+        blocks += text_blocks(results)
+    else:
+        blocks = compose_report(results, cfg, path.parent)
+    lens.write_report(f"Energy-Lens on {Path(results.model).name}", blocks, path)
+    print(f"report: {path}")
 
 
 # ---- the five types of text of the original study: eight short texts each, one a line
@@ -1293,8 +1319,8 @@ def introduction(results: LensResults, cfg: EnergyLensConfig) -> list[ReportPart
     layers = results.tables["layers"]
     quantity = ENERGIES[cfg.energy].quantity
     what = (
-        f"Model {Path(results.model).name}, energy `{cfg.energy}`, "
-        f"{int(layers.n_seq.iloc[0])} sequences of {cfg.seq_len} tokens of {cfg.corpus}, one a "
+        f"Model `{Path(results.model).name}`, energy `{cfg.energy}`, "
+        f"{int(layers.n_seq.iloc[0])} sequences of {cfg.seq_len} tokens of `{cfg.corpus}`, one a "
         f"document (the unit of every test), {int(layers.n_tokens.iloc[0]):,} tokens; one SAE seed "
         f"({cfg.seed}). {results.facts['cost']}. A feed-forward model has no attractors or basins, "
         "and none are claimed."
@@ -1410,7 +1436,7 @@ def text_blocks(results: LensResults) -> list[ReportPart]:
     ranked = active.assign(size=active.attribution.abs()).sort_values("size", ascending=False)
     strongest = ranked.groupby(["text", "layer"]).head(3).drop(columns="size")
     n_tokens = tables["text_energy"].groupby("text").position.max().add(1)
-    lengths = ", ".join(f"{name} has {n} tokens" for name, n in n_tokens.items())
+    lengths = ", ".join(f"`{name}` has {n} tokens" for name, n in n_tokens.items())
     caution = (
         f"Descriptive only: {lengths}. No test is possible on so few; the features and their EFAS "
         "come from the corpus."
@@ -1438,6 +1464,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     del defaults["model_name"]  # it must be given
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    if args.redraw:
+        return args
+    if args.model_name is None:
+        parser.error("--model_name is needed (or --redraw)")
     try:
         config_of(args)
     except ConfigError as e:
@@ -1453,12 +1483,14 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
     texts = "JSON {name: text}, or a text a line: traces, active features and ablations of these"
     folder = Path("real_energy_lens_results")
     add = parser.add_argument_group("inputs").add_argument
-    add("--model_name", required=True, help=model)
+    add("--model_name", help=f"{model}; needed unless --redraw")
     add("--corpus", help=corpus)
     add("--corpus_tokens", type=count, help="tokens of EFAS; a quarter as many train the SAE")
     add("--texts", type=Path, help=texts)
+    again = "only draw the figures and write the report again, from the files in --save_dir"
     add = parser.add_argument_group("outputs").add_argument
     add("--save_dir", type=Path, default=folder, help="output folder")
+    add("--redraw", action="store_true", help=again)
 
 
 def add_energy_flags(parser: argparse.ArgumentParser) -> None:
@@ -1619,9 +1651,18 @@ def moved_with(named: str | Path, neighbour: Path, is_it: Callable[[Path], bool]
         # Longest ends first: a name may be told by the folders that it lies in
         candidates += [folder.joinpath(*parts[i:]) for i in range(len(parts))]
     for candidate in candidates:
-        if candidate.is_file() and is_it(candidate):
+        if candidate.exists() and is_it(candidate):
             return candidate
     return named
+
+
+def find_checkpoint(named: str | Path, digest: str, neighbour: Path) -> Path:
+    """The checkpoint of this sha256 (or its beginning) that the file `neighbour` names."""
+
+    def is_it(path: Path) -> bool:
+        return path.is_file() and bool(digest) and sha256(path).startswith(digest)
+
+    return moved_with(named, neighbour, is_it)
 
 
 # <<< shared: sidecars

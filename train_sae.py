@@ -42,14 +42,15 @@ import argparse
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
+import html
 import io
 import json
 import math
 import os
 import platform
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -64,7 +65,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -1535,8 +1536,8 @@ def find_origin(
 ) -> Origin | None:
     """The model and the tokens behind a dump; None, and a line that says so, if the checkpoint that
     it names is gone or changed."""
-    path = given or Path(dump.side["checkpoint"])
     expected = dump.side["checkpoint_sha256"]
+    path = given or find_checkpoint(dump.side["checkpoint"], expected, dump.path)
     found = sha256(path) if path.is_file() else "no such file"
     if found != expected and given:
         fact = f"the checkpoint of run {dump.run} (sha256 {expected[:12]})"
@@ -1618,7 +1619,7 @@ def dumped_layers(folder: Path, site: str) -> list[int]:
     layers = []
     for path in folder.glob(f"L*.{site}.npy"):
         number = path.name.partition(".")[0].removeprefix("L")
-        if number.isdigit():
+        if number.isdecimal():
             layers.append(int(number))
     return sorted(layers)
 
@@ -2096,9 +2097,21 @@ def report(save_dir: Path) -> None:
     """Table and figures of all that is there; runs trained side by side report one after the
     other."""
     with open(save_dir / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for_turn(lock)
         collect_metrics(save_dir)
-        draw_report(save_dir)
+        with drawing(
+            [save_dir / "sae_metrics.csv"], ["train_sae.py", "--redraw", "--save_dir", save_dir]
+        ):
+            draw_report(save_dir)
+
+
+def wait_for_turn(lock: IO[str]) -> None:
+    """Waits until no other process holds this open file; at once where the system has no such
+    locks (Windows)."""
+    if find_spec("fcntl") is None:
+        return
+    fcntl = import_module("fcntl")
+    fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def catch_signals() -> list[int]:
@@ -2176,7 +2189,7 @@ def read_csv(path: Path, needs: list[str]) -> pd.DataFrame:
     """A CSV of this script, checked for columns and rows."""
     remedy = "it is written by: python train_sae.py"
     try:
-        frame = pd.read_csv(path)
+        frame = pd.read_csv(path, converters={"run": str})
     except (OSError, ValueError) as e:
         raise HandoffError(f"{path} cannot be read ({str(e)[:100]}); {remedy}") from None
     missing = [column for column in needs if column not in frame]
@@ -2217,7 +2230,8 @@ def write_table2(path: Path, table: pd.DataFrame) -> None:
     """As Markdown."""
     lines = [list(table.columns), ["---"] * table.shape[1]]
     for row in table.to_numpy():
-        lines.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row])
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row]
+        lines.append([markdown_text(cell) for cell in cells])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     with atomic(path) as temporary:
         note = "\n\nL0, MSE and FVU on held-out documents of the split, MSE in squared raw units; "
@@ -2256,7 +2270,7 @@ def kinds_of(table: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
     kinds = {}
     for i, kind in enumerate(table.groupby(KIND).groups):
         label = f"{kind[0]} ({kind[2]}, {kind[3]} of a {kind[1]})"
-        kinds[kind] = {"label": label, "color": COLORS[i % len(COLORS)]}
+        kinds[kind] = {"label": as_label(label), "color": COLORS[i % len(COLORS)]}
     return kinds
 
 
@@ -2673,6 +2687,18 @@ def as_label(name: object) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
+def markdown_text(text: str) -> str:
+    """One line of Markdown that shows the text: it can neither end the cell of a table nor become
+    markup, code, a link or a formula."""
+    escaped = html.escape(text)
+    for character in "|`*$~\\":
+        escaped = escaped.replace(character, f"&#{ord(character)};")
+    escaped = escaped.replace("](", "]&#40;")
+    # An underscore within a word is one, as in the names of columns
+    escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
+    return " ".join(escaped.splitlines())
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of the file's bytes."""
     with open(path, "rb") as f:
@@ -2827,9 +2853,18 @@ def moved_with(named: str | Path, neighbour: Path, is_it: Callable[[Path], bool]
         # Longest ends first: a name may be told by the folders that it lies in
         candidates += [folder.joinpath(*parts[i:]) for i in range(len(parts))]
     for candidate in candidates:
-        if candidate.is_file() and is_it(candidate):
+        if candidate.exists() and is_it(candidate):
             return candidate
     return named
+
+
+def find_checkpoint(named: str | Path, digest: str, neighbour: Path) -> Path:
+    """The checkpoint of this sha256 (or its beginning) that the file `neighbour` names."""
+
+    def is_it(path: Path) -> bool:
+        return path.is_file() and bool(digest) and sha256(path).startswith(digest)
+
+    return moved_with(named, neighbour, is_it)
 
 
 # <<< shared: sidecars

@@ -86,7 +86,7 @@ class Run:
             raise HandoffError(f"{fact}: make demo RUN={path}")
 
     def table(self, name: str) -> pd.DataFrame:
-        return pd.read_csv(self.path / name)
+        return pd.read_csv(self.path / name, converters={"run": str})
 
     def record(self, name: str) -> dict[str, Any]:
         """The run.json of a part."""
