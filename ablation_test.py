@@ -75,7 +75,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib import colors
+from matplotlib import colors, ticker
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -1429,9 +1429,10 @@ def figure4(table: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
         ax.set_xticklabels([as_label(run) for run in runs])
         ax.set_xlim(-0.6, len(runs) - 0.4)
     linear = noise_share(summary)
-    # Where all is within the noise, symlog would be linear, with hardly a tick
+    # Where all is within the noise, symlog would be linear
     if linear < table["pct_impact"].abs().max():
         axes[0, 0].set_yscale("symlog", linthresh=linear)
+        label_symlog(axes[0, 0].yaxis, linear, table["pct_impact"].abs().max())
     axes[0, 0].margins(y=0.12)
     axes[0, 0].set_ylabel(
         "loss impact of ablating one head\n(% of base loss; linear within the noise)"
@@ -1445,6 +1446,15 @@ def figure4(table: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
         fontsize=7.5,
     )
     return fig
+
+
+def label_symlog(axis: Any, linear: float, largest: float) -> None:
+    """Ticks that one can read, as plain numbers: 0, and 1, 2, 5, 10, ... times the end of the
+    linear part; powers of ten where there are many."""
+    steps = [1.0, 2.0, 5.0] if largest < 1000 * linear else [1.0]
+    axis.set_major_locator(ticker.SymmetricalLogLocator(base=10, linthresh=linear, subs=steps))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def draw_heads(ax: plt.Axes, heads: pd.DataFrame, row: pd.Series, x: int) -> None:

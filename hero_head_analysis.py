@@ -138,7 +138,7 @@ def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
         mechanisms += features.mechanisms
 
     # 7. Which share of its impact is left when only one part of what it writes may vary.
-    tables["preserving"] = explained(hero, ablation, mechanisms)
+    tables["preserving"] = explained(hero, ablation, mechanisms, len(heads))
 
     # On one text, for the eye: what the hero attends to, and what its closest control does.
     maps = [attention_map(head, inputs.shown) for head in (hero, controls.twin)]
@@ -1375,13 +1375,17 @@ def feature_mechanisms(
     return [own_alone, all_alone]
 
 
-def explained(head: Head, ablation: Ablation, mechanisms: list[Mechanism]) -> Rows:
+def explained(
+    head: Head, ablation: Ablation, mechanisms: list[Mechanism], n_heads: int = 1
+) -> Rows:
     """Share of the loss impact kept, (ablated - kept) / (ablated - clean), by the claimed part of
-    each mechanism and by its control. Simultaneous for the mechanisms, not for their controls."""
+    each mechanism and by its control. Simultaneous for the mechanisms, not for their controls.
+    impact*: as in the table impact, simultaneous for the n_heads that it compares."""
     ablated = ablation.ablated.mean(1).cpu()  # [n]
     clean = ablation.clean.mean(1).cpu()  # [n]
     text = ablation.seen.text
-    impact = interval(text, ablated - clean)
+    delta = ablation.delta.cpu().double().numpy()  # [n, T-1]
+    impact = interval(text, delta.mean(1), tests=n_heads)
     rows = []
     for mechanism in tqdm(mechanisms, desc="preserving ablation", unit="mechanism", disable=None):
         by_kind = {"claimed": mechanism.claimed, "matched-random": mechanism.control}
@@ -1489,19 +1493,26 @@ def write_results(
     for name, content in files.items():
         with atomic(args.save_dir / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
-    draw_figures(args.save_dir)
-    names = [*files, *(f"hero_{figure}.png" for figure in FIGURES)]
-    if args.features and inputs.harvested_sae is not None:
-        draw_features(args, inputs.ckpt["path"], inputs.harvested_sae.sae)
-        names.append("hero_features.html")
     facts = inputs.hero.row(
         checkpoint_sha256=inputs.ckpt["sha256"],
         seed=args.seed,
         data=inputs.val.description,
         n_seqs=args.n_seqs,
     )
-    for name in names:
-        write_sidecar(args.save_dir / name, "janus.hero/2", [args.ablation_csv], **facts)
+
+    def finish(names: list[str]) -> None:
+        for name in names:
+            write_sidecar(args.save_dir / name, "janus.hero/2", [args.ablation_csv], **facts)
+
+    finish([name for name in files if name.endswith(".csv")])  # they need no picture
+    redraw = ["hero_head_analysis.py", "--redraw", "--save_dir", args.save_dir]
+    with drawing([args.save_dir / name for name in reports], redraw):
+        draw_figures(args.save_dir)
+    finish([f"hero_{figure}.png" for figure in FIGURES])
+    if args.features and inputs.harvested_sae is not None:
+        draw_features(args, inputs.ckpt["path"], inputs.harvested_sae.sae)
+        finish(["hero_features.html"])
+    finish(list(reports))  # last: with them the analysis is whole
 
 
 # ---- what the earlier phases made
@@ -2029,7 +2040,10 @@ def draw_attention(folder: Path) -> None:
             grid = part.pivot(index="query", columns="key", values="attention").clip(lower=1e-3)
             grid = grid.set_axis(words).set_axis(words, axis=1)
             bar = dict(label="attention probability (log; darkest: .001 or less)")
-            sns.heatmap(grid, norm=LogNorm(1e-3, 1), cmap="viridis", ax=ax, cbar_kws=bar)
+            # Every word has its label, or every second, ...: the same ones in all panels
+            every = math.ceil(len(words) / 60)
+            labels = {"xticklabels": every, "yticklabels": every}
+            sns.heatmap(grid, norm=LogNorm(1e-3, 1), cmap="viridis", ax=ax, cbar_kws=bar, **labels)
             ax.set(title=as_label(name), xlabel="key (attended to)", ylabel="query")
 
 
@@ -2042,6 +2056,9 @@ def draw_importance(folder: Path) -> None:
         not_zero = (table["ci_lo"] > 0) | (table["ci_hi"] < 0)
         table["note"] = np.where(table["studied"], "◆", np.where(not_zero, "*", ""))
         most = table["milli_nats"].abs().max()
+        # The same labels in all panels
+        every_layer = math.ceil(table["layer"].nunique() / 32)
+        every_head = math.ceil(table["head"].nunique() / 32)
         for ax, (run_name, part) in zip(axes, table.groupby("run", sort=False), strict=True):
             by_place = part.pivot(index="layer", columns="head")
             sns.heatmap(
@@ -2053,11 +2070,14 @@ def draw_importance(folder: Path) -> None:
                 vmax=most,
                 ax=ax,
                 cbar_kws=dict(label="loss increase (1/1000 nats a token)"),
+                xticklabels=every_head,
+                yticklabels=every_layer,
             )
             ax.set(
                 title=as_label(f"{run_name}: ablation of each head"),
                 xlabel="head (◆ studied here, * 95 % interval excludes 0)",
             )
+            ax.tick_params(axis="y", rotation=0)
 
 
 def draw_scores(folder: Path) -> None:
@@ -2133,7 +2153,8 @@ def draw_preserving(folder: Path) -> None:
         vague = ""
         if not impact["impact_low"] > 0:
             vague = ": not told from 0, so these shares mean nothing"
-        ax.set_title(f"impact {impact['impact']:.5f} nats a token {ends}{vague}", fontsize=10)
+        title = f"impact {impact['impact']:.5f} nats a token {ends}{vague}"
+        ax.set_title(title, fontsize=10)
         ax.legend()
 
 

@@ -2274,31 +2274,46 @@ def kinds_of(table: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
     return kinds
 
 
+def fixes_l0(arch: str) -> bool:
+    """Whether an architecture keeps the k largest latents of a token or batch, whatever they
+    are: then L0 by depth says nothing. One that this script does not know may not."""
+    return arch in ARCHITECTURES and ARCHITECTURES[arch].l0_flag == "k"
+
+
 def draw_depth(table: pd.DataFrame) -> Any:
-    """Figure 2: L0 and FVU by layer, from table 2."""
+    """Figure 2: L0 and FVU by layer, from table 2; FVU alone where the architectures fix L0."""
     import matplotlib.pyplot as plt
 
     kinds = kinds_of(table)
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
+    labels = {"fvu": "FVU: share of the variance not explained"}
+    if not all(fixes_l0(arch) for arch in table["arch"]):
+        labels = {"l0": "L0: active latents a token", **labels}
+    size = (0.5 + 5 * len(labels), 4.6)
+    figure, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", squeeze=False)
     for i, (kind, rows) in enumerate(table.groupby(KIND)):
         # side by side, so that intervals do not hide each other
         x = rows["layer"] + 0.12 * (i - (len(kinds) - 1) / 2)
-        for ax, name in zip(axes, ("l0", "fvu"), strict=True):
+        for ax, name in zip(axes[0], labels, strict=True):
             ends = rows[[f"{name}_lo", f"{name}_hi"]].sub(rows[name], axis=0) * [-1, 1]
             bars = ends.clip(lower=0).to_numpy().T  # [2, layers]
             style: dict[str, Any] = {"marker": "o", "ms": 5, "capsize": 3, "lw": 1.4}
             ax.errorbar(x, rows[name], yerr=bars, **style, **kinds[kind])
     layers = sorted(table["layer"].unique())
-    labels = ["L0: active latents a token", "FVU: share of the variance not explained"]
-    for ax, label in zip(axes, labels, strict=True):
+    for ax, label in zip(axes[0], labels.values(), strict=True):
         highest = ax.get_ylim()[1]  # of values that may be alike, so the margin is small beside 0
         ax.set(xlabel="layer", ylabel=label, xticks=layers, ylim=(0, 1.05 * highest))
-    axes[0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8)
     splits = " and ".join(sorted(table["split"].unique()))
-    title = f"Sparsity and reconstruction error by depth, held-out documents of the {splits} split"
-    figure.suptitle(title, fontsize=11)
+    what = "Reconstruction error by depth"
+    if "l0" in labels:
+        what = "Sparsity and reconstruction error by depth"
+    figure.suptitle(f"{what}, held-out documents of the {splits} split", fontsize=11)
     over = " or ".join(map(str, sorted(table["n_documents"].unique())))
     note = f"Bars: 95 % intervals over {over} documents; a run is one training seed.\n{STUDY}"
+    if "l0" not in labels:
+        span = f"{table['l0'].min():.1f} to {table['l0'].max():.1f}"
+        note = f"Bars: 95 % intervals over {over} documents; a run is one training seed.\n"
+        note += f"L0 is fixed by construction, here {span}. Published figures: table2.md."
     figure.supxlabel(note, fontsize=7.5)
     return figure
 
