@@ -2759,6 +2759,8 @@ def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
         tokenizer = "gpt2" if dataset in HUB_DATASETS else "train:4096"
     if tokenizer.startswith("train:"):
         vocab_size = tokenizer.removeprefix("train:")
+        if not vocab_size.isdecimal() or int(vocab_size) <= 256:
+            raise HandoffError(f"--tokenizer {tokenizer}: expected train:N with N above 256 tokens")
         path = cache / f"{dataset_key(dataset)}-bpe{vocab_size}.json"
         if not path.exists():
             bpe = train_bpe(read_documents(dataset, "train"), int(vocab_size))

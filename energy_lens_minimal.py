@@ -526,7 +526,9 @@ def train_sae(
     """
     d = x.shape[1]
     if not x.isfinite().all():
-        raise HandoffError("the states hold NaN or infinity: the model's weights are damaged")
+        n_bad = int((~x.isfinite()).any(1).sum())
+        fact = f"{n_bad} of {len(x)} states hold NaN or infinity"
+        raise HandoffError(f"{fact}, so no dictionary can be fitted on them")
     if n_latents < d:
         found = f"a dictionary of {n_latents} latents is smaller than the state ({d} dimensions)"
         raise HandoffError(f"{found}; use a larger --sae_dict_size")
@@ -2973,7 +2975,8 @@ def cost_line(clock: float) -> str:
     cpu_minutes = time.process_time() / 60
     threads = torch.get_num_threads()
     times = f"{minutes:.1f} minutes, {cpu_minutes:.1f} CPU minutes on {threads} threads"
-    return f"{times}, peak {peak_gb():.2f} GB"
+    memory = peak_gb()
+    return times if math.isnan(memory) else f"{times}, peak {memory:.2f} GB"
 
 
 def run(args: argparse.Namespace) -> int:

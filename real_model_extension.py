@@ -922,8 +922,9 @@ class LanguageModel:
         self.decode = decode
         self.context = context
         # Else every number that follows would be NaN, without a word.
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise HandoffError(f"{name}: the weights hold NaN or infinity; the file is damaged")
+        for parameter, weight in model.named_parameters():
+            if not weight.isfinite().all():
+                raise HandoffError(f"{name}: its weight {parameter} holds NaN or infinity")
 
     def unembed(self, h: Tensor) -> Tensor:
         """The logit lens: residual stream [..., D] -> logits [..., V], with the final norm's
