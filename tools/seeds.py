@@ -204,9 +204,9 @@ def run(args: argparse.Namespace) -> int:
             table.to_csv(tmp, index=False)
     tell(summary, loops)
     again = ["tools/seeds.py", *args.runs, "--save_dir", args.save_dir]
-    with drawing([args.save_dir / f"{name}.csv" for name in tables], again):
-        with atomic(args.save_dir / "seeds.png") as tmp:
-            draw(rows, summary).savefig(tmp, dpi=130)
+    csvs = [args.save_dir / f"{name}.csv" for name in tables]
+    with drawing(csvs, again), atomic(args.save_dir / "seeds.png") as tmp:
+        draw(rows, summary).savefig(tmp, dpi=130)
     picture = args.save_dir / "seeds.png"
     print(f"Read {picture}, seeds.csv, seeds_summary.csv, seeds_loops.csv")
     return 0
