@@ -1343,10 +1343,10 @@ def read_table(
     """A CSV of this script, checked to have the columns `names`, numbers in `numbers`, and numbers
     or nothing in `uncertain`."""
     try:
-        table = pd.read_csv(path, converters=dict.fromkeys(names, str))
+        table = pd.read_csv(path, **NAMES_ARE_TEXT)
         table[uncertain].astype(float)
         has_numbers = table[numbers].astype(float).notna().all(axis=None)
-        if not has_numbers or (table[names] == "").any(axis=None) or table.empty:
+        if not has_numbers or table[names].isna().any(axis=None) or table.empty:
             raise ValueError("no rows, or empty cells")
     except (OSError, ValueError, KeyError) as e:
         fact = f"{path} is not a table of ablation_test.py ({e})"
@@ -1854,6 +1854,14 @@ def markdown_text(text: str) -> str:
     # An underscore within a word is one, as in the names of columns
     escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
     return " ".join(escaped.splitlines())
+
+
+# For pandas.read_csv: a run may be called 007 or nan; what is empty is missing, and nothing else
+NAMES_ARE_TEXT: dict[str, Any] = {
+    "dtype": {"run": str},
+    "keep_default_na": False,
+    "na_values": [""],
+}
 
 
 def sha256(path: str | Path) -> str:

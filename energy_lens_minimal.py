@@ -3125,9 +3125,7 @@ def read_results(folder: Path) -> LensResults:
         for name in record["tables"]:
             file = folder / f"{name}.csv"
             if file.stat().st_size > 1:  # a table without columns has one line end
-                # Tokens are text, also where one reads nan
-                how: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-                table = pd.read_csv(file, **how)
+                table = pd.read_csv(file, **NAMES_ARE_TEXT)  # a token may read nan
             else:
                 table = pd.DataFrame()
             res.tables[name] = table
@@ -4023,6 +4021,14 @@ def markdown_text(text: str) -> str:
     # An underscore within a word is one, as in the names of columns
     escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
     return " ".join(escaped.splitlines())
+
+
+# For pandas.read_csv: a run may be called 007 or nan; what is empty is missing, and nothing else
+NAMES_ARE_TEXT: dict[str, Any] = {
+    "dtype": {"run": str},
+    "keep_default_na": False,
+    "na_values": [""],
+}
 
 
 def sha256(path: str | Path) -> str:

@@ -1025,7 +1025,7 @@ def publish_table(
     table = pd.DataFrame(rows)
     if path.is_file() and not job["anew"]:
         # A layer to do may be there already, from a finish() that was interrupted
-        earlier = pd.read_csv(path, converters={"run": str})
+        earlier = pd.read_csv(path, **NAMES_ARE_TEXT)
         earlier = earlier[~earlier["layer"].isin(job["todo"])]
         table = pd.concat([earlier, table]).sort_values("layer", kind="stable")
     write = functools.partial(table.to_csv, index=False)
@@ -1123,7 +1123,7 @@ def compared_csvs(args: argparse.Namespace, name: str) -> list[Path]:
 
 def side_by_side(csvs: list[Path]) -> pd.DataFrame:
     """Rows of all files, of the layers that every run has (if there is such a layer)."""
-    frames = [pd.read_csv(csv, converters={"run": str}) for csv in csvs]
+    frames = [pd.read_csv(csv, **NAMES_ARE_TEXT) for csv in csvs]
     common = set.intersection(*(set(frame["layer"]) for frame in frames))
     table = pd.concat(frames)
     return table[table["layer"].isin(common)] if common else table
@@ -1545,6 +1545,14 @@ def markdown_text(text: str) -> str:
     # An underscore within a word is one, as in the names of columns
     escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
     return " ".join(escaped.splitlines())
+
+
+# For pandas.read_csv: a run may be called 007 or nan; what is empty is missing, and nothing else
+NAMES_ARE_TEXT: dict[str, Any] = {
+    "dtype": {"run": str},
+    "keep_default_na": False,
+    "na_values": [""],
+}
 
 
 def sha256(path: str | Path) -> str:

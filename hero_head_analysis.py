@@ -1589,8 +1589,9 @@ def read_ablation_csv(path: Path) -> pd.DataFrame:
     numbers = ["rank", "delta", "p_top1", "p_maxT"]
     types = {"layer": int, "head": int, **dict.fromkeys(numbers, float)}
     names = ["run", "checkpoint", "ckpt_sha", "mode"]  # text, though it may look like a number
+    how = NAMES_ARE_TEXT | {"dtype": types | dict.fromkeys(names, str)}
     try:
-        table = pd.read_csv(path, dtype=types, converters=dict.fromkeys(names, str))
+        table = pd.read_csv(path, **how)
     except ValueError as e:
         raise HandoffError(f"{path} is not a CSV ({e}); make it with: {remedy}") from None
     if table.empty:
@@ -1663,7 +1664,7 @@ def is_unique_hero(ablation_csv: Path, run_name: str, top: pd.Series) -> bool:
     CSV alone (the verdict also asks for a gap to the second head)."""
     summary = ablation_csv.with_name(f"{ablation_csv.stem}_summary.csv")
     with contextlib.suppress(OSError, ValueError, LookupError):
-        verdicts = pd.read_csv(summary, converters={"run": str}).set_index(["run", "mode"])
+        verdicts = pd.read_csv(summary, **NAMES_ARE_TEXT).set_index(["run", "mode"])
         return bool(verdicts.loc[(run_name, top["mode"]), "unique_hero"])
     return bool(top["p_top1"] >= 0.95 and top["p_maxT"] < 0.05)
 
@@ -2002,12 +2003,7 @@ def redrawn(
     from matplotlib import pyplot as plt
 
     try:
-        table = pd.read_csv(
-            folder / f"hero_{name}.csv",
-            keep_default_na=False,
-            na_values=[""],
-            converters={"run": str},
-        )
+        table = pd.read_csv(folder / f"hero_{name}.csv", **NAMES_ARE_TEXT)
         n_panels = table[panels].nunique() if panels else 1
         width = n_panels * inches[0]
         fig, axes = plt.subplots(
@@ -2528,6 +2524,14 @@ def markdown_text(text: str) -> str:
     # An underscore within a word is one, as in the names of columns
     escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
     return " ".join(escaped.splitlines())
+
+
+# For pandas.read_csv: a run may be called 007 or nan; what is empty is missing, and nothing else
+NAMES_ARE_TEXT: dict[str, Any] = {
+    "dtype": {"run": str},
+    "keep_default_na": False,
+    "na_values": [""],
+}
 
 
 def sha256(path: str | Path) -> str:

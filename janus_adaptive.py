@@ -1645,6 +1645,14 @@ def markdown_text(text: str) -> str:
     return " ".join(escaped.splitlines())
 
 
+# For pandas.read_csv: a run may be called 007 or nan; what is empty is missing, and nothing else
+NAMES_ARE_TEXT: dict[str, Any] = {
+    "dtype": {"run": str},
+    "keep_default_na": False,
+    "na_values": [""],
+}
+
+
 def sha256(path: str | Path) -> str:
     """Hex digest of the file's bytes."""
     with open(path, "rb") as f:

@@ -2189,7 +2189,7 @@ def read_csv(path: Path, needs: list[str]) -> pd.DataFrame:
     """A CSV of this script, checked for columns and rows."""
     remedy = "it is written by: python train_sae.py"
     try:
-        frame = pd.read_csv(path, converters={"run": str})
+        frame = pd.read_csv(path, **NAMES_ARE_TEXT)
     except (OSError, ValueError) as e:
         raise HandoffError(f"{path} cannot be read ({str(e)[:100]}); {remedy}") from None
     missing = [column for column in needs if column not in frame]
@@ -2712,6 +2712,14 @@ def markdown_text(text: str) -> str:
     # An underscore within a word is one, as in the names of columns
     escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
     return " ".join(escaped.splitlines())
+
+
+# For pandas.read_csv: a run may be called 007 or nan; what is empty is missing, and nothing else
+NAMES_ARE_TEXT: dict[str, Any] = {
+    "dtype": {"run": str},
+    "keep_default_na": False,
+    "na_values": [""],
+}
 
 
 def sha256(path: str | Path) -> str:

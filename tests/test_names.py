@@ -644,3 +644,41 @@ def test_figure_2_shows_l0_where_it_says_something(archs, panels):
     labels = [ax.get_ylabel() for ax in figure.axes]
     assert len(labels) == panels and labels[-1].startswith("FVU")
     plt.close(figure)
+
+
+def test_the_report_lists_every_part_that_was_run(tmp_path):
+    """Beside each other: the ablation, whose record lies in the folder of the run, and both arms' harvests and SAEs."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    report = pytest.importorskip("report")
+    made = {
+        "adaptive": "janus_adaptive.py",
+        "control": "janus_adaptive.py",
+        "activations/adaptive": "harvest_activations.py",
+        "activations/control": "harvest_activations.py",
+        "saes/adaptive": "train_sae.py",
+        "saes/control": "train_sae.py",
+        ".": "ablation_test.py",
+        "energy_lens": "energy_lens_minimal.py",
+        "hero_analysis": "hero_head_analysis.py",
+    }
+    for part, script in made.items():
+        facts = dict(script=script, argv=[script], time="2026-01-01T00:00:00+0000", exit_status=0)
+        facts |= dict(end="2026-01-01T00:01:00+0000", git=dict(commit="abc", dirty=False))
+        janus.write_json(tmp_path / part / "run.json", facts)
+    (tmp_path / "adaptive" / "telemetry.csv").touch()
+    table = report.commands_table(report.Run(tmp_path))
+    assert sorted(table["command"]) == sorted(made.values())
+    assert set(table["part"]) == {"ablation", *made} - {"."}
+    # What is missing is said as it is: a file, a column, a table that cannot be read
+    assert report.what_is_missing(FileNotFoundError(2, "x", "a.csv")) == "a.csv is missing"
+    assert "no column 'fvu'" in report.what_is_missing(KeyError("fvu"))
+    assert "cannot be used" in report.what_is_missing(pd.errors.EmptyDataError("No columns"))
+
+
+def test_the_hero_has_one_interval_in_text_and_picture(pair, cache_dir, tmp_path):
+    assert study(pair, tmp_path / "h", cache_dir) == 0
+    impact = pd.read_csv(tmp_path / "h" / "hero_impact.csv").iloc[0]
+    drawn = pd.read_csv(tmp_path / "h" / "hero_preserving.csv")
+    drawn = drawn[drawn["role"] == "hero"].iloc[0]
+    found = drawn[["impact", "impact_low", "impact_high"]].astype(float).tolist()
+    assert np.allclose(found, impact[["value", "ci_low", "ci_high"]].astype(float), equal_nan=True)

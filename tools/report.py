@@ -39,6 +39,7 @@ from headlines import Tracking, tracking  # noqa: E402
 
 from hero_head_analysis import render_page  # noqa: E402
 from janus_adaptive import (  # noqa: E402
+    NAMES_ARE_TEXT,
     HandoffError,
     atomic,
     one_line_errors,
@@ -90,7 +91,7 @@ class Run:
             raise HandoffError(f"{fact}: make demo RUN={path}")
 
     def table(self, name: str) -> pd.DataFrame:
-        return pd.read_csv(self.path / name, converters={"run": str})
+        return pd.read_csv(self.path / name, **NAMES_ARE_TEXT)
 
     def record(self, name: str) -> dict[str, Any]:
         """The run.json of a part."""
