@@ -1451,7 +1451,10 @@ def figure4(table: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
 def label_symlog(axis: Any, linear: float, largest: float) -> None:
     """Ticks that one can read, as plain numbers: 0, and 1, 2, 5, 10, ... times the end of the
     linear part; powers of ten where there are many."""
-    steps = [1.0, 2.0, 5.0] if largest < 1000 * linear else [1.0]
+    n_decades = math.log10(largest / linear)
+    steps = [1.0, 1.5, 2.0, 3.0, 5.0, 7.0]
+    if n_decades > 1:
+        steps = [1.0, 2.0, 5.0] if n_decades < 3 else [1.0]
     axis.set_major_locator(ticker.SymmetricalLogLocator(base=10, linthresh=linear, subs=steps))
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(ticker.NullLocator())
