@@ -789,6 +789,7 @@ def contents(args: argparse.Namespace, data: dict[str, Any]) -> dict[str, str]:
         "dataset": data["dataset_key"].rpartition("-")[2],
         "tokenizer": data["tokenizer_hash"],
     }
+    # Other arguments name a file only sometimes
     arm, _, csv = args.pressure.partition(":")
     if arm == "replay":
         hashes["pressure"] = sha256(csv)
@@ -801,6 +802,7 @@ def refuse_change(training: Training, ckpt: dict[str, Any]) -> None:
     """Raises HandoffError if an argument that decides the trajectory differs from those of a
     checkpoint: of a file, if its content does. An argument that the checkpoint does not know was
     at its default then."""
+    # What was given now, and what then: typed, and as hashes of what the files hold
     now = trajectory(training.args)
     hashes_now = contents(training.args, training.train.description)
     known = ckpt["data"]
@@ -828,13 +830,14 @@ def newest_readable(args: argparse.Namespace) -> tuple[Path, NewGPT, dict[str, A
     checkpoints = sorted(args.save_dir.glob("ckpt_*.pt"))
     # A checkpoint without sidecar was not written to its end
     finished = [path for path in checkpoints if sidecar_path(path).exists()]
-    errors = []
-    for path in reversed(finished):
+    errors = []  # of those that cannot be read
+    for path in reversed(finished):  # the newest first
         try:
             saved, ckpt = load_checkpoint(path, torch.device("cpu"), args.skip_probe)
         except HandoffError as error:
             errors.append(error)
             continue
+        # A newer one was damaged: said, since steps are done again
         if errors:
             cause = str(errors[0]).partition("; ")[0]
             print(f"note: {cause}; {path.name} is the newest that can be read")
@@ -874,7 +877,7 @@ def is_finished(final: Path, args: argparse.Namespace) -> bool:
     """
     if not sidecar_path(final).exists():
         return False
-    try:
+    try:  # it may have been cut since
         read_sidecar(final, CHECKPOINT_SCHEMA, checkpoint_remedy(final))
     except HandoffError as error:
         if not finished_checkpoints(args.save_dir):
@@ -1056,6 +1059,7 @@ def run(args: argparse.Namespace) -> int:
 
 def tell_end(args: argparse.Namespace, final: Path, csv: Path) -> None:
     """The last line and the figure of a run, both from its CSV."""
+    # The numbers first: a picture may fail
     end = read_telemetry(csv).iloc[-1]
     sigmas = f"sigma_z {end['val_sigma_z']:.5f}, sigma_resid {end['val_sigma_resid']:.5f}"
     print(f"{final}: validation loss {end['val_loss']:.4f} nats a token, {sigmas}", flush=True)
