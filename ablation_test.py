@@ -38,9 +38,11 @@ import argparse
 import ast
 import contextlib
 import ctypes
+import errno
 import functools
 import gc
 import hashlib
+import html
 import io
 import json
 import math
@@ -48,6 +50,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -75,7 +78,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib import colors
+from matplotlib import colors, ticker
 from scipy import stats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -998,7 +1001,7 @@ def fill_in_sizes(args: argparse.Namespace, arm: Arm) -> None:
 def open_splits(args: argparse.Namespace, arm: Arm) -> tuple[HFWikiTextLoader, HFWikiTextLoader]:
     """Training and validation split of the text that the checkpoint was trained on, or of
     --dataset."""
-    dataset = args.dataset or arm.checkpoint["dataset"]
+    dataset = args.dataset or find_text(arm.checkpoint, arm.path)
     tokenizer = args.tokenizer or str(arm.path.parent / "tokenizer.json")
     seq_len = arm.checkpoint["config"]["seq_len"]
     train = HFWikiTextLoader(dataset, tokenizer, seq_len, "train", args.cache_dir)
@@ -1040,16 +1043,17 @@ def write_results(args: argparse.Namespace) -> None:
         if keep and path.read_text(encoding="utf-8") != texts[path]:
             fact = f"{path} would change (another --mode, --bootstrap or --seed?)"
             raise HandoffError(f"{fact}; pass --overwrite to replace it")
-    # Without a sidecar until all is written: an unfinished result never looks done
+    # Without a sidecar until both are written: an unfinished result never looks done
     for path, text in texts.items():
         sidecar_path(path).unlink(missing_ok=True)
         save(path, text)
-    draw(csv)
     ranked_by = summary["ranked_by"][0]
     about = {"ranked_by": ranked_by, "bootstrap": args.bootstrap, "seed": args.seed}
     for path in texts:
         write_sidecar(path, CSV_SCHEMA, [npz], **about)
     tell(summary)
+    with drawing(list(texts), ["ablation_test.py", "--redraw", csv]):
+        draw(csv)
 
 
 # ------------------------------------------------------------------------------- tables and figures
@@ -1346,7 +1350,7 @@ def read_table(
     """A CSV of this script, checked to have the columns `names`, numbers in `numbers`, and numbers
     or nothing in `uncertain`."""
     try:
-        table = pd.read_csv(path)
+        table = csv_table(path)
         table[uncertain].astype(float)
         has_numbers = table[numbers].astype(float).notna().all(axis=None)
         if not has_numbers or table[names].isna().any(axis=None) or table.empty:
@@ -1395,7 +1399,8 @@ def as_markdown(frame: pd.DataFrame) -> str:
     lines = [list(frame.columns), ["---"] * frame.shape[1]]
     for row in frame.to_numpy():
         lines.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    rows = [[markdown_text(cell) for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def noise_share(summary: pd.DataFrame) -> float:
@@ -1427,12 +1432,14 @@ def figure4(table: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
         ax = axes[0, modes.index(row["mode"])]
         heads = table[(table["run"] == row["run"]) & (table["mode"] == row["mode"])]
         draw_heads(ax, heads.sort_values("rank"), row, runs.index(row["run"]))
-        ax.set(title=f"{row['mode']} ablation", xticks=range(len(runs)), xticklabels=runs)
+        ax.set(title=f"{row['mode']} ablation", xticks=range(len(runs)))
+        ax.set_xticklabels([as_label(run) for run in runs])
         ax.set_xlim(-0.6, len(runs) - 0.4)
     linear = noise_share(summary)
-    # Where all is within the noise, symlog would be linear, with hardly a tick
+    # Where all is within the noise, symlog would be linear
     if linear < table["pct_impact"].abs().max():
         axes[0, 0].set_yscale("symlog", linthresh=linear)
+        label_symlog(axes[0, 0].yaxis, linear, table["pct_impact"].abs().max())
     axes[0, 0].margins(y=0.12)
     axes[0, 0].set_ylabel(
         "loss impact of ablating one head\n(% of base loss; linear within the noise)"
@@ -1446,6 +1453,18 @@ def figure4(table: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
         fontsize=7.5,
     )
     return fig
+
+
+def label_symlog(axis: Any, linear: float, largest: float) -> None:
+    """Ticks that one can read, as plain numbers: 0, and 1, 2, 5, 10, ... times the end of the
+    linear part; powers of ten where there are many."""
+    n_decades = math.log10(largest / linear)
+    steps = [1.0, 1.5, 2.0, 3.0, 5.0, 7.0]
+    if n_decades > 1:
+        steps = [1.0, 2.0, 5.0] if n_decades < 3 else [1.0]
+    axis.set_major_locator(ticker.SymmetricalLogLocator(base=10, linthresh=linear, subs=steps))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def draw_heads(ax: plt.Axes, heads: pd.DataFrame, row: pd.Series, x: int) -> None:
@@ -1521,7 +1540,7 @@ def draw_map(ax: plt.Axes, heads: pd.DataFrame, row: pd.Series, norm: colors.Nor
     line = "-" if row["unique_hero"] else ":"
     ax.add_patch(plt.Rectangle((left, bottom), 1, 1, fill=False, lw=2, ls=line))
     n_layers, n_heads = impact.shape
-    ax.set(title=row["run"], xlabel="head", ylabel="layer")
+    ax.set(title=as_label(row["run"]), xlabel="head", ylabel="layer")
     ax.set(xticks=range(n_heads), yticks=range(n_layers), yticklabels=impact.index)
     return image
 
@@ -1627,13 +1646,25 @@ def positive(kind: type) -> Callable[[str], Any]:
     """argparse type: a finite int or float above zero."""
 
     def parse(text: str) -> Any:
-        number = kind(text)
+        number = float(text)
         if not (number > 0 and math.isfinite(number)):
             raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-        return number
+        if kind is float:
+            return number
+        if number.is_integer() and number < 2**53:  # 1e6 is a whole number too
+            return int(number)
+        return int(text)
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse names the type in its errors
     return parse
+
+
+def finite(text: str) -> float:
+    """argparse type: a float that is not NaN or infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
 
 
 def add_version_flag(parser: argparse.ArgumentParser) -> None:
@@ -1808,11 +1839,15 @@ def one_line_errors(work: Callable[[], int]) -> int:
     except UnicodeDecodeError as e:
         text = f"a file that was read is not UTF-8 text ({e}); convert it: iconv -t UTF-8"
     except OSError as e:
+        advice = {
+            errno.ENOSPC: "; make room on that disk, or name a folder on another one",
+            errno.EACCES: "; name a place that you may read and write",
+            errno.EROFS: "; name a folder that can be written",
+        }
         where = e.filename or "while writing"
-        advice = "nothing that existed was changed: use a folder with room, and yours"
-        text = f"{e.strerror or e}: {where}; {advice}"
+        text = f"{e.strerror or e}: {where}{advice.get(e.errno or 0, '')}"
     except (MemoryError, torch.OutOfMemoryError) as e:
-        text = f"out of memory ({e}); use a smaller --batch_size"
+        text = f"out of memory ({e}); give smaller sizes or batches, see --help"
     except KeyboardInterrupt:
         text = "interrupted"
     script = Path(work.__code__.co_filename).name
@@ -1859,10 +1894,47 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
 
 
-def csv_table(path: str | Path) -> pd.DataFrame:
-    """A CSV, in which text stays text: a run called 007 or null, a token NaN."""
-    text = dict.fromkeys(TEXT_COLUMNS, str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+def csv_table(path: str | Path, types: dict[str, type] | None = None) -> pd.DataFrame:
+    """A CSV, in which text stays text: a run called 007 or null, a token NaN. What is empty is
+    missing, and nothing else. `types` of other columns are checked."""
+    types = dict.fromkeys(TEXT_COLUMNS, str) | (types or {})
+    return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
+
+
+@contextlib.contextmanager
+def drawing(finished: list[Path], redraw: list[Any]) -> Iterator[None]:
+    """Within the block a failure costs a picture, and no result: HandoffError, which names the
+    files that are finished, and `redraw`, the words of the command that draws again."""
+    try:
+        yield
+    except Exception as e:  # matplotlib raises many types
+        if not all(path.is_file() for path in finished):
+            raise
+        cause = f"{type(e).__name__}: {first_line(e, 120)}"
+        kept = f"the results are safe in {' and '.join(map(str, finished))}"
+        command = shlex.join(map(str, ["python", *redraw]))
+        fact = f"a picture could not be drawn ({cause})"
+        raise HandoffError(f"{fact}; {kept}; draw it with: {command}") from e
+
+
+def as_label(name: object) -> str:
+    """A name as matplotlib shows it letter for letter: $ begins no formula, and a leading _ does
+    not keep it out of a legend."""
+    text = str(name).encode("utf-8", "replace").decode()  # a path may hold bytes that are no text
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def markdown_text(text: str) -> str:
+    """One line of Markdown that shows the text: it can neither end the cell of a table nor become
+    markup, code, a link or a formula."""
+    escaped = html.escape(text)
+    for character in "|`*$~\\":
+        escaped = escaped.replace(character, f"&#{ord(character)};")
+    escaped = escaped.replace("](", "]&#40;")
+    # An underscore within a word is one, as in the names of columns
+    escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
+    return " ".join(escaped.splitlines())
 
 
 def sha256(path: str | Path) -> str:
@@ -1979,7 +2051,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
     """The description of a finished artefact, checked for schema and size.
 
     Raises HandoffError, naming `remedy` (the command that makes the artefact), if it is missing,
-    unfinished or damaged.
+    unfinished or of another size.
     """
     path = Path(path)
     side = sidecar_path(path)
@@ -1988,6 +2060,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         raise HandoffError(f"{path} {fact}; make it with: {remedy}")
     if not side.is_file():
         fact = f"{path} has no sidecar {side.name}: the run that wrote it did not finish"
+        fact += ", or it was moved without its sidecar"
         raise HandoffError(f"{fact}; make it with: {remedy}")
     try:
         record = json.loads(side.read_text(encoding="utf-8"))
@@ -2004,6 +2077,33 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         fact = f"{path} has {size} bytes, its sidecar says {expected_size}: damaged"
         raise HandoffError(f"{fact}; remake it with: {remedy}")
     return record
+
+
+def moved_with(named: str | Path, neighbour: Path, is_it: Callable[[Path], bool]) -> Path:
+    """The file that `neighbour` names: where the name says, or at the same place beside a folder
+    that holds `neighbour`, if both were moved, or named from another folder.
+
+    `is_it` tells by the content. The name as it is, if nothing is it.
+    """
+    named = Path(named)
+    parts = named.parts[1:] if named.is_absolute() else named.parts
+    candidates = [named]
+    for folder in neighbour.resolve().parents:  # the nearest first
+        # Longest ends first: a name may be told by the folders that it lies in
+        candidates += [folder.joinpath(*parts[i:]) for i in range(len(parts))]
+    for candidate in candidates:
+        if candidate.exists() and is_it(candidate):
+            return candidate
+    return named
+
+
+def find_checkpoint(named: str | Path, digest: str, neighbour: Path) -> Path:
+    """The checkpoint of this sha256 (or its beginning) that the file `neighbour` names."""
+
+    def is_it(path: Path) -> bool:
+        return path.is_file() and bool(digest) and sha256(path).startswith(digest)
+
+    return moved_with(named, neighbour, is_it)
 
 
 # <<< shared: sidecars
@@ -2388,12 +2488,11 @@ def load_checkpoint(
 ) -> tuple[NewGPT, dict[str, Any]]:
     """Reads a Janus checkpoint -> the model in eval mode on `device`, and the rest of the file.
 
-    Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees
-    with its golden probe.
+    Raises HandoffError if the file is missing, unfinished, unreadable, of another kind, or
+    disagrees with its golden probe.
     """
-    train = "python janus_adaptive.py --save_dir DIR"
-    remedy = f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
-    read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
+    remedy = checkpoint_remedy(Path(path))
+    side = read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         model = NewGPT(GPTConfig(**ckpt["config"]))
@@ -2401,18 +2500,47 @@ def load_checkpoint(
         loss_then = ckpt["probe"]["loss"]
         numbers_then = [loss_then, *ckpt["probe"]["top_logits"]]
     except Exception as e:  # a damaged zip, a pickle, other names or shapes: many types
-        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file"
-        raise HandoffError(f"{fact}: {first_line(e, 160)}") from None
+        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file ({first_line(e, 160)})"
+        raise HandoffError(f"{fact}; make it with: {remedy}") from None
     if not skip_probe:
         now = golden_probe(model)
         numbers_now = [now["loss"], *now["top_logits"]]
         if not np.allclose(numbers_now, numbers_then, rtol=1e-5, atol=1e-4):
-            fact = f"the golden probe gives {now['loss']:.5f} nats"
+            fact = f"{path}: the golden probe gives {now['loss']:.5f} nats"
             fact += f", the checkpoint says {loss_then:.5f}"
-            cause = f"the model in {Path(__file__).name} is not the one that was trained"
-            advice = "run tools/check_copies.py, or pass --skip_probe"
-            raise HandoffError(f"{path}: {fact}: {cause}; {advice}")
+            # Whose fault it is: the file's, the weights', or the script's
+            if sha256(path) != side.get("sha256"):
+                cause = (
+                    f"its bytes are not those that its sidecar describes; make it with: {remedy}"
+                )
+            elif not all(weight.isfinite().all() for weight in model.parameters()):
+                cause = f"its weights hold NaN or infinity; make it with: {remedy}"
+            else:
+                cause = f"the model in {Path(__file__).name} is not the one that was trained"
+                cause += "; run tools/check_copies.py, or pass --skip_probe where it is a flag"
+            raise HandoffError(f"{fact}: {cause}")
     return model.to(device).eval(), ckpt
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints for --resume in a folder, oldest first: those of the size that their
+    sidecars say."""
+    finished = []
+    for path in sorted(folder.glob("ckpt_*.pt")):
+        with contextlib.suppress(HandoffError):
+            read_sidecar(path, CHECKPOINT_SCHEMA, "")
+            finished.append(path)
+    return finished
+
+
+def checkpoint_remedy(path: Path) -> str:
+    """What makes a checkpoint that is missing or broken, by what lies beside it."""
+    others = [other for other in finished_checkpoints(path.parent) if other != path]
+    if others and (path.parent / "run.json").is_file():
+        command = f"the command in {path.parent / 'run.json'} and --resume"
+        return f"{command}, which goes on from {others[-1].name}"
+    train = "python janus_adaptive.py --save_dir DIR"
+    return f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
 
 
 # <<< shared: model
@@ -2777,6 +2905,8 @@ def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
         tokenizer = "gpt2" if dataset in HUB_DATASETS else "train:4096"
     if tokenizer.startswith("train:"):
         vocab_size = tokenizer.removeprefix("train:")
+        if not vocab_size.isdecimal() or int(vocab_size) <= 256:
+            raise HandoffError(f"--tokenizer {tokenizer}: expected train:N with N above 256 tokens")
         path = cache / f"{dataset_key(dataset)}-{TEXT_VERSION}-bpe{vocab_size}.json"
         if not path.exists():
             bpe = train_bpe(read_documents(dataset, "train"), int(vocab_size))
@@ -2942,6 +3072,23 @@ def json_line(line: str, number: int) -> Any:
         return json.loads(line)
     except ValueError as e:
         raise ValueError(f"line {number}: {e}") from None
+
+
+def find_text(ckpt: dict[str, Any], checkpoint: Path) -> str:
+    """The text that a checkpoint was trained on: what it names, or a file of the same content
+    that was moved with it."""
+    named = ckpt["dataset"]
+    if named == "builtin" or named in HUB_DATASETS:
+        return named
+    digest = ckpt["data"]["dataset_key"].rpartition("-")[2]
+
+    def is_it(path: Path) -> bool:
+        try:
+            return dataset_key(str(path)).endswith(digest)
+        except HandoffError:  # of no kind that is a text
+            return False
+
+    return str(moved_with(named, checkpoint, is_it))
 
 
 def dataset_key(dataset: str) -> str:

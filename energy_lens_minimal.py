@@ -34,16 +34,18 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import errno
 import functools
 import gc
 import hashlib
+import html
 import itertools
 import json
 import math
 import os
 import platform
 import re
-import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -527,7 +529,9 @@ def train_sae(
     """
     d = x.shape[1]
     if not x.isfinite().all():
-        raise HandoffError("the states hold NaN or infinity: the model's weights are damaged")
+        n_bad = int((~x.isfinite()).any(1).sum())
+        fact = f"{n_bad} of {len(x)} states hold NaN or infinity"
+        raise HandoffError(f"{fact}, so no dictionary can be fitted on them")
     if n_latents < d:
         found = f"a dictionary of {n_latents} latents is smaller than the state ({d} dimensions)"
         raise HandoffError(f"{found}; use a larger --sae_dict_size")
@@ -2952,7 +2956,10 @@ def run_all(args: Any, corpus: Corpus) -> tuple[LensResults, EnergyTransformer]:
 
 
 def peak_gb() -> float:
-    """Peak resident memory of this process, GB."""
+    """Peak resident memory of this process, GB; NaN where the system does not say (Windows)."""
+    if find_spec("resource") is None:
+        return math.nan
+    resource = import_module("resource")
     unit = 1e9 if sys.platform == "darwin" else 1e6  # bytes there, kB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -2963,11 +2970,14 @@ def cost_line(clock: float) -> str:
     cpu_minutes = time.process_time() / 60
     threads = torch.get_num_threads()
     times = f"{minutes:.1f} minutes, {cpu_minutes:.1f} CPU minutes on {threads} threads"
-    return f"{times}, peak {peak_gb():.2f} GB"
+    memory = peak_gb()
+    return times if math.isnan(memory) else f"{times}, peak {memory:.2f} GB"
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, analyses, writes tables, figures and report to args.save_dir; exit status."""
+    if args.redraw:
+        return redraw(args.save_dir)
     clock = time.perf_counter()
     report = args.save_dir / "research_report.md"
     raw = args.save_dir / "raw_results.json"
@@ -2981,11 +2991,12 @@ def run(args: argparse.Namespace) -> int:
         choose_threads(lambda: descend(et, some, 6, args.step_size), args.threads)
         res, _ = run_all(args, corpus)
         cost = cost_line(clock)
-        save_tables(res.tables, args.save_dir)
-        title = "Energy-Lens on an Energy Transformer"
-        write_report(title, compose(res, args, cost, args.save_dir), report)
-        res.to_json(raw)
         record |= {"cost": cost, "facts": res.facts}
+        save_results(res, args.save_dir)
+        again = ["energy_lens_minimal.py", "--redraw", "--save_dir", args.save_dir]
+        with drawing([raw, args.save_dir / "features.csv"], again):
+            write_report(TITLE, compose(res, args, cost, args.save_dir), report)
+        res.to_json(raw)  # with what the report concludes
     shown = (
         "layer eligible rule_passes token_null within_documents direction_null fewest aligned "
         "aligned_clusters aligned_participation median_abs_efas split_half_r"
@@ -2995,7 +3006,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def redraw(folder: Path) -> int:
+    """Figures and report once more, from the files of an earlier run; exit status."""
+    res = read_results(folder)
+    record = read_record(folder, "python energy_lens_minimal.py")
+    args = argparse.Namespace(**record["arguments"])
+    report = folder / "research_report.md"
+    write_report(TITLE, compose(res, args, record["cost"], folder), report)
+    print(f"drawn again: {report}")
+    return 0
+
+
 # ------------------------------------------------------------------------------- tables and figures
+TITLE = "Energy-Lens on an Energy Transformer"
 # ("h", heading), ("p", paragraph), ("t", table) or ("img", (path, caption)) of a report
 ReportPart = tuple[str, Any]
 COLOURS = [
@@ -3024,7 +3047,7 @@ def markdown_table(table: pd.DataFrame) -> str:
     """A table as Markdown."""
     lines = [list(map(str, table.columns)), ["---"] * table.shape[1]]
     for row in table.itertuples(index=False):
-        lines.append([cell(value).replace("|", "\\|") for value in row])
+        lines.append([markdown_text(cell(value)) for value in row])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -3048,7 +3071,7 @@ def png_address(image: Path) -> str:
 def write_report(title: str, blocks: list[ReportPart], path: Path) -> None:
     """The same blocks as Markdown (`path`) and as one self-contained HTML page beside it. Where the
     folder pages/ is missing, a line says so and there is no page."""
-    paragraphs = [f"# {title}"]
+    paragraphs = [f"# {markdown_text(title)}"]
     for kind, value in blocks:
         paragraphs.append(markdown_block(kind, value))
     with atomic(path) as temporary:
@@ -3072,6 +3095,52 @@ def save_tables(tables: dict[str, pd.DataFrame], out: Path) -> None:
     for name, table in tables.items():
         with atomic(out / f"{name}.csv") as temporary:
             table.to_csv(temporary, index=False)
+
+
+def save_results(res: LensResults, out: Path) -> None:
+    """All that --redraw needs beside run.json: raw_results.json, and every table as CSV."""
+    save_tables(res.tables, out)
+    res.to_json(out / "raw_results.json")
+
+
+def read_record(folder: Path, remedy: str) -> dict[str, Any]:
+    """The run.json of a run that got as far as its results. Raises HandoffError otherwise."""
+    path = folder / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["cost"], record["arguments"]  # noqa: B018 -- KeyError if it did not get so far
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        fact = f"{path} is not that of a run with results ({e!r})"
+        raise HandoffError(f"{fact}; it is written by: {remedy}") from None
+    return record
+
+
+def read_results(folder: Path) -> LensResults:
+    """What `save_results` saved. Raises HandoffError if a file is missing or cannot be read."""
+    raw = folder / "raw_results.json"
+    try:
+        record = json.loads(raw.read_text(encoding="utf-8"))
+        res = LensResults(record["model"], none_to_nan(record["facts"]))
+        for name in record["tables"]:
+            file = folder / f"{name}.csv"
+            if file.stat().st_size > 1:  # a table without columns has one line end
+                words = ["token", "top_token", "context_1", "context_2", "context_3"]
+                table = csv_table(file, dict.fromkeys(words, str))
+            else:
+                table = pd.DataFrame()
+            res.tables[name] = table
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        fact = f"{folder} cannot be drawn again ({e})"
+        expected = "expected raw_results.json and a CSV for each of its tables"
+        raise HandoffError(f"{fact}; {expected}") from None
+    return res
+
+
+def none_to_nan(facts: Any) -> Any:
+    """The facts of a JSON file, which has no NaN: null stands for it."""
+    if isinstance(facts, dict):
+        return {name: none_to_nan(value) for name, value in facts.items()}
+    return math.nan if facts is None else facts
 
 
 # ---- figures ----
@@ -3442,7 +3511,7 @@ def introduction(res: LensResults, args: Any, cost: str) -> list[ReportPart]:
     setting = (
         f"n = {n_seq} held-out sequences of 32 tokens, one a document, which are the unit of every "
         f"test; one training seed ({args.seed}), so nothing here speaks for other seeds. Preset "
-        f"{args.preset}, corpus {args.corpus}, gradient by {args.gradient}. {cost}."
+        f"{args.preset}, corpus `{args.corpus}`, gradient by {args.gradient}. {cost}."
     )
     return [("p", meaning), ("p", setting)]
 
@@ -3702,7 +3771,9 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("outputs")
     folder = Path("energy_lens_results")
+    again = "only draw the figures and write the report again, from the files in --save_dir"
     group.add_argument("--save_dir", type=Path, default=folder, help="output folder")
+    group.add_argument("--redraw", action="store_true", help=again)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -3799,13 +3870,25 @@ def positive(kind: type) -> Callable[[str], Any]:
     """argparse type: a finite int or float above zero."""
 
     def parse(text: str) -> Any:
-        number = kind(text)
+        number = float(text)
         if not (number > 0 and math.isfinite(number)):
             raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-        return number
+        if kind is float:
+            return number
+        if number.is_integer() and number < 2**53:  # 1e6 is a whole number too
+            return int(number)
+        return int(text)
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse names the type in its errors
     return parse
+
+
+def finite(text: str) -> float:
+    """argparse type: a float that is not NaN or infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
 
 
 def add_version_flag(parser: argparse.ArgumentParser) -> None:
@@ -3913,11 +3996,15 @@ def one_line_errors(work: Callable[[], int]) -> int:
     except UnicodeDecodeError as e:
         text = f"a file that was read is not UTF-8 text ({e}); convert it: iconv -t UTF-8"
     except OSError as e:
+        advice = {
+            errno.ENOSPC: "; make room on that disk, or name a folder on another one",
+            errno.EACCES: "; name a place that you may read and write",
+            errno.EROFS: "; name a folder that can be written",
+        }
         where = e.filename or "while writing"
-        advice = "nothing that existed was changed: use a folder with room, and yours"
-        text = f"{e.strerror or e}: {where}; {advice}"
+        text = f"{e.strerror or e}: {where}{advice.get(e.errno or 0, '')}"
     except (MemoryError, torch.OutOfMemoryError) as e:
-        text = f"out of memory ({e}); use a smaller --batch_size"
+        text = f"out of memory ({e}); give smaller sizes or batches, see --help"
     except KeyboardInterrupt:
         text = "interrupted"
     script = Path(work.__code__.co_filename).name
@@ -3964,10 +4051,47 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
 
 
-def csv_table(path: str | Path) -> pd.DataFrame:
-    """A CSV, in which text stays text: a run called 007 or null, a token NaN."""
-    text = dict.fromkeys(TEXT_COLUMNS, str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+def csv_table(path: str | Path, types: dict[str, type] | None = None) -> pd.DataFrame:
+    """A CSV, in which text stays text: a run called 007 or null, a token NaN. What is empty is
+    missing, and nothing else. `types` of other columns are checked."""
+    types = dict.fromkeys(TEXT_COLUMNS, str) | (types or {})
+    return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
+
+
+@contextlib.contextmanager
+def drawing(finished: list[Path], redraw: list[Any]) -> Iterator[None]:
+    """Within the block a failure costs a picture, and no result: HandoffError, which names the
+    files that are finished, and `redraw`, the words of the command that draws again."""
+    try:
+        yield
+    except Exception as e:  # matplotlib raises many types
+        if not all(path.is_file() for path in finished):
+            raise
+        cause = f"{type(e).__name__}: {first_line(e, 120)}"
+        kept = f"the results are safe in {' and '.join(map(str, finished))}"
+        command = shlex.join(map(str, ["python", *redraw]))
+        fact = f"a picture could not be drawn ({cause})"
+        raise HandoffError(f"{fact}; {kept}; draw it with: {command}") from e
+
+
+def as_label(name: object) -> str:
+    """A name as matplotlib shows it letter for letter: $ begins no formula, and a leading _ does
+    not keep it out of a legend."""
+    text = str(name).encode("utf-8", "replace").decode()  # a path may hold bytes that are no text
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def markdown_text(text: str) -> str:
+    """One line of Markdown that shows the text: it can neither end the cell of a table nor become
+    markup, code, a link or a formula."""
+    escaped = html.escape(text)
+    for character in "|`*$~\\":
+        escaped = escaped.replace(character, f"&#{ord(character)};")
+    escaped = escaped.replace("](", "]&#40;")
+    # An underscore within a word is one, as in the names of columns
+    escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
+    return " ".join(escaped.splitlines())
 
 
 def sha256(path: str | Path) -> str:

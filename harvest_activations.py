@@ -38,9 +38,11 @@ import argparse
 import ast
 import contextlib
 import ctypes
+import errno
 import functools
 import gc
 import hashlib
+import html
 import io
 import json
 import math
@@ -48,6 +50,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -591,7 +594,7 @@ def resolve(args: argparse.Namespace, ckpt: dict[str, Any], autocast: Any) -> No
     # A flag that was not given: as in training, and in the sizes of a preset
     preset = PHASE_PRESETS[ckpt["preset"] if args.preset == "auto" else args.preset]
     args.run_name = args.run_name or ckpt["arm"]
-    args.dataset = args.dataset or ckpt["dataset"]
+    args.dataset = args.dataset or find_text(ckpt, args.model_path)
     args.tokenizer = args.tokenizer or str(args.model_path.parent / "tokenizer.json")
     args.tokens = args.tokens or preset["tokens"]
     args.batch_size = args.batch_size or preset["batch_size"]
@@ -841,10 +844,23 @@ def reserve(args: argparse.Namespace, layers: list[int], n_tokens: int, width: i
             # The file first, with holes; then the blocks of the disk that fill them
             np.lib.format.open_memmap(path, mode="w+", dtype=args.dump_dtype, shape=shape)
             with open(path, "rb+") as f:
-                os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+                fill_holes(f.fileno(), path.stat().st_size)
         except OSError as e:
             fact = f"{path} cannot have {shape} {args.dump_dtype} numbers of disk"
             raise HandoffError(f"{fact}: {e.strerror}") from None
+
+
+def fill_holes(file: int, n_bytes: int) -> None:
+    """Gives an open file all its blocks of the disk. Not every system (macOS) and not every disk
+    can: there a disk that fills up on the way ends the process."""
+    cannot = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file, 0, n_bytes)
+    except OSError as e:
+        if e.errno not in cannot:
+            raise
 
 
 def open_partial_dumps(args: argparse.Namespace, layers: list[int]) -> dict[int, np.memmap]:
@@ -858,7 +874,7 @@ def open_partial_dumps(args: argparse.Namespace, layers: list[int]) -> dict[int,
             dumps[l] = np.lib.format.open_memmap(partial_path(args, l), mode="r+")
     except (OSError, ValueError) as e:
         fact = f"the unfinished harvest in {args.out} was damaged ({e}) and is now removed"
-        raise HandoffError(f"{fact}; start again") from None
+        raise HandoffError(f"{fact}; give the same command again, it begins anew") from None
     return dumps
 
 
@@ -1067,16 +1083,20 @@ def publish_dump(
 def report(args: argparse.Namespace) -> None:
     """Draws figure 1, and writes and prints table 1, of the runs compared; needs nothing but their
     CSV files."""
-    figure = args.out / "figure1_head_cosines.png"
-    csvs = compared_csvs(args, PAIRS_CSV)
-    publish(figure, functools.partial(draw_cosines, csvs), FIGURE_SCHEMA, csvs)
-
     table = args.out / "table1_topology.txt"
     csvs = compared_csvs(args, TOPOLOGY_CSV)
     text = table1(csvs)
     write = functools.partial(Path.write_text, data=text, encoding="utf-8")
     publish(table, write, TABLE_SCHEMA, csvs)
-    print(f"{text}\nsee {figure} and {table}")
+    print(text)
+
+    figure = args.out / "figure1_head_cosines.png"
+    csvs = compared_csvs(args, PAIRS_CSV)
+    redraw = ["harvest_activations.py", "--redraw", "--run_name", args.run_name]
+    redraw += ["--save_dir", args.save_dir, *(["--compare", *args.compare] if args.compare else [])]
+    with drawing([table, *csvs], redraw):
+        publish(figure, functools.partial(draw_cosines, csvs), FIGURE_SCHEMA, csvs)
+    print(f"see {figure} and {table}")
 
 
 def compared_csvs(args: argparse.Namespace, name: str) -> list[Path]:
@@ -1149,7 +1169,7 @@ def draw_cosines(csvs: list[Path], out: Path) -> None:
     for layer in layers:
         for run in runs:
             pairs = frame[(frame["run"] == run) & (frame["layer"] == layer)]
-            image = draw_panel(next(free_axes), f"{run}, layer {layer}", pairs, limit)
+            image = draw_panel(next(free_axes), as_label(f"{run}, layer {layer}"), pairs, limit)
     for ax in free_axes:
         ax.axis("off")
 
@@ -1314,13 +1334,25 @@ def positive(kind: type) -> Callable[[str], Any]:
     """argparse type: a finite int or float above zero."""
 
     def parse(text: str) -> Any:
-        number = kind(text)
+        number = float(text)
         if not (number > 0 and math.isfinite(number)):
             raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-        return number
+        if kind is float:
+            return number
+        if number.is_integer() and number < 2**53:  # 1e6 is a whole number too
+            return int(number)
+        return int(text)
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse names the type in its errors
     return parse
+
+
+def finite(text: str) -> float:
+    """argparse type: a float that is not NaN or infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
 
 
 def add_version_flag(parser: argparse.ArgumentParser) -> None:
@@ -1495,11 +1527,15 @@ def one_line_errors(work: Callable[[], int]) -> int:
     except UnicodeDecodeError as e:
         text = f"a file that was read is not UTF-8 text ({e}); convert it: iconv -t UTF-8"
     except OSError as e:
+        advice = {
+            errno.ENOSPC: "; make room on that disk, or name a folder on another one",
+            errno.EACCES: "; name a place that you may read and write",
+            errno.EROFS: "; name a folder that can be written",
+        }
         where = e.filename or "while writing"
-        advice = "nothing that existed was changed: use a folder with room, and yours"
-        text = f"{e.strerror or e}: {where}; {advice}"
+        text = f"{e.strerror or e}: {where}{advice.get(e.errno or 0, '')}"
     except (MemoryError, torch.OutOfMemoryError) as e:
-        text = f"out of memory ({e}); use a smaller --batch_size"
+        text = f"out of memory ({e}); give smaller sizes or batches, see --help"
     except KeyboardInterrupt:
         text = "interrupted"
     script = Path(work.__code__.co_filename).name
@@ -1546,10 +1582,47 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
 
 
-def csv_table(path: str | Path) -> pd.DataFrame:
-    """A CSV, in which text stays text: a run called 007 or null, a token NaN."""
-    text = dict.fromkeys(TEXT_COLUMNS, str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+def csv_table(path: str | Path, types: dict[str, type] | None = None) -> pd.DataFrame:
+    """A CSV, in which text stays text: a run called 007 or null, a token NaN. What is empty is
+    missing, and nothing else. `types` of other columns are checked."""
+    types = dict.fromkeys(TEXT_COLUMNS, str) | (types or {})
+    return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
+
+
+@contextlib.contextmanager
+def drawing(finished: list[Path], redraw: list[Any]) -> Iterator[None]:
+    """Within the block a failure costs a picture, and no result: HandoffError, which names the
+    files that are finished, and `redraw`, the words of the command that draws again."""
+    try:
+        yield
+    except Exception as e:  # matplotlib raises many types
+        if not all(path.is_file() for path in finished):
+            raise
+        cause = f"{type(e).__name__}: {first_line(e, 120)}"
+        kept = f"the results are safe in {' and '.join(map(str, finished))}"
+        command = shlex.join(map(str, ["python", *redraw]))
+        fact = f"a picture could not be drawn ({cause})"
+        raise HandoffError(f"{fact}; {kept}; draw it with: {command}") from e
+
+
+def as_label(name: object) -> str:
+    """A name as matplotlib shows it letter for letter: $ begins no formula, and a leading _ does
+    not keep it out of a legend."""
+    text = str(name).encode("utf-8", "replace").decode()  # a path may hold bytes that are no text
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def markdown_text(text: str) -> str:
+    """One line of Markdown that shows the text: it can neither end the cell of a table nor become
+    markup, code, a link or a formula."""
+    escaped = html.escape(text)
+    for character in "|`*$~\\":
+        escaped = escaped.replace(character, f"&#{ord(character)};")
+    escaped = escaped.replace("](", "]&#40;")
+    # An underscore within a word is one, as in the names of columns
+    escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
+    return " ".join(escaped.splitlines())
 
 
 def sha256(path: str | Path) -> str:
@@ -1666,7 +1739,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
     """The description of a finished artefact, checked for schema and size.
 
     Raises HandoffError, naming `remedy` (the command that makes the artefact), if it is missing,
-    unfinished or damaged.
+    unfinished or of another size.
     """
     path = Path(path)
     side = sidecar_path(path)
@@ -1675,6 +1748,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         raise HandoffError(f"{path} {fact}; make it with: {remedy}")
     if not side.is_file():
         fact = f"{path} has no sidecar {side.name}: the run that wrote it did not finish"
+        fact += ", or it was moved without its sidecar"
         raise HandoffError(f"{fact}; make it with: {remedy}")
     try:
         record = json.loads(side.read_text(encoding="utf-8"))
@@ -1691,6 +1765,33 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         fact = f"{path} has {size} bytes, its sidecar says {expected_size}: damaged"
         raise HandoffError(f"{fact}; remake it with: {remedy}")
     return record
+
+
+def moved_with(named: str | Path, neighbour: Path, is_it: Callable[[Path], bool]) -> Path:
+    """The file that `neighbour` names: where the name says, or at the same place beside a folder
+    that holds `neighbour`, if both were moved, or named from another folder.
+
+    `is_it` tells by the content. The name as it is, if nothing is it.
+    """
+    named = Path(named)
+    parts = named.parts[1:] if named.is_absolute() else named.parts
+    candidates = [named]
+    for folder in neighbour.resolve().parents:  # the nearest first
+        # Longest ends first: a name may be told by the folders that it lies in
+        candidates += [folder.joinpath(*parts[i:]) for i in range(len(parts))]
+    for candidate in candidates:
+        if candidate.exists() and is_it(candidate):
+            return candidate
+    return named
+
+
+def find_checkpoint(named: str | Path, digest: str, neighbour: Path) -> Path:
+    """The checkpoint of this sha256 (or its beginning) that the file `neighbour` names."""
+
+    def is_it(path: Path) -> bool:
+        return path.is_file() and bool(digest) and sha256(path).startswith(digest)
+
+    return moved_with(named, neighbour, is_it)
 
 
 # <<< shared: sidecars
@@ -2075,12 +2176,11 @@ def load_checkpoint(
 ) -> tuple[NewGPT, dict[str, Any]]:
     """Reads a Janus checkpoint -> the model in eval mode on `device`, and the rest of the file.
 
-    Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees
-    with its golden probe.
+    Raises HandoffError if the file is missing, unfinished, unreadable, of another kind, or
+    disagrees with its golden probe.
     """
-    train = "python janus_adaptive.py --save_dir DIR"
-    remedy = f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
-    read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
+    remedy = checkpoint_remedy(Path(path))
+    side = read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         model = NewGPT(GPTConfig(**ckpt["config"]))
@@ -2088,18 +2188,47 @@ def load_checkpoint(
         loss_then = ckpt["probe"]["loss"]
         numbers_then = [loss_then, *ckpt["probe"]["top_logits"]]
     except Exception as e:  # a damaged zip, a pickle, other names or shapes: many types
-        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file"
-        raise HandoffError(f"{fact}: {first_line(e, 160)}") from None
+        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file ({first_line(e, 160)})"
+        raise HandoffError(f"{fact}; make it with: {remedy}") from None
     if not skip_probe:
         now = golden_probe(model)
         numbers_now = [now["loss"], *now["top_logits"]]
         if not np.allclose(numbers_now, numbers_then, rtol=1e-5, atol=1e-4):
-            fact = f"the golden probe gives {now['loss']:.5f} nats"
+            fact = f"{path}: the golden probe gives {now['loss']:.5f} nats"
             fact += f", the checkpoint says {loss_then:.5f}"
-            cause = f"the model in {Path(__file__).name} is not the one that was trained"
-            advice = "run tools/check_copies.py, or pass --skip_probe"
-            raise HandoffError(f"{path}: {fact}: {cause}; {advice}")
+            # Whose fault it is: the file's, the weights', or the script's
+            if sha256(path) != side.get("sha256"):
+                cause = (
+                    f"its bytes are not those that its sidecar describes; make it with: {remedy}"
+                )
+            elif not all(weight.isfinite().all() for weight in model.parameters()):
+                cause = f"its weights hold NaN or infinity; make it with: {remedy}"
+            else:
+                cause = f"the model in {Path(__file__).name} is not the one that was trained"
+                cause += "; run tools/check_copies.py, or pass --skip_probe where it is a flag"
+            raise HandoffError(f"{fact}: {cause}")
     return model.to(device).eval(), ckpt
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints for --resume in a folder, oldest first: those of the size that their
+    sidecars say."""
+    finished = []
+    for path in sorted(folder.glob("ckpt_*.pt")):
+        with contextlib.suppress(HandoffError):
+            read_sidecar(path, CHECKPOINT_SCHEMA, "")
+            finished.append(path)
+    return finished
+
+
+def checkpoint_remedy(path: Path) -> str:
+    """What makes a checkpoint that is missing or broken, by what lies beside it."""
+    others = [other for other in finished_checkpoints(path.parent) if other != path]
+    if others and (path.parent / "run.json").is_file():
+        command = f"the command in {path.parent / 'run.json'} and --resume"
+        return f"{command}, which goes on from {others[-1].name}"
+    train = "python janus_adaptive.py --save_dir DIR"
+    return f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
 
 
 # <<< shared: model
@@ -2464,6 +2593,8 @@ def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
         tokenizer = "gpt2" if dataset in HUB_DATASETS else "train:4096"
     if tokenizer.startswith("train:"):
         vocab_size = tokenizer.removeprefix("train:")
+        if not vocab_size.isdecimal() or int(vocab_size) <= 256:
+            raise HandoffError(f"--tokenizer {tokenizer}: expected train:N with N above 256 tokens")
         path = cache / f"{dataset_key(dataset)}-{TEXT_VERSION}-bpe{vocab_size}.json"
         if not path.exists():
             bpe = train_bpe(read_documents(dataset, "train"), int(vocab_size))
@@ -2629,6 +2760,23 @@ def json_line(line: str, number: int) -> Any:
         return json.loads(line)
     except ValueError as e:
         raise ValueError(f"line {number}: {e}") from None
+
+
+def find_text(ckpt: dict[str, Any], checkpoint: Path) -> str:
+    """The text that a checkpoint was trained on: what it names, or a file of the same content
+    that was moved with it."""
+    named = ckpt["dataset"]
+    if named == "builtin" or named in HUB_DATASETS:
+        return named
+    digest = ckpt["data"]["dataset_key"].rpartition("-")[2]
+
+    def is_it(path: Path) -> bool:
+        try:
+            return dataset_key(str(path)).endswith(digest)
+        except HandoffError:  # of no kind that is a text
+            return False
+
+    return str(moved_with(named, checkpoint, is_it))
 
 
 def dataset_key(dataset: str) -> str:

@@ -32,6 +32,7 @@ import ast
 import base64
 import codecs
 import contextlib
+import errno
 import functools
 import gc
 import hashlib
@@ -42,6 +43,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -139,7 +141,7 @@ def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
         mechanisms += features.mechanisms
 
     # 7. Which share of its impact is left when only one part of what it writes may vary.
-    tables["preserving"] = explained(hero, ablation, mechanisms)
+    tables["preserving"] = explained(hero, ablation, mechanisms, len(heads))
 
     # On one text, for the eye: what the hero attends to, and what its closest control does.
     maps = [attention_map(head, inputs.shown) for head in (hero, controls.twin)]
@@ -884,7 +886,7 @@ def copying_score(head: Head, circuit: OVCircuit) -> Row:
     ratios = []
     for order in orders:
         values = circuit.values[order.to(circuit.values.device)]  # [V, K]
-        eigenvalues = torch.linalg.eigvals((circuit.logits.T @ values).double().cpu())  # [K]
+        eigenvalues = torch.linalg.eigvals((circuit.logits.T @ values).cpu().double())  # [K]
         ratios.append((eigenvalues.real.sum() / eigenvalues.abs().sum()).item())
     nulls = ratios[1:]
     return head.row(
@@ -1092,7 +1094,7 @@ def feature_facts(hero: Head, sae: SAE, ablation: Ablation) -> FeatureFacts:
     by_window = []
     for z in ablation.held.z.split(1):  # [1, T, H, K]
         is_active = encode(sae, z) > 0  # [1, T, F]
-        by_window.append(is_active.double().mean((0, 1)))
+        by_window.append(is_active.cpu().double().mean((0, 1)))
     basis = write_basis(hero.model, hero.layer)  # [H, K, K]
     noise = F.normalize(torch.randn(decoder.shape, generator=rng), dim=-1).to(decoder)
     random_decoder = noise * decoder.norm(dim=-1, keepdim=True)  # [F, H, K]
@@ -1350,13 +1352,17 @@ def feature_mechanisms(
     return [own_alone, all_alone]
 
 
-def explained(head: Head, ablation: Ablation, mechanisms: list[Mechanism]) -> Rows:
+def explained(
+    head: Head, ablation: Ablation, mechanisms: list[Mechanism], n_heads: int = 1
+) -> Rows:
     """Share of the loss impact kept, (ablated - kept) / (ablated - clean), by the claimed part of
-    each mechanism and by its control. Simultaneous for the mechanisms, not for their controls."""
+    each mechanism and by its control. Simultaneous for the mechanisms, not for their controls.
+    impact*: as in the table impact, simultaneous for the n_heads that it compares."""
     ablated = ablation.ablated.mean(1).cpu()  # [n]
     clean = ablation.clean.mean(1).cpu()  # [n]
     text = ablation.seen.text
-    impact = interval(text, ablated - clean)
+    delta = ablation.delta.cpu().double().numpy()  # [n, T-1]
+    impact = interval(text, delta.mean(1), tests=n_heads)
     rows = []
     for mechanism in tqdm(mechanisms, desc="preserving ablation", unit="mechanism", disable=None):
         by_kind = {"claimed": mechanism.claimed, "matched-random": mechanism.control}
@@ -1466,19 +1472,26 @@ def write_results(
     for name, content in files.items():
         with atomic(args.save_dir / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
-    draw_figures(args.save_dir)
-    names = [*files, *(f"hero_{figure}.png" for figure in FIGURES)]
-    if args.features and inputs.harvested_sae is not None:
-        draw_features(args, inputs.ckpt["path"], inputs.harvested_sae.sae)
-        names.append("hero_features.html")
     facts = inputs.hero.row(
         checkpoint_sha256=inputs.ckpt["sha256"],
         seed=args.seed,
         data=inputs.val.description,
         n_seqs=args.n_seqs,
     )
-    for name in names:
-        write_sidecar(args.save_dir / name, "janus.hero/2", [args.ablation_csv], **facts)
+
+    def finish(names: list[str]) -> None:
+        for name in names:
+            write_sidecar(args.save_dir / name, "janus.hero/2", [args.ablation_csv], **facts)
+
+    finish([name for name in files if name.endswith(".csv")])  # they need no picture
+    redraw = ["hero_head_analysis.py", "--redraw", "--save_dir", args.save_dir]
+    with drawing([args.save_dir / name for name in reports], redraw):
+        draw_figures(args.save_dir)
+    finish([f"hero_{figure}.png" for figure in FIGURES])
+    if args.features and inputs.harvested_sae is not None:
+        draw_features(args, inputs.ckpt["path"], inputs.harvested_sae.sae)
+        finish(["hero_features.html"])
+    finish(list(reports))  # last: with them the analysis is whole
 
 
 # ---- what the earlier phases made
@@ -1506,7 +1519,7 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
     runs = list(table["run"].unique())
     run_name = args.run or ("adaptive" if "adaptive" in runs else runs[0])
     if run_name not in runs:
-        found = ", ".join(map(str, runs))
+        found = ", ".join(runs)
         raise HandoffError(f"--run {run_name} is not in {args.ablation_csv}, which has: {found}")
     mine = open_run(args, table, run_name, "hero", device)
     is_unique = is_unique_hero(args.ablation_csv, run_name, mine.top)
@@ -1554,8 +1567,9 @@ def read_ablation_csv(path: Path) -> pd.DataFrame:
     read_sidecar(path, "janus.ablation/1", remedy)
     numbers = ["rank", "delta", "p_top1", "p_maxT"]
     types = {"layer": int, "head": int, **dict.fromkeys(numbers, float)}
+    names = ["run", "checkpoint", "ckpt_sha", "mode"]  # text, though it may look like a number
     try:
-        table = pd.read_csv(path, dtype=types)
+        table = csv_table(path, types | dict.fromkeys(names, str))
     except ValueError as e:
         raise HandoffError(f"{path} is not a CSV ({e}); make it with: {remedy}") from None
     if table.empty:
@@ -1585,13 +1599,9 @@ def open_run(
     modes = list(rows["mode"])
     mode = "mean" if "mean" in modes else modes[0]
     top = rows[rows["mode"] == mode].sort_values("rank").iloc[0]
-    path = Path(str(top["checkpoint"]))
-    expected_sha = str(top["ckpt_sha"])
+    path = checkpoint_of(args, top)
     model, ckpt = load_checkpoint(path, device, args.skip_probe)
     found_sha = sha256(path)
-    if not found_sha.startswith(expected_sha):
-        fact = f"{path} has sha256 {found_sha[:12]}, {args.ablation_csv} says {expected_sha[:12]}"
-        raise HandoffError(f"{fact}; run ablation_test.py on it again")
     layer = int(top["layer"])
     h = int(top["head"])
     if role == "hero" and args.force_layer is not None:
@@ -1604,6 +1614,24 @@ def open_run(
     return OpenedRun(Head(role, run_name, layer, h, model.requires_grad_(False)), ckpt, top)
 
 
+def checkpoint_of(args: argparse.Namespace, top: pd.Series) -> Path:
+    """The checkpoint that a row of the CSV was measured on, told by its sha256: of --model_path,
+    where the CSV says, or beside the CSV. Raises HandoffError if none of them is it."""
+    named = str(top["checkpoint"])
+    digest = str(top["ckpt_sha"])
+    path = find_checkpoint(named, digest, args.ablation_csv)
+    for candidate in [*(args.model_path or []), path]:
+        if candidate.is_file() and digest and sha256(candidate).startswith(digest):
+            return candidate
+    fact = f"{path} (the checkpoint of run {top['run']} in {args.ablation_csv}) does not exist"
+    if path.is_file():
+        fact = f"{path} has sha256 {sha256(path)[:12]}, {args.ablation_csv} says {digest[:12]}"
+    if args.model_path:
+        fact += f", and none of --model_path {' '.join(map(str, args.model_path))} has that sha256"
+    advice = "say where it is with --model_path, or measure again with: python ablation_test.py"
+    raise HandoffError(f"{fact}; {advice}")
+
+
 def need_in_range(name: str, number: int, count: int, path: Path) -> None:
     if not 0 <= number < count:
         raise HandoffError(f"{name} {number} is out of range: {path} has {name}s 0 to {count - 1}")
@@ -1614,7 +1642,7 @@ def is_unique_hero(ablation_csv: Path, run_name: str, top: pd.Series) -> bool:
     CSV alone (the verdict also asks for a gap to the second head)."""
     summary = ablation_csv.with_name(f"{ablation_csv.stem}_summary.csv")
     with contextlib.suppress(OSError, ValueError, LookupError):
-        verdicts = pd.read_csv(summary).set_index(["run", "mode"])
+        verdicts = csv_table(summary).set_index(["run", "mode"])
         return bool(verdicts.loc[(run_name, top["mode"]), "unique_hero"])
     return bool(top["p_top1"] >= 0.95 and top["p_maxT"] < 0.05)
 
@@ -1632,7 +1660,7 @@ def open_split(name: str, args: argparse.Namespace, ckpt: dict[str, Any]) -> HFW
     """A split of the text that the checkpoint was trained on, or of --dataset. Raises HandoffError
     where it is gone, or its tokens are not those of the model."""
     path = ckpt["path"]
-    dataset = args.dataset or ckpt["dataset"]
+    dataset = args.dataset or find_text(ckpt, path)
     is_local = dataset != "builtin" and dataset not in HUB_DATASETS
     if is_local and args.dataset is None and not Path(dataset).exists():
         fact = f"{dataset}, the text that {path} was trained on, is not there"
@@ -1988,12 +2016,15 @@ def draw_attention(folder: Path) -> None:
 
     with redrawn(folder, "attention", (7, 6.4), "panel") as (table, axes):
         for ax, (name, part) in zip(axes, table.groupby("panel", sort=False), strict=True):
-            words = part.drop_duplicates("query")["query_token"].str.replace("$", r"\$")
+            words = part.drop_duplicates("query")["query_token"].map(as_label)
             grid = part.pivot(index="query", columns="key", values="attention").clip(lower=1e-3)
             grid = grid.set_axis(words).set_axis(words, axis=1)
             bar = dict(label="attention probability (log; darkest: .001 or less)")
-            sns.heatmap(grid, norm=LogNorm(1e-3, 1), cmap="viridis", ax=ax, cbar_kws=bar)
-            ax.set(title=name, xlabel="key (attended to)", ylabel="query")
+            # Every word has its label, or every second, ...: the same ones in all panels
+            every = math.ceil(len(words) / 60)
+            labels = {"xticklabels": every, "yticklabels": every}
+            sns.heatmap(grid, norm=LogNorm(1e-3, 1), cmap="viridis", ax=ax, cbar_kws=bar, **labels)
+            ax.set(title=as_label(name), xlabel="key (attended to)", ylabel="query")
 
 
 def draw_importance(folder: Path) -> None:
@@ -2005,6 +2036,9 @@ def draw_importance(folder: Path) -> None:
         not_zero = (table["ci_lo"] > 0) | (table["ci_hi"] < 0)
         table["note"] = np.where(table["studied"], "◆", np.where(not_zero, "*", ""))
         most = table["milli_nats"].abs().max()
+        # The same labels in all panels
+        every_layer = math.ceil(table["layer"].nunique() / 32)
+        every_head = math.ceil(table["head"].nunique() / 32)
         for ax, (run_name, part) in zip(axes, table.groupby("run", sort=False), strict=True):
             by_place = part.pivot(index="layer", columns="head")
             sns.heatmap(
@@ -2016,11 +2050,14 @@ def draw_importance(folder: Path) -> None:
                 vmax=most,
                 ax=ax,
                 cbar_kws=dict(label="loss increase (1/1000 nats a token)"),
+                xticklabels=every_head,
+                yticklabels=every_layer,
             )
             ax.set(
-                title=f"{run_name}: ablation of each head",
+                title=as_label(f"{run_name}: ablation of each head"),
                 xlabel="head (◆ studied here, * 95 % interval excludes 0)",
             )
+            ax.tick_params(axis="y", rotation=0)
 
 
 def draw_scores(folder: Path) -> None:
@@ -2096,7 +2133,8 @@ def draw_preserving(folder: Path) -> None:
         vague = ""
         if not impact["impact_low"] > 0:
             vague = ": not told from 0, so these shares mean nothing"
-        ax.set_title(f"impact {impact['impact']:.5f} nats a token {ends}{vague}", fontsize=10)
+        title = f"impact {impact['impact']:.5f} nats a token {ends}{vague}"
+        ax.set_title(title, fontsize=10)
         ax.legend()
 
 
@@ -2162,14 +2200,9 @@ def report_sections(tables: dict[str, pd.DataFrame], missing: str) -> list[Repor
     return sections
 
 
-def markdown_cell(text: str) -> str:
-    """Text that can neither end its cell nor become markup or code."""
-    return html.escape(text).replace("|", "&#124;").replace("`", "&#96;")
-
-
 def markdown_report(title: str, lead: str, sections: list[ReportSection]) -> str:
     """The report as Markdown. All text is escaped: a token is never markup."""
-    paragraphs = [f"# {html.escape(title)}", html.escape(lead)]
+    paragraphs = [f"# {markdown_text(title)}", markdown_text(lead)]
     for section in sections:
         paragraphs.append(f"## {section.heading}")
         paragraphs.append(html.escape(section.about, quote=False))
@@ -2177,7 +2210,7 @@ def markdown_report(title: str, lead: str, sections: list[ReportSection]) -> str
             continue
         lines = [list(section.table.columns), ["---"] * section.table.shape[1]]
         lines += section.table.map(show).to_numpy().tolist()
-        rows = ["| " + " | ".join(map(markdown_cell, line)) + " |" for line in lines]
+        rows = ["| " + " | ".join(map(markdown_text, line)) + " |" for line in lines]
         paragraphs.append("\n".join(rows))
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
@@ -2226,6 +2259,8 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     add("--dataset", help=dataset)
     tokenizer = "as for janus_adaptive.py; none: tokenizer.json beside the checkpoint"
     add("--tokenizer", help=tokenizer)
+    model = "checkpoints of the runs of the CSV, in any order, where they are not where it says"
+    add("--model_path", type=Path, nargs="+", help=model)
     run_help = "run of the CSV whose hero is analysed; none: adaptive, else the first"
     add("--run", help=run_help)
     add("--saes_dir", type=Path, default=Path("saes"), help="output folder of train_sae.py")
@@ -2274,13 +2309,25 @@ def positive(kind: type) -> Callable[[str], Any]:
     """argparse type: a finite int or float above zero."""
 
     def parse(text: str) -> Any:
-        number = kind(text)
+        number = float(text)
         if not (number > 0 and math.isfinite(number)):
             raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-        return number
+        if kind is float:
+            return number
+        if number.is_integer() and number < 2**53:  # 1e6 is a whole number too
+            return int(number)
+        return int(text)
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse names the type in its errors
     return parse
+
+
+def finite(text: str) -> float:
+    """argparse type: a float that is not NaN or infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
 
 
 def add_version_flag(parser: argparse.ArgumentParser) -> None:
@@ -2436,11 +2483,15 @@ def one_line_errors(work: Callable[[], int]) -> int:
     except UnicodeDecodeError as e:
         text = f"a file that was read is not UTF-8 text ({e}); convert it: iconv -t UTF-8"
     except OSError as e:
+        advice = {
+            errno.ENOSPC: "; make room on that disk, or name a folder on another one",
+            errno.EACCES: "; name a place that you may read and write",
+            errno.EROFS: "; name a folder that can be written",
+        }
         where = e.filename or "while writing"
-        advice = "nothing that existed was changed: use a folder with room, and yours"
-        text = f"{e.strerror or e}: {where}; {advice}"
+        text = f"{e.strerror or e}: {where}{advice.get(e.errno or 0, '')}"
     except (MemoryError, torch.OutOfMemoryError) as e:
-        text = f"out of memory ({e}); use a smaller --batch_size"
+        text = f"out of memory ({e}); give smaller sizes or batches, see --help"
     except KeyboardInterrupt:
         text = "interrupted"
     script = Path(work.__code__.co_filename).name
@@ -2487,10 +2538,47 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
 
 
-def csv_table(path: str | Path) -> pd.DataFrame:
-    """A CSV, in which text stays text: a run called 007 or null, a token NaN."""
-    text = dict.fromkeys(TEXT_COLUMNS, str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+def csv_table(path: str | Path, types: dict[str, type] | None = None) -> pd.DataFrame:
+    """A CSV, in which text stays text: a run called 007 or null, a token NaN. What is empty is
+    missing, and nothing else. `types` of other columns are checked."""
+    types = dict.fromkeys(TEXT_COLUMNS, str) | (types or {})
+    return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
+
+
+@contextlib.contextmanager
+def drawing(finished: list[Path], redraw: list[Any]) -> Iterator[None]:
+    """Within the block a failure costs a picture, and no result: HandoffError, which names the
+    files that are finished, and `redraw`, the words of the command that draws again."""
+    try:
+        yield
+    except Exception as e:  # matplotlib raises many types
+        if not all(path.is_file() for path in finished):
+            raise
+        cause = f"{type(e).__name__}: {first_line(e, 120)}"
+        kept = f"the results are safe in {' and '.join(map(str, finished))}"
+        command = shlex.join(map(str, ["python", *redraw]))
+        fact = f"a picture could not be drawn ({cause})"
+        raise HandoffError(f"{fact}; {kept}; draw it with: {command}") from e
+
+
+def as_label(name: object) -> str:
+    """A name as matplotlib shows it letter for letter: $ begins no formula, and a leading _ does
+    not keep it out of a legend."""
+    text = str(name).encode("utf-8", "replace").decode()  # a path may hold bytes that are no text
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def markdown_text(text: str) -> str:
+    """One line of Markdown that shows the text: it can neither end the cell of a table nor become
+    markup, code, a link or a formula."""
+    escaped = html.escape(text)
+    for character in "|`*$~\\":
+        escaped = escaped.replace(character, f"&#{ord(character)};")
+    escaped = escaped.replace("](", "]&#40;")
+    # An underscore within a word is one, as in the names of columns
+    escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
+    return " ".join(escaped.splitlines())
 
 
 def sha256(path: str | Path) -> str:
@@ -2607,7 +2695,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
     """The description of a finished artefact, checked for schema and size.
 
     Raises HandoffError, naming `remedy` (the command that makes the artefact), if it is missing,
-    unfinished or damaged.
+    unfinished or of another size.
     """
     path = Path(path)
     side = sidecar_path(path)
@@ -2616,6 +2704,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         raise HandoffError(f"{path} {fact}; make it with: {remedy}")
     if not side.is_file():
         fact = f"{path} has no sidecar {side.name}: the run that wrote it did not finish"
+        fact += ", or it was moved without its sidecar"
         raise HandoffError(f"{fact}; make it with: {remedy}")
     try:
         record = json.loads(side.read_text(encoding="utf-8"))
@@ -2632,6 +2721,33 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         fact = f"{path} has {size} bytes, its sidecar says {expected_size}: damaged"
         raise HandoffError(f"{fact}; remake it with: {remedy}")
     return record
+
+
+def moved_with(named: str | Path, neighbour: Path, is_it: Callable[[Path], bool]) -> Path:
+    """The file that `neighbour` names: where the name says, or at the same place beside a folder
+    that holds `neighbour`, if both were moved, or named from another folder.
+
+    `is_it` tells by the content. The name as it is, if nothing is it.
+    """
+    named = Path(named)
+    parts = named.parts[1:] if named.is_absolute() else named.parts
+    candidates = [named]
+    for folder in neighbour.resolve().parents:  # the nearest first
+        # Longest ends first: a name may be told by the folders that it lies in
+        candidates += [folder.joinpath(*parts[i:]) for i in range(len(parts))]
+    for candidate in candidates:
+        if candidate.exists() and is_it(candidate):
+            return candidate
+    return named
+
+
+def find_checkpoint(named: str | Path, digest: str, neighbour: Path) -> Path:
+    """The checkpoint of this sha256 (or its beginning) that the file `neighbour` names."""
+
+    def is_it(path: Path) -> bool:
+        return path.is_file() and bool(digest) and sha256(path).startswith(digest)
+
+    return moved_with(named, neighbour, is_it)
 
 
 # <<< shared: sidecars
@@ -2950,12 +3066,11 @@ def load_checkpoint(
 ) -> tuple[NewGPT, dict[str, Any]]:
     """Reads a Janus checkpoint -> the model in eval mode on `device`, and the rest of the file.
 
-    Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees
-    with its golden probe.
+    Raises HandoffError if the file is missing, unfinished, unreadable, of another kind, or
+    disagrees with its golden probe.
     """
-    train = "python janus_adaptive.py --save_dir DIR"
-    remedy = f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
-    read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
+    remedy = checkpoint_remedy(Path(path))
+    side = read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         model = NewGPT(GPTConfig(**ckpt["config"]))
@@ -2963,18 +3078,47 @@ def load_checkpoint(
         loss_then = ckpt["probe"]["loss"]
         numbers_then = [loss_then, *ckpt["probe"]["top_logits"]]
     except Exception as e:  # a damaged zip, a pickle, other names or shapes: many types
-        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file"
-        raise HandoffError(f"{fact}: {first_line(e, 160)}") from None
+        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file ({first_line(e, 160)})"
+        raise HandoffError(f"{fact}; make it with: {remedy}") from None
     if not skip_probe:
         now = golden_probe(model)
         numbers_now = [now["loss"], *now["top_logits"]]
         if not np.allclose(numbers_now, numbers_then, rtol=1e-5, atol=1e-4):
-            fact = f"the golden probe gives {now['loss']:.5f} nats"
+            fact = f"{path}: the golden probe gives {now['loss']:.5f} nats"
             fact += f", the checkpoint says {loss_then:.5f}"
-            cause = f"the model in {Path(__file__).name} is not the one that was trained"
-            advice = "run tools/check_copies.py, or pass --skip_probe"
-            raise HandoffError(f"{path}: {fact}: {cause}; {advice}")
+            # Whose fault it is: the file's, the weights', or the script's
+            if sha256(path) != side.get("sha256"):
+                cause = (
+                    f"its bytes are not those that its sidecar describes; make it with: {remedy}"
+                )
+            elif not all(weight.isfinite().all() for weight in model.parameters()):
+                cause = f"its weights hold NaN or infinity; make it with: {remedy}"
+            else:
+                cause = f"the model in {Path(__file__).name} is not the one that was trained"
+                cause += "; run tools/check_copies.py, or pass --skip_probe where it is a flag"
+            raise HandoffError(f"{fact}: {cause}")
     return model.to(device).eval(), ckpt
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints for --resume in a folder, oldest first: those of the size that their
+    sidecars say."""
+    finished = []
+    for path in sorted(folder.glob("ckpt_*.pt")):
+        with contextlib.suppress(HandoffError):
+            read_sidecar(path, CHECKPOINT_SCHEMA, "")
+            finished.append(path)
+    return finished
+
+
+def checkpoint_remedy(path: Path) -> str:
+    """What makes a checkpoint that is missing or broken, by what lies beside it."""
+    others = [other for other in finished_checkpoints(path.parent) if other != path]
+    if others and (path.parent / "run.json").is_file():
+        command = f"the command in {path.parent / 'run.json'} and --resume"
+        return f"{command}, which goes on from {others[-1].name}"
+    train = "python janus_adaptive.py --save_dir DIR"
+    return f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
 
 
 # <<< shared: model
@@ -3297,6 +3441,8 @@ def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
         tokenizer = "gpt2" if dataset in HUB_DATASETS else "train:4096"
     if tokenizer.startswith("train:"):
         vocab_size = tokenizer.removeprefix("train:")
+        if not vocab_size.isdecimal() or int(vocab_size) <= 256:
+            raise HandoffError(f"--tokenizer {tokenizer}: expected train:N with N above 256 tokens")
         path = cache / f"{dataset_key(dataset)}-{TEXT_VERSION}-bpe{vocab_size}.json"
         if not path.exists():
             bpe = train_bpe(read_documents(dataset, "train"), int(vocab_size))
@@ -3462,6 +3608,23 @@ def json_line(line: str, number: int) -> Any:
         return json.loads(line)
     except ValueError as e:
         raise ValueError(f"line {number}: {e}") from None
+
+
+def find_text(ckpt: dict[str, Any], checkpoint: Path) -> str:
+    """The text that a checkpoint was trained on: what it names, or a file of the same content
+    that was moved with it."""
+    named = ckpt["dataset"]
+    if named == "builtin" or named in HUB_DATASETS:
+        return named
+    digest = ckpt["data"]["dataset_key"].rpartition("-")[2]
+
+    def is_it(path: Path) -> bool:
+        try:
+            return dataset_key(str(path)).endswith(digest)
+        except HandoffError:  # of no kind that is a text
+            return False
+
+    return str(moved_with(named, checkpoint, is_it))
 
 
 def dataset_key(dataset: str) -> str:

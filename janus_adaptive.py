@@ -31,9 +31,11 @@ import argparse
 import ast
 import contextlib
 import ctypes
+import errno
 import functools
 import gc
 import hashlib
+import html
 import io
 import json
 import math
@@ -41,6 +43,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -465,7 +468,7 @@ def validate(
         loss += batch_loss.item() * len(x)
         # Gram matrices add up: sigma is that of the whole split, not a mean over batches
         for space in grams:
-            grams[space] += layer_grams(model, list(tap.values()), space).double().cpu()
+            grams[space] += layer_grams(model, list(tap.values()), space).cpu().double()
     all_sum(loss, *grams.values())
     model.train()
     return {
@@ -654,10 +657,11 @@ def refuse_divergence(step: int, loss: float, norm: float, args: argparse.Namesp
     """Raises HandoffError if loss or gradient norm is not finite, before it reaches the
     weights."""
     if not math.isfinite(loss + norm):
-        kept = f"the checkpoints in {args.save_dir} are good"
+        kept = finished_checkpoints(args.save_dir)
+        last = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         advice = f"try a --learning_rate below {args.learning_rate}"
         fact = f"step {step}: loss {loss}, gradient norm {norm}, not finite"
-        raise HandoffError(f"{fact}; {kept}, {advice}")
+        raise HandoffError(f"{fact}; {last}; {advice}")
 
 
 def check(training: Training, step: int, lambdas: list[float]) -> None:
@@ -782,34 +786,89 @@ def restore_random_states(states: dict[str, Any]) -> None:
     random.setstate(ast.literal_eval(states["python"]))
 
 
-def resume(training: Training) -> None:
-    """Restores the newest finished checkpoint of --save_dir in place, if there is one.
+def contents(args: argparse.Namespace, data: dict[str, Any]) -> dict[str, str]:
+    """Of the arguments that name a file: a hash of what it holds. `data` describes the text."""
+    hashes = {
+        # The key of a text ends in its hash, after a name
+        "dataset": data["dataset_key"].rpartition("-")[2],
+        "tokenizer": data["tokenizer_hash"],
+    }
+    # Other arguments name a file only sometimes
+    arm, _, csv = args.pressure.partition(":")
+    if arm == "replay":
+        hashes["pressure"] = sha256(csv)
+    if args.init_from:
+        hashes["init_from"] = sha256(args.init_from)
+    return hashes
 
-    Raises HandoffError if an argument that decides the trajectory differs. An argument that the
-    checkpoint does not know was at its default then.
-    """
-    args = training.args
+
+def refuse_change(training: Training, ckpt: dict[str, Any]) -> None:
+    """Raises HandoffError if an argument that decides the trajectory differs from those of a
+    checkpoint: of a file, if its content does. An argument that the checkpoint does not know was
+    at its default then."""
+    # What was given now, and what then: typed, and as hashes of what the files hold
+    now = trajectory(training.args)
+    hashes_now = contents(training.args, training.train.description)
+    known = ckpt["data"]
+    hashes_then = {"tokenizer": known["tokenizer_hash"]}
+    hashes_then["dataset"] = known["dataset_key"].rpartition("-")[2]
+    hashes_then |= ckpt.get("contents", {})  # an older checkpoint knows the text's alone
+    defaults = build_parser()
+    for name, value in now.items():
+        then = ckpt["arguments"].get(name, defaults.get_default(name))
+        is_same = value == then
+        # A pretrained model that is imported anew has other bytes, and its weights count no more
+        is_told = is_same and name == "init_from"
+        if name in hashes_now and name in hashes_then and not is_told:
+            is_same = hashes_now[name] == hashes_then[name]
+        if not is_same:
+            fact = f"--resume would change --{name} from {then} to {value}"
+            if value == then:
+                fact = f"--resume would change what --{name} {value} holds"
+            raise HandoffError(f"{fact}; give the same arguments, or start in another --save_dir")
+    # The same file may be read otherwise by another version of this script
+    n_tokens = training.train.description["n_tokens"]
+    if n_tokens != known["n_tokens"]:
+        fact = f"--resume: n_tokens was {known['n_tokens']}, is {n_tokens}: the tokens are others"
+        raise HandoffError(f"{fact} than it was trained on; start anew, in another --save_dir")
+
+
+def newest_readable(args: argparse.Namespace) -> tuple[Path, NewGPT, dict[str, Any]] | None:
+    """The newest checkpoint of --save_dir that can be read, its model and the rest; None where
+    there is no checkpoint. Raises HandoffError if none of them can be read."""
     checkpoints = sorted(args.save_dir.glob("ckpt_*.pt"))
     # A checkpoint without sidecar was not written to its end
     finished = [path for path in checkpoints if sidecar_path(path).exists()]
-    if not finished:
+    errors = []  # of those that cannot be read
+    for path in reversed(finished):  # the newest first
+        try:
+            saved, ckpt = load_checkpoint(path, torch.device("cpu"), args.skip_probe)
+        except HandoffError as error:
+            errors.append(error)
+            continue
+        # A newer one was damaged: said, since steps are done again
+        if errors:
+            cause = str(errors[0]).partition("; ")[0]
+            print(f"note: {cause}; {path.name} is the newest that can be read")
+        return path, saved, ckpt
+    if errors:
+        raise errors[0]
+    return None
+
+
+def resume(training: Training) -> None:
+    """Restores the newest readable checkpoint of --save_dir in place, if there is one.
+
+    Raises HandoffError if an argument that decides the trajectory differs.
+    """
+    found = newest_readable(training.args)
+    if found is None:
         return
-    saved, ckpt = load_checkpoint(finished[-1], torch.device("cpu"), args.skip_probe)
-    defaults = build_parser()
-    for name, now in trajectory(args).items():
-        then = ckpt["arguments"].get(name, defaults.get_default(name))
-        if now != then:
-            fact = f"--resume would change --{name} from {then} to {now}"
-            raise HandoffError(f"{fact}; give the same arguments, or start in another --save_dir")
-    if args.threads is None:  # as many as before: with others, sums round differently
-        producer = json.loads(sidecar_path(finished[-1]).read_text(encoding="utf-8"))["producer"]
+    path, saved, ckpt = found
+    refuse_change(training, ckpt)
+    if training.args.threads is None:  # as many as before: with others, sums round differently
+        producer = json.loads(sidecar_path(path).read_text(encoding="utf-8"))["producer"]
         torch.set_num_threads(producer["hardware"]["threads"])
-    text = training.train.description
-    for fact_name in ("tokenizer_hash", "n_tokens"):
-        then = ckpt["data"][fact_name]
-        if text[fact_name] != then:
-            fact = f"--resume: {fact_name} was {then}, is {text[fact_name]}: the tokens are others"
-            raise HandoffError(f"{fact} than {finished[-1]} was trained on; start anew")
     training.model.load_state_dict(saved.state_dict())
     training.optimizer.load_state_dict(ckpt["optimizer"])
     training.pressure.load_state_dict(ckpt["pressure"])
@@ -820,7 +879,25 @@ def resume(training: Training) -> None:
     training.telemetry = ckpt["logs"]["telemetry"]
     training.layers = ckpt["logs"]["layers"]
     training.steps_done = ckpt["step"]
-    print(f"resumed {finished[-1]} at step {ckpt['step']}", flush=True)
+    print(f"resumed {path} at step {ckpt['step']}", flush=True)
+
+
+def is_finished(final: Path, args: argparse.Namespace) -> bool:
+    """Whether the run that --resume should continue has its last checkpoint already.
+
+    Raises HandoffError if that is broken, and there is no other one to go on from.
+    """
+    if not sidecar_path(final).exists():
+        return False
+    try:  # it may have been cut since
+        read_sidecar(final, CHECKPOINT_SCHEMA, checkpoint_remedy(final))
+    except HandoffError as error:
+        if not finished_checkpoints(args.save_dir):
+            raise
+        print(f"note: {str(error).partition('; ')[0]}; it is made again")
+        return False
+    print(f"{final} is there, as long as its sidecar says; there is nothing to resume")
+    return True
 
 
 # ---- set-up
@@ -889,6 +966,7 @@ def prepare(args: argparse.Namespace) -> Training:
         model = new_model(args, count_ids(train.tokenizer))
     need_rows(count_ids(train.tokenizer), model.cfg.vocab_size, args.init_from)
     model = model.to(device).train()
+    pressure = Pressure(args)
     facts = {
         "arm": args.pressure.partition(":")[0],
         "preset": args.preset,
@@ -896,9 +974,9 @@ def prepare(args: argparse.Namespace) -> Training:
         "dataset": args.dataset,
         "data": train.description,
         "arguments": trajectory(args),
+        "contents": contents(args, train.description),
     }
     optimizer = new_optimizer(model, args)
-    pressure = Pressure(args)
     return Training(args, model, optimizer, pressure, train, validation, device, autocast, facts)
 
 
@@ -966,8 +1044,7 @@ def run(args: argparse.Namespace) -> int:
         draw_training(args.redraw, args.target_sigma, args.save_dir / "training.png")
         return 0
     final = args.save_dir / f"janus_{args.pressure.partition(':')[0]}_final.pt"
-    if args.resume and sidecar_path(final).exists():
-        print(f"{final} is complete; there is nothing to resume")
+    if args.resume and is_finished(final, args):
         return 0
     # An earlier run in this folder is only replaced on demand
     old_checkpoints = sorted(args.save_dir.glob("ckpt_*.pt*"))
@@ -994,15 +1071,20 @@ def run(args: argparse.Namespace) -> int:
                 with atomic(args.save_dir / "tokenizer.json") as temporary:
                     training.train.tokenizer.save(str(temporary))
             record["exit_status"] = train_model(training, signals)
-    if rank or record["exit_status"]:
-        return record["exit_status"]
+        if rank == 0 and not record["exit_status"]:
+            tell_end(args, final, csv)
+    return record["exit_status"] or 0
 
-    # The figure and the last line, both from the CSV
-    draw_training([csv], args.target_sigma, args.save_dir / "training.png")
+
+def tell_end(args: argparse.Namespace, final: Path, csv: Path) -> None:
+    """The last line and the figure of a run, both from its CSV."""
+    # The numbers first: a picture may fail
     end = read_telemetry(csv).iloc[-1]
     sigmas = f"sigma_z {end['val_sigma_z']:.5f}, sigma_resid {end['val_sigma_resid']:.5f}"
-    print(f"{final}: validation loss {end['val_loss']:.4f} nats a token, {sigmas}")
-    return 0
+    print(f"{final}: validation loss {end['val_loss']:.4f} nats a token, {sigmas}", flush=True)
+    redraw = ["janus_adaptive.py", "--redraw", csv, "--save_dir", args.save_dir]
+    with drawing([final, csv], [*redraw, "--target_sigma", args.target_sigma]):
+        draw_training([csv], args.target_sigma, args.save_dir / "training.png")
 
 
 # ------------------------------------------------------------------------------- tables and figures
@@ -1116,7 +1198,7 @@ def draw_training(csvs: list[str | Path], target: float, out: Path) -> None:
     fig, axes = plt.subplots(1, n_panels, figsize=(width, 3.8), layout="constrained")
     left = iter(OTHER_COLOURS * len(csvs))
     for label, table in runs:  # the arms keep their colours in every figure
-        draw_run(axes, label, table, ARM_COLOURS.get(label) or next(left))
+        draw_run(axes, as_label(label), table, ARM_COLOURS.get(label) or next(left))
 
     # Where the loop should hold sigma; a file from before the column has one setpoint
     table = runs[0][1]
@@ -1224,7 +1306,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--n_kv_heads", type=int, default=0, help=shared)
     add("--d_ff", type=count, help="width of the SwiGLU hidden layer, dimensions")
     add("--seq_len", type=count, help="context, tokens")
-    add("--dropout", type=float, default=0.0, help="dropout probability")
+    add("--dropout", type=finite, default=0.0, help="dropout probability")
     add("--tied", action=yes_no, default=True, help="unembedding = embedding")
 
 
@@ -1253,14 +1335,14 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--penalty", choices=list(PENALTIES), default="cos2", help=penalty)
     add("--layer_weights", choices=["uniform", "cubic"], default="uniform", help=layers)
     add("--law", choices=["log", "linear"], default="log", help=law)
-    add("--k_p", type=float, default=0.9, help=k_p)
-    add("--k_i", type=float, default=0.003, help="integral gain, as k_p but per step")
-    add("--k_d", type=float, default=0.0, help="derivative gain, as k_p times steps")
+    add("--k_p", type=finite, default=0.9, help=k_p)
+    add("--k_i", type=finite, default=0.003, help="integral gain, as k_p but per step")
+    add("--k_d", type=finite, default=0.0, help="derivative gain, as k_p times steps")
     add("--control_interval", type=count, default=10, help="steps between two samples of sigma")
     add("--sample_steps", type=count, default=1, help=sampled)
-    add("--filter_beta", type=float, default=0.9, help=memory)
+    add("--filter_beta", type=finite, default=0.9, help=memory)
     add("--pressure_warmup", type=int, help=ramp)
-    add("--lambda_start", type=float, default=1.0, help="lambda at the end of the ramp")
+    add("--lambda_start", type=finite, default=1.0, help="lambda at the end of the ramp")
     add("--lambda_max", type=real, default=1e4, help=limit)
     add("--per_layer", action="store_true", help="one loop and one lambda a layer")
 
@@ -1286,7 +1368,7 @@ def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
     add("--learning_rate", type=real, help="peak learning rate of AdamW")
     add("--lr_warmup", type=int, default=-1, help=warmup)
     add("--schedule", choices=schedules, default="cosine", help=shapes)
-    add("--weight_decay", type=float, default=0.1, help="AdamW weight decay, of matrices")
+    add("--weight_decay", type=finite, default=0.1, help="AdamW weight decay, of matrices")
     add("--grad_clip", type=real, default=1.0, help=clip)
     add("--compile", choices=["auto", "on", "off"], default="auto", help=compiled)
 
@@ -1328,7 +1410,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"gains, {others} must not be negative")
     if args.tokenizer.startswith("train:"):
         size = args.tokenizer.removeprefix("train:")
-        if not size.isdigit() or int(size) <= 256:
+        if not size.isdecimal() or int(size) <= 256:
             expected = "train:N with N above 256 tokens"
             parser.error(f"--tokenizer {args.tokenizer}: expected {expected}")
 
@@ -1338,8 +1420,11 @@ def is_pressure(text: str) -> bool:
     arm, _, value = text.partition(":")
     if arm in ("adaptive", "control"):
         return not value
-    if arm == "constant":  # 0.25 or 1e-3; float() would take "nan" too
-        return value.replace(".", "", 1).replace("e-", "", 1).isdigit()
+    if arm == "constant":
+        try:
+            return 0 <= float(value) < math.inf
+        except ValueError:
+            return False
     return arm == "replay" and bool(value)
 
 
@@ -1363,13 +1448,25 @@ def positive(kind: type) -> Callable[[str], Any]:
     """argparse type: a finite int or float above zero."""
 
     def parse(text: str) -> Any:
-        number = kind(text)
+        number = float(text)
         if not (number > 0 and math.isfinite(number)):
             raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-        return number
+        if kind is float:
+            return number
+        if number.is_integer() and number < 2**53:  # 1e6 is a whole number too
+            return int(number)
+        return int(text)
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse names the type in its errors
     return parse
+
+
+def finite(text: str) -> float:
+    """argparse type: a float that is not NaN or infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
 
 
 def add_version_flag(parser: argparse.ArgumentParser) -> None:
@@ -1544,11 +1641,15 @@ def one_line_errors(work: Callable[[], int]) -> int:
     except UnicodeDecodeError as e:
         text = f"a file that was read is not UTF-8 text ({e}); convert it: iconv -t UTF-8"
     except OSError as e:
+        advice = {
+            errno.ENOSPC: "; make room on that disk, or name a folder on another one",
+            errno.EACCES: "; name a place that you may read and write",
+            errno.EROFS: "; name a folder that can be written",
+        }
         where = e.filename or "while writing"
-        advice = "nothing that existed was changed: use a folder with room, and yours"
-        text = f"{e.strerror or e}: {where}; {advice}"
+        text = f"{e.strerror or e}: {where}{advice.get(e.errno or 0, '')}"
     except (MemoryError, torch.OutOfMemoryError) as e:
-        text = f"out of memory ({e}); use a smaller --batch_size"
+        text = f"out of memory ({e}); give smaller sizes or batches, see --help"
     except KeyboardInterrupt:
         text = "interrupted"
     script = Path(work.__code__.co_filename).name
@@ -1595,10 +1696,47 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
 
 
-def csv_table(path: str | Path) -> pd.DataFrame:
-    """A CSV, in which text stays text: a run called 007 or null, a token NaN."""
-    text = dict.fromkeys(TEXT_COLUMNS, str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+def csv_table(path: str | Path, types: dict[str, type] | None = None) -> pd.DataFrame:
+    """A CSV, in which text stays text: a run called 007 or null, a token NaN. What is empty is
+    missing, and nothing else. `types` of other columns are checked."""
+    types = dict.fromkeys(TEXT_COLUMNS, str) | (types or {})
+    return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
+
+
+@contextlib.contextmanager
+def drawing(finished: list[Path], redraw: list[Any]) -> Iterator[None]:
+    """Within the block a failure costs a picture, and no result: HandoffError, which names the
+    files that are finished, and `redraw`, the words of the command that draws again."""
+    try:
+        yield
+    except Exception as e:  # matplotlib raises many types
+        if not all(path.is_file() for path in finished):
+            raise
+        cause = f"{type(e).__name__}: {first_line(e, 120)}"
+        kept = f"the results are safe in {' and '.join(map(str, finished))}"
+        command = shlex.join(map(str, ["python", *redraw]))
+        fact = f"a picture could not be drawn ({cause})"
+        raise HandoffError(f"{fact}; {kept}; draw it with: {command}") from e
+
+
+def as_label(name: object) -> str:
+    """A name as matplotlib shows it letter for letter: $ begins no formula, and a leading _ does
+    not keep it out of a legend."""
+    text = str(name).encode("utf-8", "replace").decode()  # a path may hold bytes that are no text
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def markdown_text(text: str) -> str:
+    """One line of Markdown that shows the text: it can neither end the cell of a table nor become
+    markup, code, a link or a formula."""
+    escaped = html.escape(text)
+    for character in "|`*$~\\":
+        escaped = escaped.replace(character, f"&#{ord(character)};")
+    escaped = escaped.replace("](", "]&#40;")
+    # An underscore within a word is one, as in the names of columns
+    escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
+    return " ".join(escaped.splitlines())
 
 
 def sha256(path: str | Path) -> str:
@@ -1715,7 +1853,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
     """The description of a finished artefact, checked for schema and size.
 
     Raises HandoffError, naming `remedy` (the command that makes the artefact), if it is missing,
-    unfinished or damaged.
+    unfinished or of another size.
     """
     path = Path(path)
     side = sidecar_path(path)
@@ -1724,6 +1862,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         raise HandoffError(f"{path} {fact}; make it with: {remedy}")
     if not side.is_file():
         fact = f"{path} has no sidecar {side.name}: the run that wrote it did not finish"
+        fact += ", or it was moved without its sidecar"
         raise HandoffError(f"{fact}; make it with: {remedy}")
     try:
         record = json.loads(side.read_text(encoding="utf-8"))
@@ -1740,6 +1879,33 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         fact = f"{path} has {size} bytes, its sidecar says {expected_size}: damaged"
         raise HandoffError(f"{fact}; remake it with: {remedy}")
     return record
+
+
+def moved_with(named: str | Path, neighbour: Path, is_it: Callable[[Path], bool]) -> Path:
+    """The file that `neighbour` names: where the name says, or at the same place beside a folder
+    that holds `neighbour`, if both were moved, or named from another folder.
+
+    `is_it` tells by the content. The name as it is, if nothing is it.
+    """
+    named = Path(named)
+    parts = named.parts[1:] if named.is_absolute() else named.parts
+    candidates = [named]
+    for folder in neighbour.resolve().parents:  # the nearest first
+        # Longest ends first: a name may be told by the folders that it lies in
+        candidates += [folder.joinpath(*parts[i:]) for i in range(len(parts))]
+    for candidate in candidates:
+        if candidate.exists() and is_it(candidate):
+            return candidate
+    return named
+
+
+def find_checkpoint(named: str | Path, digest: str, neighbour: Path) -> Path:
+    """The checkpoint of this sha256 (or its beginning) that the file `neighbour` names."""
+
+    def is_it(path: Path) -> bool:
+        return path.is_file() and bool(digest) and sha256(path).startswith(digest)
+
+    return moved_with(named, neighbour, is_it)
 
 
 # <<< shared: sidecars
@@ -2124,12 +2290,11 @@ def load_checkpoint(
 ) -> tuple[NewGPT, dict[str, Any]]:
     """Reads a Janus checkpoint -> the model in eval mode on `device`, and the rest of the file.
 
-    Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees
-    with its golden probe.
+    Raises HandoffError if the file is missing, unfinished, unreadable, of another kind, or
+    disagrees with its golden probe.
     """
-    train = "python janus_adaptive.py --save_dir DIR"
-    remedy = f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
-    read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
+    remedy = checkpoint_remedy(Path(path))
+    side = read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         model = NewGPT(GPTConfig(**ckpt["config"]))
@@ -2137,18 +2302,47 @@ def load_checkpoint(
         loss_then = ckpt["probe"]["loss"]
         numbers_then = [loss_then, *ckpt["probe"]["top_logits"]]
     except Exception as e:  # a damaged zip, a pickle, other names or shapes: many types
-        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file"
-        raise HandoffError(f"{fact}: {first_line(e, 160)}") from None
+        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file ({first_line(e, 160)})"
+        raise HandoffError(f"{fact}; make it with: {remedy}") from None
     if not skip_probe:
         now = golden_probe(model)
         numbers_now = [now["loss"], *now["top_logits"]]
         if not np.allclose(numbers_now, numbers_then, rtol=1e-5, atol=1e-4):
-            fact = f"the golden probe gives {now['loss']:.5f} nats"
+            fact = f"{path}: the golden probe gives {now['loss']:.5f} nats"
             fact += f", the checkpoint says {loss_then:.5f}"
-            cause = f"the model in {Path(__file__).name} is not the one that was trained"
-            advice = "run tools/check_copies.py, or pass --skip_probe"
-            raise HandoffError(f"{path}: {fact}: {cause}; {advice}")
+            # Whose fault it is: the file's, the weights', or the script's
+            if sha256(path) != side.get("sha256"):
+                cause = (
+                    f"its bytes are not those that its sidecar describes; make it with: {remedy}"
+                )
+            elif not all(weight.isfinite().all() for weight in model.parameters()):
+                cause = f"its weights hold NaN or infinity; make it with: {remedy}"
+            else:
+                cause = f"the model in {Path(__file__).name} is not the one that was trained"
+                cause += "; run tools/check_copies.py, or pass --skip_probe where it is a flag"
+            raise HandoffError(f"{fact}: {cause}")
     return model.to(device).eval(), ckpt
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints for --resume in a folder, oldest first: those of the size that their
+    sidecars say."""
+    finished = []
+    for path in sorted(folder.glob("ckpt_*.pt")):
+        with contextlib.suppress(HandoffError):
+            read_sidecar(path, CHECKPOINT_SCHEMA, "")
+            finished.append(path)
+    return finished
+
+
+def checkpoint_remedy(path: Path) -> str:
+    """What makes a checkpoint that is missing or broken, by what lies beside it."""
+    others = [other for other in finished_checkpoints(path.parent) if other != path]
+    if others and (path.parent / "run.json").is_file():
+        command = f"the command in {path.parent / 'run.json'} and --resume"
+        return f"{command}, which goes on from {others[-1].name}"
+    train = "python janus_adaptive.py --save_dir DIR"
+    return f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
 
 
 # <<< shared: model
@@ -2513,6 +2707,8 @@ def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
         tokenizer = "gpt2" if dataset in HUB_DATASETS else "train:4096"
     if tokenizer.startswith("train:"):
         vocab_size = tokenizer.removeprefix("train:")
+        if not vocab_size.isdecimal() or int(vocab_size) <= 256:
+            raise HandoffError(f"--tokenizer {tokenizer}: expected train:N with N above 256 tokens")
         path = cache / f"{dataset_key(dataset)}-{TEXT_VERSION}-bpe{vocab_size}.json"
         if not path.exists():
             bpe = train_bpe(read_documents(dataset, "train"), int(vocab_size))
@@ -2678,6 +2874,23 @@ def json_line(line: str, number: int) -> Any:
         return json.loads(line)
     except ValueError as e:
         raise ValueError(f"line {number}: {e}") from None
+
+
+def find_text(ckpt: dict[str, Any], checkpoint: Path) -> str:
+    """The text that a checkpoint was trained on: what it names, or a file of the same content
+    that was moved with it."""
+    named = ckpt["dataset"]
+    if named == "builtin" or named in HUB_DATASETS:
+        return named
+    digest = ckpt["data"]["dataset_key"].rpartition("-")[2]
+
+    def is_it(path: Path) -> bool:
+        try:
+            return dataset_key(str(path)).endswith(digest)
+        except HandoffError:  # of no kind that is a text
+            return False
+
+    return str(moved_with(named, checkpoint, is_it))
 
 
 def dataset_key(dataset: str) -> str:

@@ -63,6 +63,7 @@ from energy_lens_minimal import (
     HandoffError,
     LensResults,
     ReportPart,
+    drawing,
     first_line,
     one_line_errors,
     positive,
@@ -745,15 +746,8 @@ class EnergyLensAnalyzer:
         `path`."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self.lm:
-            blocks = compose_report(results, self.config, path.parent)
-        else:
-            args = results.state["args"]
-            blocks = lens.compose(results, args, results.facts["cost"], path.parent)
-            blocks += text_blocks(results)
         lens.save_tables(results.tables, path.parent)
-        lens.write_report(f"Energy-Lens on {Path(results.model).name}", blocks, path)
-        print(f"report: {path}")
+        write_report(results, self.config, path)
         return path
 
     def _pretrained(self, texts: dict[str, str]) -> LensResults:
@@ -933,8 +927,9 @@ class LanguageModel:
         self.spell = spell
         self.context = context
         # Else every number that follows would be NaN, without a word.
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise HandoffError(f"{name}: the weights hold NaN or infinity; the file is damaged")
+        for parameter, weight in model.named_parameters():
+            if not weight.isfinite().all():
+                raise HandoffError(f"{name}: its weight {parameter} holds NaN or infinity")
 
     def unembed(self, h: Tensor) -> Tensor:
         """The logit lens: residual stream [..., D] -> logits [..., V], with the final norm's
@@ -1183,6 +1178,8 @@ def check_texts(
 
 def run(args: argparse.Namespace) -> int:
     """One model: its analysis, raw results and report. Every process computes, the first writes."""
+    if args.redraw:
+        return redraw(args.save_dir)
     rank, world = rank_and_world()
     report = args.save_dir / "research_report.md"
     refuse_overwrite([report], args.overwrite)
@@ -1203,12 +1200,42 @@ def run(args: argparse.Namespace) -> int:
         results = analyzer.run_comprehensive_analysis(texts)
         if rank:
             return 0
-        results.to_json(args.save_dir / "raw_results.json")
-        analyzer.generate_research_report(results, report)
         record["cost"] = results.facts["cost"]
         record["config"] = asdict(cfg)
+        lens.save_results(results, args.save_dir)
+        raw = args.save_dir / "raw_results.json"
+        again = ["real_model_extension.py", "--redraw", "--save_dir", args.save_dir]
+        with drawing([raw, args.save_dir / "features.csv"], again):
+            analyzer.generate_research_report(results, report)
     print_summary(results)
     return 0
+
+
+def redraw(folder: Path) -> int:
+    """Figures and report once more, from the files of an earlier run; exit status."""
+    results = lens.read_results(folder)
+    record = lens.read_record(folder, "python real_model_extension.py")
+    try:
+        cfg = EnergyLensConfig(**record["config"])
+    except (KeyError, TypeError) as e:
+        fact = f"{folder / 'run.json'} holds no configuration of this script ({e!r})"
+        command = "python real_model_extension.py --model_name MODEL"
+        raise HandoffError(f"{fact}; it is written by: {command}") from None
+    report = folder / "research_report.md"
+    write_report(results, cfg, report)
+    return 0
+
+
+def write_report(results: LensResults, cfg: EnergyLensConfig, path: Path) -> None:
+    """The report, Markdown and HTML, and its figures, from the tables and facts alone."""
+    if cfg.model_name == BUILT_IN:
+        args = built_in_arguments(cfg)
+        blocks = lens.compose(results, args, results.facts["cost"], path.parent)
+        blocks += text_blocks(results)
+    else:
+        blocks = compose_report(results, cfg, path.parent)
+    lens.write_report(f"Energy-Lens on {Path(results.model).name}", blocks, path)
+    print(f"report: {path}")
 
 
 # ---- the five types of text of the original study: eight short texts each, one a line
@@ -1312,8 +1339,8 @@ def introduction(results: LensResults, cfg: EnergyLensConfig) -> list[ReportPart
     layers = results.tables["layers"]
     quantity = ENERGIES[cfg.energy].quantity
     what = (
-        f"Model {Path(results.model).name}, energy `{cfg.energy}`, "
-        f"{int(layers.n_seq.iloc[0])} sequences of {cfg.seq_len} tokens of {cfg.corpus}, one a "
+        f"Model `{Path(results.model).name}`, energy `{cfg.energy}`, "
+        f"{int(layers.n_seq.iloc[0])} sequences of {cfg.seq_len} tokens of `{cfg.corpus}`, one a "
         f"document (the unit of every test), {int(layers.n_tokens.iloc[0]):,} tokens; one SAE seed "
         f"({cfg.seed}). {results.facts['cost']}. A feed-forward model has no attractors or basins, "
         "and none are claimed."
@@ -1429,7 +1456,7 @@ def text_blocks(results: LensResults) -> list[ReportPart]:
     ranked = active.assign(size=active.attribution.abs()).sort_values("size", ascending=False)
     strongest = ranked.groupby(["text", "layer"]).head(3).drop(columns="size")
     n_tokens = tables["text_energy"].groupby("text").position.max().add(1)
-    lengths = ", ".join(f"{name} has {n} tokens" for name, n in n_tokens.items())
+    lengths = ", ".join(f"`{name}` has {n} tokens" for name, n in n_tokens.items())
     caution = (
         f"Descriptive only: {lengths}. No test is possible on so few; the features and their EFAS "
         "come from the corpus."
@@ -1457,6 +1484,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     del defaults["model_name"]  # it must be given
     parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
+    if args.redraw:
+        return args
+    if args.model_name is None:
+        parser.error("--model_name is needed (or --redraw)")
     try:
         config_of(args)
     except ConfigError as e:
@@ -1472,12 +1503,14 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
     texts = "JSON {name: text}, or a text a line: traces, active features and ablations of these"
     folder = Path("real_energy_lens_results")
     add = parser.add_argument_group("inputs").add_argument
-    add("--model_name", required=True, help=model)
+    add("--model_name", help=f"{model}; needed unless --redraw")
     add("--corpus", help=corpus)
     add("--corpus_tokens", type=count, help="tokens of EFAS; a quarter as many train the SAE")
     add("--texts", type=Path, help=texts)
+    again = "only draw the figures and write the report again, from the files in --save_dir"
     add = parser.add_argument_group("outputs").add_argument
     add("--save_dir", type=Path, default=folder, help="output folder")
+    add("--redraw", action="store_true", help=again)
 
 
 def add_energy_flags(parser: argparse.ArgumentParser) -> None:
@@ -1599,7 +1632,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
     """The description of a finished artefact, checked for schema and size.
 
     Raises HandoffError, naming `remedy` (the command that makes the artefact), if it is missing,
-    unfinished or damaged.
+    unfinished or of another size.
     """
     path = Path(path)
     side = sidecar_path(path)
@@ -1608,6 +1641,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         raise HandoffError(f"{path} {fact}; make it with: {remedy}")
     if not side.is_file():
         fact = f"{path} has no sidecar {side.name}: the run that wrote it did not finish"
+        fact += ", or it was moved without its sidecar"
         raise HandoffError(f"{fact}; make it with: {remedy}")
     try:
         record = json.loads(side.read_text(encoding="utf-8"))
@@ -1624,6 +1658,33 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         fact = f"{path} has {size} bytes, its sidecar says {expected_size}: damaged"
         raise HandoffError(f"{fact}; remake it with: {remedy}")
     return record
+
+
+def moved_with(named: str | Path, neighbour: Path, is_it: Callable[[Path], bool]) -> Path:
+    """The file that `neighbour` names: where the name says, or at the same place beside a folder
+    that holds `neighbour`, if both were moved, or named from another folder.
+
+    `is_it` tells by the content. The name as it is, if nothing is it.
+    """
+    named = Path(named)
+    parts = named.parts[1:] if named.is_absolute() else named.parts
+    candidates = [named]
+    for folder in neighbour.resolve().parents:  # the nearest first
+        # Longest ends first: a name may be told by the folders that it lies in
+        candidates += [folder.joinpath(*parts[i:]) for i in range(len(parts))]
+    for candidate in candidates:
+        if candidate.exists() and is_it(candidate):
+            return candidate
+    return named
+
+
+def find_checkpoint(named: str | Path, digest: str, neighbour: Path) -> Path:
+    """The checkpoint of this sha256 (or its beginning) that the file `neighbour` names."""
+
+    def is_it(path: Path) -> bool:
+        return path.is_file() and bool(digest) and sha256(path).startswith(digest)
+
+    return moved_with(named, neighbour, is_it)
 
 
 # <<< shared: sidecars
@@ -2008,12 +2069,11 @@ def load_checkpoint(
 ) -> tuple[NewGPT, dict[str, Any]]:
     """Reads a Janus checkpoint -> the model in eval mode on `device`, and the rest of the file.
 
-    Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees
-    with its golden probe.
+    Raises HandoffError if the file is missing, unfinished, unreadable, of another kind, or
+    disagrees with its golden probe.
     """
-    train = "python janus_adaptive.py --save_dir DIR"
-    remedy = f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
-    read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
+    remedy = checkpoint_remedy(Path(path))
+    side = read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         model = NewGPT(GPTConfig(**ckpt["config"]))
@@ -2021,18 +2081,47 @@ def load_checkpoint(
         loss_then = ckpt["probe"]["loss"]
         numbers_then = [loss_then, *ckpt["probe"]["top_logits"]]
     except Exception as e:  # a damaged zip, a pickle, other names or shapes: many types
-        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file"
-        raise HandoffError(f"{fact}: {first_line(e, 160)}") from None
+        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file ({first_line(e, 160)})"
+        raise HandoffError(f"{fact}; make it with: {remedy}") from None
     if not skip_probe:
         now = golden_probe(model)
         numbers_now = [now["loss"], *now["top_logits"]]
         if not np.allclose(numbers_now, numbers_then, rtol=1e-5, atol=1e-4):
-            fact = f"the golden probe gives {now['loss']:.5f} nats"
+            fact = f"{path}: the golden probe gives {now['loss']:.5f} nats"
             fact += f", the checkpoint says {loss_then:.5f}"
-            cause = f"the model in {Path(__file__).name} is not the one that was trained"
-            advice = "run tools/check_copies.py, or pass --skip_probe"
-            raise HandoffError(f"{path}: {fact}: {cause}; {advice}")
+            # Whose fault it is: the file's, the weights', or the script's
+            if sha256(path) != side.get("sha256"):
+                cause = (
+                    f"its bytes are not those that its sidecar describes; make it with: {remedy}"
+                )
+            elif not all(weight.isfinite().all() for weight in model.parameters()):
+                cause = f"its weights hold NaN or infinity; make it with: {remedy}"
+            else:
+                cause = f"the model in {Path(__file__).name} is not the one that was trained"
+                cause += "; run tools/check_copies.py, or pass --skip_probe where it is a flag"
+            raise HandoffError(f"{fact}: {cause}")
     return model.to(device).eval(), ckpt
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints for --resume in a folder, oldest first: those of the size that their
+    sidecars say."""
+    finished = []
+    for path in sorted(folder.glob("ckpt_*.pt")):
+        with contextlib.suppress(HandoffError):
+            read_sidecar(path, CHECKPOINT_SCHEMA, "")
+            finished.append(path)
+    return finished
+
+
+def checkpoint_remedy(path: Path) -> str:
+    """What makes a checkpoint that is missing or broken, by what lies beside it."""
+    others = [other for other in finished_checkpoints(path.parent) if other != path]
+    if others and (path.parent / "run.json").is_file():
+        command = f"the command in {path.parent / 'run.json'} and --resume"
+        return f"{command}, which goes on from {others[-1].name}"
+    train = "python janus_adaptive.py --save_dir DIR"
+    return f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
 
 
 # <<< shared: model

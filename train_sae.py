@@ -41,15 +41,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import fcntl
+import errno
 import functools
 import hashlib
+import html
 import io
 import json
 import math
 import os
 import platform
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -63,7 +66,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 # Before torch: a thread that waits for another leaves its core to whoever needs it
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -1371,7 +1374,7 @@ def evaluate(sae: SparseAutoencoder, dump: Dump, chosen: np.ndarray) -> dict[str
         error = (sae.decode(latents) - raw).square().sum(1)  # [n]
         variance = (raw - mean).square().sum(1)
         l0 = fires(latents).sum(1)
-        chunks.append(torch.stack([l0, error, variance]).double().cpu())  # [3, n]
+        chunks.append(torch.stack([l0, error, variance]).cpu().double())  # [3, n]
     by_window = torch.cat(chunks, 1).view(3, len(chosen), -1).numpy()  # [3, W, T]
     l0 = by_window[0]  # [W, T] each
     error = by_window[1]
@@ -1516,8 +1519,8 @@ def find_origin(
 ) -> Origin | None:
     """The model and the tokens behind a dump; None, and a line that says so, if the checkpoint that
     it names is gone or changed."""
-    path = given or Path(dump.side["checkpoint"])
     expected = dump.side["checkpoint_sha256"]
+    path = given or find_checkpoint(dump.side["checkpoint"], expected, dump.path)
     found = sha256(path) if path.is_file() else "no such file"
     if found != expected and given:
         fact = f"the checkpoint of run {dump.run} (sha256 {expected[:12]})"
@@ -1599,7 +1602,7 @@ def dumped_layers(folder: Path, site: str) -> list[int]:
     layers = []
     for path in folder.glob(f"L*.{site}.npy"):
         number = path.name.partition(".")[0].removeprefix("L")
-        if number.isdigit():
+        if number.isdecimal():
             layers.append(int(number))
     return sorted(layers)
 
@@ -2077,9 +2080,21 @@ def report(save_dir: Path) -> None:
     """Table and figures of all that is there; runs trained side by side report one after the
     other."""
     with open(save_dir / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for_turn(lock)
         collect_metrics(save_dir)
-        draw_report(save_dir)
+        with drawing(
+            [save_dir / "sae_metrics.csv"], ["train_sae.py", "--redraw", "--save_dir", save_dir]
+        ):
+            draw_report(save_dir)
+
+
+def wait_for_turn(lock: IO[str]) -> None:
+    """Waits until no other process holds this open file; at once where the system has no such
+    locks (Windows)."""
+    if find_spec("fcntl") is None:
+        return
+    fcntl = import_module("fcntl")
+    fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def catch_signals() -> list[int]:
@@ -2198,7 +2213,8 @@ def write_table2(path: Path, table: pd.DataFrame) -> None:
     """As Markdown."""
     lines = [list(table.columns), ["---"] * table.shape[1]]
     for row in table.to_numpy():
-        lines.append([f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row])
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row]
+        lines.append([markdown_text(cell) for cell in cells])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     with atomic(path) as temporary:
         note = "\n\nL0, MSE and FVU on held-out documents of the split, MSE in squared raw units; "
@@ -2237,35 +2253,50 @@ def kinds_of(table: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
     kinds = {}
     for i, kind in enumerate(table.groupby(KIND).groups):
         label = f"{kind[0]} ({kind[2]}, {kind[3]} of a {kind[1]})"
-        kinds[kind] = {"label": label, "color": COLORS[i % len(COLORS)]}
+        kinds[kind] = {"label": as_label(label), "color": COLORS[i % len(COLORS)]}
     return kinds
 
 
+def fixes_l0(arch: str) -> bool:
+    """Whether an architecture keeps the k largest latents of a token or batch, whatever they
+    are: then L0 by depth says nothing. One that this script does not know may not."""
+    return arch in ARCHITECTURES and ARCHITECTURES[arch].l0_flag == "k"
+
+
 def draw_depth(table: pd.DataFrame) -> Any:
-    """Figure 2: L0 and FVU by layer, from table 2."""
+    """Figure 2: L0 and FVU by layer, from table 2; FVU alone where the architectures fix L0."""
     import matplotlib.pyplot as plt
 
     kinds = kinds_of(table)
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
+    labels = {"fvu": "FVU: share of the variance not explained"}
+    if not all(fixes_l0(arch) for arch in table["arch"]):
+        labels = {"l0": "L0: active latents a token", **labels}
+    size = (0.5 + 5 * len(labels), 4.6)
+    figure, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", squeeze=False)
     for i, (kind, rows) in enumerate(table.groupby(KIND)):
         # side by side, so that intervals do not hide each other
         x = rows["layer"] + 0.12 * (i - (len(kinds) - 1) / 2)
-        for ax, name in zip(axes, ("l0", "fvu"), strict=True):
+        for ax, name in zip(axes[0], labels, strict=True):
             ends = rows[[f"{name}_lo", f"{name}_hi"]].sub(rows[name], axis=0) * [-1, 1]
             bars = ends.clip(lower=0).to_numpy().T  # [2, layers]
             style: dict[str, Any] = {"marker": "o", "ms": 5, "capsize": 3, "lw": 1.4}
             ax.errorbar(x, rows[name], yerr=bars, **style, **kinds[kind])
     layers = sorted(table["layer"].unique())
-    labels = ["L0: active latents a token", "FVU: share of the variance not explained"]
-    for ax, label in zip(axes, labels, strict=True):
+    for ax, label in zip(axes[0], labels.values(), strict=True):
         highest = ax.get_ylim()[1]  # of values that may be alike, so the margin is small beside 0
         ax.set(xlabel="layer", ylabel=label, xticks=layers, ylim=(0, 1.05 * highest))
-    axes[0].legend(fontsize=8)
+    axes[0, 0].legend(fontsize=8)
     splits = " and ".join(sorted(table["split"].unique()))
-    title = f"Sparsity and reconstruction error by depth, held-out documents of the {splits} split"
-    figure.suptitle(title, fontsize=11)
+    what = "Reconstruction error by depth"
+    if "l0" in labels:
+        what = "Sparsity and reconstruction error by depth"
+    figure.suptitle(f"{what}, held-out documents of the {splits} split", fontsize=11)
     over = " or ".join(map(str, sorted(table["n_documents"].unique())))
     note = f"Bars: 95 % intervals over {over} documents; a run is one training seed.\n{STUDY}"
+    if "l0" not in labels:
+        span = f"{table['l0'].min():.1f} to {table['l0'].max():.1f}"
+        note = f"Bars: 95 % intervals over {over} documents; a run is one training seed.\n"
+        note += f"L0 is fixed by construction, here {span}. Published figures: table2.md."
     figure.supxlabel(note, fontsize=7.5)
     return figure
 
@@ -2376,7 +2407,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--aux_k", type=int, default=-1, help=aux_help)
     add("--int8", action="store_true", help=int8_help)
     add("--lr_warmup", type=int, default=50, help=warmup_help)
-    add("--lr_decay", type=float, default=0.2, help=decay_help)
+    add("--lr_decay", type=finite, default=0.2, help=decay_help)
 
 
 def add_size_flags(parser: argparse.ArgumentParser) -> None:
@@ -2446,13 +2477,25 @@ def positive(kind: type) -> Callable[[str], Any]:
     """argparse type: a finite int or float above zero."""
 
     def parse(text: str) -> Any:
-        number = kind(text)
+        number = float(text)
         if not (number > 0 and math.isfinite(number)):
             raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
-        return number
+        if kind is float:
+            return number
+        if number.is_integer() and number < 2**53:  # 1e6 is a whole number too
+            return int(number)
+        return int(text)
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse names the type in its errors
     return parse
+
+
+def finite(text: str) -> float:
+    """argparse type: a float that is not NaN or infinite."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
 
 
 def add_version_flag(parser: argparse.ArgumentParser) -> None:
@@ -2627,11 +2670,15 @@ def one_line_errors(work: Callable[[], int]) -> int:
     except UnicodeDecodeError as e:
         text = f"a file that was read is not UTF-8 text ({e}); convert it: iconv -t UTF-8"
     except OSError as e:
+        advice = {
+            errno.ENOSPC: "; make room on that disk, or name a folder on another one",
+            errno.EACCES: "; name a place that you may read and write",
+            errno.EROFS: "; name a folder that can be written",
+        }
         where = e.filename or "while writing"
-        advice = "nothing that existed was changed: use a folder with room, and yours"
-        text = f"{e.strerror or e}: {where}; {advice}"
+        text = f"{e.strerror or e}: {where}{advice.get(e.errno or 0, '')}"
     except (MemoryError, torch.OutOfMemoryError) as e:
-        text = f"out of memory ({e}); use a smaller --batch_size"
+        text = f"out of memory ({e}); give smaller sizes or batches, see --help"
     except KeyboardInterrupt:
         text = "interrupted"
     script = Path(work.__code__.co_filename).name
@@ -2678,10 +2725,47 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
 
 
-def csv_table(path: str | Path) -> pd.DataFrame:
-    """A CSV, in which text stays text: a run called 007 or null, a token NaN."""
-    text = dict.fromkeys(TEXT_COLUMNS, str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
+def csv_table(path: str | Path, types: dict[str, type] | None = None) -> pd.DataFrame:
+    """A CSV, in which text stays text: a run called 007 or null, a token NaN. What is empty is
+    missing, and nothing else. `types` of other columns are checked."""
+    types = dict.fromkeys(TEXT_COLUMNS, str) | (types or {})
+    return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""])
+
+
+@contextlib.contextmanager
+def drawing(finished: list[Path], redraw: list[Any]) -> Iterator[None]:
+    """Within the block a failure costs a picture, and no result: HandoffError, which names the
+    files that are finished, and `redraw`, the words of the command that draws again."""
+    try:
+        yield
+    except Exception as e:  # matplotlib raises many types
+        if not all(path.is_file() for path in finished):
+            raise
+        cause = f"{type(e).__name__}: {first_line(e, 120)}"
+        kept = f"the results are safe in {' and '.join(map(str, finished))}"
+        command = shlex.join(map(str, ["python", *redraw]))
+        fact = f"a picture could not be drawn ({cause})"
+        raise HandoffError(f"{fact}; {kept}; draw it with: {command}") from e
+
+
+def as_label(name: object) -> str:
+    """A name as matplotlib shows it letter for letter: $ begins no formula, and a leading _ does
+    not keep it out of a legend."""
+    text = str(name).encode("utf-8", "replace").decode()  # a path may hold bytes that are no text
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def markdown_text(text: str) -> str:
+    """One line of Markdown that shows the text: it can neither end the cell of a table nor become
+    markup, code, a link or a formula."""
+    escaped = html.escape(text)
+    for character in "|`*$~\\":
+        escaped = escaped.replace(character, f"&#{ord(character)};")
+    escaped = escaped.replace("](", "]&#40;")
+    # An underscore within a word is one, as in the names of columns
+    escaped = re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", escaped)
+    return " ".join(escaped.splitlines())
 
 
 def sha256(path: str | Path) -> str:
@@ -2798,7 +2882,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
     """The description of a finished artefact, checked for schema and size.
 
     Raises HandoffError, naming `remedy` (the command that makes the artefact), if it is missing,
-    unfinished or damaged.
+    unfinished or of another size.
     """
     path = Path(path)
     side = sidecar_path(path)
@@ -2807,6 +2891,7 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         raise HandoffError(f"{path} {fact}; make it with: {remedy}")
     if not side.is_file():
         fact = f"{path} has no sidecar {side.name}: the run that wrote it did not finish"
+        fact += ", or it was moved without its sidecar"
         raise HandoffError(f"{fact}; make it with: {remedy}")
     try:
         record = json.loads(side.read_text(encoding="utf-8"))
@@ -2823,6 +2908,33 @@ def read_sidecar(path: str | Path, schema: str, remedy: str) -> dict[str, Any]:
         fact = f"{path} has {size} bytes, its sidecar says {expected_size}: damaged"
         raise HandoffError(f"{fact}; remake it with: {remedy}")
     return record
+
+
+def moved_with(named: str | Path, neighbour: Path, is_it: Callable[[Path], bool]) -> Path:
+    """The file that `neighbour` names: where the name says, or at the same place beside a folder
+    that holds `neighbour`, if both were moved, or named from another folder.
+
+    `is_it` tells by the content. The name as it is, if nothing is it.
+    """
+    named = Path(named)
+    parts = named.parts[1:] if named.is_absolute() else named.parts
+    candidates = [named]
+    for folder in neighbour.resolve().parents:  # the nearest first
+        # Longest ends first: a name may be told by the folders that it lies in
+        candidates += [folder.joinpath(*parts[i:]) for i in range(len(parts))]
+    for candidate in candidates:
+        if candidate.exists() and is_it(candidate):
+            return candidate
+    return named
+
+
+def find_checkpoint(named: str | Path, digest: str, neighbour: Path) -> Path:
+    """The checkpoint of this sha256 (or its beginning) that the file `neighbour` names."""
+
+    def is_it(path: Path) -> bool:
+        return path.is_file() and bool(digest) and sha256(path).startswith(digest)
+
+    return moved_with(named, neighbour, is_it)
 
 
 # <<< shared: sidecars
@@ -3207,12 +3319,11 @@ def load_checkpoint(
 ) -> tuple[NewGPT, dict[str, Any]]:
     """Reads a Janus checkpoint -> the model in eval mode on `device`, and the rest of the file.
 
-    Raises HandoffError if the file is missing, unfinished, damaged, of another kind, or disagrees
-    with its golden probe.
+    Raises HandoffError if the file is missing, unfinished, unreadable, of another kind, or
+    disagrees with its golden probe.
     """
-    train = "python janus_adaptive.py --save_dir DIR"
-    remedy = f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
-    read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
+    remedy = checkpoint_remedy(Path(path))
+    side = read_sidecar(path, CHECKPOINT_SCHEMA, remedy)
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True)
         model = NewGPT(GPTConfig(**ckpt["config"]))
@@ -3220,18 +3331,47 @@ def load_checkpoint(
         loss_then = ckpt["probe"]["loss"]
         numbers_then = [loss_then, *ckpt["probe"]["top_logits"]]
     except Exception as e:  # a damaged zip, a pickle, other names or shapes: many types
-        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file"
-        raise HandoffError(f"{fact}: {first_line(e, 160)}") from None
+        fact = f"{path} cannot be read as a {CHECKPOINT_SCHEMA} file ({first_line(e, 160)})"
+        raise HandoffError(f"{fact}; make it with: {remedy}") from None
     if not skip_probe:
         now = golden_probe(model)
         numbers_now = [now["loss"], *now["top_logits"]]
         if not np.allclose(numbers_now, numbers_then, rtol=1e-5, atol=1e-4):
-            fact = f"the golden probe gives {now['loss']:.5f} nats"
+            fact = f"{path}: the golden probe gives {now['loss']:.5f} nats"
             fact += f", the checkpoint says {loss_then:.5f}"
-            cause = f"the model in {Path(__file__).name} is not the one that was trained"
-            advice = "run tools/check_copies.py, or pass --skip_probe"
-            raise HandoffError(f"{path}: {fact}: {cause}; {advice}")
+            # Whose fault it is: the file's, the weights', or the script's
+            if sha256(path) != side.get("sha256"):
+                cause = (
+                    f"its bytes are not those that its sidecar describes; make it with: {remedy}"
+                )
+            elif not all(weight.isfinite().all() for weight in model.parameters()):
+                cause = f"its weights hold NaN or infinity; make it with: {remedy}"
+            else:
+                cause = f"the model in {Path(__file__).name} is not the one that was trained"
+                cause += "; run tools/check_copies.py, or pass --skip_probe where it is a flag"
+            raise HandoffError(f"{fact}: {cause}")
     return model.to(device).eval(), ckpt
+
+
+def finished_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints for --resume in a folder, oldest first: those of the size that their
+    sidecars say."""
+    finished = []
+    for path in sorted(folder.glob("ckpt_*.pt")):
+        with contextlib.suppress(HandoffError):
+            read_sidecar(path, CHECKPOINT_SCHEMA, "")
+            finished.append(path)
+    return finished
+
+
+def checkpoint_remedy(path: Path) -> str:
+    """What makes a checkpoint that is missing or broken, by what lies beside it."""
+    others = [other for other in finished_checkpoints(path.parent) if other != path]
+    if others and (path.parent / "run.json").is_file():
+        command = f"the command in {path.parent / 'run.json'} and --resume"
+        return f"{command}, which goes on from {others[-1].name}"
+    train = "python janus_adaptive.py --save_dir DIR"
+    return f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
 
 
 # <<< shared: model

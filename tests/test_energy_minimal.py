@@ -1020,9 +1020,7 @@ def test_what_a_feature_fires_on_is_told_as_it_is():
     for k, changes in zip(numbers, ([2.0, 4.0, 6.0], [1.0, -1.0, 0.0]), strict=True):
         for s, change in enumerate(4 * changes):
             rows.append(dict(feature=k, sequence=s, energy_change=change, n_active=2))
-    found = lens.look_at(
-        chosen, f, ids, lambda some: [f" {i}" for i in some], pd.DataFrame(rows)
-    )
+    found = lens.look_at(chosen, f, ids, lambda some: [f" {i}" for i in some], pd.DataFrame(rows))
     one = found.iloc[0]
     assert one.distinct_share == pytest.approx(1 / (ids == 7).sum().item())
     assert one.token_entropy == 0 and one.top_token == " 7" and one.top_token_share == 1

@@ -320,3 +320,86 @@ def test_replay_gives_the_logged_lambda(tmp_path):
     csv.write_text("step,lambda,sigma_z,loss,val_loss\n10,0.5,0.1,1,\n20,0.7,0.1,1,\n")
     p = janus.Pressure(args(pressure=f"replay:{csv}"))
     assert [p.weights(s)[0] for s in (1, 10, 11, 20, 99)] == [0.5, 0.5, 0.7, 0.7, 0.7]
+
+
+def test_without_an_integral_there_is_no_tracking():
+    """The limit cuts the output off, and moves nothing: P alone decides the next one."""
+    pid = janus.Homeostat(0.1, 10, 0, 0, law="linear", dt=1, limits=(0, 1))
+    outputs = [pid.update(0.1 + error) for error in (0.5, 0.5, 0.05, 0.05)]
+    assert outputs == pytest.approx([1, 1, 0.5, 0.5])
+    assert pid.i == 0
+
+
+def listing_of_astrom_and_murray(samples, target, k, k_i, tracking_time, low, high, dt):
+    """PI control with back-calculation, as Astrom & Murray (2008, section 10.5) list it -> its outputs.
+
+    v = k e + I is limited to u, and only then I += k_i e dt + (u - v) dt / T_t. Here e is above 0 where sigma is too high.
+    """
+    integral, outputs = 0.0, []
+    for sample in samples:
+        error = sample - target
+        v = k * error + integral
+        u = low if v < low else high if v > high else v
+        integral = integral + k_i * error * dt + (u - v) * dt / tracking_time
+        outputs.append(u)
+    return outputs
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.2])
+@pytest.mark.parametrize("mean", [0.06, 0.1, 0.3])
+def test_pi_at_the_edge_of_saturation_equals_the_textbook(noise, mean):
+    """Noisy samples that push u over both limits and back. Ours takes the sample into I before P acts, so its listing has
+    k_i dt more gain on the error; both are the same controller."""
+    rng = np.random.default_rng(7)
+    samples = 0.1 + mean * np.sin(np.arange(4000) / 150) + noise * rng.standard_normal(4000)
+    k_p, k_i, dt = 4.0, 0.02, 5.0
+    pid = janus.Homeostat(0.1, k_p, k_i, 0, law="linear", dt=dt, limits=(0, 1))
+    ours = np.array([pid.update(sample) for sample in samples])
+    k = k_p + k_i * dt
+    theirs = listing_of_astrom_and_murray(samples, 0.1, k, k_i, k_p / k_i, 0, 1, dt)
+    assert ours == pytest.approx(np.array(theirs), abs=1e-12)
+    assert 0.02 < np.mean((ours == 0) | (ours == 1)) < 0.98  # the edge is met, and left
+
+
+def back_calculation_in_continuous_time(noise, k_p, k_i, tracking_time, high, dt, finer=50):
+    """The same loop as a differential equation, in steps of dt / finer -> lambda at every sample.
+
+    dI/dt = k_i e + (u - v) / T_t, and the plant dsigma/dt = (.3 - .2 lambda - sigma) / tau; e is measured with `noise`,
+    a value a sample. Nothing of the script is used.
+    """
+    sigma, integral, outputs = 0.2, 0.0, []
+    h = dt / finer
+    for measured in noise:
+        for _ in range(finer):
+            error = sigma + measured - 0.1
+            v = k_p * error + integral
+            u = min(max(v, 0.0), high)
+            integral += h * (k_i * error + (u - v) / tracking_time)
+            sigma += h * (0.3 - 0.2 * u - sigma) / 200.0
+        outputs.append(u)
+    return np.array(outputs)
+
+
+def sampled_loop(noise, k_p, k_i, high, dt):
+    """The same plant under the script's Homeostat, which acts once in dt."""
+    pid = janus.Homeostat(0.1, k_p, k_i, 0, law="linear", dt=dt, limits=(0.0, high))
+    sigma, outputs = 0.2, []
+    for measured in noise:
+        outputs.append(pid.update(sigma + measured))
+        sigma += dt * (0.3 - 0.2 * outputs[-1] - sigma) / 200.0
+    return np.array(outputs)
+
+
+@pytest.mark.parametrize("high", [0.95, 1.05, 1.3])
+def test_a_noisy_loop_near_its_limit_does_what_the_differential_equation_does(high):
+    """The setpoint needs lambda = 1: below, just above and well above it. By giving the whole excess back in one sample
+    (T_t = dt) noise would push I down at every peak: lambda would stay below what the equation says."""
+    noise = 0.03 * np.random.default_rng(3).standard_normal(4000)
+    k_p, k_i, dt = 6.0, 0.05, 2.0
+    ours = sampled_loop(noise, k_p, k_i, high, dt)[1000:]
+    right = back_calculation_in_continuous_time(noise, k_p, k_i, k_p / k_i, high, dt)[1000:]
+    at_once = back_calculation_in_continuous_time(noise, k_p, k_i, dt, high, dt)[1000:]
+    assert ours.mean() == pytest.approx(right.mean(), abs=0.01)
+    assert ours.std() == pytest.approx(right.std(), abs=0.01)
+    assert np.mean(ours == high) == pytest.approx(np.mean(right == high), abs=0.02)
+    assert right.mean() - at_once.mean() > 0.02  # the test can tell the two apart

@@ -399,3 +399,39 @@ def test_padding_of_the_models_tokenizer_does_not_come_along(
     expected = json.loads(Path(f"{imported}.json").read_text())["data"]
     found = json.loads((out / "janus_pretrained_final.pt.json").read_text())["data"]
     assert found["n_tokens"] == expected["n_tokens"]
+
+
+def test_a_tied_flag_that_lies_is_looked_up_in_the_weights(source, tmp_path):
+    """The file has an unembedding of its own, its config says that it has none: what transformers computes counts."""
+    lying = tmp_path / "lying"
+    shutil.copytree(source, lying)
+    model = LlamaForCausalLM.from_pretrained(source)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    model.config.tie_word_embeddings = False
+    model.save_pretrained(lying)
+    config = json.loads((lying / "config.json").read_text())
+    (lying / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    theirs = LlamaForCausalLM.from_pretrained(lying).eval()
+    ours = import_hf.as_newgpt(theirs, 64)
+    idx = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.allclose(ours(idx)[0], theirs(idx).logits, atol=1e-4)
+    same = torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+    assert ours.cfg.tied == same
+
+
+def test_what_is_said_of_differing_logits_was_looked_up(source, tmp_path, says, monkeypatch):
+    broken = LlamaForCausalLM.from_pretrained(source)
+    broken.model.norm.weight.data[0] = float("nan")
+    broken.save_pretrained(tmp_path / "nan")
+    shutil.copy(source / "tokenizer.json", tmp_path / "nan")
+    shutil.copy(source / "tokenizer_config.json", tmp_path / "nan")
+    assert "model.norm.weight holds NaN" in says(tmp_path / "nan")
+    # Finite weights, another model: no word of a damaged file
+    monkeypatch.setattr(janus.F, "silu", torch.relu)
+    monkeypatch.setattr(import_hf.F, "silu", torch.relu, raising=False)
+    llama = LlamaForCausalLM.from_pretrained(source).eval()
+    ours = import_hf.as_newgpt(llama, 64)
+    ours.norm.weight.data *= 2
+    with pytest.raises(janus.HandoffError, match="weights are finite, so NewGPT does not compute"):
+        import_hf.compare("x", ours, llama, list(range(20)))

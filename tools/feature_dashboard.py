@@ -39,6 +39,7 @@ from hero_head_analysis import (  # noqa: E402
     alone,
     atomic,
     encode,
+    find_checkpoint,
     head_share,
     letter_end,
     load_checkpoint,
@@ -108,11 +109,11 @@ def open_source(
     if side["site"] != "z":
         fact = f"{folder} is an SAE of site {side['site']}, expected z"
         raise HandoffError(f"{fact}: only there is a feature made of heads")
-    dump = Path(side["inputs"][0]["path"])
+    dump = find_checkpoint(side["inputs"][0]["path"], side["inputs"][0]["sha256"], weights)
     if activations is not None:
         dump = activations / run_name / dump.name
 
-    path = Path(model_path or side["checkpoint"])
+    path = model_path or find_checkpoint(side["checkpoint"], side["checkpoint_sha256"], weights)
     model, ckpt = load_checkpoint(path, torch.device("cpu"), False)
     ckpt["path"] = path
     ckpt["sha256"] = sha256(path)

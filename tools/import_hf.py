@@ -90,8 +90,9 @@ def check_config(name: str, config: Any) -> None:
             raise HandoffError(f"{name} has {fault}, {reason}")
 
 
-def newgpt_config(config: Any, seq_len: int) -> GPTConfig:
-    """The sizes of a LlamaConfig, with a context of `seq_len` tokens."""
+def newgpt_config(config: Any, seq_len: int, tied: bool) -> GPTConfig:
+    """The sizes of a LlamaConfig, with a context of `seq_len` tokens. tied: whether the
+    unembedding is the embedding, as the weights say; a flag may not."""
     # Not every config says d_head; Llama's default is that the heads fill d_model
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return GPTConfig(
@@ -105,7 +106,7 @@ def newgpt_config(config: Any, seq_len: int) -> GPTConfig:
         seq_len=seq_len,
         rope_theta=float(rope_parameters(config).get("rope_theta", 10_000.0)),  # Llama's own
         norm_eps=config.rms_norm_eps,
-        tied=bool(config.tie_word_embeddings),
+        tied=tied,
     )
 
 
@@ -116,9 +117,10 @@ def as_newgpt(llama: Any, seq_len: int) -> NewGPT:
     def packed(layer: int, *names: str) -> Tensor:
         return torch.cat([theirs[f"model.layers.{layer}.{name}.weight"] for name in names])
 
-    # Tied, NewGPT's head is its embedding: the same tensor under both names
+    # Tied, NewGPT's head is its embedding: the same tensor under both names. Looked up in the
+    # weights that transformers computes with: the flag of a file may say something else
     embedding = theirs["model.embed_tokens.weight"]  # [V, D]
-    tied = llama.config.tie_word_embeddings
+    tied = torch.equal(embedding, llama.get_output_embeddings().weight)
     ours = {
         "embedding.weight": embedding,
         "norm.weight": theirs["model.norm.weight"],
@@ -137,7 +139,7 @@ def as_newgpt(llama: Any, seq_len: int) -> NewGPT:
         for name, weight in of_layer.items():
             ours[f"blocks.{l}.{name}.weight"] = weight
     with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
-        model = NewGPT(newgpt_config(llama.config, seq_len))
+        model = NewGPT(newgpt_config(llama.config, seq_len, tied))
     model.load_state_dict(ours)
     return model.eval()
 
@@ -155,7 +157,12 @@ def compare(name: str, model: NewGPT, llama: Any, ids: list[int]) -> tuple[float
     limit = 1e-4 * max(1.0, theirs.abs().max().item())
     if not gap <= limit:  # NaN is no pass
         differ = f"NewGPT's logits differ from transformers' by {gap:.2g}, allowed {limit:.2g}"
-        raise HandoffError(f"{name}: {differ}; is the file damaged?")
+        # Looked up before it is said: broken weights, or something that NewGPT does not compute
+        broken = [key for key, weight in llama.state_dict().items() if not weight.isfinite().all()]
+        cause = "its weights are finite, so NewGPT does not compute what this model does"
+        if broken:
+            cause = f"its weight {broken[0]} holds NaN or infinity"
+        raise HandoffError(f"{name}: {differ}; {cause}")
     targets = idx[0, 1:]  # [T - 1]; no token follows the last one
     our_loss = F.cross_entropy(ours[:-1], targets).item()
     their_loss = F.cross_entropy(theirs[:-1], targets).item()

@@ -55,7 +55,11 @@ PARTS = [  # folders with a run.json, in the order in which they are made
     "adaptive",
     "control",
     "activations/adaptive",
+    "activations/control",
     "saes/adaptive",
+    "saes/control",
+    "saes",  # where several runs were given to one command
+    ".",  # the ablation, whose CSV lies in the folder of the run
     "energy_lens",
     "hero_analysis",
 ]
@@ -94,9 +98,9 @@ class Run:
         path = self.path / name / "run.json"
         try:
             return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+        except ValueError as e:
             remedy = "the phase that wrote it writes it anew"
-            raise HandoffError(f"{path} is not JSON: damaged; {remedy}") from None
+            raise HandoffError(f"{path} is not JSON ({e}); {remedy}") from None
 
     @cached_property
     def telemetry(self) -> dict[str, pd.DataFrame]:
@@ -699,10 +703,19 @@ def section_of_run(run: Run, number: int, section: Section, several: bool) -> Se
             shown.tokens = hero_tokens(run)
     # A file that is missing, a table without the column, without rows, or that is no CSV.
     except (OSError, KeyError, IndexError, ValueError) as error:
-        what = getattr(error, "filename", None) or error
         remedy = f"{section.remedy} RUN={run.path}"
-        return SectionOfRun(run.name, missing=f"{what} is missing", remedy=remedy)
+        return SectionOfRun(run.name, missing=what_is_missing(error), remedy=remedy)
     return shown
+
+
+def what_is_missing(error: Exception) -> str:
+    """What an error says, in words: of a file, of a column, or of a table that is no such table."""
+    name = getattr(error, "filename", None)
+    if name and not Path(name).exists():
+        return f"{name} is missing"
+    if isinstance(error, KeyError):
+        return f"a table has no column {error}"
+    return f"{name or 'a table'} cannot be used ({error})"
 
 
 def commands_table(run: Run) -> pd.DataFrame:
@@ -720,9 +733,11 @@ def commands_table(run: Run) -> pd.DataFrame:
         commit = record["git"]["commit"][:10] or "no repository"
         if record["git"]["dirty"]:
             commit += " + edits"
+        # Other scripts may have written there too: the record says which it was
+        name = "ablation" if record["script"] == "ablation_test.py" else part
         rows.append(
             {
-                "part": part,
+                "part": name,
                 "command": shlex.join(record["argv"]),
                 "seconds": f"{seconds:.0f}",
                 "commit": commit,
