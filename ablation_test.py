@@ -1514,7 +1514,8 @@ def heatmap(ranking: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
         heads = ranking[ranking["run"] == run]
         row = summary[(summary["run"] == run) & (summary["mode"] == mode)].iloc[0]
         image = draw_map(ax, heads, row, norm)
-    fig.colorbar(image, ax=axes, label=f"loss impact, {mode} ablation\n(% of base loss)")
+    bar = fig.colorbar(image, ax=axes, label=f"loss impact, {mode} ablation\n(% of base loss)")
+    label_symlog(bar.ax.yaxis, linear, limit)
     fig.supxlabel(
         "Bold: above 0, p < .05 (max-T over the heads of a run); frame: first head (dotted: not "
         f"unique).\n{describe_units(summary)}.",
