@@ -210,7 +210,7 @@ def test_the_builtin_energy_transformer(tmp_path, monkeypatch):
     analyzer = EnergyLensAnalyzer(config)
     results = analyzer.run_comprehensive_analysis(TEXTS)
     report = analyzer.generate_research_report(results, tmp_path / "report.md").read_text()
-    assert "Attractors and basins" in report and "natural_text has 9 tokens" in report
+    assert "Attractors and basins" in report and "`natural_text` has 9 tokens" in report
     assert set(results.to_dataframe("text_energy").text) == set(TEXTS)
 
 

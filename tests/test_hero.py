@@ -1197,6 +1197,7 @@ def test_memory_does_not_grow_with_the_windows_that_are_scored():
         model = hero.NewGPT(hero.GPTConfig(**sizes)).eval().requires_grad_(False)
         peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1e3
         before = peak()
+        spell = lambda ids: [str(token) for token in ids]
         idx = torch.randint(100, (int(sys.argv[1]), 512))
         text = hero.Text(idx, spell, "validation", torch.arange(len(idx)).numpy())
         hero.score_table([hero.Head("hero", "adaptive", 1, 0, model)], text)

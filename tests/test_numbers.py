@@ -104,12 +104,21 @@ def write_demo(folder: Path) -> None:
         )  # fmt: skip
     write_csv(folder / number_blocks.PRESERVING, kinds)
     write_sidecar(folder / number_blocks.PRESERVING)
+    write_headlines(folder, "adaptive 4.4444, control 4.3333")
+    (folder / "training.png").write_bytes(b"\x89PNG")
+
+
+def write_headlines(folder: Path, losses: str) -> None:
     headlines = [
-        {"what": "validation loss", "number": "adaptive 4.4444, control 4.3333"},
+        {"what": "validation loss", "number": losses},
         {"what": "SAE: FVU", "number": "adaptive 0.0777"},
     ]
     write_csv(folder / "headlines.csv", headlines)
-    (folder / "training.png").write_bytes(b"\x89PNG")
+
+
+def write_demo32(folder: Path) -> None:
+    write_record(folder / "adaptive/run.json", "janus_adaptive.py")
+    write_headlines(folder, "adaptive 4.4111, control 4.3222 (95 % of it); a note")
 
 
 def write_seeds(folder: Path) -> None:
@@ -176,7 +185,7 @@ def write_lens(folder: Path, layers: list[int]) -> None:
                 "layer": layer, "n_seq": 320, "n_tokens": 10_240, "latents": 2048, "eligible": 512,
                 "split_half_r": 0.9 + layer / 1000, "rule_passes": 111, "rule_false_directions": 7.5,
                 "token_null": 300, "within_documents": 44, "direction_null": 55, "aligned": 33,
-                "aligned_positive": 4, "aligned_clusters": 12, "directions": 24_000, "fewest": 2,
+                "aligned_positive": 4, "aligned_clusters": 12, "aligned_participation": 9.2, "directions": 24_000, "fewest": 2,
                 "median_abs_efas": 0.25, "median_ci_lo": 0.24, "median_ci_hi": 0.26,
             }
         )  # fmt: skip
@@ -231,6 +240,7 @@ def write_calibration(folder: Path) -> None:
 
 WRITERS = {
     "demo": write_demo,
+    "demo32": write_demo32,
     "seeds": write_seeds,
     "loops": write_loops,
     "loops32": write_loops32,
@@ -367,6 +377,8 @@ def test_what_the_blocks_show_of_planted_files(rendered):
 
     shows("demo-headlines", "validation loss: adaptive 4.4444, control 4.3333\nSAE: FVU")
     shows("demo-homeostat", "| validation loss | adaptive 4.4444, control 4.3333 |")
+    beside = "| adaptive 4.4444, control 4.3333 | adaptive 4.4111, control 4.3222 |"
+    shows("demo-elsewhere", f"| validation loss {beside}", "| bfloat16, AVX-512 | float32, AVX2 |")
     assert "SAE" not in rendered["demo-homeostat"]
     shows("demo-phases", "| 1 train, an arm | 2.0 min | 1 |", "4 ablation, both arms | 2.0 min")
     shows("demo-topology", "| 0 | 0.2 [0.19, 0.21] -> 0.1 [0.09, 0.11] |")
@@ -398,14 +410,14 @@ def test_what_the_blocks_show_of_planted_files(rendered):
     assert "Over 4 seeds" in told and "validation loss, nats a token +0.0525 [" in told
     assert "Gini" in untold and "validation loss" not in untold
     # Two layers of 33 features in 12 clusters
-    shows("energy-lens", "| **66, in 24 clusters of copies**; 8 amplifying |")
+    shows("energy-lens", "| **66, in 24 clusters of copies**, worth 18 directions; 8 amplifying |")
     shows("energy-lens", "| 0 of 296 (step 2; fewest 3) | not measured |")
     shows("energy-lens", "| 0.21 to 0.22; 0.05 | 0.29 to 0.38; 0.05 |")
     shows("energy-lens", "| slight ablation, Spearman: EFAS, other half | 0.50 [0.31, 0.87], 0.50")
     shows(
         "energy-lens", "| full ablation: attribution minus EFAS, other half | +0.10 [-0.15, +0.35]"
     )
-    shows("energy-layers", "| 1 | 512 | 300 | 55 | 33 | 12 | 0.250 [0.240, 0.260] |")
+    shows("energy-layers", "| 1 | 512 | 300 | 55 | 33 | 12 | 9 | 0.250 [0.240, 0.260] |")
     shows("energy-models", "| unigram | 5.42 | 12.3% | 2,048 |")
     shows("real-validity", "| 9 | logit | 11.50 | 0.13 | -2.910 | -0.031 |")
     shows("smollm2-hero", "| pretrained | L3H1 | yes |")
@@ -466,9 +478,10 @@ def test_a_changed_number_in_a_kept_file_changes_a_block(repository):
     record["files"]["headlines.csv"] = hashlib.sha256(path.read_bytes()).hexdigest()
     provenance.write_text(json.dumps(record))
     problems = check_numbers.check(repository)
-    assert len(problems) == 2
+    assert len(problems) == 3  # the headlines stand in three blocks
     assert "block demo-headlines differs" in problems[0]
-    assert "block demo-homeostat differs" in problems[1]
+    assert "block demo-elsewhere differs" in problems[1]
+    assert "block demo-homeostat differs" in problems[2]
 
 
 def test_a_second_collection_leaves_nothing_of_the_first(repository):
