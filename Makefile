@@ -81,7 +81,7 @@ $(RUN)/results_ablation.csv.json: $(MODELS) ablation_test.py
 
 hero: $(RUN)/hero_analysis/hero_report.html.json
 $(RUN)/hero_analysis/hero_report.html.json: $(RUN)/results_ablation.csv.json $(SAES) hero_head_analysis.py
-	$(PY) hero_head_analysis.py --ablation_csv $(basename $<) --saes_dir $(RUN)/saes --activations_dir $(RUN)/activations \
+	$(ONE) hero_head_analysis.py --ablation_csv $(basename $<) --saes_dir $(RUN)/saes --activations_dir $(RUN)/activations \
 	  --save_dir $(RUN)/hero_analysis --text "$(TEXT)" --overwrite
 
 # Energy-Lens at its smallest size; the real run is `python energy_lens_minimal.py`, five minutes.
