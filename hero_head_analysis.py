@@ -1521,6 +1521,7 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
     if run_name not in runs:
         found = ", ".join(runs)
         raise HandoffError(f"--run {run_name} is not in {args.ablation_csv}, which has: {found}")
+    check_model_paths(args, table)
     mine = open_run(args, table, run_name, "hero", device)
     is_unique = is_unique_hero(args.ablation_csv, run_name, mine.top)
     other = None
@@ -1614,6 +1615,19 @@ def open_run(
     return OpenedRun(Head(role, run_name, layer, h, model.requires_grad_(False)), ckpt, top)
 
 
+def check_model_paths(args: argparse.Namespace, table: pd.DataFrame) -> None:
+    """Raises HandoffError for a --model_path that no row of the CSV was measured on."""
+    known = dict(zip(table["ckpt_sha"], table["run"], strict=True))
+    runs = ", ".join(f"{run} {str(digest)[:12]}" for digest, run in known.items())
+    for path in args.model_path or []:
+        if not path.is_file():
+            raise HandoffError(f"--model_path {path} is not a file; expected a checkpoint")
+        digest = sha256(path)
+        if not any(digest.startswith(str(other)) for other in known):
+            fact = f"--model_path {path} has sha256 {digest[:12]}"
+            raise HandoffError(f"{fact}; {args.ablation_csv} was measured on: {runs}")
+
+
 def checkpoint_of(args: argparse.Namespace, top: pd.Series) -> Path:
     """The checkpoint that a row of the CSV was measured on, told by its sha256: of --model_path,
     where the CSV says, or beside the CSV. Raises HandoffError if none of them is it."""
@@ -1626,8 +1640,6 @@ def checkpoint_of(args: argparse.Namespace, top: pd.Series) -> Path:
     fact = f"{path} (the checkpoint of run {top['run']} in {args.ablation_csv}) does not exist"
     if path.is_file():
         fact = f"{path} has sha256 {sha256(path)[:12]}, {args.ablation_csv} says {digest[:12]}"
-    if args.model_path:
-        fact += f", and none of --model_path {' '.join(map(str, args.model_path))} has that sha256"
     advice = "say where it is with --model_path, or measure again with: python ablation_test.py"
     raise HandoffError(f"{fact}; {advice}")
 

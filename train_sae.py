@@ -1585,11 +1585,12 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
         dumped = dumped_layers(folder, args.site)
         for layer in args.layers or dumped or [None]:
             if layer not in dumped:
-                have = ", ".join(map(str, dumped)) or "none"
-                absent = "" if layer is None else f", not {layer}"
-                remedy = f"python harvest_activations.py --run_name {run_name}"
+                fact = f"{folder} has no dumps of {args.site}"
+                if dumped:
+                    have = ", ".join(map(str, dumped))
+                    fact = f"{folder} has dumps of {args.site} of layers {have}, not {layer}"
+                remedy = f"python harvest_activations.py --run_name {shlex.quote(run_name)}"
                 remedy += " --layers LAYERS --model_path CHECKPOINT"
-                fact = f"{folder} has dumps of {args.site} of layers {have}{absent}"
                 raise HandoffError(f"{fact}; make more with: {remedy}")
             jobs += jobs_of_layer(args, folder, layer)
     for job in jobs:

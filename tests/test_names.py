@@ -328,7 +328,17 @@ def test_checkpoints_are_found_by_what_they_hold(pair, cache_dir, tmp_path, monk
     # Another file in its place is not it
     wrong = tmp_path / "models" / "ckpt_00000020.pt"
     assert study(moved, tmp_path / "h4", cache_dir, "--model_path", str(wrong)) == 1
-    assert "none of --model_path" in error_of(capsys)
+    line = error_of(capsys)
+    assert f"--model_path {wrong} has sha256" in line and "was measured on: adaptive" in line
+    # Nor is it ignored where the right one is found without it
+    (tmp_path / "models").rename(moved / "model")
+    assert (
+        study(moved, tmp_path / "h5", cache_dir, "--model_path", str(moved / "model" / wrong.name))
+        == 1
+    )
+    assert "has sha256" in error_of(capsys)
+    assert study(moved, tmp_path / "h6", cache_dir, "--model_path", "nowhere.pt") == 1
+    assert "nowhere.pt is not a file" in error_of(capsys)
 
 
 def test_a_text_that_moved_with_the_checkpoint_is_found(

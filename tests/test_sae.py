@@ -1181,7 +1181,7 @@ def test_a_bad_dump_is_one_line(made, tmp_path, capsys, how):
     "flags, message",
     [
         (["--layers", "7"], "dumps of z of layers 0, 2, not 7"),
-        (["--runs", "absent"], "dumps of z of layers none"),
+        (["--runs", "absent"], "has no dumps of z; make more with"),
         (["--layers", "0", "--k", "97"], "--k 97 is more than the 96 latents"),
         (
             ["--layers", "0", "--arch", "jumprelu", "--target_l0", "97"],
