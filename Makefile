@@ -84,7 +84,7 @@ $(RUN)/hero_analysis/hero_report.html.json: $(RUN)/results_ablation.csv.json $(S
 	$(ONE) hero_head_analysis.py --ablation_csv $(basename $<) --saes_dir $(RUN)/saes --activations_dir $(RUN)/activations \
 	  --save_dir $(RUN)/hero_analysis --text "$(TEXT)" --overwrite
 
-# Energy-Lens at its smallest size; the real run is `python energy_lens_minimal.py`, five minutes.
+# Energy-Lens at its smallest size; the real run is `python energy_lens_minimal.py`, six CPU minutes.
 energy: $(RUN)/energy_lens/raw_results.json
 $(RUN)/energy_lens/raw_results.json: energy_lens_minimal.py | .venv/.ready
 	$(ONE) energy_lens_minimal.py --preset smoke --save_dir $(RUN)/energy_lens --overwrite

@@ -19,7 +19,7 @@ Writes  <save_dir>/research_report.md, .html (self-contained), raw_results.json,
 Quick   python energy_lens_minimal.py --preset smoke
         (under 30 s on two CPU cores; too small for conclusions)
 Full    python energy_lens_minimal.py
-        (under 5 minutes and 2 GB on two CPU cores; run.json keeps both)
+        (six CPU minutes and 2 GB; run.json keeps both)
 
 Shapes  S sequences (one a held-out document), L tokens, D state, H heads, Z d_head, M memories,
         K SAE features, V vocabulary, P permutations or rows of a clamp, B bootstrap draws.
