@@ -25,21 +25,15 @@ from janus_adaptive import HandoffError, atomic, one_line_errors, read_telemetry
 # ------------------------------------------------------------------------------------------- method
 @dataclass
 class StepResponse:
-    """How a loop followed its setpoint from one sigma to another.
+    """How a loop followed its setpoint from one sigma to another."""
 
-    seed: of the run; step: where it moved; before, after: the setpoints
-    settles_after: optimiser steps until the filtered sigma is within 10 % of the new setpoint for
-    the first time, NaN if never; share: of the samples from there on that are within 10 %
-    overshoot: how far the filtered sigma went beyond the new setpoint, as a share of it
-    """
-
-    seed: int
-    step: int
-    before: float
+    seed: int  # of the run
+    step: int  # where the setpoint moved
+    before: float  # setpoint, sigma
     after: float
-    settles_after: float
-    share: float
-    overshoot: float
+    settles_after: float  # steps until filtered sigma is within 10 % for the first time; nan: never
+    share: float  # of the samples from there on that are within 10 %
+    overshoot: float  # of filtered sigma beyond the new setpoint, as a share of it
 
 
 def step_response(telemetry: pd.DataFrame, seed: int) -> StepResponse:
