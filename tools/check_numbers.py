@@ -266,10 +266,10 @@ def line_of(text: str, position: int) -> int:
 NO_SENTENCE = (
     BLOCK,
     re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL),
-    re.compile(r"(?<=\n\n)(?:    .*\n)+"),
-    re.compile(r"^#.*$", re.MULTILINE),
+    re.compile(r"(?<=\n\n)(?:    .*\n)+"),  # code, indented
+    re.compile(r"^#.*$", re.MULTILINE),  # a heading
     re.compile(r"`(?:(?!\n\n)[^`])+`"),  # an unpaired one must not hide the next paragraph
-    re.compile(r"\]\([^)\s]*\)"),
+    re.compile(r"\]\([^)\s]*\)"),  # where a link leads
 )
 # 84.95M, -.012, 1,652, 1e-6, 5 %; not the 3 of L3, of GPT-3 or of v0.3
 DIGITS = r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:e[-+]?\d+)?(?:\s?%)?"
@@ -351,6 +351,7 @@ def read_list(root: Path, name: str, columns: list[str]) -> pd.DataFrame:
 def read_claim(root: Path, row: pd.Series) -> Claim:
     """A row of claims.csv with the value that its file has. Raises NumbersError."""
     where = f"claims.csv: {row['phrase']!r}"
+    # One number a claim, in one pair of braces without a name
     fields = [part[1] for part in string.Formatter().parse(row["phrase"]) if part[1] is not None]
     if fields != [""]:
         raise NumbersError(f"{where} needs one number in braces, such as {{:.2f}}")
@@ -396,7 +397,7 @@ def check_sentences(root: Path, document: str, text: str) -> list[str]:
     allowed = read_list(root, "allowed.csv", ALLOWED)
     for _, row in allowed[allowed["document"] == document].iterrows():
         pattern = re.compile(as_pattern(row["phrase"]))
-        if not pattern.search(rest):
+        if not pattern.search(rest):  # its sentence is gone: nobody would miss the reason
             problems.append(f"{document}: nothing needs the allowance of {row['phrase']!r}")
         if not row["why"]:
             problems.append(f"allowed.csv: {row['phrase']!r} without a reason")
@@ -416,7 +417,7 @@ def check(root: Path) -> list[str]:
     """A line for everything that is wrong."""
     # Files first: where they are wrong, so are the blocks
     problems = check_kept(root)
-    rendered = render_all(root)
+    rendered = render_all(root)  # once: every block reads files
     for document in DOCUMENTS:
         text = (root / document).read_text(encoding="utf-8")
         problems += check_blocks(document, text, rendered)

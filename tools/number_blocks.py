@@ -246,6 +246,7 @@ def demo_elsewhere(kept: Kept) -> str:
     here = kept.table("demo", "headlines.csv", columns).set_index("what")["number"]
     there = kept.table("demo32", "headlines.csv", columns).set_index("what")["number"]
     rows = []
+    # Also what only one of them prints: a hero need not be explained in both
     for what in here.index.union(there.index, sort=False):
         found = [short_headline(numbers.get(what, "-")) for numbers in (here, there)]
         rows.append([what, *found])
@@ -440,8 +441,8 @@ def seeds_summary(kept: Kept) -> str:
         interval = bounds(found["ci_lo"], found["ci_hi"], "+.3g")
         rows.append(
             [
-                METRICS.get(found["metric"], found["metric"]),
-                f"{found['n_seeds']}",
+                METRICS.get(found["metric"], found["metric"]),  # a new metric keeps its own name
+                f"{found['n_seeds']}",  # the unit of replication
                 f"{found['adaptive']:.4g}",
                 f"{found['control']:.4g}",
                 f"{found['difference']:+.3g} {interval}",
@@ -466,7 +467,7 @@ def seeds_each(kept: Kept) -> str:
     table = kept.table("seeds", "results/seeds.csv", columns)
     # A row a metric, so that subtracting the arms pairs what shares a seed
     wide = table.pivot(index="metric", columns=["arm", "seed"], values="value")
-    difference = wide["adaptive"] - wide["control"]  # a row a metric, a column a seed
+    difference = wide["adaptive"] - wide["control"]  # [metrics, seeds]
     rows = []
     # In the order of the file, which is that of the summary
     for metric in table["metric"].unique():
@@ -709,6 +710,7 @@ def lens_prediction(kept: Kept, source: str) -> dict[str, str]:
 def energy_models(kept: Kept) -> str:
     """Masked-token loss of the Energy Transformer beside other models."""
     columns = ["model", "masked_nats", "accuracy", "n_masked"]
+    # The unigram among them says what a model costs that sees no context at all
     rows = []
     for _, model in kept.table("energy", "models.csv", columns).iterrows():
         loss, accuracy = f"{model['masked_nats']:.2f}", f"{model['accuracy']:.1%}"
@@ -732,7 +734,7 @@ def lens_layers(kept: Kept, source: str) -> str:
     columns += ["aligned_participation", "median_abs_efas", "median_ci_lo", "median_ci_hi"]
     rows = []
     for _, layer in kept.table(source, "layers.csv", columns).iterrows():
-        counts = [f"{layer[name]:,.0f}" for name in columns[:7]]
+        counts = [f"{layer[name]:,.0f}" for name in columns[:7]]  # the layer, then what passes
         interval = bounds(layer["median_ci_lo"], layer["median_ci_hi"], ".3f")
         rows.append([*counts, f"{layer['median_abs_efas']:.3f} {interval}"])
     # The median says how far EFAS is from 0, which no count does
@@ -743,10 +745,11 @@ def lens_layers(kept: Kept, source: str) -> str:
 def real_validity(kept: Kept) -> str:
     """How far each energy of SmolLM2 is one."""
     columns = ["layer", "energy", "nats", "cosine_with_true_gradient", "own_change", "final_change"]
+    # A random direction is one of the rows: what a step does that knows nothing
     rows = []
     for _, found in kept.table("real", "validity.csv", columns).iterrows():
         # An energy is one as far as lowering it lowers the loss
-        changes = [f"{found[name]:+.3f}" for name in columns[4:]]
+        changes = [f"{found[name]:+.3f}" for name in columns[4:]]  # of it, of the loss
         cosine = f"{found['cosine_with_true_gradient']:.2f}"
         rows.append(
             [f"{found['layer']}", found["energy"], f"{found['nats']:.2f}", cosine, *changes]
@@ -784,7 +787,7 @@ def bench(kept: Kept) -> str:
     """Targets and what was measured."""
     path = kept.root / "benchmarks" / "results.json"
     results = json.loads(path.read_text(encoding="utf-8"))  # its own record of machine and commit
-    measured = pd.DataFrame(results["rows"])
+    measured = pd.DataFrame(results["rows"])  # a row a variant of a race
     rows = []
     for _, target in pd.read_csv(kept.folder / TARGETS).iterrows():
         own = measured[measured["what"] == target["what"]]

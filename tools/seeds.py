@@ -157,7 +157,7 @@ def draw(rows: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
     for ax, (metric, label) in zip(axes.flat, METRICS.items(), strict=True):
         of_metric = rows[rows["metric"] == metric]
         wide = of_metric.pivot(index="seed", columns="arm", values="value")
-        for seed, values in wide.iterrows():
+        for seed, values in wide.iterrows():  # both arms of a seed share data and initial weights
             ax.plot([0, 1], values[list(COLOURS)], color="0.6", lw=1, zorder=1)
             beside = dict(xytext=(6, 0), textcoords="offset points", va="center")
             ax.annotate(f"{seed}", (1, values["control"]), fontsize=7, color="0.35", **beside)
@@ -168,7 +168,7 @@ def draw(rows: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
         found = differences.loc[metric]
         interval = f"[{found['ci_lo']:+.3g}, {found['ci_hi']:+.3g}]"
         ax.set_xlabel(f"difference {found['difference']:+.3g} {interval}", fontsize=9)
-        ax.margins(y=0.15)
+        ax.margins(y=0.15)  # the labels of the seeds stay in the frame
     n_seeds = summary["n_seeds"].iloc[0]
     fig.suptitle(
         f"{n_seeds} training seeds (numbers at the right), both arms each; "
