@@ -112,7 +112,8 @@ class Batch:
     """What a mode of ablation may use: the z that it replaces, and where other z come from.
 
     z        {layer: [B, T, H, K]} outputs of the heads, before the output projection; not to be
-             changed in place. z at a later position has seen the targets of earlier ones
+             changed in place. z at a later position has seen the targets of earlier ones, and
+             would tell them: a substitute comes from the same or an earlier position
     mean_z   {layer: [H, K]} their means over the training split
     model    computes z of other tokens (`head_z`)
     val      the validation split, which the batch is from
@@ -1012,7 +1013,7 @@ def open_splits(args: argparse.Namespace, arm: Arm) -> tuple[HFWikiTextLoader, H
     if here["tokenizer_hash"] != trained["tokenizer_hash"]:
         fact = f"tokenizer {tokenizer} has hash {here['tokenizer_hash']}"
         raise HandoffError(f"{fact}, {arm.path} was trained with {trained['tokenizer_hash']}")
-    if here["dataset_key"] != trained["dataset_key"]:
+    if text_identity(here["dataset_key"]) != text_identity(trained["dataset_key"]):
         fact = f"note: the text is {here['dataset_key']}"
         print(f"{fact}, {arm.path} was trained on {trained['dataset_key']}")
     return train, val
@@ -1041,7 +1042,7 @@ def write_results(args: argparse.Namespace) -> None:
         # What was drawn with other settings is not replaced unasked
         keep = args.redraw and not args.overwrite and path.exists()
         if keep and path.read_text(encoding="utf-8") != texts[path]:
-            fact = f"{path} would change (another --mode, --bootstrap or --seed?)"
+            fact = f"{path} would change (another --mode, --bootstrap, --seed, or another script?)"
             raise HandoffError(f"{fact}; pass --overwrite to replace it")
     # Without a sidecar until both are written: an unfinished result never looks done
     for path, text in texts.items():
@@ -3113,6 +3114,13 @@ def dataset_key(dataset: str) -> str:
             raise HandoffError(f"--dataset {dataset}: expected {kinds}")
         source = " ".join(sha256(file) for file in files)
     return f"{path.stem}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+
+def text_identity(key: str) -> str:
+    """Of a dataset key what stays when a file is renamed: its hash. A repository of the hub holds
+    several datasets, which their names tell apart: there it is the whole key."""
+    name, _, digest = key.rpartition("-")
+    return key if name in HUB_DATASETS else digest
 
 
 # <<< shared: text

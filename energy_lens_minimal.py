@@ -1678,7 +1678,8 @@ def sublevel_components(energy: Tensor, edges: Tensor, height: Tensor) -> pd.Dat
 
 # Concept classes: the form of a token, as it is written in the text, before it is lower-cased. A
 # class more is an entry more. A token may belong to several classes; the clusters of attractors
-# count it for the first. The model itself sees the lower-cased token only.
+# count it for the first, so that part of another class stands before it to be seen there. The
+# model itself sees the lower-cased token only.
 CLASSES = {
     "word": r"[A-Za-z]+",
     "number": r"\d+",
@@ -1898,8 +1899,9 @@ class Predictor:
     """Something that may predict the energy change of an ablation, per active token.
 
     The basis says what the function takes and gives:
-        tokens   function(ablation) -> [n], summed over the tokens that are intervened on: where f
-                 is above 0; the caller divides by their number
+        tokens   function(ablation) -> [n], summed over the tokens that are intervened on; the
+                 caller divides by their number. They are those where f is above 0: what has no
+                 factor f must be multiplied by (ablation.active.f > 0)
         feature  function(table of features) -> a column of it: what the discovery half of the
                  documents says, of which nothing is intervened on. Only these predict, and only
                  they compare on equal terms

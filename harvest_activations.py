@@ -617,7 +617,7 @@ def load_text(
     if found["tokenizer_hash"] != trained["tokenizer_hash"]:
         hashes = f"hash {found['tokenizer_hash']}, the checkpoint's is {trained['tokenizer_hash']}"
         raise HandoffError(f"tokenizer {args.tokenizer}: {hashes}; leave --tokenizer out")
-    if found["dataset_key"] != trained["dataset_key"]:
+    if text_identity(found["dataset_key"]) != text_identity(trained["dataset_key"]):
         its_text = f"the model was trained on {trained['dataset_key']}"
         print(f"note: the text is {found['dataset_key']}, {its_text}")
 
@@ -727,7 +727,10 @@ def finished_layers(args: argparse.Namespace, common: dict[str, Any]) -> list[in
 def refuse_other(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
     """Raises HandoffError, which begins with `what`, if `found` differs in a key of `expected`."""
     for key, value in expected.items():
-        if found.get(key) != value:
+        is_same = found.get(key) == value
+        if key == "dataset_key":  # the same text, perhaps under another name
+            is_same = text_identity(found.get(key, "")) == text_identity(value)
+        if not is_same:
             fact = f"{what} {key} {found.get(key)!r}, not {value!r}"
             raise HandoffError(f"{fact}; take another --run_name, or --overwrite")
 
@@ -818,19 +821,21 @@ def harvest(
 def begin(args: argparse.Namespace, cfg: GPTConfig, job: dict[str, Any], n_tokens: int) -> None:
     """Reserves the partial dumps, and notes which harvest they belong to."""
     remove_partial(args)
-    reserve(args, job["todo"], n_tokens, SITES[args.site].width(cfg))
+    reserve(args, job["todo"], n_tokens, cfg)
     write_json(args.out / PROGRESS, job)
 
 
-def reserve(args: argparse.Namespace, layers: list[int], n_tokens: int, width: int) -> None:
-    """Creates the partial dumps [n_tokens, width] with all their disk blocks: a full disk is an
-    error here, and never a SIGBUS while writing.
+def reserve(args: argparse.Namespace, layers: list[int], n_tokens: int, cfg: GPTConfig) -> None:
+    """Creates the partial dumps [n_tokens, width of the site] with all their disk blocks: a full
+    disk is an error here, and never a SIGBUS while writing.
 
     Raises HandoffError if they are larger than --max_gb or than what the disk has.
     """
+    width = SITES[args.site].width(cfg)
     shape = (n_tokens, width)
     dump_bytes = n_tokens * width * np.dtype(args.dump_dtype).itemsize
-    sums_bytes = N_BLOCKS * width * width * 8  # Z^T Z in float64; the other sums are small
+    # Z^T Z in float64, whatever the site; the other sums are small
+    sums_bytes = N_BLOCKS * (cfg.n_heads * cfg.d_head) ** 2 * 8
     n_bytes = len(layers) * (dump_bytes + sums_bytes)
     if n_bytes > args.max_gb * 1e9:
         fact = f"layers {layers} of {n_tokens:,} tokens are {n_bytes / 1e9:.3f} GB"
@@ -2800,6 +2805,13 @@ def dataset_key(dataset: str) -> str:
             raise HandoffError(f"--dataset {dataset}: expected {kinds}")
         source = " ".join(sha256(file) for file in files)
     return f"{path.stem}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+
+def text_identity(key: str) -> str:
+    """Of a dataset key what stays when a file is renamed: its hash. A repository of the hub holds
+    several datasets, which their names tell apart: there it is the whole key."""
+    name, _, digest = key.rpartition("-")
+    return key if name in HUB_DATASETS else digest
 
 
 # <<< shared: text

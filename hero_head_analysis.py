@@ -162,7 +162,9 @@ class Study:
 # ---- texts, intervals, and a model that reads
 Row = dict[str, Any]  # of a table, by column
 Rows = list[Row]
-Say = Callable[[list[int]], list[str]]  # token ids, in their order -> text of each where it stands
+# Token ids, in their order -> text of each where it stands, as it is shown: a space is "·", a line
+# end "⏎"; of a letter of several tokens the last one has it, and the others have ""
+Say = Callable[[list[int]], list[str]]
 
 
 @dataclass
@@ -181,7 +183,7 @@ class Text:
         return len(self.idx)
 
     def words(self, window: int) -> list[str]:
-        """Text of each token of a window; joined they are its text."""
+        """Text of each token of a window, as it is shown (see Say)."""
         return self.say(self.idx[window].tolist())
 
 
@@ -1685,7 +1687,8 @@ def open_split(name: str, args: argparse.Namespace, ckpt: dict[str, Any]) -> HFW
     if found["tokenizer_hash"] != trained["tokenizer_hash"]:
         fact = f"tokenizer {tokenizer} has hash {found['tokenizer_hash']}"
         raise HandoffError(f"{fact}, {path} was trained with {trained['tokenizer_hash']}")
-    if name == "validation" and found["dataset_key"] != trained["dataset_key"]:
+    is_its_text = text_identity(found["dataset_key"]) == text_identity(trained["dataset_key"])
+    if name == "validation" and not is_its_text:
         fact = f"note: the text is {found['dataset_key']}"
         print(f"{fact}, {path} was trained on {trained['dataset_key']}")
     return split
@@ -3660,6 +3663,13 @@ def dataset_key(dataset: str) -> str:
             raise HandoffError(f"--dataset {dataset}: expected {kinds}")
         source = " ".join(sha256(file) for file in files)
     return f"{path.stem}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+
+def text_identity(key: str) -> str:
+    """Of a dataset key what stays when a file is renamed: its hash. A repository of the hub holds
+    several datasets, which their names tell apart: there it is the whole key."""
+    name, _, digest = key.rpartition("-")
+    return key if name in HUB_DATASETS else digest
 
 
 # <<< shared: text

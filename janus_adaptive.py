@@ -132,8 +132,9 @@ def sigma_of(grams: Tensor) -> Tensor:
     return head_cosines(grams).abs().mean(-1)
 
 
-# ---- the penalty: a function of the cosines and an entry in the table; --penalty takes its name.
-# The cosines come from head_cosines: every pair of heads once, without the diagonal.
+# ---- the penalty: a function of the cosines and an entry in the table; --penalty takes its name,
+# and its help what the docstring says before the first colon. The cosines come from head_cosines:
+# every pair of heads once, without the diagonal.
 def mean_square(cosines: Tensor) -> Tensor:
     """Mean cos^2: cosines [L, P] -> [L]. The derivative vanishes where heads are orthogonal."""
     return cosines.square().mean(-1)
@@ -278,7 +279,8 @@ class Homeostat:
 
 
 def setpoint(step: int, args: argparse.Namespace) -> float:
-    """The sigma that the loop should hold at `step` (from 1 to --steps)."""
+    """The sigma that the loop should hold at `step` (from 1 to --steps). A rule that has a flag is
+    known to --resume, which refuses to change it half-way."""
     if args.setpoint_step and step >= args.setpoint_step[0]:
         return args.setpoint_step[1]
     return args.target_sigma
@@ -789,8 +791,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
 def contents(args: argparse.Namespace, data: dict[str, Any]) -> dict[str, str]:
     """Of the arguments that name a file: a hash of what it holds. `data` describes the text."""
     hashes = {
-        # The key of a text ends in its hash, after a name
-        "dataset": data["dataset_key"].rpartition("-")[2],
+        "dataset": text_identity(data["dataset_key"]),
         "tokenizer": data["tokenizer_hash"],
     }
     # Other arguments name a file only sometimes
@@ -811,8 +812,8 @@ def refuse_change(training: Training, ckpt: dict[str, Any]) -> None:
     hashes_now = contents(training.args, training.train.description)
     known = ckpt["data"]
     hashes_then = {"tokenizer": known["tokenizer_hash"]}
-    hashes_then["dataset"] = known["dataset_key"].rpartition("-")[2]
     hashes_then |= ckpt.get("contents", {})  # an older checkpoint knows the text's alone
+    hashes_then["dataset"] = text_identity(known["dataset_key"])
     defaults = build_parser()
     for name, value in now.items():
         then = ckpt["arguments"].get(name, defaults.get_default(name))
@@ -2914,6 +2915,13 @@ def dataset_key(dataset: str) -> str:
             raise HandoffError(f"--dataset {dataset}: expected {kinds}")
         source = " ".join(sha256(file) for file in files)
     return f"{path.stem}-{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+
+
+def text_identity(key: str) -> str:
+    """Of a dataset key what stays when a file is renamed: its hash. A repository of the hub holds
+    several datasets, which their names tell apart: there it is the whole key."""
+    name, _, digest = key.rpartition("-")
+    return key if name in HUB_DATASETS else digest
 
 
 # <<< shared: text

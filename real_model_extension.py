@@ -152,7 +152,8 @@ class Energy:
     formula: str  # for --help
     replaces: str  # what h_l takes the place of, for --help
     # (block, h [S, T, D], ids [S, T]) -> nats [S, T-1]; position i is about token i+1, so that the
-    # last one is left out. `block` has .lm (run, unembed), .layer and .translate.
+    # last one is left out. `block` has .lm (run, unembed), .layer and .translate. Its gradient with
+    # respect to h is taken by autograd.
     nats: Callable[[LossEnergy, Tensor, Tensor], Tensor]
     needs_translator: bool = False  # `LossEnergy.fit` has to come first
     quantity: str = "loss"  # what the nats are of, for the report; it need not be a loss
@@ -830,6 +831,8 @@ class EnergyLensAnalyzer:
 
     def _energy_transformer(self, texts: dict[str, str]) -> LensResults:
         """The built-in Energy Transformer: trained, analysed, and the texts traced."""
+        if self.config.energy != EnergyLensConfig.energy:
+            print(f"note: {BUILT_IN} has an energy of its own; {self.config.energy!r} is not used")
         args = built_in_arguments(self.config)
         documents = lens.documents(args.corpus, args.cache_dir)
         corpus = lens.build_corpus(documents, args.sequences, args.seed)

@@ -242,7 +242,8 @@ def auxiliary_loss(pre: Tensor, error: Tensor, sae: Weights, now: Now) -> Tensor
 
     From pre [N, F] and the error [N, D] of the reconstruction, which is held:
     AUX ||y_dead + error||^2 / ||error||^2, where y_dead is what the aux_k dead latents with the
-    largest pre decode to; 0 where no latent is dead.
+    largest pre decode to, relu(pre): latents that may be negative need another selection here. 0
+    where no latent is dead.
     """
     n_dead = int(now.dead.sum())
     if n_dead == 0 or now.aux_k == 0:
@@ -1955,18 +1956,25 @@ def finish_sae(job: Job, trainer: Trainer, origin: Origin | None) -> str:
     return summary(job, metrics)
 
 
+@torch.no_grad()
 def check_export(job: Job, trainer: Trainer, sae: SparseAutoencoder, rows: Tensor) -> None:
-    """HandoffError if the export does not make of raw rows [n, D] what the trained weights do."""
+    """HandoffError if the export makes of raw rows [n, D] anything but what the trained weights do,
+    and the forward that they were trained with."""
     raw = rows.to(trainer.mean.device)
     x = (raw - trainer.mean) * trainer.scale  # [n, D], trained units
+    found = (sae.decode(sae.encode(raw)) - trainer.mean) * trainer.scale  # [n, D]
     trained = SparseAutoencoder(sae.cfg, trainer.weights())
-    expected = trained.decode(trained.encode(x))
-    found = (sae.decode(sae.encode(raw)) - trainer.mean) * trainer.scale
-    wrong = (expected - found).norm(dim=1) > 1e-3 * x.norm(dim=1)  # [n]
-    # within rounding of a threshold a latent may fall on either side
-    if not wrong.float().mean() <= 0.01:
-        fact = f"{int(wrong.sum())} of {len(x)} rows come out of the export unlike the SAE trained"
-        raise HandoffError(f"{job.folder} is not finished: {fact}")
+    expected = {"the SAE trained": trained.decode(trained.encode(x))}
+    output = trainer.architecture.forward(x, trainer.sae, trainer.now())
+    if output.cut is None:  # a cut of these rows together is not the average of the training
+        own = f"the forward of --arch {job.args.arch} (is its `saelens` another function?)"
+        expected[own] = output.reconstruction
+    for what, reconstruction in expected.items():
+        wrong = (reconstruction - found).norm(dim=1) > 1e-3 * x.norm(dim=1)  # [n]
+        # within rounding of a threshold a latent may fall on either side
+        if not wrong.float().mean() <= 0.01:
+            fact = f"{int(wrong.sum())} of {len(x)} rows come out of the export unlike {what}"
+            raise HandoffError(f"{job.folder} is not finished: {fact}")
 
 
 def facts_of(job: Job, trainer: Trainer) -> dict[str, Any]:

@@ -22,9 +22,14 @@ import energy_lens_minimal as lens
 import harvest_activations as harvest
 import hero_head_analysis as hero
 import janus_adaptive as janus
+import real_model_extension as real
 import train_sae as sae
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
+import seeds  # noqa: E402
+from test_seeds import write as plant_seed  # noqa: E402
+
 SCRIPTS = [janus, harvest, sae, ablation, hero, lens]
 NAMES = [
     "lr=$3e^$-x",
@@ -384,6 +389,37 @@ def test_resume_goes_by_what_a_text_holds(smoke_args, tmp_path, capsys):
     assert "--dataset" in error_of(capsys)
 
 
+def test_one_repository_of_the_hub_holds_two_texts(tmp_path, monkeypatch):
+    keys = [janus.dataset_key(name) for name in janus.HUB_DATASETS]
+    assert len({janus.text_identity(key) for key in keys}) == 2
+    texts = []
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text("The same.", encoding="utf-8")
+        texts.append(janus.text_identity(janus.dataset_key(str(tmp_path / name))))
+    (tmp_path / "three.txt").write_text("Another.", encoding="utf-8")
+    texts.append(janus.text_identity(janus.dataset_key(str(tmp_path / "three.txt"))))
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_harvest_of_a_renamed_text_goes_on(smoke_args, smoke_checkpoint, tmp_path, capsys):
+    text = Path(smoke_args[smoke_args.index("--dataset") + 1])
+    renamed = tmp_path / "renamed.txt"
+    shutil.copy(text, renamed)
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text(encoding="utf-8") + "more\n" * 2000, encoding="utf-8")
+    cache = smoke_args[smoke_args.index("--cache_dir") :][:2]
+    argv = ["--model_path", str(smoke_checkpoint), "--tokens", "8192"]
+    argv += [*cache, "--save_dir", str(tmp_path / "acts")]
+    assert harvest.main([*argv, "--layers", "3"]) == 0
+    capsys.readouterr()
+    assert harvest.main([*argv, "--layers", "6", "--dataset", str(renamed)]) == 0
+    assert "was trained on" not in capsys.readouterr().out
+    assert (tmp_path / "acts" / "adaptive" / "L6.z.npy").is_file()
+    # Another content is another text, and cannot join
+    assert harvest.main([*argv, "--layers", "7", "--dataset", str(other)]) == 1
+    assert "dataset_key" in error_of(capsys)
+
+
 def test_resume_of_a_replay_goes_by_the_telemetry(smoke_args, smoke_checkpoint, tmp_path, capsys):
     csv = tmp_path / "t.csv"
     shutil.copy(smoke_checkpoint.parent / "telemetry.csv", csv)
@@ -564,6 +600,43 @@ def test_lost_pictures_of_the_later_phases(
     assert (saes / "figure2_l0_by_depth.png").is_file()
     assert (tmp_path / "results_figure4.png").is_file()
     assert (tmp_path / "h" / "hero_scores.png").is_file()
+
+
+ENERGY = """--preset smoke --train_steps 4 --sequences 48 --sae_dict_size 128 --sae_iterations 3
+    --permutations 60 --directions 60 --energy_layers 1 --intervened 4 --relaxed 2"""
+REAL = """--corpus topics --corpus_tokens 4000 --sae_dict_size 128 --permutations 60
+    --directions 60 --energy_layers 3"""
+
+
+@pytest.mark.parametrize("script", [lens, real], ids=["minimal", "real"])
+def test_a_lost_picture_of_energy(script, smoke_checkpoint, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "e"
+    argv = [*ENERGY.split(), "--save_dir", folder, "--cache_dir", tmp_path / "cache"]
+    if script is real:
+        argv = ["--model_name", smoke_checkpoint, *REAL.split(), "--save_dir", folder]
+    with monkeypatch.context() as patch:
+        patch.setattr(plt, "subplots", broken)
+        files = ["raw_results.json", "features.csv"]
+        command = lost_picture(script, argv, folder / "run.json", capsys, *files)
+    redraw(command)
+    assert len(list(folder.glob("*.png"))) >= 2
+    assert (folder / "research_report.md").is_file()
+
+
+def test_a_lost_picture_of_seeds(tmp_path, capsys, monkeypatch):
+    runs = []
+    for seed in range(3):
+        plant_seed(tmp_path / f"seed{seed}", seed)
+        runs.append(tmp_path / f"seed{seed}")
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(plt, "subplots", broken)
+        assert seeds.main([*map(str, runs), "--save_dir", str(out)]) == 1
+    line = error_of(capsys)
+    assert "a picture could not be drawn (RuntimeError: no font)" in line
+    assert "seeds_summary.csv" in line and (out / "seeds_summary.csv").is_file()
+    redraw(line.partition("draw it with: python ")[2])
+    assert (out / "seeds.png").stat().st_size > 10_000
 
 
 # ------------------------------------------------------------------------------------- pictures

@@ -243,6 +243,16 @@ def test_a_function_in_the_table_is_an_architecture(dumps, tmp_path, monkeypatch
         ts.load_sae(folder)
 
 
+def test_an_export_of_another_function_is_not_signed(dumps, tmp_path, monkeypatch, capsys):
+    """topk has a relu, abstopk has none: weights folded right, run by the wrong class."""
+    record = ts.Architecture(abstopk, saelens="topk", twins=ts.topk_twins)
+    monkeypatch.setitem(ts.ARCHITECTURES, "abstopk", record)
+    assert run(dumps, tmp_path, "--arch", "abstopk") == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "unlike the forward of --arch abstopk" in line and "`saelens`" in line
+    assert not (tmp_path / "adaptive/L0" / (ts.WEIGHTS + ".json")).exists()
+
+
 def test_what_an_export_cannot_fold_is_not_signed(dumps, tmp_path, monkeypatch, capsys):
     """A gain does not scale with x: an architecture that forgets to say so is found out."""
 
