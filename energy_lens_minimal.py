@@ -60,6 +60,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 # Before torch: a thread that waits for another leaves its core to whoever needs it
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -4076,6 +4077,27 @@ def drawing(finished: list[Path], redraw: list[Any]) -> Iterator[None]:
         raise HandoffError(f"{fact}; {kept}; draw it with: {command}") from e
 
 
+def save_figure(draw: Callable[[bool], Any], path: Path, dpi: int = 130) -> None:
+    """Draws a figure twice, and writes it atomically: draw(False), its panels in a row -> PNG at
+    `path`, for slides, and SVG beside it, for pages; draw(True), its panels below one another ->
+    NAME.narrow.svg, for the page on a phone. Text in an SVG stays text."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    files = {False: [path, path.with_suffix(".svg")], True: [path.with_suffix(".narrow.svg")]}
+    for is_stacked, targets in files.items():
+        figure = draw(is_stacked)
+        for target in targets:
+            is_svg = target.suffix == ".svg"
+            # The same figure has the same bytes: no time, and names that hang on the content
+            more = {"metadata": {"Date": None}, "transparent": True} if is_svg else {"dpi": dpi}
+            settings = {"svg.fonttype": "none", "svg.hashsalt": target.name}
+            with atomic(target) as temporary, mpl.rc_context(settings), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # letters that the font lacks become boxes
+                figure.savefig(temporary, **more)
+        plt.close(figure)
+
+
 def as_label(name: object) -> str:
     """A name as matplotlib shows it letter for letter: $ begins no formula, and a leading _ does
     not keep it out of a legend."""
@@ -4295,8 +4317,15 @@ def documentation_strings() -> dict[str, list[str]]:
 # >>> shared: pages ---- edit in hero_head_analysis.py, then: python tools/check_copies.py --fix
 def render_page(template: str, **values: Any) -> str:
     """A self-contained HTML page: the template of the folder pages/ beside this script, filled
-    with `values`, all of which are escaped. Raises HandoffError where that folder is missing."""
+    with `values`, all of which are escaped. Raises HandoffError where that folder is missing.
+
+    A template may use, beside `values`:
+        text | gloss             words of pages/glossary.json tell what they mean
+        figure(png, alt)         the figure at that path, sharp and in the colours of the page
+        value | three_digits     a number as a reader wants it
+    """
     import jinja2
+    import markupsafe
 
     folder = Path(__file__).resolve().parent / "pages"
     if not (folder / template).is_file():
@@ -4310,7 +4339,92 @@ def render_page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    meanings = json.loads((folder / "glossary.json").read_text(encoding="utf-8"))
+    environment.filters["gloss"] = lambda text: markupsafe.Markup(gloss(text, meanings))
+    environment.filters["three_digits"] = three_digits
+    environment.globals["figure"] = lambda png, alt: markupsafe.Markup(figure_html(png, alt))
     return environment.get_template(template).render(values)
+
+
+def three_digits(value: Any) -> str:
+    """A value as text: at most three significant digits, whole numbers whole, a dash where there
+    is none."""
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else "no"
+    if not isinstance(value, (int, float, np.integer, np.floating)):
+        return str(value)
+    if math.isnan(value):
+        return "–"
+    if float(value).is_integer() or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) >= 1e-4 else f"{value:.1e}"
+
+
+def gloss(text: object, meanings: dict[str, str]) -> str:
+    """HTML of a text, in which the first use of each word of `meanings` tells what it means when it
+    is pointed at or focused."""
+    longest_first = sorted(meanings, key=len, reverse=True)
+    pattern = re.compile(rf"\b({'|'.join(map(re.escape, longest_first))})s?\b")
+    told = set()
+
+    def explain(match: re.Match[str]) -> str:
+        word = match[1]
+        if word in told:
+            return match[0]
+        told.add(word)
+        meaning = html.escape(meanings[word])
+        return f'<abbr tabindex="0" title="{meaning}">{match[0]}</abbr>'
+
+    return pattern.sub(explain, html.escape(str(text)))
+
+
+def figure_html(png: str | Path, alt: str) -> str:
+    """HTML of a figure of `save_figure`: its SVGs, one for wide and one for narrow screens, in the
+    colours of the page; the PNG itself where they are missing, large or not what matplotlib
+    writes."""
+    png = Path(png)
+    found = []
+    for name, ending in {"wide": ".svg", "narrow": ".narrow.svg"}.items():
+        path = png.with_suffix(ending)
+        drawn = inline_svg(path, alt) if path.is_file() else ""
+        if not drawn:
+            content = base64.b64encode(png.read_bytes()).decode()
+            return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{content}">'
+        found.append(f'<div class="{name}">{drawn}</div>')
+    return "".join(found)
+
+
+SVG_BYTES = 600_000  # a figure of more is shown as PNG
+SVG = "{http://www.w3.org/2000/svg}"
+SVG_TAGS = "svg g path defs use clipPath rect text tspan image style metadata"
+
+
+def inline_svg(path: Path, alt: str) -> str:
+    """An SVG that matplotlib wrote as HTML: black is the colour of the page's text, white that of
+    its ground. Empty if it is too large, or could do more than be seen."""
+    content = path.read_text(encoding="utf-8")
+    if len(content) > SVG_BYTES:
+        return ""
+    root = ElementTree.fromstring(content)
+    known = {SVG + tag for tag in SVG_TAGS.split()}
+    for element in root.iter():
+        if element.tag in (SVG + "metadata", SVG + "style"):
+            element.clear()
+            continue
+        for name, value in element.attrib.items():
+            is_link = name.endswith("href") and not value.startswith(("#", "data:image/png"))
+            if is_link or name.startswith("on"):
+                return ""
+        if element.tag not in known and not element.tag.startswith("{http://www.w3.org/1999/02"):
+            return ""
+    # The page sets its size
+    width = root.attrib.pop("width", "").removesuffix("pt")
+    root.attrib.pop("height", None)
+    root.attrib |= {"role": "img", "aria-label": alt, "style": f"max-width: {float(width):.0f}pt"}
+    ElementTree.register_namespace("", SVG.strip("{}"))
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    drawn = ElementTree.tostring(root, encoding="unicode")
+    return drawn.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
 
 
 # <<< shared: pages

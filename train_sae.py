@@ -58,6 +58,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -2755,6 +2756,27 @@ def drawing(finished: list[Path], redraw: list[Any]) -> Iterator[None]:
         command = shlex.join(map(str, ["python", *redraw]))
         fact = f"a picture could not be drawn ({cause})"
         raise HandoffError(f"{fact}; {kept}; draw it with: {command}") from e
+
+
+def save_figure(draw: Callable[[bool], Any], path: Path, dpi: int = 130) -> None:
+    """Draws a figure twice, and writes it atomically: draw(False), its panels in a row -> PNG at
+    `path`, for slides, and SVG beside it, for pages; draw(True), its panels below one another ->
+    NAME.narrow.svg, for the page on a phone. Text in an SVG stays text."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    files = {False: [path, path.with_suffix(".svg")], True: [path.with_suffix(".narrow.svg")]}
+    for is_stacked, targets in files.items():
+        figure = draw(is_stacked)
+        for target in targets:
+            is_svg = target.suffix == ".svg"
+            # The same figure has the same bytes: no time, and names that hang on the content
+            more = {"metadata": {"Date": None}, "transparent": True} if is_svg else {"dpi": dpi}
+            settings = {"svg.fonttype": "none", "svg.hashsalt": target.name}
+            with atomic(target) as temporary, mpl.rc_context(settings), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # letters that the font lacks become boxes
+                figure.savefig(temporary, **more)
+        plt.close(figure)
 
 
 def as_label(name: object) -> str:
