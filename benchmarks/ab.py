@@ -4,7 +4,8 @@
     python benchmarks/ab.py --old DIR --sections sae --rounds 9 --fail_above 1.03
 
 Each section is one command line of one script, run by each checkout in turn as a process of its
-own, by this interpreter and on the same inputs. A time is that of the whole command, start included
+own, by this interpreter, on the same text and on what this checkout itself made of it: formats may
+differ. A time is that of the whole command, start included
 (about 5 s); the ratio new / old is taken round by round, so that a change of the machine's speed
 hits both. Printed: the median ratio over the rounds with its 95 % bootstrap interval, of the CPU
 time of the process (which other work on the machine hardly changes) and of the time on the clock.
@@ -123,22 +124,36 @@ def median_interval(values: list[float]) -> Interval:
     return Interval(float(np.median(rounds)), float(low), float(high))
 
 
-def compare_section(old: Path, new: Path, command: list[str], rounds: int, log: Path) -> float:
+@dataclass(frozen=True)
+class Side:
+    """A checkout, and the folder that its commands read and write."""
+
+    checkout: Path
+    folder: Path
+
+    def run(self, section: str, sizes: dict[str, object]) -> Cost:
+        command = command_line(section, self.folder, sizes)
+        return run_script(self.checkout, command, self.folder / "log.txt")
+
+
+def compare_section(
+    old: Side, new: Side, section: str, sizes: dict[str, object], rounds: int
+) -> float:
     """Races one command and prints its line; the median ratio of CPU times, new / old."""
     # Not counted: the first run of each compiles bytecode and fills the file system's cache
-    run_script(old, command, log)
-    run_script(new, command, log)
+    old.run(section, sizes)
+    new.run(section, sizes)
 
     before: list[Cost] = []
     after: list[Cost] = []
     for number in range(rounds):
         # A B, B A, A B ...: neither is always the one that follows the other
         if number % 2 == 0:
-            before.append(run_script(old, command, log))
-            after.append(run_script(new, command, log))
+            before.append(old.run(section, sizes))
+            after.append(new.run(section, sizes))
         else:
-            after.append(run_script(new, command, log))
-            before.append(run_script(old, command, log))
+            after.append(new.run(section, sizes))
+            before.append(old.run(section, sizes))
 
     # Round by round, because what a machine does to one command it does to the next
     pairs = list(zip(before, after, strict=True))
@@ -184,23 +199,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    old, new = args.old.resolve(), args.new.resolve()  # commands run in these folders
     sizes = QUICK if args.quick else FULL
     worst = 0.0  # of the median ratios
     # A folder of its own, so that neither checkout finds what an earlier run left
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        log = folder / "log.txt"
-        # Speed does not depend on what the text says
-        random_text(folder, "words", n_kinds=4096, n_words=sizes["n_words"])
+        sides = []
+        for side, checkout in {"old": args.old, "new": args.new}.items():
+            folder = Path(name) / side
+            folder.mkdir()
+            # Speed does not depend on what the text says
+            random_text(folder, "words", n_kinds=4096, n_words=sizes["n_words"])
+            sides.append(Side(checkout.resolve(), folder))
         for section in COMMANDS:
-            command = command_line(section, folder, sizes)
             if section in args.sections:
                 print(f"{section}: ", end="", flush=True)
-                worst = max(worst, compare_section(old, new, command, args.rounds, log))
+                worst = max(worst, compare_section(*sides, section, sizes, args.rounds))
             # Not compared, but read by those after it
             elif section in ("training", "harvest"):
-                run_script(old, command, log)
+                for side in sides:
+                    side.run(section, sizes)
     return int(worst > args.fail_above)
 
 
