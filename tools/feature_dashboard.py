@@ -515,11 +515,11 @@ def ranked_tokens(activation: Tensor) -> Tensor:
 
 
 def spread(ranked: list[int], n: int, seq_len: int) -> list[int]:
-    """About n of the ranked tokens, from the first to the last at equal steps; none of a window
-    that another one is of."""
+    """About n of the ranked tokens, in the middle of n equal parts; no two of one window."""
     chosen: list[int] = []
     windows: set[int] = set()
-    for start in np.linspace(0, len(ranked) - 1, n).astype(int).tolist():
+    for part in range(n):
+        start = (2 * part + 1) * len(ranked) // (2 * n)
         free = (token for token in ranked[start:] if token // seq_len not in windows)
         token = next(free, None)
         if token is not None:
@@ -695,14 +695,15 @@ def effect_in_words(effect: Effect | None) -> str:
 
 def what_a_feature_is(source: Source, found: Survey) -> str:
     """One paragraph for somebody who has never seen one."""
-    whole = source.sae.reads_whole_layer
-    writer = "the heads" if whole else f"head H{source.sae.head}"
+    writer = "the attention heads"
+    if not source.sae.reads_whole_layer:
+        writer = f"attention head H{source.sae.head}"
     few = three_digits(float(f"{found.mean_active:.3g}"))
     return (
-        f"A feature is a direction in what {writer} of layer {source.layer} put{'s' * (not whole)} "
-        f"out. It is active on a token where that output has a part along it. "
-        f"A sparse autoencoder (SAE) learned {source.sae.n_features:,} of them, so that the few "
-        f"that are active on a token, here {few} on average, rebuild the output."
+        f"A feature is a direction in the output of {writer} of layer {source.layer}, and its "
+        f"activation says how far the output of a token goes along it. A sparse autoencoder (SAE) "
+        f"learned {source.sae.n_features:,} of them, of which a few at a time, here {few} a token, "
+        f"add up to nearly that output."
     )
 
 
@@ -748,10 +749,10 @@ def effects_in_words(features: list[Feature], head: str) -> str:
     for verb, numbers in {"rises": risen, "falls": fallen}.items():
         if numbers:
             largest = max(numbers, key=lambda number: abs(effects[number].value))
+            which = "feature" if len(numbers) == 1 else "most for feature"
             said.append(
                 f"Without the part that it writes through head {head}, the loss {verb} for "
-                f"{len(numbers)} of the {n} (most for feature {largest}: "
-                f"{millinats(effects[largest])})."
+                f"{len(numbers)} of the {n} ({which} {largest}: {millinats(effects[largest])})."
             )
     if n_null == n:
         said.append(f"For none of the {n} can an effect on the loss be told from 0.")
