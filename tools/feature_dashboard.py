@@ -376,9 +376,10 @@ def by_effect(study: HeroStudy, n: int) -> Choice:
         return (not effect.is_off_zero(), -abs(effect.value))
 
     features = sorted(study.own, key=rank)[:n]
-    why = f"Shown are {len(features)} features of head {study.head}, which the hero analysis took "
-    why += "away one at a time. Those with an effect on the loss that is told from 0 come first, "
-    return Choice(features, why + "then the larger ones.")
+    count = f"are {len(features)} features" if len(features) > 1 else "is the one feature"
+    why = f"Shown {count} of head {study.head} that the hero analysis took away, one at a time. "
+    why += "Those with an effect on the loss that is told from 0 come first, then the larger ones."
+    return Choice(features, why)
 
 
 @torch.no_grad()
@@ -677,10 +678,8 @@ def millinats(effect: Effect) -> str:
     return f"{in_millinats(effect)} millinats a token"
 
 
-def effect_in_words(effect: Effect | None) -> str:
+def effect_in_words(effect: Effect) -> str:
     """What the loss does without a feature, as a sentence about it."""
-    if effect is None:
-        return "Not measured."
     if math.isnan(effect.low):
         found = f"{1000 * effect.value:+.3g} millinats a token"
         return f"Cannot tell: {found}, and {effect.n} documents are too few for an interval."
@@ -702,8 +701,8 @@ def what_a_feature_is(source: Source, found: Survey) -> str:
     return (
         f"A feature is a direction in the output of {writer} of layer {source.layer}, and its "
         f"activation says how far the output of a token goes along it. A sparse autoencoder (SAE) "
-        f"learned {source.sae.n_features:,} of them, of which a few at a time, here {few} a token, "
-        f"add up to nearly that output."
+        f"learned {source.sae.n_features:,} of them, so that a few at a time, here {few} a token, "
+        f"approximate that output."
     )
 
 
@@ -763,7 +762,9 @@ def effects_in_words(features: list[Feature], head: str) -> str:
     return " ".join(said)
 
 
-def first_screen(source: Source, found: Survey, choice: Choice, shown: list[Feature], head: str):
+def first_screen(
+    source: Source, found: Survey, choice: Choice, shown: list[Feature], head: str
+) -> list[str]:
     """The paragraphs that say what is on the page."""
     limits = (
         "Contexts show where a feature is active; they do not prove what it means, and there is no "
@@ -836,7 +837,8 @@ def run(args: argparse.Namespace) -> int:
     study = find_hero(source, args.hero_dir)
     found = survey(source)
     if args.features:
-        choice = Choice(args.features, f"Shown are the {len(args.features)} that were asked for.")
+        count = f"are the {len(args.features)}" if len(args.features) > 1 else "is the one"
+        choice = Choice(args.features, f"Shown {count} asked for.")
     else:
         choice = choose(found, NO_STUDY if args.sparse else study, args.top)
     features = describe(source, choice.features, study)
