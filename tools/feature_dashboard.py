@@ -750,7 +750,7 @@ def effects_in_words(features: list[Feature], head: str) -> str:
             largest = max(numbers, key=lambda number: abs(effects[number].value))
             which = "feature" if len(numbers) == 1 else "most for feature"
             said.append(
-                f"Without the part that it writes through head {head}, the loss {verb} for "
+                f"Without what one of them writes through head {head}, the loss {verb} for "
                 f"{len(numbers)} of the {n} ({which} {largest}: {millinats(effects[largest])})."
             )
     if n_null == n:
