@@ -77,6 +77,8 @@ def energy_page(folder: Path) -> str:
 
 def feature_page() -> str:
     tokens = [feature_dashboard.Token(text, value - 3.0) for value, text in enumerate(HOSTILE)]
+    tokens.append(feature_dashboard.Token("peak", 2.0, is_peak=True))
+    context = feature_dashboard.Context(2.0, tokens)
     places = [feature_dashboard.Place(HOSTILE[0], 3, -0.5)]
     feature = feature_dashboard.Feature(
         number=7,
@@ -85,13 +87,14 @@ def feature_page() -> str:
         largest=2.0,
         counts=[2, 1],
         edges=[0.1, 1.0, 2.0],
-        contexts=[tokens],
+        groups=[feature_dashboard.Group(HOSTILE[0], 2.0, 0.1, 3, [context])],
+        usual=[feature_dashboard.UsualToken(HOSTILE[0], 0.5, 0.1)],
         origin=feature_dashboard.Origin(tokens, places, [0.5, -1.0]),
         heads=[0.25, 0.75],
         raises=tokens,
         lowers=tokens,
     )
-    return feature_dashboard.render(HOSTILE[0], HOSTILE[1], [feature])
+    return feature_dashboard.render(HOSTILE[0], HOSTILE, [feature])
 
 
 def report_page() -> str:
