@@ -1968,7 +1968,6 @@ PREDICTORS = {
         integrated_gradients,
         "tokens",
         in_energy=True,
-        drawn=True,
     ),
     "activation": Predictor("f", activation, "tokens", scored=False, column="f"),
     "magnitude": Predictor(
@@ -3355,9 +3354,13 @@ def draw_forest(scores: pd.DataFrame, path: Path, unit: str) -> None:
         panels["the size of the change"] = scores[scores.scale == "absolute"]
 
     def draw(is_stacked: bool) -> Any:
-        figure, axes = new_panels(len(panels), 5.2, 4.2, is_stacked)
+        width = 3.7 if len(panels) > 2 else 5.2
+        figure, axes = new_panels(len(panels), width, 4.2, is_stacked)
         for ax, (title, rows) in zip(axes, panels.items(), strict=True):
             draw_forest_panel(ax, rows)
+            is_alike = "layer" in scores  # the same predictors in every panel
+            if is_alike and not is_stacked and not ax.get_subplotspec().is_first_col():
+                ax.set_yticklabels([])
             ax.set_title(f"{title}\n({sizes_line(rows)})", fontsize=9)
         one_legend(figure, axes[0], 2 if is_stacked else 4)
         return figure
@@ -3477,6 +3480,7 @@ def draw_descent(table: pd.DataFrame, path: Path) -> None:
             ax.set_ylabel("E(t) − E(0), energy per token")
             ticks = [0, 1, 3, 10, 30]
             ax.set_xticks(ticks, ticks)
+            ax.set_xlim(0, table.step.max())
             ax.minorticks_off()
         axes[1].legend(fontsize=8, frameon=False)
         return figure
@@ -3657,7 +3661,7 @@ def told_from_0(own: pd.DataFrame) -> str:
 def cases_line(own: pd.DataFrame, unit: str) -> str:
     """Spearman at every dose (and layer) with its interval; of many only the range."""
     if len(own) > 3:
-        return f"{span(own.spearman)}, drawn below with intervals"
+        return f"{span(own.spearman)}, drawn with intervals"
     cases = []
     for row in own.itertuples():
         where = f"{unit} {row.layer}, " if "layer" in own else ""
@@ -3694,8 +3698,8 @@ def identity_line(scores: pd.DataFrame) -> str:
     least = own.spearman.min()
     if least >= 0.99:
         return (
-            f"Integrated gradients rank the changes as they are (Spearman {least:.2f} or more in "
-            "every case). That is an identity, the gradient summed along the way is the change: it "
+            "Integrated gradients rank the changes as they are (Spearman 0.99 or more in every "
+            "case). That is an identity, the gradient summed along the way is the change: it "
             "checks the code and predicts nothing, so it is not drawn."
         )
     return (
@@ -3897,7 +3901,8 @@ def shift_line(clamps: pd.DataFrame) -> str:
     own = strongest[strongest.arm == "feature"].reset_index(drop=True)
     random = strongest[strongest.arm == "random direction"].reset_index(drop=True)
     excess = bootstrap_mean(own.attractor_shift - random.attractor_shift, own.cluster)
-    interval = f"[{cell(excess.lo)}, {cell(excess.hi)}], {own.cluster.nunique()} clusters of copies"
+    n_clusters = own.cluster.nunique()
+    interval = f"{limits(excess.lo, excess.hi)}, {n_clusters} clusters of copies"
     return (
         f"clamped at {clamps.dose.max():g} x the mean activation: "
         f"{own.attractor_shift.mean():.3f}, minus equal random displacement {excess.mean:.3f} "
@@ -4209,10 +4214,10 @@ def prediction_method(scores: pd.DataFrame) -> str:
         "Spearman, over features, of a predictor with the change per active token "
         f"({sizes_line(scores)}). Predictors from the other half of the documents know "
         "nothing of those that are intervened on: only they predict, and only they are on equal "
-        f"terms with EFAS ({REFERENCE}). Those of the intervened tokens are computed on the very "
+        "terms with EFAS. Those of the intervened tokens are computed on the very "
         "states that are then changed. Intervals: 95 %, jackknife over sequences and over whole "
-        f"clusters; of a difference jointly; none below {MIN_GROUPS} of either. eps: share of the "
-        "feature that is removed. random: a thousand predictors that know nothing, so its interval "
+        f"clusters; of a difference jointly; none below {MIN_GROUPS} of either. Standard normal: a "
+        "thousand predictors that know nothing, so its interval "
         "is what chance gives."
     )
 
@@ -4222,25 +4227,40 @@ def ablation_section(
 ) -> list[ReportPart]:
     """Ablations beside their predictors, number by number; `outcome` is what changes."""
     figure = folder / "predicted_actual.png"
-    shown = scores
-    tables = [prediction_table(scores)] if "layer" not in scores else []
+    caption = f"Predicted and actual change of the {outcome}, partial and full ablation"
+    rho = scores
     if "layer" in scores:
         by_predictor = scores.groupby(["eps", "predictor", "scale"], as_index=False)
-        shown = by_predictor.spearman.mean()
+        rho = by_predictor.spearman.mean()
+        caption += ", all layers; Spearman: mean over layers"
+    draw_predicted(points, rho, figure, f"change of the {outcome}\nper active token")
+    return [
+        ("closed", "Ablations, number by number"),
+        ("img", (figure, caption)),
+        ("t", prediction_rows(scores)),
+        ("p", prediction_method(scores)),
+    ]
+
+
+def prediction_rows(scores: pd.DataFrame) -> pd.DataFrame:
+    """`prediction_table` of every layer under names for readers, less what is an identity."""
+    scores = scores[~scores.predictor.isin(IDENTITIES)]
+    tables = []
+    if "layer" in scores:
         for layer, rows in scores.groupby("layer"):
             table = prediction_table(rows)
             table.insert(0, "layer", layer)
             tables.append(table)
-    draw_predicted(points, shown, figure, f"change of the {outcome}\nper active token")
-    caption = f"Predicted and actual change of the {outcome}, partial and full ablation"
-    if "layer" in scores:
-        caption += ", all layers; Spearman: mean over layers"
-    return [
-        ("closed", "Ablations, number by number"),
-        ("img", (figure, caption)),
-        ("t", pd.concat(tables)),
-        ("p", prediction_method(scores)),
-    ]
+    else:
+        tables.append(prediction_table(scores))
+    shown = pd.concat(tables)
+    formulas = {name: predictor.formula for name, predictor in PREDICTORS.items()}
+    shown["predictor"] = [formulas.get(name, name) for name in shown.predictor]
+    names = {"scale": "change", "documents": "it has seen"}
+    for eps in scores.eps.unique():
+        names[f"eps {eps:g}"] = f"{dose_name(eps)} removed"
+        names[f"eps {eps:g}, minus {REFERENCE}"] = "less that of EFAS"
+    return shown.rename(columns=names)
 
 
 CLAMP_NAMES = {

@@ -819,7 +819,7 @@ class EnergyLensAnalyzer:
         tables["sae"] = pd.concat([block.quality for block in found], ignore_index=True)
         tables["efas_distribution"] = lens.histogram_table(tables["features"], efas, cfg.seed)
         tables["z_distribution"] = lens.z_table(tables["features"], efas)
-        tables["models"] = worth_table(lm.name, test.loss, windows[:n_test])
+        tables["models"] = worth_table(lm.name, test.loss, test.ids)
 
         # Does alignment predict what an ablation does?
         self._say("ablations")
@@ -1468,7 +1468,7 @@ def ablation_excess(interventions: pd.DataFrame) -> str:
     excess = (of_feature - of_random).dropna().reset_index()
     cluster = pd.Series(excess.groupby(["layer", "cluster"]).ngroup())  # over all layers
     interval = lens.bootstrap_mean(excess["size"], cluster)
-    limits = f"[{lens.cell(interval.lo)}, {lens.cell(interval.hi)}]"
+    limits = lens.limits(interval.lo, interval.hi)
     return (
         "|change of the loss| by full ablation, feature minus random direction of equal length: "
         f"{interval.mean:.4f} {limits} nats per active token (95 % over {cluster.nunique()} "
