@@ -398,7 +398,7 @@ def compare_models(
     rows = []
 
     sequence = asked.nonzero()[:, 0].numpy()  # [n_masked] of which sequence each asked token is
-    nats_of_unigram: list[Tensor] = []
+    nats_of_unigram: list[Tensor] = []  # of every model in fact: the first is unigram
 
     def add_row(model: str, logits: Tensor) -> None:
         """Logits [S', L, V], one model's at a time, for memory."""
@@ -3102,7 +3102,7 @@ class PageSection:
 
 def page_sections(blocks: list[ReportPart]) -> list[PageSection]:
     """The blocks of a report by section, each up to the next heading."""
-    sections = [PageSection("", is_closed=False)]
+    sections = [PageSection("", is_closed=False)]  # what stands before the first heading
     for kind, value in blocks:
         if kind in ("h", "closed"):
             sections.append(PageSection(value, kind == "closed"))
@@ -3198,6 +3198,7 @@ def new_panels(n: int, width: float, height: float, is_stacked: bool) -> tuple[A
     panels = list(axes.flat)
     for ax in panels[n:]:  # the last row may have room left
         ax.remove()
+    # Only two axes: nothing is read off the others
     for ax in panels[:n]:
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=8)
@@ -3222,7 +3223,7 @@ def tested_pairs(features: pd.DataFrame, layers: list[Layer]) -> Iterator[tuple[
 def histogram_table(features: pd.DataFrame, layers: list[Layer], seed: int) -> pd.DataFrame:
     """Densities of EFAS and of both nulls, a row a (layer, source, bin): what draw_distribution
     needs."""
-    edges = np.linspace(-1, 1, 401)
+    edges = np.linspace(-1, 1, 401)  # 0.005 wide: of a language model |EFAS| is around 0.01
     centres = (edges[1:] + edges[:-1]) / 2
     rng = np.random.default_rng(seed)
     tables = []
@@ -3256,7 +3257,7 @@ def z_table(features: pd.DataFrame, layers: list[Layer]) -> pd.DataFrame:
     for layer, _ in tested_pairs(features, layers):
         null = layer.null.double()  # [8, n]
         spread = null.std(1, keepdim=True)
-        z = ((null - null.mean(1, keepdim=True)) / spread).flatten().numpy()
+        z = ((null - null.mean(1, keepdim=True)) / spread).flatten().numpy()  # [8 n]
         edges = z_edges(z)
         counts, _ = np.histogram(z, edges)
         middles = (edges[1:] + edges[:-1]) / 2
@@ -3270,6 +3271,7 @@ def z_table(features: pd.DataFrame, layers: list[Layer]) -> pd.DataFrame:
 
 def z_edges(z: np.ndarray) -> np.ndarray:
     """Edges of bins of Z_BIN, with 0 among them, that hold all of z and some room."""
+    # In bins, of which 0 is an edge
     low = math.floor(min(np.nanmin(z), -3) / Z_BIN) - 1
     high = math.ceil(max(np.nanmax(z), 3) / Z_BIN) + 1
     return Z_BIN * np.arange(low, high + 1)
@@ -3278,7 +3280,7 @@ def z_edges(z: np.ndarray) -> np.ndarray:
 def draw_z(features: pd.DataFrame, null: pd.DataFrame | None, path: Path, unit: str) -> None:
     """features.csv beside z_distribution.csv (which older runs lack), a panel a layer: how far
     each feature lies from random directions."""
-    own = features[features.eligible]
+    own = features[features.eligible]  # the others were not tested
     layers = sorted(own.layer.unique())
 
     def draw(is_stacked: bool) -> Any:
@@ -3288,9 +3290,11 @@ def draw_z(features: pd.DataFrame, null: pd.DataFrame | None, path: Path, unit: 
             edges = z_edges(rows.z_direction.to_numpy())
             groups = [rows.z_direction[~rows.aligned], rows.z_direction[rows.aligned]]
             look = {"color": [COLOURS[0], COLOURS[1]], "label": ["not aligned", "aligned"]}
-            heights, _, _ = ax.hist(groups, edges, stacked=True, **look)
+            # One group on the other: together they are all tested features
+            heights = ax.hist(groups, edges, stacked=True, **look)[0]  # [2, bins]
             if null is not None:
                 expected = null[null.layer == layer]
+                # Shares times the number of features: the same unit as the bars
                 curve = {"where": "mid", "color": "black", "linewidth": 1.2}
                 label = "as many random directions"
                 ax.step(expected.z, expected.share * len(rows), label=label, **curve)
@@ -3316,7 +3320,7 @@ def draw_distribution(table: pd.DataFrame, path: Path, unit: str) -> None:
         figure, axes = new_panels(max(1, len(layers)), 3.6, 2.9, is_stacked)
         for ax, layer in zip(axes, layers, strict=False):
             sources = table[table.layer == layer].groupby("source", sort=False)
-            reach = 0.0
+            reach = 0.0  # how far from 0 anything lies, but for the outermost thousandth
             for (source, rows), colour, style in zip(
                 sources, COLOURS, ("-", ":", "--"), strict=False
             ):
@@ -3345,7 +3349,7 @@ def draw_forest(scores: pd.DataFrame, path: Path, unit: str) -> None:
     """predictors.csv: Spearman of every predictor with the change, all doses on one scale, with
     intervals. Of one layer a panel for the change and one for its size; of several a panel each for
     the change."""
-    panels = {}
+    panels = {}  # title -> rows of the table
     if "layer" in scores:
         for layer, rows in scores[scores.scale == "signed"].groupby("layer"):
             panels[f"{unit} {layer}"] = rows
@@ -3354,6 +3358,7 @@ def draw_forest(scores: pd.DataFrame, path: Path, unit: str) -> None:
         panels["the size of the change"] = scores[scores.scale == "absolute"]
 
     def draw(is_stacked: bool) -> Any:
+        # Of three panels in a row only the first names the predictors
         width = 3.7 if len(panels) > 2 else 5.2
         figure, axes = new_panels(len(panels), width, 4.2, is_stacked)
         for ax, (title, rows) in zip(axes, panels.items(), strict=True):
@@ -3381,6 +3386,7 @@ def draw_forest_panel(ax: Any, rows: pd.DataFrame) -> None:
         band = {"color": "0.5", "alpha": 0.25, "linewidth": 0}  # on light and on dark ground
         ax.axvspan(chance.ci_lo.min(), chance.ci_hi.max(), label="chance", zorder=0, **band)
     ax.axvline(0, color="black", linewidth=0.8)
+    # The doses of a predictor stand just below one another, its name at their middle
     lines = np.linspace(-0.25, 0.25, len(doses))
     for (eps, own), colour, marker, shift in zip(doses, COLOURS, "os^vD", lines, strict=False):
         place = [names.index(name) + shift for name in own.predictor]
@@ -3388,8 +3394,10 @@ def draw_forest_panel(ax: Any, rows: pd.DataFrame) -> None:
         look = {"color": colour, "marker": marker, "markersize": 4, "linestyle": "none"}
         label = f"{dose_name(eps)} of the feature removed"
         ax.errorbar(own.spearman, place, xerr=errors, label=label, **look)
+    # A predictor that has been taken out of the table since that run keeps its bare name
     shown = [PREDICTORS[name].formula if name in PREDICTORS else name for name in names]
     ax.set_yticks(range(len(names)), [as_label(label).replace(" (", "\n(") for label in shown])
+    # The first one on top; the same scale in every panel
     ax.set(ylim=(len(names) - 0.5, -0.5), xlim=(-1.05, 1.05))
     ax.set_xlabel("Spearman correlation with the change")
 
@@ -3467,6 +3475,7 @@ def draw_descent(table: pd.DataFrame, path: Path) -> None:
         for (term, rows), colour in zip(table.groupby("term", sort=False), COLOURS, strict=False):
             is_total = term == "total"
             ax = axes[0] if is_total else axes[1]
+            # The mean of a change is the change of the mean
             change = rows["mean"] - rows["mean"].iloc[0]
             ax.plot(rows.step, change, color=colour, label=term)
             if "change_q05" in rows:  # older runs kept the range of the energy, not of its change
@@ -3492,7 +3501,8 @@ def draw_basins(basin: pd.DataFrame, tree: pd.DataFrame, path: Path) -> None:
     """basins.csv and merge_tree.csv, side by side."""
 
     def draw(is_stacked: bool) -> Any:
-        figure, (size, depth) = new_panels(2, 4.4, 3.4, is_stacked)
+        figure, axes = new_panels(2, 4.4, 3.4, is_stacked)
+        size, depth = axes
         errors = [basin.returned - basin.ci_lo, basin.ci_hi - basin.returned]
         look = {"fmt": "-o", "color": COLOURS[0], "capsize": 3}
         size.errorbar(basin.sigma, basin.returned, errors, **look)
@@ -3542,6 +3552,7 @@ def aligned_line(layers: pd.DataFrame, features: pd.DataFrame, unit: str, quanti
         return f"Cannot tell whether a feature is aligned: none is {needed}, so none was tested."
     n_aligned = int(layers.aligned.sum())
     if not n_aligned:
+        # Nothing found says something only where something could have been
         if layers.fewest.max() > n_tested:
             cause = f"with so few random directions none of {n_tested:,} could have passed"
             return f"Cannot tell whether a feature is aligned: {cause}."
@@ -3554,7 +3565,7 @@ def aligned_line(layers: pd.DataFrame, features: pd.DataFrame, unit: str, quanti
     listed = []
     for row in layers[layers.aligned > 0].itertuples():
         which = f"{int(row.aligned):,} of {int(row.eligible):,}"
-        if n_aligned <= LOOKED_AT:
+        if n_aligned <= LOOKED_AT:  # few enough to name each
             numbers = found.feature[found.layer == row.layer]
             which = "features " + ", ".join(str(number) for number in numbers)
         listed.append(f"{row.layer}: {which}")
@@ -3575,6 +3586,7 @@ def rule_line(layers: pd.DataFrame) -> str:
         f"The original's rule, |EFAS| > {RULE}, passes {passes:,} of these {n_tested:,} features"
     )
     chance = f"Of as many random directions that fire as often it would pass {by_chance:,.0f}"
+    # No interval: the second number is an expectation, exact but for the draw of directions
     if by_chance >= passes:
         return f"{count}. {chance}, no fewer: the rule tells nothing."
     return f"{count}. {chance} ({by_chance / passes:.0%} of that number)."
@@ -3586,6 +3598,7 @@ def least_line(layers: pd.DataFrame, unit: str) -> str:
         return "Nothing was tested."
     own = layers.dropna(subset="fewest")
     fewest = int(own.fewest.max())
+    # Of several layers the easiest and the hardest: a range
     if fewest == 1 and own.efas_alone_above.notna().any():
         above = span(own.efas_alone_above)
         below = span(own.efas_alone_below)
@@ -3613,8 +3626,8 @@ def against_unigram(lo: float, hi: float, is_worse: bool) -> str:
 def worth_line(models: pd.DataFrame) -> str:
     """What the model is worth: its loss beside unigram's, which knows how frequent tokens are."""
     unigram = models[models.model == "unigram"].iloc[0]
-    own = models[models.model != "unigram"].iloc[0]
-    difference = own.masked_nats - unigram.masked_nats
+    own = models[models.model != "unigram"].iloc[0]  # at the depth that it was trained at
+    difference = own.masked_nats - unigram.masked_nats  # above 0: worse
     losses = (
         f"{own.model}: {own.masked_nats:.2f} nats a token, unigram {unigram.masked_nats:.2f}, over "
         f"{int(own.n_masked):,} tokens"
@@ -3624,7 +3637,7 @@ def worth_line(models: pd.DataFrame) -> str:
         if row.model.startswith(("bigram", "ordinary")):
             others.append(f"{row.model}: {row.masked_nats:.2f}")
     beside = f" ({'; '.join(others)})" if others else ""
-    if "minus_unigram" not in models:
+    if "minus_unigram" not in models:  # a run before there was an interval
         word = "worse" if difference > 0 else "better"
         unsure = "this older run kept no interval, so it is not known how surely"
         return f"The model is {word} than unigram here; {unsure}. {losses}{beside}."
@@ -3644,6 +3657,7 @@ def sizes_line(rows: pd.DataFrame) -> str:
 def told_from_0(own: pd.DataFrame) -> str:
     """In how many rows of predictors.csv the interval leaves 0 out, and on which side."""
     n = len(own)
+    # Without an interval (NaN) a row counts on neither side
     n_up = int((own.ci_lo > 0).sum())
     n_down = int((own.ci_hi < 0).sum())
     if own.ci_lo.isna().all():
@@ -3676,6 +3690,7 @@ def prediction_line(scores: pd.DataFrame, unit: str, outcome: str) -> str:
     signed = scores[scores.scale == "signed"]
     efas = signed[signed.predictor == REFERENCE]
     own = signed[signed.predictor == "attribution_a"]
+    # Paired: both are of the same features and documents, and so is their difference
     better = int((own.minus_efas_lo > 0).sum())
     worse = int((own.minus_efas_hi < 0).sum())
     n = len(own)
@@ -3695,7 +3710,7 @@ def identity_line(scores: pd.DataFrame) -> str:
     own = scores[scores.predictor.isin(IDENTITIES)]
     if not len(own):
         return ""
-    least = own.spearman.min()
+    least = own.spearman.min()  # over doses, scales and layers
     if least >= 0.99:
         return (
             "Integrated gradients rank the changes as they are (Spearman 0.99 or more in every "
@@ -4015,8 +4030,9 @@ def layer_rows(layers: pd.DataFrame, unit: str) -> pd.DataFrame:
     table = upright(layers)
     names = []
     for name in table.layer:
-        column, parenthesis, meaning = name.partition(" (")
-        names.append(LAYER_NAMES.get(column, column) + parenthesis + meaning)
+        column = name.split(" (")[0]  # a count has its clusters beside it, in parentheses
+        rest = name.removeprefix(column)
+        names.append(LAYER_NAMES.get(column, column) + rest)  # a new quantity keeps its own
     table["layer"] = names
     return table.rename(columns={"layer": unit})
 
@@ -4055,7 +4071,7 @@ def first_screen(
 
 def evidence(tables: dict[str, pd.DataFrame], unit: str, folder: Path) -> list[ReportPart]:
     """The pictures behind the first screen: z of the features, and the forest of predictors."""
-    null = tables.get("z_distribution")
+    null = tables.get("z_distribution")  # older runs lack it
     figure = folder / "z_direction.png"
     draw_z(tables["features"], null, figure, unit)
     caption = (
@@ -4281,6 +4297,7 @@ def clamp_section(clamps: pd.DataFrame, folder: Path) -> list[ReportPart]:
     draw_dose(clamps, responses)
     outcomes = ["attractor_shift", "flip_rate", "collateral", "g_change_others", "residual"]
     means = clamps.groupby(["arm", "aligned", "dose"], as_index=False)[outcomes].mean()
+    # As words: True and False are of the code
     means["aligned"] = means.aligned.map({True: "yes", False: "no"})
     band = "Dose-response of clamps and of equal random displacements; band: 95 % over clusters"
     said = shift_line(clamps)
@@ -4381,6 +4398,7 @@ def looked_at_section(looked: pd.DataFrame, unit: str, cost: str) -> list[Report
     shown["energy_change"] = [
         f"{cell(row.energy_change)} {limits(row.ci_lo, row.ci_hi)}" for row in looked.itertuples()
     ]
+    # First what sets the groups apart, then who is in them
     apart = against_matched(looked)
     apart["quantity"] = apart.quantity.map(QUANTITY_NAMES)
     return [
@@ -4414,7 +4432,7 @@ BASIN_NAMES = {
 def returned_line(basin: pd.DataFrame) -> str:
     """Null result of the basins: every noisy start came back. Empty if one did not."""
     if basin.returned.min() < 1:
-        return ""
+        return ""  # then the table and the figure are shown
     n = int(basin.n.min())
     sigmas = span(basin.sigma)
     return (
@@ -4436,6 +4454,7 @@ def merged_line(tree: pd.DataFrame) -> str:
 
 def one_attractor_line(ends: pd.DataFrame) -> str:
     """Null result of the five starts: all end alike. Empty if one does not."""
+    # The same 1 % as in `basins`
     if ends.max_distance.max() >= 0.01 or ends.converged.min() < 1:
         return ""
     n = int(ends.n_seq.iloc[0])
@@ -4449,8 +4468,8 @@ def class_line(clusters: pd.DataFrame) -> str:
     """Whether attractors tell the classes of tokens, beside their input."""
     ami = clusters.set_index("clusters_of").ami
     chance = clusters.permuted_q95.max()
-    star = ami["attractor g*"]
-    source = ami["input field"]
+    star = ami["attractor g*"]  # where the descent ends
+    source = ami["input field"]  # where it starts
     found = (
         f"Clusters of attractors share {cell(star)} of the classes of tokens (adjusted mutual "
         f"information, 1: all), clusters of the input {cell(source)}; permuted at most "
