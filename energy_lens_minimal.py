@@ -385,7 +385,8 @@ def compare_models(
     alpha: float,
     seed: int,
 ) -> pd.DataFrame:
-    """Held-out masked cross-entropy (nats) and accuracy, a row a model.
+    """Held-out masked cross-entropy (nats) and accuracy, a row a model; minus_unigram: its loss
+    less that of unigram, with its interval over sequences.
 
     For the Energy Transformer also the signs of collapse: distinct decoded tokens, and the share of
     the unmasked tokens that are decoded as themselves.
@@ -396,13 +397,24 @@ def compare_models(
     _, xs = descend(et, seen, 100, alpha)
     rows = []
 
+    sequence = asked.nonzero()[:, 0].numpy()  # [n_masked] of which sequence each asked token is
+    nats_of_unigram: list[Tensor] = []  # of every model in fact: the first is unigram
+
     def add_row(model: str, logits: Tensor) -> None:
         """Logits [S', L, V], one model's at a time, for memory."""
         decoded = logits.argmax(-1)  # [S', L]
+        nats = F.cross_entropy(logits[asked], ids[asked], reduction="none")  # [n_masked]
+        nats_of_unigram.append(nats)  # the first model's stays the first
+        difference = pd.Series((nats - nats_of_unigram[0]).double().numpy())
+        apart = bootstrap_mean(difference, pd.Series(sequence))
         rows.append(
             {
                 "model": model,
-                "masked_nats": F.cross_entropy(logits[asked], ids[asked]).item(),
+                "masked_nats": nats.mean().item(),
+                "minus_unigram": apart.mean,
+                "ci_lo": apart.lo,
+                "ci_hi": apart.hi,
+                "n_seq": len(np.unique(sequence)),
                 "accuracy": (decoded == ids)[asked].float().mean().item(),
                 "n_masked": int(asked.sum()),
                 "distinct_decoded": len(decoded.unique()),
@@ -460,14 +472,17 @@ def descent_table(
     et: EnergyTransformer, ids: Tensor, alpha: float, steps: int = 60
 ) -> pd.DataFrame:
     """Energy per token and its terms along the descent: a row a (step, term), mean and 5-95 % range
-    over sequences."""
+    over sequences, of it and of its change since step 0."""
     b, xs = descend(et, ids, steps, alpha)
     rows = []
+    at_start: dict[str, Tensor] = {}  # term -> [S]
     for step, x in enumerate(xs):
         # Means over tokens, so that sequences can be compared.
         terms = {term: share.mean(1) for term, share in et.energy_terms(x, b).items()}  # [S] each
         total = torch.stack(list(terms.values())).sum(0)
         for term, energies in {"total": total, **terms}.items():
+            start = at_start.setdefault(term, energies)  # [S]
+            change = energies - start
             rows.append(
                 {
                     "step": step,
@@ -475,6 +490,8 @@ def descent_table(
                     "mean": energies.mean().item(),
                     "q05": energies.quantile(0.05).item(),
                     "q95": energies.quantile(0.95).item(),
+                    "change_q05": change.quantile(0.05).item(),
+                    "change_q95": change.quantile(0.95).item(),
                     "n_seq": len(energies),
                 }
             )
@@ -1930,30 +1947,36 @@ class Predictor:
 
 # A predictor more is a function and an entry more; the order is that of the tables.
 PREDICTORS = {
-    "efas_a": Predictor("EFAS (other half)", discovery_efas, "feature", drawn=True),
+    "efas_a": Predictor("EFAS, a correlation (other half)", discovery_efas, "feature", drawn=True),
     "attribution_a": Predictor(
-        "attribution f A (other half)", discovery_attribution, "feature", drawn=True
+        "attribution f A, energy (other half)", discovery_attribution, "feature", drawn=True
     ),
     "efas_on_a": Predictor("EFAS of active tokens (other half)", discovery_active_efas, "feature"),
-    "magnitude_a": Predictor("f^2 (other half)", discovery_magnitude, "feature", signed=False),
+    "magnitude_a": Predictor("mean f^2 (other half)", discovery_magnitude, "feature", signed=False),
     "frequency_a": Predictor(
         "active tokens (other half)", discovery_frequency, "feature", signed=False
     ),
     "attribution": Predictor(
-        "attribution eps f A (same tokens)", attribution, "tokens", in_energy=True, drawn=True
-    ),
-    "integrated_gradients": Predictor(
-        "integrated gradients (same tokens)",
-        integrated_gradients,
+        "attribution eps f A, energy (same tokens)",
+        attribution,
         "tokens",
         in_energy=True,
         drawn=True,
     ),
+    "integrated_gradients": Predictor(
+        "integrated gradients, energy (same tokens)",
+        integrated_gradients,
+        "tokens",
+        in_energy=True,
+    ),
     "activation": Predictor("f", activation, "tokens", scored=False, column="f"),
-    "magnitude": Predictor("f^2", squared_activation, "tokens", signed=False, column="f2"),
+    "magnitude": Predictor(
+        "mean f^2 (same tokens)", squared_activation, "tokens", signed=False, column="f2"
+    ),
     "random": Predictor("standard normal", standard_normal, "chance"),
 }
 REFERENCE = "efas_a"  # the predictor from which the differences of the others are reported
+IDENTITIES = ("integrated_gradients",)  # equal to the change by construction: checks, not drawn
 
 
 def predictors_of(basis: str) -> dict[str, Predictor]:
@@ -2828,6 +2851,7 @@ def analyse_features(study: Study, descents: Descents) -> dict[int, SAE]:
     tables["features"], tables["layers"] = call_aligned(layers)
     tables["sae"] = pd.DataFrame(quality)
     tables["efas_distribution"] = histogram_table(tables["features"], layers, args.seed)
+    tables["z_distribution"] = z_table(tables["features"], layers)
     return saes
 
 
@@ -3022,7 +3046,10 @@ def redraw(folder: Path) -> int:
 
 # ------------------------------------------------------------------------------- tables and figures
 TITLE = "Energy-Lens on an Energy Transformer"
-# ("h", heading), ("p", paragraph), ("t", table) or ("img", (path, caption)) of a report
+# A part of a report is one of
+#   ("lead", (label, sentence))  a line of the first screen
+#   ("h", heading)               begins a section, ("closed", heading) one that a reader opens
+#   ("p", paragraph), ("t", table), ("img", (path, caption))
 ReportPart = tuple[str, Any]
 COLOURS = [
     "#0072B2",
@@ -3035,29 +3062,27 @@ COLOURS = [
 
 
 def cell(value: Any) -> str:
-    """A value of a table for the reader: four significant digits, whole numbers whole, a dash where
-    there is none."""
-    if not isinstance(value, (float, np.floating)):
-        return str(value)
-    if math.isnan(value):
-        return "–"
-    if float(value).is_integer() and abs(float(value)) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
+    """A value of a table for the reader, as on every page: at most three significant digits."""
+    return three_digits(value)
 
 
 def markdown_table(table: pd.DataFrame) -> str:
     """A table as Markdown."""
-    lines = [list(map(str, table.columns)), ["---"] * table.shape[1]]
+    names = [markdown_text(str(name)) for name in table.columns]
+    lines = [names, ["---"] * table.shape[1]]
     for row in table.itertuples(index=False):
         lines.append([markdown_text(cell(value)) for value in row])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def markdown_block(kind: str, value: Any) -> str:
-    """A block of the report as Markdown."""
-    if kind == "h":
+    """A block of the report as Markdown, in which nothing is closed."""
+    if kind in ("h", "closed"):
         return f"## {value}"
+    if kind == "lead":
+        label, sentence = value
+        end = "" if label.endswith("?") else "."
+        return f"**{label}{end}** {sentence}"
     if kind == "p":
         return value
     if kind == "t":
@@ -3066,9 +3091,24 @@ def markdown_block(kind: str, value: Any) -> str:
     return f"![{caption}]({Path(image).name})\n\n*{caption}*"
 
 
-def png_address(image: Path) -> str:
-    """A PNG as an address that carries the picture itself."""
-    return "data:image/png;base64," + base64.b64encode(Path(image).read_bytes()).decode()
+@dataclass
+class PageSection:
+    """A section of the page: what is seen at once, or after a click."""
+
+    heading: str  # empty: the first screen
+    is_closed: bool
+    parts: list[ReportPart] = field(default_factory=list)
+
+
+def page_sections(blocks: list[ReportPart]) -> list[PageSection]:
+    """The blocks of a report by section, each up to the next heading."""
+    sections = [PageSection("", is_closed=False)]  # what stands before the first heading
+    for kind, value in blocks:
+        if kind in ("h", "closed"):
+            sections.append(PageSection(value, kind == "closed"))
+        else:
+            sections[-1].parts.append((kind, value))
+    return sections
 
 
 def write_report(title: str, blocks: list[ReportPart], path: Path) -> None:
@@ -3082,10 +3122,9 @@ def write_report(title: str, blocks: list[ReportPart], path: Path) -> None:
 
     page_path = path.with_suffix(".html")
     page_path.unlink(missing_ok=True)  # an earlier page is not of this report
+    sections = page_sections(blocks)
     try:
-        page = render_page(
-            "energy_lens.html", title=title, blocks=blocks, show=cell, png_address=png_address
-        )
+        page = render_page("energy_lens.html", title=title, blocks=sections, show=cell)
     except HandoffError as error:  # the script was copied alone
         print(error)
         return
@@ -3147,34 +3186,48 @@ def none_to_nan(facts: Any) -> Any:
 
 
 # ---- figures ----
-@contextlib.contextmanager
-def new_figure(path: Path, panels: int, width: float, height: float) -> Iterator[Any]:
-    """The axes of a new figure with its panels in a row, each width x height inches; saved as PNG
-    when the block ends."""
+def new_panels(n: int, width: float, height: float, is_stacked: bool) -> tuple[Any, list[Any]]:
+    """A figure of n panels, each width x height inches, and their axes: three in a row, or below
+    one another for a phone."""
     plt = import_module("matplotlib.pyplot")
     plt.switch_backend("agg")
-    size = (width * panels, height)
-    figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
-    for ax in axes.flat:
+    columns = 1 if is_stacked else min(3, n)
+    rows = math.ceil(n / columns)
+    size = (4.5, height * rows) if is_stacked else (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    panels = list(axes.flat)
+    for ax in panels[n:]:  # the last row may have room left
+        ax.remove()
+    # Only two axes: nothing is read off the others
+    for ax in panels[:n]:
         ax.spines[["top", "right"]].set_visible(False)
-    yield list(axes.flat)
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=130)
-    plt.close(figure)
+        ax.tick_params(labelsize=8)
+    return figure, panels[:n]
+
+
+def one_legend(figure: Any, ax: Any, columns: int) -> None:
+    """The legend of one panel, for all: below them."""
+    handles, labels = ax.get_legend_handles_labels()
+    place = {"loc": "outside lower center", "ncols": columns}
+    figure.legend(handles, labels, fontsize=8, frameon=False, **place)
+
+
+def tested_pairs(features: pd.DataFrame, layers: list[Layer]) -> Iterator[tuple[Any, Any]]:
+    """Each layer that has eligible features, with their rows."""
+    for layer in layers:
+        own = features[(features.layer == layer.facts["layer"]) & features.eligible]
+        if len(own):
+            yield layer, own
 
 
 def histogram_table(features: pd.DataFrame, layers: list[Layer], seed: int) -> pd.DataFrame:
     """Densities of EFAS and of both nulls, a row a (layer, source, bin): what draw_distribution
     needs."""
-    edges = np.linspace(-1, 1, 81)
+    edges = np.linspace(-1, 1, 401)  # 0.005 wide: of a language model |EFAS| is around 0.01
     centres = (edges[1:] + edges[:-1]) / 2
     rng = np.random.default_rng(seed)
     tables = []
-    for layer in layers:
-        number = layer.facts["layer"]
-        own = features[(features.layer == number) & features.eligible]
-        if not len(own):
-            continue
+    for layer, own in tested_pairs(features, layers):
         # The normal null that p_token uses, 20 draws a feature.
         noise = rng.standard_normal((20, len(own)))
         permuted = own.null_mean.to_numpy() + own.null_sd.to_numpy() * noise
@@ -3185,6 +3238,7 @@ def histogram_table(features: pd.DataFrame, layers: list[Layer], seed: int) -> p
         }
         for source, values in sources.items():
             density, _ = np.histogram(values, edges, density=True)
+            number = layer.facts["layer"]
             columns = {"layer": number, "source": source, "efas": centres, "density": density}
             tables.append(pd.DataFrame(columns))
     if not tables:
@@ -3192,25 +3246,160 @@ def histogram_table(features: pd.DataFrame, layers: list[Layer], seed: int) -> p
     return pd.concat(tables, ignore_index=True)
 
 
+Z_BIN = 0.5  # width of a bin of z_direction
+
+
+def z_table(features: pd.DataFrame, layers: list[Layer]) -> pd.DataFrame:
+    """How often random directions have which z, a row a (layer, bin): `share` of them at `z`, the
+    middle of the bin. Their z is counted from their own mean, in their own standard deviations, as
+    z_direction of the features is."""
+    tables = []
+    for layer, _ in tested_pairs(features, layers):
+        null = layer.null.double()  # [8, n]
+        spread = null.std(1, keepdim=True)
+        z = ((null - null.mean(1, keepdim=True)) / spread).flatten().numpy()  # [8 n]
+        edges = z_edges(z)
+        counts, _ = np.histogram(z, edges)
+        middles = (edges[1:] + edges[:-1]) / 2
+        number = layer.facts["layer"]
+        columns = {"layer": number, "z": middles, "share": counts / len(z)}
+        tables.append(pd.DataFrame(columns))
+    if not tables:
+        return pd.DataFrame(columns=["layer", "z", "share"])
+    return pd.concat(tables, ignore_index=True)
+
+
+def z_edges(z: np.ndarray) -> np.ndarray:
+    """Edges of bins of Z_BIN, with 0 among them, that hold all of z and some room."""
+    # In bins, of which 0 is an edge
+    low = math.floor(min(np.nanmin(z), -3) / Z_BIN) - 1
+    high = math.ceil(max(np.nanmax(z), 3) / Z_BIN) + 1
+    return Z_BIN * np.arange(low, high + 1)
+
+
+def draw_z(features: pd.DataFrame, null: pd.DataFrame | None, path: Path, unit: str) -> None:
+    """features.csv beside z_distribution.csv (which older runs lack), a panel a layer: how far
+    each feature lies from random directions."""
+    own = features[features.eligible]  # the others were not tested
+    layers = sorted(own.layer.unique())
+
+    def draw(is_stacked: bool) -> Any:
+        figure, axes = new_panels(max(1, len(layers)), 3.6, 2.9, is_stacked)
+        for ax, layer in zip(axes, layers, strict=False):
+            rows = own[own.layer == layer]
+            edges = z_edges(rows.z_direction.to_numpy())
+            groups = [rows.z_direction[~rows.aligned], rows.z_direction[rows.aligned]]
+            look = {"color": [COLOURS[0], COLOURS[1]], "label": ["not aligned", "aligned"]}
+            # One group on the other: together they are all tested features
+            heights = ax.hist(groups, edges, stacked=True, **look)[0]  # [2, bins]
+            if null is not None:
+                expected = null[null.layer == layer]
+                # Shares times the number of features: the same unit as the bars
+                curve = {"where": "mid", "color": "black", "linewidth": 1.2}
+                label = "as many random directions"
+                ax.step(expected.z, expected.share * len(rows), label=label, **curve)
+            # Logarithmic from one feature on: a few that stand out must be seen beside thousands.
+            ax.set_yscale("symlog", linthresh=1)
+            ticks = [0, 1, 10, 100, 1000]
+            ax.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+            ax.set(title=f"{unit} {layer}", ylim=(0, 1.8 * heights[-1].max()))
+            ax.set_xlabel("z: distance from random directions\n(standard deviations of theirs)")
+            ax.set_ylabel("features a bin (log scale)")
+        if layers:
+            one_legend(figure, axes[0], 1 if is_stacked else 3)
+        return figure
+
+    save_figure(draw, path)
+
+
 def draw_distribution(table: pd.DataFrame, path: Path, unit: str) -> None:
     """efas_distribution.csv, a panel a layer; `unit` says what a layer is."""
     layers = list(table.layer.unique())
-    with new_figure(path, max(1, len(layers)), 3.1, 3.2) as axes:
+
+    def draw(is_stacked: bool) -> Any:
+        figure, axes = new_panels(max(1, len(layers)), 3.6, 2.9, is_stacked)
         for ax, layer in zip(axes, layers, strict=False):
             sources = table[table.layer == layer].groupby("source", sort=False)
+            reach = 0.0  # how far from 0 anything lies, but for the outermost thousandth
             for (source, rows), colour, style in zip(
                 sources, COLOURS, ("-", ":", "--"), strict=False
             ):
-                look = {"color": colour, "linestyle": style, "label": source}
-                ax.step(rows.efas, rows.density, where="mid", **look)
-            ax.axvspan(-RULE, RULE, color="0.92", zorder=0)
-            ax.set(title=f"{unit} {layer}", xlabel="EFAS (correlation)")
-            ax.set(yscale="symlog", ylim=(0, None))
-        axes[0].set_ylabel("density (grey: |EFAS| < 0.1)")
-        handles, labels = axes[0].get_legend_handles_labels()
-        columns = 3 if len(layers) > 1 else 1
-        look = {"loc": "outside lower center", "fontsize": 7, "frameon": False}
-        axes[0].figure.legend(handles, labels, ncols=columns, **look)
+                below = rows.density.cumsum() / rows.density.sum()  # [bins]
+                ax.plot(rows.efas, below, color=colour, linestyle=style, label=source)
+                between = rows.efas[(below > 0.001) & (below < 0.999)]
+                reach = max(reach, between.abs().max()) if len(between) else 1.0
+            ax.axvspan(-RULE, RULE, color="0.5", alpha=0.2, linewidth=0, zorder=0)
+            reach = min(1.0, max(1.1 * reach, 0.12))
+            ax.set(title=f"{unit} {layer}", xlim=(-reach, reach), ylim=(0, 1))
+            ax.set_xlabel("EFAS (correlation; grey: below 0.1)")
+            ax.set_ylabel("share with less")
+        if layers:
+            one_legend(figure, axes[0], 1 if is_stacked or len(layers) == 1 else 3)
+        return figure
+
+    save_figure(draw, path)
+
+
+def dose_name(eps: float) -> str:
+    """`5 %`, the share of a feature that is removed."""
+    return f"{100 * eps:.3g} %"
+
+
+def draw_forest(scores: pd.DataFrame, path: Path, unit: str) -> None:
+    """predictors.csv: Spearman of every predictor with the change, all doses on one scale, with
+    intervals. Of one layer a panel for the change and one for its size; of several a panel each for
+    the change."""
+    panels = {}  # title -> rows of the table
+    if "layer" in scores:
+        for layer, rows in scores[scores.scale == "signed"].groupby("layer"):
+            panels[f"{unit} {layer}"] = rows
+    else:
+        panels["the change, with its sign"] = scores[scores.scale == "signed"]
+        panels["the size of the change"] = scores[scores.scale == "absolute"]
+
+    def draw(is_stacked: bool) -> Any:
+        # Of three panels in a row only the first names the predictors
+        width = 3.7 if len(panels) > 2 else 5.2
+        figure, axes = new_panels(len(panels), width, 4.2, is_stacked)
+        for ax, (title, rows) in zip(axes, panels.items(), strict=True):
+            draw_forest_panel(ax, rows)
+            is_alike = "layer" in scores  # the same predictors in every panel
+            if is_alike and not is_stacked and not ax.get_subplotspec().is_first_col():
+                ax.set_yticklabels([])
+            ax.set_title(f"{title}\n({sizes_line(rows)})", fontsize=9)
+        one_legend(figure, axes[0], 2 if is_stacked else 4)
+        return figure
+
+    save_figure(draw, path)
+
+
+def draw_forest_panel(ax: Any, rows: pd.DataFrame) -> None:
+    """Predictors of one panel below one another, a mark a dose. What is an identity is left out;
+    what chance gives is a grey band."""
+    chance = rows[rows.predictor == "random"]
+    names = []
+    for name in rows.predictor.unique():
+        if name not in ("random", *IDENTITIES):
+            names.append(name)
+    doses = rows[rows.predictor.isin(names)].groupby("eps")
+    if chance.ci_lo.notna().any():
+        band = {"color": "0.5", "alpha": 0.25, "linewidth": 0}  # on light and on dark ground
+        ax.axvspan(chance.ci_lo.min(), chance.ci_hi.max(), label="chance", zorder=0, **band)
+    ax.axvline(0, color="black", linewidth=0.8)
+    # The doses of a predictor stand just below one another, its name at their middle
+    lines = np.linspace(-0.25, 0.25, len(doses))
+    for (eps, own), colour, marker, shift in zip(doses, COLOURS, "os^vD", lines, strict=False):
+        place = [names.index(name) + shift for name in own.predictor]
+        errors = np.abs([own.spearman - own.ci_lo, own.ci_hi - own.spearman])  # [2, n]
+        look = {"color": colour, "marker": marker, "markersize": 4, "linestyle": "none"}
+        label = f"{dose_name(eps)} of the feature removed"
+        ax.errorbar(own.spearman, place, xerr=errors, label=label, **look)
+    # A predictor that has been taken out of the table since that run keeps its bare name
+    shown = [PREDICTORS[name].formula if name in PREDICTORS else name for name in names]
+    ax.set_yticks(range(len(names)), [as_label(label).replace(" (", "\n(") for label in shown])
+    # The first one on top; the same scale in every panel
+    ax.set(ylim=(len(names) - 0.5, -0.5), xlim=(-1.05, 1.05))
+    ax.set_xlabel("Spearman correlation with the change")
 
 
 def draw_predicted(
@@ -3221,7 +3410,9 @@ def draw_predicted(
 ) -> None:
     """predicted_actual.csv, a panel a predictor that is drawn; Spearman from predictors.csv."""
     drawn = {name: p for name, p in PREDICTORS.items() if p.drawn}
-    with new_figure(path, len(drawn), 3.6, 3.4) as axes:
+
+    def draw(is_stacked: bool) -> Any:
+        figure, axes = new_panels(len(drawn), 3.8, 3.4, is_stacked)
         for ax, (name, predictor) in zip(axes, drawn.items(), strict=True):
             own = scores[(scores.predictor == name) & (scores.scale == predictor.scales()[0])]
             rho = own.set_index("eps").spearman
@@ -3229,29 +3420,32 @@ def draw_predicted(
             doses = points.groupby("eps")
             for (eps, rows), colour, marker in zip(doses, COLOURS, "os^", strict=False):
                 look = {"color": colour, "marker": marker, "s": 10, "alpha": 0.7}
-                label = f"eps {eps:g}: {what} {rho[eps]:.2f}"
-                ax.scatter(rows[name], rows.energy_change, label=label, **look)
+                label = f"{dose_name(eps)} removed: {what} {rho[eps]:.2f}"
+                ax.scatter(rows[name], rows.energy_change, label=label, rasterized=True, **look)
             ax.set_yscale("symlog", linthresh=1e-2)
             if predictor.in_energy:  # both axes in the same unit: an exact prediction is diagonal
                 ax.set_xscale("symlog", linthresh=1e-2)
                 low = min(ax.get_xlim()[0], ax.get_ylim()[0])
                 high = max(ax.get_xlim()[1], ax.get_ylim()[1])
                 ax.plot([low, high], [low, high], color="0.6", linewidth=0.8, zorder=0)
-            ax.tick_params(labelsize=7)
-            ax.set(xlabel=predictor.formula)
+            ax.set(xlabel=predictor.formula, ylabel=ylabel)
             ax.legend(fontsize=7, frameon=False, loc="best")
-        axes[0].set_ylabel(ylabel)
+        return figure
+
+    save_figure(draw, path)
 
 
 def draw_dose(clamps: pd.DataFrame, path: Path) -> None:
     """clamps.csv, a panel an outcome; bands: 95 % by resampling clusters of copies."""
     outcomes = {
-        "attractor_shift": "attractor shift per clamped token",
-        "flip_rate": "flip rate of clamped tokens",
-        "collateral": "flip rate of other tokens",
+        "attractor_shift": "shift of the attractor\n(energy per clamped token)",
+        "flip_rate": "clamped tokens that flip (share)",
+        "collateral": "other tokens that flip (share)",
     }
     doses = sorted(clamps.dose.unique())
-    with new_figure(path, len(outcomes), 3.8, 3.3) as axes:
+
+    def draw(is_stacked: bool) -> Any:
+        figure, axes = new_panels(len(outcomes), 3.8, 3.3, is_stacked)
         for ax, (outcome, label) in zip(axes, outcomes.items(), strict=True):
             styles = itertools.cycle(("-o", "--s"))
             arms = clamps.groupby("arm")
@@ -3264,27 +3458,50 @@ def draw_dose(clamps: pd.DataFrame, path: Path) -> None:
                     band = band.clip(0, 1)
                 ax.plot(doses, band["mean"], style, color=colour, label=arm, markersize=4)
                 ax.fill_between(doses, band.lo, band.hi, color=colour, alpha=0.2)
-            ax.set(xlabel="clamp (multiple of mean activation)", ylabel=label)
+            ax.set(xlabel="clamp (multiple of the mean activation)", ylabel=label)
             if outcome != "attractor_shift":  # rates: from zero, and not narrower than 5 %
                 ax.set_ylim(-0.002, max(0.05, ax.get_ylim()[1]))
-        axes[0].legend(fontsize=8, frameon=False)
+        one_legend(figure, axes[0], 2)
+        return figure
+
+    save_figure(draw, path)
 
 
 def draw_descent(table: pd.DataFrame, path: Path) -> None:
-    """descent.csv: the total energy beside its terms."""
-    with new_figure(path, 2, 4.4, 3.4) as axes:
+    """descent.csv: how far the total energy has fallen since the start, and each of its terms."""
+
+    def draw(is_stacked: bool) -> Any:
+        figure, axes = new_panels(2, 4.4, 3.4, is_stacked)
         for (term, rows), colour in zip(table.groupby("term", sort=False), COLOURS, strict=False):
-            ax = axes[0] if term == "total" else axes[1]
-            ax.plot(rows.step, rows["mean"], color=colour, label=term)
-            ax.fill_between(rows.step, rows.q05, rows.q95, color=colour, alpha=0.2)
-        for ax, title in zip(axes, ("total (band: 5-95 % of sequences)", "terms"), strict=True):
-            ax.set(xlabel="descent step", ylabel="energy per token", xscale="symlog", title=title)
+            is_total = term == "total"
+            ax = axes[0] if is_total else axes[1]
+            # The mean of a change is the change of the mean
+            change = rows["mean"] - rows["mean"].iloc[0]
+            ax.plot(rows.step, change, color=colour, label=term)
+            if "change_q05" in rows:  # older runs kept the range of the energy, not of its change
+                ax.fill_between(
+                    rows.step, rows.change_q05, rows.change_q95, color=colour, alpha=0.2
+                )
+        titles = ("total energy", "its terms")
+        for ax, title in zip(axes, titles, strict=True):
+            ax.axhline(0, color="black", linewidth=0.8)
+            ax.set(xlabel="descent step t (log scale from 1)", xscale="symlog", title=title)
+            ax.set_ylabel("E(t) − E(0), energy per token")
+            ticks = [0, 1, 3, 10, 30]
+            ax.set_xticks(ticks, ticks)
+            ax.set_xlim(0, table.step.max())
+            ax.minorticks_off()
         axes[1].legend(fontsize=8, frameon=False)
+        return figure
+
+    save_figure(draw, path)
 
 
 def draw_basins(basin: pd.DataFrame, tree: pd.DataFrame, path: Path) -> None:
     """basins.csv and merge_tree.csv, side by side."""
-    with new_figure(path, 2, 4.4, 3.4) as axes:
+
+    def draw(is_stacked: bool) -> Any:
+        figure, axes = new_panels(2, 4.4, 3.4, is_stacked)
         size, depth = axes
         errors = [basin.returned - basin.ci_lo, basin.ci_hi - basin.returned]
         look = {"fmt": "-o", "color": COLOURS[0], "capsize": 3}
@@ -3302,10 +3519,238 @@ def draw_basins(basin: pd.DataFrame, tree: pd.DataFrame, path: Path) -> None:
         if np.isfinite(tree.depth).any():
             depth.legend(fontsize=7, frameon=False)
         else:  # nothing merges: one minimum each, as far as the starts can tell
-            said = "every start reached the same minimum"
+            said = "every start reached\nthe same minimum"
             depth.text(0.5, 0.5, said, ha="center", transform=depth.transAxes)
             depth.set_yscale("linear")
             depth.set(xticks=[], yticks=[])
+        return figure
+
+    save_figure(draw, path)
+
+
+# ---- the sentences of the first screen: each from a table, in both directions ----
+def span(values: pd.Series) -> str:
+    """`0.133 to 0.42`; one number where both ends read alike; `unknown` of none."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return "unknown"
+    low = cell(known.min())
+    high = cell(known.max())
+    return low if low == high else f"{low} to {high}"
+
+
+def limits(lo: float, hi: float) -> str:
+    """`[0.4, 0.77]`, or `[no interval]` where there are too few units for one."""
+    return "[no interval]" if math.isnan(lo) else f"[{cell(lo)}, {cell(hi)}]"
+
+
+def aligned_line(layers: pd.DataFrame, features: pd.DataFrame, unit: str, quantity: str) -> str:
+    """Whether a feature is aligned with the energy (`quantity`), and which are."""
+    n_tested = int(layers.eligible.sum())
+    if not n_tested:
+        needed = f"active on {MIN_ACTIVE} tokens in {MIN_SEQUENCES} documents"
+        return f"Cannot tell whether a feature is aligned: none is {needed}, so none was tested."
+    n_aligned = int(layers.aligned.sum())
+    if not n_aligned:
+        # Nothing found says something only where something could have been
+        if layers.fewest.max() > n_tested:
+            cause = f"with so few random directions none of {n_tested:,} could have passed"
+            return f"Cannot tell whether a feature is aligned: {cause}."
+        return f"No feature is aligned with the {quantity}: of {n_tested:,} tested none passes."
+    n_positive = int(layers.aligned_positive.sum())
+    are = "is" if n_aligned == 1 else "are"
+    count = f"{n_aligned:,} of the {n_tested:,} features tested {are} aligned with the {quantity}"
+    kinds = f"{n_aligned - n_positive:,} restoring, {n_positive:,} amplifying"
+    found = features[features.aligned]
+    listed = []
+    for row in layers[layers.aligned > 0].itertuples():
+        which = f"{int(row.aligned):,} of {int(row.eligible):,}"
+        if n_aligned <= LOOKED_AT:  # few enough to name each
+            numbers = found.feature[found.layer == row.layer]
+            which = "features " + ", ".join(str(number) for number in numbers)
+        listed.append(f"{row.layer}: {which}")
+    n_clusters = int(layers.aligned_clusters.sum())
+    copies = f"Near-copies counted once, they are {n_clusters:,}."
+    chance = f"At most about {ALPHA:.0%} of them are expected by chance."
+    return f"{count} ({kinds}). {copies} {chance} By {unit}, {'; '.join(listed)}."
+
+
+def rule_line(layers: pd.DataFrame) -> str:
+    """What the original's rule passes, beside what as many random directions give it."""
+    n_tested = int(layers.eligible.sum())
+    if not n_tested:
+        return "Nothing was tested."
+    passes = int(layers.rule_passes.sum())
+    by_chance = layers.rule_false_directions.sum()
+    count = (
+        f"The original's rule, |EFAS| > {RULE}, passes {passes:,} of these {n_tested:,} features"
+    )
+    chance = f"Of as many random directions that fire as often it would pass {by_chance:,.0f}"
+    # No interval: the second number is an expectation, exact but for the draw of directions
+    if by_chance >= passes:
+        return f"{count}. {chance}, no fewer: the rule tells nothing."
+    return f"{count}. {chance} ({by_chance / passes:.0%} of that number)."
+
+
+def least_line(layers: pd.DataFrame, unit: str) -> str:
+    """The weakest alignment that this run could have found."""
+    if fewest_number(layers) == "no eligible feature":
+        return "Nothing was tested."
+    own = layers.dropna(subset="fewest")
+    fewest = int(own.fewest.max())
+    # Of several layers the easiest and the hardest: a range
+    if fewest == 1 and own.efas_alone_above.notna().any():
+        above = span(own.efas_alone_above)
+        below = span(own.efas_alone_below)
+        reach = f"EFAS is above {above} or below {below}"
+        by = f" (it differs by {unit})" if len(own) > 1 else ""
+        return f"One feature alone is found if its {reach}{by}. A weaker one may have been missed."
+    n = int(own.directions.min())
+    family = int(own.family.iloc[0])
+    needed = f"at least {fewest:,} of {family:,} must lie beyond all {n:,} random directions"
+    return f"No feature can be found alone: {needed} before any passes. Fewer would be missed."
+
+
+def against_unigram(lo: float, hi: float, is_worse: bool) -> str:
+    """What the interval of the model's loss less unigram's allows to say."""
+    if math.isnan(lo):
+        return "Cannot tell whether the model is better than unigram: too few documents"
+    if lo > 0:
+        return "The model is worse than unigram: it knows less than how frequent tokens are"
+    if hi < 0:
+        return "The model is better than unigram"
+    here = "worse" if is_worse else "better"
+    return f"Cannot tell whether the model is better than unigram (it is {here} here)"
+
+
+def worth_line(models: pd.DataFrame) -> str:
+    """What the model is worth: its loss beside unigram's, which knows how frequent tokens are."""
+    unigram = models[models.model == "unigram"].iloc[0]
+    own = models[models.model != "unigram"].iloc[0]  # at the depth that it was trained at
+    difference = own.masked_nats - unigram.masked_nats  # above 0: worse
+    losses = (
+        f"{own.model}: {own.masked_nats:.2f} nats a token, unigram {unigram.masked_nats:.2f}, over "
+        f"{int(own.n_masked):,} tokens"
+    )
+    others = []
+    for row in models.itertuples():
+        if row.model.startswith(("bigram", "ordinary")):
+            others.append(f"{row.model}: {row.masked_nats:.2f}")
+    beside = f" ({'; '.join(others)})" if others else ""
+    if "minus_unigram" not in models:  # a run before there was an interval
+        word = "worse" if difference > 0 else "better"
+        unsure = "this older run kept no interval, so it is not known how surely"
+        return f"The model is {word} than unigram here; {unsure}. {losses}{beside}."
+    interval = limits(own.ci_lo, own.ci_hi)
+    said = against_unigram(own.ci_lo, own.ci_hi, difference > 0)
+    n = f"over {int(own.n_seq):,} documents"
+    return f"{said}. {losses}{beside}. Difference {difference:+.3f} nats {interval} {n}."
+
+
+def sizes_line(rows: pd.DataFrame) -> str:
+    """On how many features, clusters of copies and documents the rows of predictors.csv rest."""
+    features = span(rows.n_features)
+    clusters = span(rows.n_clusters)
+    return f"n = {features} features in {clusters} clusters, {span(rows.n_seq)} documents"
+
+
+def told_from_0(own: pd.DataFrame) -> str:
+    """In how many rows of predictors.csv the interval leaves 0 out, and on which side."""
+    n = len(own)
+    # Without an interval (NaN) a row counts on neither side
+    n_up = int((own.ci_lo > 0).sum())
+    n_down = int((own.ci_hi < 0).sum())
+    if own.ci_lo.isna().all():
+        return "cannot be told from 0, with too few features or documents for an interval"
+    if n_up == n:
+        return f"is above 0 in all {n} cases"
+    if n_down == n:
+        return f"is below 0, the wrong way, in all {n} cases"
+    if not n_up and not n_down:
+        return f"cannot be told from 0 in any of {n} cases"
+    below = f" and below 0, the wrong way, in {n_down}" if n_down else ""
+    return f"is above 0 in {n_up} of {n} cases{below}, and cannot be told from it in the others"
+
+
+def cases_line(own: pd.DataFrame, unit: str) -> str:
+    """Spearman at every dose (and layer) with its interval; of many only the range."""
+    if len(own) > 3:
+        return f"{span(own.spearman)}, drawn with intervals"
+    cases = []
+    for row in own.itertuples():
+        where = f"{unit} {row.layer}, " if "layer" in own else ""
+        interval = limits(row.ci_lo, row.ci_hi)
+        cases.append(f"{row.spearman:.2f} {interval} with {where}{dose_name(row.eps)} removed")
+    return "; ".join(cases)
+
+
+def prediction_line(scores: pd.DataFrame, unit: str, outcome: str) -> str:
+    """Whether EFAS predicts what an ablation does to `outcome`, and whether attribution does it
+    better; both from documents of which nothing is intervened on."""
+    signed = scores[scores.scale == "signed"]
+    efas = signed[signed.predictor == REFERENCE]
+    own = signed[signed.predictor == "attribution_a"]
+    # Paired: both are of the same features and documents, and so is their difference
+    better = int((own.minus_efas_lo > 0).sum())
+    worse = int((own.minus_efas_hi < 0).sum())
+    n = len(own)
+    rival = "Plain attribution (f times the pull)"
+    if not better and not worse:
+        compared = f"{rival} cannot be told from it in any case."
+    else:
+        compared = f"{rival} predicts better in {better} of {n} cases, worse in {worse}."
+    return (
+        f"The correlation of EFAS with the change of the {outcome} when a feature is removed "
+        f"{told_from_0(efas)}: {cases_line(efas, unit)} (Spearman; {sizes_line(efas)}). {compared}"
+    )
+
+
+def identity_line(scores: pd.DataFrame) -> str:
+    """Integrated gradients equal the change by construction: whether they do."""
+    own = scores[scores.predictor.isin(IDENTITIES)]
+    if not len(own):
+        return ""
+    least = own.spearman.min()  # over doses, scales and layers
+    if least >= 0.99:
+        return (
+            "Integrated gradients rank the changes as they are (Spearman 0.99 or more in every "
+            "case). That is an identity, the gradient summed along the way is the change: it "
+            "checks the code and predicts nothing, so it is not drawn."
+        )
+    return (
+        "Integrated gradients ought to equal the change, as the gradient summed along the way is "
+        f"the change. Here their Spearman is as low as {least:.2f}: too few steps along the way."
+    )
+
+
+def first_order_line(scores: pd.DataFrame, unit: str) -> str:
+    """How far the gradient of the very tokens that are changed tells what the change does."""
+    own = scores[(scores.predictor == "attribution") & (scores.scale == "signed")]
+    return (
+        "Attribution on the very tokens that are changed (eps f A) is a first-order estimate and "
+        f"no prediction either: Spearman {cases_line(own, unit)}."
+    )
+
+
+def untrained_line(untrained: pd.DataFrame) -> str:
+    """What the same analysis finds in a model that was never trained."""
+    n_tested = int(untrained.eligible.sum())
+    n_aligned = int(untrained.aligned.sum())
+    count = f"In the same model before training {n_aligned:,} of {n_tested:,} are"
+    if not n_tested:
+        return "In the same model before training no feature could be tested."
+    if n_aligned:
+        return f"{count}: that much owes nothing to training."
+    return f"{count}."
+
+
+EFAS_MEANING = (
+    "The correlation, over tokens, of a feature's activation f with the pull of the {quantity} "
+    "along its direction d, A = -<dE/dx, d>. Positive: amplifying; negative: restoring. It is not "
+    "“the feature lowers the {quantity}”: that is the attribution f A. Aligned: beyond "
+    "both nulls (documents permuted; random directions that fire as often) at a false discovery "
+    f"rate of {ALPHA:.0%} over all layers, with the same sign in both halves of the documents."
+)
 
 
 # ---- the report ----
@@ -3319,31 +3764,39 @@ def noise_line() -> str:
     return f"{rule}: mean {passing.mean():.4f}, 95th percentile {np.quantile(passing, 0.95):.4f}"
 
 
+WITHIN_A_BASIN = (
+    "within a basin any clamp raises the energy: only the excess over random directions counts"
+)
+
+
 def against_original(
-    layers: pd.DataFrame, features: pd.DataFrame, concept: str, shift: str, cost: str
+    layers: pd.DataFrame,
+    features: pd.DataFrame,
+    concept: str,
+    shift: str,
+    cost: str,
+    why_shift: str = WITHIN_A_BASIN,
 ) -> pd.DataFrame:
     """The headlines of the original (drawn from a random generator there) beside what was measured
     here, and why they differ."""
     own = features[features.eligible]
     size = own.efas.abs()
     split_half = np.corrcoef(own.efas_a, own.efas_b)[0, 1] if len(own) > 2 else math.nan
+    n_aligned = int(layers.aligned.sum())
+    n_clusters = int(layers.aligned_clusters.sum())
     passed = (
-        f"{count_line(layers, 'aligned')} of {count_line(layers, 'eligible')} eligible pass both "
-        f"nulls at q < {ALPHA} and replicate (expected false: at most {ALPHA:.0%}; fewest that "
-        f"could have passed: {fewest_number(layers)}); |EFAS| > {RULE} passes "
-        f"{count_line(layers, 'rule_passes')}, of which "
-        f"{layers.rule_false_permuted.sum():.0f} expected by permuted sequences, "
-        f"{layers.rule_false_directions.sum():.0f} by random directions"
+        f"{n_aligned:,} of {int(layers.eligible.sum()):,} tested are aligned, in {n_clusters:,} "
+        f"clusters of near-copies (fewest that could have passed: {fewest_number(layers)}); "
+        f"|EFAS| > {RULE} passes {int(layers.rule_passes.sum()):,}; expected of permuted "
+        f"sequences {layers.rule_false_permuted.sum():,.0f}, of random directions "
+        f"{layers.rule_false_directions.sum():,.0f}"
     )
     maximum = (
         f"not reported; split-half r {split_half:.2f}, 95th percentile of |EFAS| of random "
         f"directions {layers.random_directions_q95.median():.3f}"
     )
-    median = f"median |EFAS| of eligible features {size.median():.3f}"
+    median = f"median |EFAS| of tested features {size.median():.3f}"
     no_share = "a count means nothing without the share of such tokens; we print lift"
-    no_excess = (
-        "within a basin any clamp raises the energy: only the excess over random directions counts"
-    )
     # fmt: off
     rows = [
         ("496 alignments", passed, "a threshold is no test; ours has nulls"),
@@ -3351,7 +3804,7 @@ def against_original(
         ("mean 0.3775", median, noise_line()),
         ("95th percentile 0.7388", f"{size.quantile(0.95):.3f}", "as above"),
         ("7 regex / 272 word / 12 number features", concept, no_share),
-        ("shifts up to 0.67 units", shift, no_excess),
+        ("shifts up to 0.67 units", shift, why_shift),
         ("< 30 minutes, < 6 GB on an M2", cost, "measured on this machine; an M2 was not tested"),
     ]
     # fmt: on
@@ -3463,7 +3916,8 @@ def shift_line(clamps: pd.DataFrame) -> str:
     own = strongest[strongest.arm == "feature"].reset_index(drop=True)
     random = strongest[strongest.arm == "random direction"].reset_index(drop=True)
     excess = bootstrap_mean(own.attractor_shift - random.attractor_shift, own.cluster)
-    interval = f"[{cell(excess.lo)}, {cell(excess.hi)}], {own.cluster.nunique()} clusters of copies"
+    n_clusters = own.cluster.nunique()
+    interval = f"{limits(excess.lo, excess.hi)}, {n_clusters} clusters of copies"
     return (
         f"clamped at {clamps.dose.max():g} x the mean activation: "
         f"{own.attractor_shift.mean():.3f}, minus equal random displacement {excess.mean:.3f} "
@@ -3497,26 +3951,156 @@ COPIES_MEANING = (
 )
 
 
-def introduction(res: LensResults, args: Any, cost: str) -> list[ReportPart]:
-    """What EFAS is, and what was run."""
-    meaning = (
-        "EFAS of a feature is the correlation, over tokens, of its activation f with the pull of "
-        "the energy along its decoder direction, A = -<dE/dx, d>. Positive: amplifying (the pull "
-        "grows with the feature); negative: restoring. It does not say that the feature lowers the "
-        "energy: that is the attribution f*A. A feature is called aligned only if it passes two "
-        "nulls at a "
-        f"false discovery rate of {ALPHA:.0%} over all layers, and has the same sign in both "
-        "halves of the documents. Whole sequences permuted: is there any association of f with A, "
-        "with the document as the unit, be it of tokens or of whole documents? Random directions "
-        "with the states' covariance: is it more than a direction of the same firing rate has?"
+def named(table: pd.DataFrame, names: dict[str, str]) -> pd.DataFrame:
+    """The columns of a table that a reader needs, under the names that a reader needs. Numbers that
+    are only names stay as they are written."""
+    known = [column for column in names if column in table]
+    shown = table[known].copy()
+    for column in ("feature", "pair", "cluster"):
+        if column in shown:
+            shown[column] = [f"{number:g}" for number in shown[column]]
+    return shown.rename(columns=names)
+
+
+MODEL_NAMES = {
+    "model": "model",
+    "masked_nats": "loss (nats a token)",
+    "minus_unigram": "less unigram (nats)",
+    "ci_lo": "from",
+    "ci_hi": "to (95 %)",
+    "accuracy": "right (share)",
+    "n_masked": "tokens asked for",
+    "n_seq": "documents",
+    "distinct_decoded": "different tokens decoded",
+    "unmasked_kept": "unmasked tokens kept (share)",
+}
+SAE_NAMES = {
+    "layer": "layer",
+    "dictionary": "dictionary",
+    "n_fit_tokens": "tokens it is fitted on",
+    "fvu": "FVU (share)",
+    "l0": "L0 (features a token)",
+    "dead": "never active (share)",
+    "outside": "tokens outside (share)",
+}
+LAYER_NAMES = {
+    "n_tokens": "tokens",
+    "n_seq": "documents",
+    "eligible": "features tested",
+    "directions": "random directions",
+    "rule_passes": f"|EFAS| > {RULE}",
+    "rule_false_permuted": f"|EFAS| > {RULE} expected of permuted documents",
+    "rule_false_directions": f"|EFAS| > {RULE} expected of random directions",
+    "random_directions_positive": "random directions with EFAS > 0 (share)",
+    "random_directions_q95": "95th percentile of |EFAS|: random directions",
+    "shuffled_pairing_q95": "95th percentile of |EFAS|: pull of another feature",
+    "split_half_r": "EFAS in both halves of the documents (r)",
+    "legacy_max": "largest correlation of the original's kind",
+    "mc_sd_over_analytic": "null's spread, drawn over exact",
+    "finite_difference_error": "error of the gradient (share)",
+    "token_null": "pass permuted documents",
+    "token_null_by": "the same, under any dependence",
+    "token_null_maxt": "the same, max-T",
+    "within_documents": "pass within documents",
+    "direction_null": "pass random directions",
+    "direction_null_counted": "the same, by counting",
+    "aligned": "aligned",
+    "aligned_counted": "aligned, by counting",
+    "aligned_within": "aligned, and pass within documents",
+    "aligned_positive": "aligned, EFAS > 0",
+    "median_abs_efas": "median |EFAS|",
+    "median_ci_lo": "median |EFAS|, from",
+    "median_ci_hi": "median |EFAS|, to (95 %)",
+    "median_mi_nats": "median mutual information (nats)",
+    "median_mi_permuted": "the same, documents permuted (nats)",
+    "family": "tests that are corrected for",
+    "smallest_p_counted": "smallest p by counting",
+    "smallest_p": "smallest p with the tail",
+    "fewest_counted": "fewest that pass, by counting",
+    "fewest": "fewest that pass, with the tail",
+    "efas_alone_below": "passes alone below EFAS",
+    "efas_alone_above": "passes alone above EFAS",
+    "efas_alone_permuted": "passes permuted documents alone beyond",
+    "within_too_few": "in too few documents to pass within alone",
+}
+
+
+def layer_rows(layers: pd.DataFrame, unit: str) -> pd.DataFrame:
+    """`upright` under names for readers."""
+    table = upright(layers)
+    names = []
+    for name in table.layer:
+        column = name.split(" (")[0]  # a count has its clusters beside it, in parentheses
+        rest = name.removeprefix(column)
+        names.append(LAYER_NAMES.get(column, column) + rest)  # a new quantity keeps its own
+    table["layer"] = names
+    return table.rename(columns={"layer": unit})
+
+
+def efas_legend() -> str:
+    """What the rows of `layer_rows` are."""
+    return (
+        f"|EFAS| > {RULE} expected: how many features the original's rule would pass if documents "
+        "were permuted, or if every feature were a random direction of the same firing rate. Pull "
+        "of another feature: f against the pull along another feature's direction. The original's "
+        "kind: correlation with -np.gradient of the token energies over positions, which is no "
+        "derivative in state space."
     )
-    n_seq = int(res.tables["layers"].n_seq.iloc[0])
-    setting = (
-        f"n = {n_seq} held-out sequences of 32 tokens, one a document, which are the unit of every "
-        f"test; one training seed ({args.seed}), so nothing here speaks for other seeds. Preset "
-        f"{args.preset}, corpus `{args.corpus}`, gradient by {args.gradient}. {cost}."
+
+
+def first_screen(
+    tables: dict[str, pd.DataFrame], unit: str, quantity: str, outcome: str
+) -> list[ReportPart]:
+    """What was found, in words: the lines that every model has."""
+    layers = tables["layers"]
+    aligned = aligned_line(layers, tables["features"], unit, quantity)
+    if "untrained" in tables:
+        aligned += " " + untrained_line(tables["untrained"])
+    parts = [
+        ("lead", ("Aligned features", aligned)),
+        ("lead", ("The original's rule", rule_line(layers))),
+        ("lead", ("What could be found", least_line(layers, unit))),
+    ]
+    if "predictors" in tables:
+        line = prediction_line(tables["predictors"], unit, outcome)
+        parts.append(("lead", ("Does it predict an ablation?", line)))
+    if "models" in tables:
+        parts.append(("lead", ("What the model is worth", worth_line(tables["models"]))))
+    return parts
+
+
+def evidence(tables: dict[str, pd.DataFrame], unit: str, folder: Path) -> list[ReportPart]:
+    """The pictures behind the first screen: z of the features, and the forest of predictors."""
+    null = tables.get("z_distribution")  # older runs lack it
+    figure = folder / "z_direction.png"
+    draw_z(tables["features"], null, figure, unit)
+    caption = (
+        "Each tested feature by its distance from random directions that fire as often. Line: what "
+        "as many random directions would give."
     )
-    return [("p", meaning), ("p", setting)]
+    if null is None:
+        caption = (
+            "Each tested feature by its distance from random directions that fire as often. This "
+            "run kept no z of its random directions; a new run draws them too."
+        )
+    blocks: list[ReportPart] = [
+        ("h", "Features against random directions"),
+        ("img", (figure, caption)),
+    ]
+    if "predictors" not in tables:
+        return blocks
+    scores = tables["predictors"]
+    forest = folder / "predictors.png"
+    draw_forest(scores, forest, unit)
+    caption = (
+        "Spearman of each predictor with what removing a feature did; 95 % intervals. Grey: what "
+        "chance gives. Only predictors of the other half of the documents predict."
+    )
+    identity = identity_line(scores)
+    blocks += [("h", "What predicts an ablation?"), ("img", (forest, caption))]
+    if identity:
+        blocks.append(("p", identity))
+    return blocks
 
 
 def model_section(res: LensResults, args: Any, folder: Path) -> list[ReportPart]:
@@ -3533,52 +4117,71 @@ def model_section(res: LensResults, args: Any, folder: Path) -> list[ReportPart]
         f"{invariants['predicted_change']:.5f}; largest step size of the grid at which no energy "
         f"rises {res.facts['largest_step']:g} (descent uses {args.step_size:g})."
     )
+    table = res.tables["descent"]
     figure = folder / "energy_descent.png"
-    draw_descent(res.tables["descent"], figure)
+    draw_descent(table, figure)
+    n_seq = int(table.n_seq.iloc[0])
+    caption = f"How far the energy has fallen along the descent: mean over {n_seq} documents"
+    if "change_q05" in table:
+        caption += "; bands: 5 to 95 % of them"
     return [
-        ("h", "Model: masked-token denoising"),
-        ("t", res.tables["models"]),
+        ("closed", "The model, and whether its energy falls"),
+        ("t", named(res.tables["models"], MODEL_NAMES)),
         ("p", no_parity),
         ("p", checks),
-        ("img", (figure, "Energy along the descent, held-out sequences")),
+        ("img", (figure, caption)),
     ]
 
 
-def efas_section(res: LensResults, folder: Path) -> list[ReportPart]:
-    """The dictionaries, and EFAS of their features against both nulls."""
-    columns = (
-        "rule_false_*: how many features the original's rule |EFAS| > 0.1 would pass if sequences "
-        "were permuted, or if every feature were a random direction of the same firing rate. "
-        "shuffled_pairing: f against the pull along another feature's direction. legacy: "
-        "correlation with -np.gradient of the token energies over positions, which is no "
-        "derivative in state space."
-    )
-    untrained = res.tables["untrained"]
+def sae_section(sae: pd.DataFrame) -> list[ReportPart]:
+    """What the dictionaries leave unexplained."""
+    return [
+        ("closed", "Sparse autoencoders"),
+        ("p", sae_line(sae)),
+        ("t", named(sae, SAE_NAMES)),
+    ]
+
+
+def efas_section(tables: dict[str, pd.DataFrame], unit: str, folder: Path) -> list[ReportPart]:
+    """EFAS of the features against both nulls, number by number."""
+    layers = tables["layers"]
+    figure = folder / "efas_distribution.png"
+    draw_distribution(tables["efas_distribution"], figure, unit)
+    caption = "EFAS of the features, of permuted documents and of random directions: shares below"
+    return [
+        ("closed", "EFAS against its nulls, number by number"),
+        ("img", (figure, caption)),
+        ("t", layer_rows(layers, unit)),
+        ("p", floor_line(layers)),
+        ("p", unit_line(layers)),
+        ("p", efas_legend()),
+        ("p", COPIES_MEANING),
+    ]
+
+
+def untrained_part(untrained: pd.DataFrame) -> ReportPart:
+    """The same analysis of a model that was never trained, in words."""
     control = untrained.iloc[0]
-    untrained_too = (
+    return (
+        "p",
         "The same on an Energy Transformer that was never trained (own SAE, step "
         f"{int(control.layer)}): {count_line(untrained, 'aligned')} of "
         f"{count_line(untrained, 'eligible')} eligible features pass (fewest that could have "
         f"passed: {fewest_number(untrained)}), median |EFAS| {control.median_abs_efas:.3f}. What "
-        "also appears there owes nothing to training."
+        "also appears there owes nothing to training.",
     )
-    layers = res.tables["layers"]
-    figure = folder / "efas_distribution.png"
-    draw_distribution(res.tables["efas_distribution"], figure, "descent step")
-    caption = "EFAS of the features, of permuted sequences and of random directions"
-    return [
-        ("h", "Sparse autoencoders"),
-        ("t", res.tables["sae"]),
-        ("p", sae_line(res.tables["sae"])),
-        ("h", "EFAS against its nulls"),
-        ("t", upright(layers)),
-        ("p", floor_line(layers)),
-        ("p", unit_line(layers)),
-        ("p", columns),
-        ("p", COPIES_MEANING),
-        ("p", untrained_too),
-        ("img", (figure, caption)),
-    ]
+
+
+CONCEPT_NAMES = {
+    "feature": "feature",
+    "token_class": "class of tokens",
+    "base_rate": "share of all tokens",
+    "precision": "share where it fires",
+    "lift": "lift",
+    "auroc": "AUROC",
+    "q": "q",
+    "cluster": "cluster of copies",
+}
 
 
 def concept_section(concepts: pd.DataFrame) -> list[ReportPart]:
@@ -3591,9 +4194,9 @@ def concept_section(concepts: pd.DataFrame) -> list[ReportPart]:
         "smaller one."
     )
     return [
-        ("h", "Concepts"),
+        ("closed", "Concepts"),
         ("p", concept_line(concepts) + "."),
-        ("t", clearest),
+        ("t", named(clearest, CONCEPT_NAMES)),
         ("p", floor),
     ]
 
@@ -3623,39 +4226,86 @@ def interval_cells(value: pd.Series, lo: pd.Series, hi: pd.Series) -> pd.Series:
 
 def prediction_method(scores: pd.DataFrame) -> str:
     """What prediction_table compares, on which documents, and how its intervals come about."""
-    n_features = int(scores.n_features.max())
-    n_clusters = int(scores.n_clusters.max())
     return (
-        f"Spearman over {n_features} features, {n_clusters} clusters of copies, of a predictor "
-        "with the change per active token. Predictors from the other half of the documents know "
+        "Spearman, over features, of a predictor with the change per active token "
+        f"({sizes_line(scores)}). Predictors from the other half of the documents know "
         "nothing of those that are intervened on: only they predict, and only they are on equal "
-        f"terms with EFAS ({REFERENCE}). Those of the intervened tokens are computed on the very "
+        "terms with EFAS. Those of the intervened tokens are computed on the very "
         "states that are then changed. Intervals: 95 %, jackknife over sequences and over whole "
-        f"clusters; of a difference jointly; none below {MIN_GROUPS} of either. eps: share of the "
-        "feature that is removed. random: a thousand predictors that know nothing, so its interval "
+        f"clusters; of a difference jointly; none below {MIN_GROUPS} of either. Standard normal: a "
+        "thousand predictors that know nothing, so its interval "
         "is what chance gives."
     )
 
 
-def intervention_section(res: LensResults, folder: Path) -> list[ReportPart]:
-    """Ablations beside their predictors, and persistent clamps."""
-    scores = res.tables["predictors"]
-    ablations = folder / "predicted_actual.png"
-    draw_predicted(res.tables["predicted_actual"], scores, ablations)
-    clamps = res.tables["clamps"]
+def ablation_section(
+    scores: pd.DataFrame, points: pd.DataFrame, outcome: str, folder: Path
+) -> list[ReportPart]:
+    """Ablations beside their predictors, number by number; `outcome` is what changes."""
+    figure = folder / "predicted_actual.png"
+    caption = f"Predicted and actual change of the {outcome}, partial and full ablation"
+    rho = scores
+    if "layer" in scores:
+        by_predictor = scores.groupby(["eps", "predictor", "scale"], as_index=False)
+        rho = by_predictor.spearman.mean()
+        caption += ", all layers; Spearman: mean over layers"
+    draw_predicted(points, rho, figure, f"change of the {outcome}\nper active token")
+    return [
+        ("closed", "Ablations, number by number"),
+        ("img", (figure, caption)),
+        ("t", prediction_rows(scores)),
+        ("p", prediction_method(scores)),
+    ]
+
+
+def prediction_rows(scores: pd.DataFrame) -> pd.DataFrame:
+    """`prediction_table` of every layer under names for readers, less what is an identity."""
+    scores = scores[~scores.predictor.isin(IDENTITIES)]
+    tables = []
+    if "layer" in scores:
+        for layer, rows in scores.groupby("layer"):
+            table = prediction_table(rows)
+            table.insert(0, "layer", layer)
+            tables.append(table)
+    else:
+        tables.append(prediction_table(scores))
+    shown = pd.concat(tables)
+    formulas = {name: predictor.formula for name, predictor in PREDICTORS.items()}
+    shown["predictor"] = [formulas.get(name, name) for name in shown.predictor]
+    names = {"scale": "change", "documents": "it has seen"}
+    for eps in scores.eps.unique():
+        names[f"eps {eps:g}"] = f"{dose_name(eps)} removed"
+        names[f"eps {eps:g}, minus {REFERENCE}"] = "less that of EFAS"
+    return shown.rename(columns=names)
+
+
+CLAMP_NAMES = {
+    "arm": "what is clamped",
+    "aligned": "aligned",
+    "dose": "dose (x mean activation)",
+    "attractor_shift": "shift (energy per clamped token)",
+    "flip_rate": "clamped tokens that flip (share)",
+    "collateral": "others that flip (share)",
+    "g_change_others": "change of the others' activation (length)",
+    "residual": "residual speed",
+}
+
+
+def clamp_section(clamps: pd.DataFrame, folder: Path) -> list[ReportPart]:
+    """Persistent clamps beside random displacements."""
     responses = folder / "dose_response.png"
     draw_dose(clamps, responses)
     outcomes = ["attractor_shift", "flip_rate", "collateral", "g_change_others", "residual"]
     means = clamps.groupby(["arm", "aligned", "dose"], as_index=False)[outcomes].mean()
+    # As words: True and False are of the code
+    means["aligned"] = means.aligned.map({True: "yes", False: "no"})
     band = "Dose-response of clamps and of equal random displacements; band: 95 % over clusters"
+    said = shift_line(clamps)
     return [
-        ("h", "Interventions: predicted against actual"),
-        ("t", prediction_table(scores)),
-        ("p", prediction_method(scores)),
-        ("img", (ablations, "Predicted and actual energy change of partial and full ablation")),
-        ("h", "Interventions: persistent clamps"),
-        ("t", means),
+        ("closed", "Clamps: a feature held at a value"),
+        ("p", f"{said[0].upper()}{said[1:]}."),
         ("img", (responses, band)),
+        ("t", named(means, CLAMP_NAMES)),
     ]
 
 
@@ -3688,38 +4338,152 @@ def against_matched(looked: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+LOOKED_NAMES = {
+    "group": "group",
+    "pair": "pair",
+    "layer": "layer",
+    "feature": "feature",
+    "cluster": "cluster",
+    "efas": "EFAS",
+    "z_direction": "z (random directions)",
+    "q_direction": "q (random directions)",
+    "n_active": "active tokens",
+    "n_seq": "documents",
+    "distinct_share": "different tokens (share)",
+    "token_entropy": "entropy of its tokens (nats)",
+    "top_token": "top token",
+    "top_token_share": "top token (share)",
+    "energy_change": "change when removed",
+    "n_seq_ablated": "documents ablated",
+}
+MATCHED_NAMES = {
+    "quantity": "quantity",
+    "passing": "aligned",
+    "matched": "matched",
+    "difference": "difference",
+    "ci_lo": "from",
+    "ci_hi": "to (95 %)",
+    "n_pairs": "pairs",
+    "n_clusters": "clusters",
+}
+QUANTITY_NAMES = LOOKED_NAMES | {"size_of_change": "size of the change"}
+CONTEXT_NAMES = {
+    "group": "group",
+    "layer": "layer",
+    "feature": "feature",
+    "context_1": "strongest context",
+    "context_2": "second",
+    "context_3": "third",
+}
+
+
 def looked_at_section(looked: pd.DataFrame, unit: str, cost: str) -> list[ReportPart]:
     """The passing features one by one, beside matched ones; `unit` of the change of energy."""
     group = looked.group[0]
     n_passing = int((looked.group == group).sum())
     who = f"{n_passing} of the aligned features, one a cluster of copies first,"
+    heading = "Aligned features, one by one"
     if group == "strongest":
-        who = f"No feature is aligned; the {n_passing} strongest by |z_direction|"
+        who = f"No feature is aligned; the {n_passing} strongest by |z|"
+        heading = "Strongest features, one by one"
     text = (
         f"{who} beside as many that are not aligned, of the same layer, nearest in firing rate and "
-        "mean activation (pair). distinct_share and token_entropy (nats): of the tokens that a "
-        "feature is active on. energy_change: of removing the feature wholly, "
-        f"{unit} per active token, on documents of the half that efas_a has not seen, interval "
-        f"over n_seq_ablated of them (none below {MIN_GROUPS}). « » marks the token where the "
-        f"feature is strongest. {cost}."
+        "mean activation (pair). Different tokens, entropy and top token: of the tokens that a "
+        "feature is active on. Change: of removing the feature wholly, "
+        f"{unit} per active token, on documents of the half that EFAS has not seen here, 95 % "
+        f"interval over the documents ablated (none below {MIN_GROUPS}). « » marks the token where "
+        f"the feature is strongest. {cost}."
     )
-    shown = looked.drop(columns=["ci_lo", "ci_hi"]).drop(columns=looked.filter(like="context_"))
+    shown = looked.copy()
     shown["energy_change"] = [
-        f"{cell(row.energy_change)} [{cell(row.ci_lo)}, {cell(row.ci_hi)}]"
-        for row in looked.itertuples()
+        f"{cell(row.energy_change)} {limits(row.ci_lo, row.ci_hi)}" for row in looked.itertuples()
     ]
-    where = ["group", "layer", "feature", "context_1", "context_2", "context_3"]
+    # First what sets the groups apart, then who is in them
+    apart = against_matched(looked)
+    apart["quantity"] = apart.quantity.map(QUANTITY_NAMES)
     return [
-        ("h", "Passing features, one by one"),
+        ("closed", heading),
         ("p", text),
-        ("t", against_matched(looked)),
-        ("t", shown),
-        ("t", looked[where]),
+        ("t", named(apart, MATCHED_NAMES)),
+        ("t", named(shown, LOOKED_NAMES)),
+        ("t", named(looked, CONTEXT_NAMES)),
     ]
+
+
+ATTRACTOR_NAMES = {
+    "start": "start",
+    "n_seq": "documents",
+    "converged": "converged (share)",
+    "max_residual": "largest residual speed",
+    "energy_per_token": "energy per token",
+    "distance_from_own": "mean distance from the own attractor (share of length)",
+    "max_distance": "largest distance (share of length)",
+    "decoded_differs": "tokens decoded otherwise (share)",
+}
+BASIN_NAMES = {
+    "sigma": "noise / length of the state",
+    "returned": "returned (share)",
+    "ci_lo": "from",
+    "ci_hi": "to (95 %)",
+    "n": "starts",
+}
+
+
+def returned_line(basin: pd.DataFrame) -> str:
+    """Null result of the basins: every noisy start came back. Empty if one did not."""
+    if basin.returned.min() < 1:
+        return ""  # then the table and the figure are shown
+    n = int(basin.n.min())
+    sigmas = span(basin.sigma)
+    return (
+        f"Every start with noise of {sigmas} times the state's length came back to its attractor: "
+        f"{n} of {n} at each strength, 95 % interval from {cell(basin.ci_lo.min())}."
+    )
+
+
+def merged_line(tree: pd.DataFrame) -> str:
+    """Null result of the merge trees: one minimum each. Empty if two minima merge anywhere."""
+    if np.isfinite(tree.depth).any():
+        return ""
+    n = tree.sequence.nunique()
+    return (
+        f"Of {n} documents whose starts were followed down together, each has one minimum: no two "
+        "starts ended apart."
+    )
+
+
+def one_attractor_line(ends: pd.DataFrame) -> str:
+    """Null result of the five starts: all end alike. Empty if one does not."""
+    # The same 1 % as in `basins`
+    if ends.max_distance.max() >= 0.01 or ends.converged.min() < 1:
+        return ""
+    n = int(ends.n_seq.iloc[0])
+    return (
+        f"From each of {len(ends)} kinds of start all {n} documents end in the attractor of their "
+        f"own field, within {cell(100 * ends.max_distance.max())} % of its length."
+    )
+
+
+def class_line(clusters: pd.DataFrame) -> str:
+    """Whether attractors tell the classes of tokens, beside their input."""
+    ami = clusters.set_index("clusters_of").ami
+    chance = clusters.permuted_q95.max()
+    star = ami["attractor g*"]  # where the descent ends
+    source = ami["input field"]  # where it starts
+    found = (
+        f"Clusters of attractors share {cell(star)} of the classes of tokens (adjusted mutual "
+        f"information, 1: all), clusters of the input {cell(source)}; permuted at most "
+        f"{cell(chance)} (95th percentile). "
+    )
+    if star <= chance:
+        return found + "The attractors tell no more than chance."
+    if star <= source:
+        return found + "The attractors tell no more than the input they start from."
+    return found + "Whether they tell more than the input cannot be told: it has no interval."
 
 
 def attractor_section(res: LensResults, folder: Path) -> list[ReportPart]:
-    """Fixed points, their basins and how they merge."""
+    """Fixed points, their basins and how they merge; what is a null result in words alone."""
     setting = (
         "Held-out sequences with a fifth of the tokens masked, as in training; five starts under "
         "the same field."
@@ -3727,38 +4491,75 @@ def attractor_section(res: LensResults, folder: Path) -> list[ReportPart]:
     bounds = (
         "Depths in the merge tree are upper bounds: the graph joins states by straight segments."
     )
+    tables = res.tables
     figure = folder / "basins.png"
-    draw_basins(res.tables["basins"], res.tables["merge_tree"], figure)
-    return [
-        ("h", "Attractors and basins"),
-        ("p", setting),
-        ("t", res.tables["attractors"]),
-        ("t", res.tables["basins"]),
-        ("t", res.tables["attractor_clusters"]),
-        ("p", bounds),
-        ("img", (figure, "Basin sizes and the merge tree of three sequences")),
-    ]
+    draw_basins(tables["basins"], tables["merge_tree"], figure)
+    alike = one_attractor_line(tables["attractors"])
+    returned = returned_line(tables["basins"])
+    merged = merged_line(tables["merge_tree"])
+    blocks: list[ReportPart] = [("closed", "Attractors and basins"), ("p", setting)]
+    if alike:
+        blocks.append(("p", alike))
+    else:
+        blocks.append(("t", named(tables["attractors"], ATTRACTOR_NAMES)))
+    if returned:
+        blocks.append(("p", returned))
+    else:
+        blocks.append(("t", named(tables["basins"], BASIN_NAMES)))
+    if merged:
+        blocks.append(("p", merged))
+    if not (returned and merged):
+        caption = f"Basin sizes and the merge tree of three documents. {bounds}"
+        blocks.append(("img", (figure, caption)))
+    return [*blocks, ("p", class_line(tables["attractor_clusters"]))]
+
+
+def about_section(res: LensResults, args: Any, cost: str) -> list[ReportPart]:
+    """What EFAS is, and what was run."""
+    n_seq = int(res.tables["layers"].n_seq.iloc[0])
+    setting = (
+        f"n = {n_seq} held-out sequences of 32 tokens, one a document, which are the unit of every "
+        f"test; one training seed ({args.seed}), so nothing here speaks for other seeds. Preset "
+        f"{args.preset}, corpus `{args.corpus}`, gradient by {args.gradient}. {cost}."
+    )
+    meaning = EFAS_MEANING.format(quantity="energy")
+    return [("lead", ("What EFAS is", meaning)), ("lead", ("What was run", setting))]
 
 
 def compose(res: LensResults, args: Any, cost: str, folder: Path) -> list[ReportPart]:
     """The report of the Energy Transformer, and its figures in `folder`."""
-    blocks = introduction(res, args, cost)
-    blocks += model_section(res, args, folder)
-    blocks += efas_section(res, folder)
+    tables = res.tables
+    unit = "descent step"
+    is_predicted = "predictors" in tables
     concept = "no eligible feature"
     shift = "not enough data"
-    if "predictors" in res.tables:
-        blocks += concept_section(res.tables["concepts"])
-        blocks += intervention_section(res, folder)
-        looked = res.tables["passing_features"]
+    if is_predicted:
+        concept = concept_line(tables["concepts"])
+        shift = shift_line(tables["clamps"])
+        res.facts["shift"] = shift
+    headlines = against_original(tables["layers"], tables["features"], concept, shift, cost)
+
+    blocks = first_screen(tables, unit, "energy", "energy")
+    blocks += about_section(res, args, cost)
+    blocks += evidence(tables, unit, folder)
+    if is_predicted:
+        blocks.append(("p", first_order_line(tables["predictors"], unit)))
+    blocks += [("h", "The original against here"), ("t", headlines)]
+    # From here on only for whoever wants to check
+    blocks += model_section(res, args, folder)
+    blocks += efas_section(tables, unit, folder)
+    blocks.append(untrained_part(tables["untrained"]))
+    if is_predicted:
+        looked = tables["passing_features"]
         took = f"This took {res.facts['seconds_looked_at']:.0f} s"
         blocks += looked_at_section(looked, "energy", took)
-        concept = concept_line(res.tables["concepts"])
-        shift = shift_line(res.tables["clamps"])
-        res.facts["shift"] = shift
+        blocks += ablation_section(
+            tables["predictors"], tables["predicted_actual"], "energy", folder
+        )
+        blocks += clamp_section(tables["clamps"], folder)
+        blocks += concept_section(tables["concepts"])
     blocks += attractor_section(res, folder)
-    headlines = against_original(res.tables["layers"], res.tables["features"], concept, shift, cost)
-    return [*blocks, ("h", "Against the original's headlines"), ("t", headlines)]
+    return blocks + sae_section(tables["sae"])
 
 
 # ------------------------------------------------------------------------------------- command line

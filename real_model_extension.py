@@ -171,11 +171,13 @@ ENERGIES: dict[str, Energy] = {
         replaces="the last block's output, after a ridge translator",
         nats=tuned_energy,
         needs_translator=True,
+        quantity="tuned lens' loss",
     ),
     "logit": Energy(
         formula="-log P(next token)",
         replaces="the last block's output, unchanged",
         nats=logit_energy,
+        quantity="logit lens' loss",
     ),
 }
 
@@ -352,6 +354,42 @@ def validity(
             generator = torch.Generator().manual_seed(seed)
             noise = torch.randn(h.shape, generator=generator)
             rows.append(step_along(noise, "random direction", energy))
+    return pd.DataFrame(rows)
+
+
+def unigram_nats(ids: Tensor) -> Tensor:
+    """What knowing only the frequencies of tokens leaves of each next token: ids [S, T] ->
+    [S, T-1] nats. The frequencies are those of the other sequences, one added for every token id
+    that occurs at all, so that none has met what it is asked for."""
+    _, ids = ids.unique(return_inverse=True)  # [S, T], from 0
+    counts = torch.bincount(ids.flatten()).double()  # [V']
+    nats = []
+    for own in ids:
+        others = counts - torch.bincount(own, minlength=len(counts)) + 1  # [V']
+        nats.append(-(others[own[1:]] / others.sum()).log())
+    return torch.stack(nats)  # [S, T-1]
+
+
+def worth_table(name: str, loss: Tensor, ids: Tensor) -> pd.DataFrame:
+    """What the model is worth: its loss [S, T-1] beside that of unigram, over sequences ids
+    [S, T], as `compare_models` of energy_lens_minimal.py has it of the Energy Transformer."""
+    losses = {"unigram": unigram_nats(ids), Path(name).name: loss.double()}
+    rows = []
+    for model, nats in losses.items():
+        difference = (nats - losses["unigram"]).sum(1)  # [S]
+        asked = torch.full_like(difference, nats.shape[1])
+        apart = lens.bootstrap_ratio(difference.numpy(), asked.numpy())
+        rows.append(
+            {
+                "model": model,
+                "masked_nats": nats.mean().item(),
+                "minus_unigram": apart.mean,
+                "ci_lo": apart.lo,
+                "ci_hi": apart.hi,
+                "n_seq": len(nats),
+                "n_masked": nats.numel(),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -780,6 +818,8 @@ class EnergyLensAnalyzer:
         tables["validity"] = pd.concat([block.validity for block in found], ignore_index=True)
         tables["sae"] = pd.concat([block.quality for block in found], ignore_index=True)
         tables["efas_distribution"] = lens.histogram_table(tables["features"], efas, cfg.seed)
+        tables["z_distribution"] = lens.z_table(tables["features"], efas)
+        tables["models"] = worth_table(lm.name, test.loss, test.ids)
 
         # Does alignment predict what an ablation does?
         self._say("ablations")
@@ -1313,28 +1353,51 @@ def compose_report(results: LensResults, cfg: EnergyLensConfig, out: Path) -> li
     """The report of a pretrained model; its figures go to the folder `out`."""
     tables = results.tables
     cost = results.facts["cost"]
-    blocks = introduction(results, cfg)
-    blocks += validity_blocks(tables)
-    blocks += sae_blocks(tables)
-    blocks += efas_blocks(tables, out)
+    is_ablated = "interventions" in tables
     shift = "not enough data: no eligible feature"
-    if "interventions" in tables:
+    if is_ablated:
         shift = ablation_excess(tables["interventions"])
-        blocks += intervention_blocks(tables, shift, out)
+    no_concepts = "not measured for this model"
+    headlines = lens.against_original(
+        tables["layers"], tables["features"], no_concepts, shift, cost, NO_BASIN
+    )
+    quantity = ENERGIES[cfg.energy].quantity
+
+    blocks = lens.first_screen(tables, "block", quantity, OUTCOME)
+    if "models" not in tables:  # a run before there was this table
+        blocks.append(("lead", ("What the model is worth", loss_alone_line(tables["validity"]))))
+    blocks += introduction(results, cfg)
+    blocks += lens.evidence(tables, "block", out)
+    if is_ablated and cfg.energy == "final":  # else the gradient is not that of the outcome
+        blocks.append(("p", lens.first_order_line(tables["predictors"], "block")))
+    blocks += [("h", "The original against here"), ("t", headlines)]
+    # From here on only for whoever wants to check
+    blocks += validity_blocks(tables["validity"], cfg.energy)
+    blocks += lens.efas_section(tables, "block", out)
     if "passing_features" in tables:
         looked = tables["passing_features"]
         took = f"This took {results.facts['seconds_looked_at']:.0f} s"
-        blocks += lens.looked_at_section(looked, "nats of the loss", took)
-    blocks += [
-        ("h", "Five types of text"),
-        ("t", tables["text_types"]),
-        ("p", "Intervals resample the eight texts of a type."),
-    ]
-    blocks += text_blocks(results)
-    concepts = "not measured for this model"
-    headlines = lens.against_original(tables["layers"], tables["features"], concepts, shift, cost)
-    blocks += [("h", "Against the original's headlines"), ("t", headlines)]
-    return blocks
+        blocks += lens.looked_at_section(looked, f"nats of the {OUTCOME}", took)
+    if is_ablated:
+        blocks += intervention_blocks(tables, shift, out)
+    blocks += type_blocks(tables["text_types"])
+    blocks += text_blocks(results, quantity)
+    return blocks + lens.sae_section(tables["sae"])
+
+
+OUTCOME = "model's own loss"  # what an ablation changes, whatever the energy
+NO_BASIN = (
+    "a model without descent has no basin; only the excess over random directions of equal length "
+    "counts"
+)
+
+
+def loss_alone_line(validity: pd.DataFrame) -> str:
+    """The model's loss, of a run that has nothing beside it."""
+    own = validity[validity.energy == "final"].iloc[0]
+    n = f"over {int(own.n_seq)} documents"
+    rest = "This older run has no unigram to compare it with: cannot tell"
+    return f"{rest}. Its loss is {own.nats:.2f} nats a token {n}."
 
 
 def introduction(results: LensResults, cfg: EnergyLensConfig) -> list[ReportPart]:
@@ -1342,54 +1405,51 @@ def introduction(results: LensResults, cfg: EnergyLensConfig) -> list[ReportPart
     layers = results.tables["layers"]
     quantity = ENERGIES[cfg.energy].quantity
     what = (
-        f"Model `{Path(results.model).name}`, energy `{cfg.energy}`, "
+        f"Model `{Path(results.model).name}`, energy `{cfg.energy}` ({quantity}), "
         f"{int(layers.n_seq.iloc[0])} sequences of {cfg.seq_len} tokens of `{cfg.corpus}`, one a "
         f"document (the unit of every test), {int(layers.n_tokens.iloc[0]):,} tokens; one SAE seed "
         f"({cfg.seed}). {results.facts['cost']}. A feed-forward model has no attractors or basins, "
         "and none are claimed."
     )
-    meaning = (
-        f"EFAS is the correlation of a feature's activation with the pull of the {quantity} along "
-        "its decoder direction: positive amplifying, negative restoring. It is not `the feature "
-        f"lowers the {quantity}`: that is the attribution."
+    meaning = lens.EFAS_MEANING.format(quantity=quantity)
+    return [("lead", ("What EFAS is", meaning)), ("lead", ("What was run", what))]
+
+
+VALIDITY_NAMES = {
+    "layer": "block",
+    "energy": "energy",
+    "nats": "held-out mean (nats)",
+    "cosine_with_true_gradient": "cosine with the loss gradient",
+    "own_change": "change of itself (nats)",
+    "final_change": "change of the model's loss (nats)",
+    "n_seq": "documents",
+}
+
+
+def descends_line(validity: pd.DataFrame, name: str) -> str:
+    """Whether a step down the energy in use lowers the model's own loss, block by block."""
+    own = validity[validity.energy == name].set_index("layer").final_change
+    best = validity[validity.energy == "final"].set_index("layer").final_change
+    n_lower = int((own < 0).sum())
+    quantity = ENERGIES[name].quantity
+    if name == "final":
+        return (
+            "The energy is the model's own loss; a step of 2 % of the state's length down its "
+            f"gradient changes it by {lens.span(own)} nats a token."
+        )
+    return (
+        f"A step of 2 % of the state's length down the {quantity} lowers the model's own loss at "
+        f"{n_lower} of {len(own)} blocks (change {lens.span(own)} nats a token; down the loss's "
+        f"own gradient {lens.span(best)}). There is no interval."
     )
-    return [("p", what), ("p", meaning)]
 
 
-def validity_blocks(tables: dict[str, pd.DataFrame]) -> list[ReportPart]:
-    """How far each energy of ENERGIES is one."""
-    meaning = (
-        "own_change: in that energy; final_change: in the model's loss. A useful energy lowers the "
-        "loss when it is lowered itself. nats: held-out mean."
-    )
+def validity_blocks(validity: pd.DataFrame, name: str) -> list[ReportPart]:
+    """How far each energy of ENERGIES is one, and first the one in use."""
     return [
-        ("h", "Is it an energy? 2 % of |h| down each energy's own gradient"),
-        ("t", tables["validity"]),
-        ("p", meaning),
-    ]
-
-
-def sae_blocks(tables: dict[str, pd.DataFrame]) -> list[ReportPart]:
-    """What the SAEs leave unexplained."""
-    return [
-        ("h", "Sparse autoencoders"),
-        ("t", tables["sae"]),
-        ("p", lens.sae_line(tables["sae"])),
-    ]
-
-
-def efas_blocks(tables: dict[str, pd.DataFrame], out: Path) -> list[ReportPart]:
-    """EFAS and both nulls, as a table and a figure."""
-    figure = out / "efas_distribution.png"
-    lens.draw_distribution(tables["efas_distribution"], figure, "block")
-    caption = "EFAS of the features, of permuted sequences and of random directions"
-    return [
-        ("h", "EFAS against its nulls"),
-        ("t", lens.upright(tables["layers"])),
-        ("p", lens.floor_line(tables["layers"])),
-        ("p", lens.unit_line(tables["layers"])),
-        ("p", lens.COPIES_MEANING),
-        ("img", (figure, caption)),
+        ("closed", "Is it an energy? A step down each energy's own gradient"),
+        ("p", descends_line(validity, name)),
+        ("t", lens.named(validity, VALIDITY_NAMES)),
     ]
 
 
@@ -1408,12 +1468,21 @@ def ablation_excess(interventions: pd.DataFrame) -> str:
     excess = (of_feature - of_random).dropna().reset_index()
     cluster = pd.Series(excess.groupby(["layer", "cluster"]).ngroup())  # over all layers
     interval = lens.bootstrap_mean(excess["size"], cluster)
-    limits = f"[{lens.cell(interval.lo)}, {lens.cell(interval.hi)}]"
+    limits = lens.limits(interval.lo, interval.hi)
     return (
         "|change of the loss| by full ablation, feature minus random direction of equal length: "
         f"{interval.mean:.4f} {limits} nats per active token (95 % over {cluster.nunique()} "
         "clusters of copies)"
     )
+
+
+SIZE_NAMES = {
+    "layer": "block",
+    "aligned": "aligned",
+    "arm": "what is removed",
+    "mean_abs_nats_per_token": "|change| (nats per active token)",
+    "n_pairs": "feature and document pairs",
+}
 
 
 def intervention_blocks(tables: dict[str, pd.DataFrame], shift: str, out: Path) -> list[ReportPart]:
@@ -1422,36 +1491,54 @@ def intervention_blocks(tables: dict[str, pd.DataFrame], shift: str, out: Path) 
         ["layer", "aligned", "arm"], as_index=False
     )
     size = by_arm["size"].agg(mean_abs_nats_per_token="mean", n_pairs="count")
+    size["aligned"] = size.aligned.map({True: "yes", False: "no"})
+    section = lens.ablation_section(tables["predictors"], tables["predicted_actual"], OUTCOME, out)
+    beside_random: list[ReportPart] = [("p", f"{shift}."), ("t", lens.named(size, SIZE_NAMES))]
+    return [section[0], *beside_random, *section[1:]]
 
-    predictors = tables["predictors"]
-    by_predictor = predictors.groupby(["eps", "predictor", "scale"], as_index=False)
-    figure = out / "predicted_actual.png"
-    lens.draw_predicted(
-        tables["predicted_actual"],
-        by_predictor.spearman.mean(),
-        figure,
-        "loss change, nats per active token",
-    )
-    caption = (
-        "Predicted and actual loss change of ablations, all layers; Spearman: mean over layers"
-    )
-    tables_of_blocks = []
-    for layer, rows in predictors.groupby("layer"):
-        table = lens.prediction_table(rows)
-        table.insert(0, "layer", layer)
-        tables_of_blocks.append(table)
+
+TYPE_NAMES = {
+    "text_type": "type of text",
+    "layer": "block",
+    "loss_nats": "loss (nats a token)",
+    "aligned_active_per_token": "aligned features active at a token",
+    "aligned_clusters_active_per_token": "the same, copies counted once",
+    "abs_attribution_nats": "sum of |attribution| of the loss (nats a token)",
+}
+
+
+def type_blocks(types: pd.DataFrame) -> list[ReportPart]:
+    """The five types of text, a row a (type, block)."""
+    cells = []
+    for row in types.itertuples():
+        cells.append(f"{lens.cell(row.mean)} {lens.limits(row.ci_lo, row.ci_hi)}")
+    told = types.assign(told=cells)
+    table = told.pivot(index=["text_type", "layer"], columns="quantity", values="told")
     return [
-        ("h", "Interventions: change of the model's own next-token loss"),
-        ("p", f"{shift}."),
-        ("t", size),
-        ("t", pd.concat(tables_of_blocks)),
-        ("p", lens.prediction_method(predictors)),
-        ("img", (figure, caption)),
+        ("closed", "Five types of text"),
+        ("p", "Intervals resample the eight texts of a type."),
+        ("t", lens.named(table.reset_index(), TYPE_NAMES)),
     ]
 
 
-def text_blocks(results: LensResults) -> list[ReportPart]:
-    """What was seen in the given texts; descriptive, as n is a handful of tokens."""
+TEXT_NAMES = {
+    "text": "text",
+    "layer": "layer",
+    "feature": "feature",
+    "efas": "EFAS",
+    "aligned": "aligned",
+    "n_active": "active tokens",
+    "top_token": "top token",
+    "token": "token",
+    "activation": "activation",
+    "attribution": "attribution",
+    "loss_change_nats": "change of the model's own loss (nats)",
+}
+
+
+def text_blocks(results: LensResults, quantity: str = "energy") -> list[ReportPart]:
+    """What was seen in the given texts; descriptive, as n is a handful of tokens. Attributions are
+    of `quantity`."""
     tables = results.tables
     if "text_energy" not in tables:
         return []
@@ -1462,12 +1549,13 @@ def text_blocks(results: LensResults) -> list[ReportPart]:
     lengths = ", ".join(f"`{name}` has {n} tokens" for name, n in n_tokens.items())
     caution = (
         f"Descriptive only: {lengths}. No test is possible on so few; the features and their EFAS "
-        "come from the corpus."
+        f"come from the corpus. Attribution: of the {quantity}."
     )
-    blocks: list[ReportPart] = [("h", "The given texts"), ("p", caution), ("t", strongest)]
+    table = lens.named(strongest, TEXT_NAMES)
+    blocks: list[ReportPart] = [("closed", "The given texts"), ("p", caution), ("t", table)]
     ablations = tables.get("text_ablations")  # the Energy Transformer has none
     if ablations is not None and len(ablations):
-        blocks.append(("t", ablations))
+        blocks.append(("t", lens.named(ablations, TEXT_NAMES)))
     return blocks
 
 
