@@ -1195,6 +1195,12 @@ class Curve:
     colour: str
 
     @property
+    def thin(self) -> dict[str, Any]:
+        """Style of a line through samples; pixels where they are thousands, in SVG too."""
+        is_long = len(self.table) > 3000
+        return {"color": self.colour, "lw": 0.8, "alpha": 0.5, "rasterized": is_long}
+
+    @property
     def sigma(self) -> pd.Series:
         """What the Homeostat measures: one of the two columns is filled."""
         return self.table[self.table.columns.intersection(["sigma_z", "sigma_resid"])].max(axis=1)
@@ -1251,7 +1257,7 @@ def draw_loss(ax: Any, curves: list[Curve]) -> None:
         table = curve.table
         # Validations are rarer than samples, so their rows are picked out
         checks = table[["step", "val_loss"]].dropna()
-        ax.plot(table["step"], table["loss"], color=curve.colour, alpha=0.4, lw=0.8)
+        ax.plot(table["step"], table["loss"], **curve.thin)
         dots: dict[str, Any] = {"color": curve.colour, "marker": "o", "ms": 4}
         ax.plot(checks["step"], checks["val_loss"], label=curve.label, **dots)
     ax.set_title("Loss")
@@ -1280,7 +1286,7 @@ def draw_sigma(ax: Any, curves: list[Curve], target: float) -> None:
     for curve in curves:
         table = curve.table.assign(sigma=curve.sigma)
         samples = table[["step", "sigma"]].dropna()
-        ax.plot(samples["step"], samples["sigma"], color=curve.colour, lw=0.8, alpha=0.6)
+        ax.plot(samples["step"], samples["sigma"], **curve.thin)
         if "sigma_filtered" in table:
             filtered = table[["step", "sigma_filtered"]].dropna()
             ax.plot(filtered["step"], filtered["sigma_filtered"], color=curve.colour, lw=1.8)
