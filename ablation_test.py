@@ -1435,8 +1435,9 @@ def figure4(table: pd.DataFrame, summary: pd.DataFrame, is_stacked: bool = False
     for i, run in enumerate(runs):
         row = summary[(summary["run"] == run) & (summary["mode"] == ranked_by)].iloc[0]
         heads = table[(table["run"] == run) & (table["mode"] == ranked_by)]
+        if i > 0:
+            axes[i].sharex(axes[0])  # so that runs can be compared
         draw_heads(axes[i], heads.sort_values("rank"), row, COLORS[i % 2])
-        axes[i].sharex(axes[0])  # so that runs can be compared
     for i, mode in enumerate(others):
         draw_ranks(axes[len(runs) + i], table[table["mode"] == mode], runs)
     note = f"Filled: above 0, p < .05 (max-T over the heads of a run); {describe_units(summary)}. "
