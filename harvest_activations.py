@@ -1153,8 +1153,8 @@ def text_of(frame: pd.DataFrame) -> str:
 RUN_COLOURS = {"adaptive": "#D55E00", "control": "#0072B2"}
 MORE_COLOURS = ["#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 IN_FIGURE_1 = {  # metrics by depth; others are in table 1
-    "sigma_resid": "what they write to the residual stream",
-    "sigma_z": "their outputs z",
+    "sigma_resid": "How alike: what heads write",
+    "sigma_z": "How alike: outputs z of heads",
 }
 
 
@@ -1185,7 +1185,7 @@ def figure1(pairs: pd.DataFrame, topology: pd.DataFrame, is_stacked: bool) -> An
     width = 4.5 if is_stacked else max(2.0 + 1.75 * across, 5.0 * len(metrics), 4.5)  # inches
     side = min(2.0, (width - 1.0) / across)  # of a matrix
     lines = len(metrics) if is_stacked else min(1, len(metrics))
-    heights = [max(0.1, 2.9 * lines + 0.4), (side + 0.9) * down + 0.6]
+    heights = [max(0.1, 2.9 * lines + 0.4), (side + 0.8) * down + 1.2]
     fig = plt.figure(figsize=(width, sum(heights)), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=heights)
     if metrics:
@@ -1218,7 +1218,7 @@ def draw_depth(ax: Any, stats_of: pd.DataFrame, runs: list[str]) -> None:
         ax.errorbar(x, rows["value"], yerr=np.maximum(ends, 0), label=as_label(run), **style)
         null = None  # one entry in the legend
     metric = stats_of["metric"].iloc[0]
-    ax.set_title(f"How alike heads are: {IN_FIGURE_1[metric]}", fontsize=10)
+    ax.set_title(IN_FIGURE_1[metric], fontsize=10)
     ax.set(xlabel="layer", ylabel=f"{metric}, mean |cosine|", ylim=(0, None))
     step = 1 + (len(layers) - 1) // 16
     ax.set(xticks=range(0, len(layers), step), xticklabels=layers[::step])
@@ -1237,7 +1237,10 @@ def draw_matrices(fig: Any, pairs: pd.DataFrame, grid: tuple[int, int]) -> None:
             image = draw_panel(next(free_axes), as_label(f"{run}, layer {layer}"), shown, limit)
     for ax in free_axes:
         ax.axis("off")
-    fig.colorbar(image, ax=axes, location="bottom", aspect=30, shrink=0.7, label="cosine of z")
+    label = "cosine of z (grey: the diagonal)"
+    bar = fig.colorbar(image, ax=axes, location="bottom", aspect=30, shrink=0.7, label=label)
+    ends = [-limit, -limit / 2, 0, limit / 2, limit]
+    bar.set_ticks(ends, labels=[f"{value:.2g}" for value in ends])
     fig.suptitle(f"Head against head, {text_of(pairs)}", fontsize=10)
 
 
@@ -1255,9 +1258,10 @@ def draw_panel(ax: Any, title: str, pairs: pd.DataFrame, limit: float) -> Any:
     matrix[i, j] = pairs["cosine"]
     matrix[j, i] = pairs["cosine"]
     ax.set_title(f"{title}\n{span}", fontsize=8.5)
-    image = ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    shades = import_module("matplotlib").colormaps["RdBu_r"].with_extremes(bad="0.7")
+    image = ax.imshow(matrix, cmap=shades, vmin=-limit, vmax=limit, interpolation="nearest")
     ticks = range(0, n_heads, 1 + (n_heads - 1) // 8)
-    ax.set(facecolor="0.8", xticks=ticks, yticks=ticks)
+    ax.set(xticks=ticks, yticks=ticks)
     ax.tick_params(labelsize=8)
     return image
 
