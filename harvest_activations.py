@@ -1237,11 +1237,11 @@ def draw_matrices(fig: Any, pairs: pd.DataFrame, grid: tuple[int, int]) -> None:
             image = draw_panel(next(free_axes), as_label(f"{run}, layer {layer}"), shown, limit)
     for ax in free_axes:
         ax.axis("off")
-    label = "cosine of z (grey: the diagonal)"
-    bar = fig.colorbar(image, ax=axes, location="bottom", aspect=30, shrink=0.7, label=label)
+    bar = fig.colorbar(image, ax=axes, location="bottom", aspect=30, shrink=0.7, pad=0.01)
     ends = [-limit, -limit / 2, 0, limit / 2, limit]
     bar.set_ticks(ends, labels=[f"{value:.2g}" for value in ends])
     fig.suptitle(f"Head against head, {text_of(pairs)}", fontsize=10)
+    fig.supxlabel("cosine of z (grey: the diagonal)", fontsize=10)
 
 
 def draw_panel(ax: Any, title: str, pairs: pd.DataFrame, limit: float) -> Any:

@@ -2303,8 +2303,11 @@ def draw_depth(table: pd.DataFrame, is_stacked: bool = False) -> Any:
     over = " or ".join(map(str, sorted(table["n_documents"].unique())))
     splits = " and ".join(sorted(table["split"].unique()))
     note = f"Bars: 95 % intervals over {over} held-out documents of the {splits} split."
-    if "ce_recovered_mean" in panels:
-        note += " Open: the layer matters too little to tell, no interval."
+    has_all_bars = all(
+        f"{name}_lo" in table and table[f"{name}_lo"].notna().all() for name in panels
+    )
+    if not has_all_bars:
+        note += " Open: no interval; the layer may matter too little for one."
     if "l0" not in panels:
         note += f" L0 is fixed: {table['l0'].min():.3g} to {table['l0'].max():.3g}."
     figure.supxlabel(textwrap.fill(note, round(13 * size[0])), fontsize=8.5)
