@@ -1211,6 +1211,7 @@ def draw_training(csvs: list[str | Path], target: float, out: Path) -> None:
     curves = []
     colours = iter(OTHER_COLOURS * len(csvs))
     for path in csvs:
+        # Runs are told apart by the folders they lie in
         folder = Path(path).resolve().parent.name
         # The arms keep their colours in every figure
         colour = ARM_COLOURS.get(folder) or next(colours)
@@ -1233,10 +1234,12 @@ def training_figure(curves: list[Curve], target: float, is_stacked: bool) -> Any
         first, second = reversed(curves) if is_reversed else curves
         panels.append(lambda ax: draw_difference(ax, first, second))
         note = "Thin: samples, in the difference smoothed; dots: the whole validation split."
+    # What the loop measures, and what it answers
     panels.append(lambda ax: draw_sigma(ax, curves, target))
     if pressed:
         panels.append(lambda ax: draw_lambda(ax, pressed, target))
 
+    # In rows of two or three, or below one another
     across = 1 if is_stacked else {2: 2, 3: 3, 4: 2}[len(panels)]
     down = len(panels) // across
     size = (
@@ -1273,6 +1276,7 @@ def draw_difference(ax: Any, first: Curve, second: Curve) -> None:
     n_samples = max(1, len(both) // 20)
     smooth = difference.rolling(n_samples, center=True, min_periods=1).mean()
     ax.plot(both["step"], smooth, color="black", lw=0.8)
+    # The whole validation split needs no smoothing
     checks = both.assign(difference=both["val_loss"] - both["val_loss_other"])
     checks = checks[["step", "difference"]].dropna()
     ax.plot(checks["step"], checks["difference"], color="black", marker="o", ms=4)
@@ -1287,6 +1291,7 @@ def draw_sigma(ax: Any, curves: list[Curve], target: float) -> None:
         table = curve.table.assign(sigma=curve.sigma)
         samples = table[["step", "sigma"]].dropna()
         ax.plot(samples["step"], samples["sigma"], **curve.thin)
+        # What the controller acts on; the column came later
         if "sigma_filtered" in table:
             filtered = table[["step", "sigma_filtered"]].dropna()
             ax.plot(filtered["step"], filtered["sigma_filtered"], color=curve.colour, lw=1.8)
@@ -1295,6 +1300,7 @@ def draw_sigma(ax: Any, curves: list[Curve], target: float) -> None:
         if whole in table:
             ax.plot(table["step"], table[whole], color=curve.colour, marker="o", ms=4, ls="")
 
+    # Only a run with a penalty has a setpoint to hold
     for curve in curves:
         if not (curve.table["lambda"] > 0).any():
             continue
@@ -1331,6 +1337,7 @@ def loop_steps(table: pd.DataFrame, target: float) -> tuple[float, float]:
     filtered sigma is within 10 % of the setpoint. NaN where there was none, or no such column."""
     if not {"phase", "sigma_filtered"} <= set(table):
         return math.nan, math.nan
+    # Before that phase lambda follows a ramp, whatever sigma is
     relative = table["sigma_filtered"] / setpoints(table, target)
     is_closed = table["phase"] == "auto"
     is_within = is_closed & ((relative - 1).abs() <= 0.10)
@@ -1340,6 +1347,7 @@ def loop_steps(table: pd.DataFrame, target: float) -> tuple[float, float]:
 def mark_loop(ax: Any, curve: Curve, target: float, has_text: bool) -> None:
     """Lines where the loop of a run closed and settled, with words above the panel."""
     closed, settled = loop_steps(curve.table, target)
+    # The words stand on either side, so that two close lines can be told apart
     marks = {"closed": (closed, "right", -2), "settled": (settled, "left", 2)}
     for what, (step, side, points) in marks.items():
         if math.isnan(step):
@@ -1360,6 +1368,7 @@ def use_plain_numbers(axis: Any) -> None:
     are many."""
     from matplotlib import ticker
 
+    # Over three decades more than one number a decade would be too many
     low, high = axis.get_view_interval()
     steps = [1.0, 2.0, 5.0] if high < 1000 * low else [1.0]
     axis.set_major_locator(ticker.LogLocator(subs=steps))
