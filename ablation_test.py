@@ -55,6 +55,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import threading
 import time
 import urllib.error
@@ -1059,6 +1060,8 @@ def write_results(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------------------- tables and figures
 COLORS = ["#D55E00", "#0072B2"]  # Okabe-Ito
+NAMED_HEADS = 30  # of a run in Figure 4
+CELLS_WITH_NUMBERS = 300  # a larger heatmap is read by its colours
 PUBLISHED = {  # zero ablation, 24 heads: % of base loss
     "adaptive L9H1": 0.932,
     "adaptive L9H3": 0.438,
@@ -1320,8 +1323,9 @@ def draw(csv: Path) -> None:
     top = table3(table, ranking)
     save(named(csv, "_table3.csv"), top.to_csv(index=False, float_format="%.10g"))
     save(named(csv, "_table3.md"), as_markdown(top))
-    save(named(csv, "_figure4.png"), figure4(table, summary))
-    save(named(csv, "_heatmap.png"), heatmap(ranking, summary))
+    figures = {"_figure4.png": (figure4, table), "_heatmap.png": (heatmap, ranking)}
+    for end, (figure, heads) in figures.items():
+        save_figure(functools.partial(figure, heads, summary), named(csv, end))
 
 
 def read_tables(csv: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -1367,14 +1371,10 @@ def named(csv: Path, end: str) -> Path:
     return csv.with_name(csv.stem + end)
 
 
-def save(path: Path, content: str | plt.Figure) -> None:
-    """Writes a text or a figure atomically."""
+def save(path: Path, text: str) -> None:
+    """Writes a text atomically."""
     with atomic(path) as temporary:
-        if isinstance(content, str):
-            temporary.write_text(content, encoding="utf-8")
-        else:
-            content.savefig(temporary, dpi=150)
-            plt.close(content)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def table3(table: pd.DataFrame, ranking: pd.DataFrame) -> pd.DataFrame:
@@ -1404,146 +1404,159 @@ def as_markdown(frame: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def noise_share(summary: pd.DataFrame) -> float:
-    """Where logarithmic scales start: the impact (% of base loss) that noise hides, rounded up to a
-    power of ten; infinite where too few units tell what noise is."""
-    percent = (100 * summary["noise_limit"] / summary["base_loss"]).median()
-    if math.isnan(percent):
-        return math.inf
-    return 10.0 ** math.ceil(math.log10(max(percent, 1e-9)))
-
-
 def describe_units(summary: pd.DataFrame) -> str:
     """n of a figure, and what is missing where it is too small."""
     n = summary["n_unit"].iloc[0]
     few = f"; fewer than {MIN_UNITS}: no intervals, no p values" if n < MIN_UNITS else ""
-    return f"n = {n} {summary['unit'].iloc[0]}{few}"
+    return f"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{n} {summary['unit'].iloc[0]}{few}"
 
 
-def figure4(table: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
-    """Figure 4: how the impact of ablation is distributed over heads; a panel a mode, runs side by
-    side."""
-    modes = list(table["mode"].unique())
+def figure4(table: pd.DataFrame, summary: pd.DataFrame, is_stacked: bool = False) -> plt.Figure:
+    """Figure 4: the impact of every head. A panel a run names the first heads in the ranking mode;
+    a small panel a further mode shows all heads of all runs."""
     runs = list(table["run"].unique())
-    size = (max(6.2, 2 + 2.9 * len(modes)), 4.6)
-    fig, axes = plt.subplots(
-        1, len(modes), figsize=size, layout="constrained", squeeze=False, sharey=True
-    )
-    for _, row in summary.iterrows():
-        ax = axes[0, modes.index(row["mode"])]
-        heads = table[(table["run"] == row["run"]) & (table["mode"] == row["mode"])]
-        draw_heads(ax, heads.sort_values("rank"), row, runs.index(row["run"]))
-        ax.set(title=f"{row['mode']} ablation", xticks=range(len(runs)))
-        ax.set_xticklabels([as_label(run) for run in runs])
-        ax.set_xlim(-0.6, len(runs) - 0.4)
-    linear = noise_share(summary)
-    # Where all is within the noise, symlog would be linear
-    if linear < table["pct_impact"].abs().max():
-        axes[0, 0].set_yscale("symlog", linthresh=linear)
-        label_symlog(axes[0, 0].yaxis, linear, table["pct_impact"].abs().max())
-    axes[0, 0].margins(y=0.12)
-    axes[0, 0].set_ylabel(
-        "loss impact of ablating one head\n(% of base loss; linear within the noise)"
-    )
-    fig.supxlabel(
-        f"A dot is a head; {describe_units(summary)}; one training seed a run. "
-        "Box: quartiles; whiskers: 5-95 %;\n"
-        "bar: of the 95 % intervals that hold for all heads at once, the first head's. "
-        "Above the dotted line\na head of median noise differs from 0 (max-T, p < .05).\n"
-        "Published first heads (zero ablation, 24 heads): control 0.367 %, adaptive 0.932 %.",
-        fontsize=7.5,
-    )
+    ranked_by = summary["ranked_by"].iloc[0]
+    others = [mode for mode in table["mode"].unique() if mode != ranked_by]
+    n_rows = min(NAMED_HEADS, table.groupby(["run", "mode"]).size().max())
+    tall = 1.3 + 0.19 * n_rows  # inches, of a panel with a line a head
+    if is_stacked:
+        panels = [[name] for name in [*runs, *others]]
+        heights = [tall] * len(runs) + [2.6] * len(others)
+        form: dict[str, Any] = {"figsize": (4.5, sum(heights) + 0.8), "height_ratios": heights}
+    else:
+        panels = [[*runs, mode] for mode in others] or [runs]
+        width = 3.4 * len(runs) + 3.2 * bool(others)
+        form = {"figsize": (max(6.2, width), max(tall, 2.3 * len(others), 3) + 0.6)}
+    # Panels are numbered: a run may be called like a mode
+    names = [*runs, *others]
+    places = [[names.index(name) for name in line] for line in panels]
+    fig, axes = plt.subplot_mosaic(places, layout="constrained", **form)
+
+    for i, run in enumerate(runs):
+        row = summary[(summary["run"] == run) & (summary["mode"] == ranked_by)].iloc[0]
+        heads = table[(table["run"] == run) & (table["mode"] == ranked_by)]
+        if i > 0:
+            axes[i].sharex(axes[0])  # so that runs can be compared
+        draw_heads(axes[i], heads.sort_values("rank"), row, COLORS[i % 2])
+    for i, mode in enumerate(others):
+        draw_ranks(axes[len(runs) + i], table[table["mode"] == mode], runs)
+    note = f"Filled: above 0, p < .05 (max-T over the heads of a run); {describe_units(summary)}. "
+    note += "Bars, bands: 95 % intervals that hold for all heads at once. One training seed a run."
+    fig.supxlabel(textwrap.fill(note, round(13 * fig.get_figwidth())), fontsize=8.5)
     return fig
 
 
-def label_symlog(axis: Any, linear: float, largest: float) -> None:
-    """Ticks that one can read, as plain numbers: 0, and 1, 2, 5, 10, ... times the end of the
-    linear part; powers of ten where there are many."""
-    n_decades = math.log10(largest / linear)
-    steps = [1.0, 1.5, 2.0, 3.0, 5.0, 7.0]
-    if n_decades > 1:
-        steps = [1.0, 2.0, 5.0] if n_decades < 3 else [1.0]
-    axis.set_major_locator(ticker.SymmetricalLogLocator(base=10, linthresh=linear, subs=steps))
-    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(ticker.NullLocator())
+def draw_heads(ax: plt.Axes, heads: pd.DataFrame, row: pd.Series, color: str) -> None:
+    """The first heads of one run in Figure 4 (`heads`: the first one first), a line each, with
+    their intervals; `row`: of the summary."""
+    shown = heads.head(NAMED_HEADS)
+    below = heads.iloc[NAMED_HEADS:]
+    percent = shown["pct_impact"]  # of base loss
+    y = np.arange(len(shown))
+    bar = [percent - shown["ci_all_lo_pct"], shown["ci_all_hi_pct"] - percent]
+    style: dict[str, Any] = {"color": color, "marker": "o", "ms": 5, "ls": "", "lw": 1}
+    ax.errorbar(percent, y, xerr=np.maximum(bar, 0), markerfacecolor="white", **style)
+    is_above = (shown["p_maxT"] < 0.05).to_numpy()
+    ax.plot(percent[is_above], y[is_above], zorder=3, **style)
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set(yticks=y, yticklabels=shown["name"], ylim=(len(shown) - 0.4, -0.6))
+    ax.tick_params(axis="y", labelsize=8.5, length=2)
+    title = f"{as_label(row['run'])}, {row['mode']} ablation"
+    verdict = "stands out" if row["unique_hero"] else "not unique"
+    ax.set_title(f"{title}\nfirst: {shown['name'].iloc[0]}, {verdict}", fontsize=10)
+    label = "loss impact of removing the head\n(% of the loss)"
+    if len(below):
+        largest = max(0.0, below["pct_impact"].max())
+        label += f"\n{len(below)} more heads, none above {largest:.2g} %"
+    ax.set_xlabel(label)
 
 
-def draw_heads(ax: plt.Axes, heads: pd.DataFrame, row: pd.Series, x: int) -> None:
-    """One run in a panel of Figure 4, at position x: a dot a head (`heads`, the first one first),
-    a box, the first head's interval, and the noise limit of its row of the summary."""
-    color = COLORS[x % 2]
-    percent = heads["pct_impact"]  # of base loss
-    first = heads.iloc[0]
-    ax.boxplot(
-        percent,
-        positions=[x],
-        widths=0.75,
-        showfliers=False,
-        whis=(5, 95),
-        manage_ticks=False,
-        medianprops={"color": "black"},
-    )
-    # Spread sideways by the golden ratio, so that dots do not hide each other
-    spread = x + 0.5 * (np.arange(1, len(percent)) * 0.618 % 1 - 0.5)
-    ax.scatter(spread, percent[1:], s=15, color=color, alpha=0.65, lw=0)
-
-    # The first head with its interval and name, and how much noise alone would make of a head
-    height = first["pct_impact"]
-    bar = [[height - first["ci_all_lo_pct"]], [first["ci_all_hi_pct"] - height]]
-    ax.errorbar([x], [height], np.maximum(bar, 0), color=color, capsize=3, marker="o", ms=5)
-    label = first["name"] if row["unique_hero"] else f"{first['name']} (not unique)"
-    above = (x, np.nanmax([percent.max(), first["ci_all_hi_pct"]]))
-    ax.annotate(label, above, (0, 5), textcoords="offset points", fontsize=8, ha="center")
-    noise = 100 * row["noise_limit"] / row["base_loss"]
-    ax.plot([x - 0.45, x + 0.45], [noise, noise], color="black", ls=":", lw=1.2)
+def draw_ranks(ax: plt.Axes, table: pd.DataFrame, runs: list[str]) -> None:
+    """All heads of all runs in one mode (`table`), sorted, in a small panel of Figure 4."""
+    for i, run in enumerate(runs):
+        heads = table[table["run"] == run].sort_values("rank")
+        rank = np.arange(1, len(heads) + 1)
+        first = heads.iloc[0]
+        label = f"{as_label(run)}, first {first['name']}"
+        color = COLORS[i % 2]
+        ax.plot(rank, heads["pct_impact"], color=color, marker="o", ms=2.5, lw=0.8, label=label)
+        # Of an interval that was not measured there is no band
+        ends = heads[["ci_all_lo_pct", "ci_all_hi_pct"]].to_numpy()  # [R, 2]
+        ax.fill_between(rank, ends[:, 0], ends[:, 1], color=color, alpha=0.2, lw=0)
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set_title(f"{table['mode'].iloc[0]} ablation", fontsize=10)
+    ax.set(xlabel="rank of the head", ylabel="% of the loss")
+    ax.legend(fontsize=8.5, frameon=False)
 
 
-def heatmap(ranking: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
-    """Impact of every head, layers x heads, in the ranking mode; runs side by side on one colour
-    scale."""
+def heatmap(ranking: pd.DataFrame, summary: pd.DataFrame, is_stacked: bool = False) -> plt.Figure:
+    """Impact of every head, layers x heads, in the ranking mode; runs on one colour scale, with the
+    same ticks."""
     runs = ranking["run"].unique()
     mode = ranking["mode"].iloc[0]
-    n_layers = ranking["layer"].nunique()
-    n_heads = ranking["head"].nunique()
-    size = (max(5.5, 2.2 + (0.8 + 0.5 * n_heads) * len(runs)), 1.8 + 0.34 * n_layers)
-    fig, axes = plt.subplots(1, len(runs), figsize=size, layout="constrained", squeeze=False)
-    # Logarithmic above the noise: one head must not bleach the rest
-    limit = max(ranking["pct_impact"].abs().max(), 1e-12)
-    linear = min(noise_share(summary), limit / 2)
-    norm = colors.SymLogNorm(linear, vmin=-limit, vmax=limit)
-    for ax, run in zip(axes[0], runs, strict=True):
-        heads = ranking[ranking["run"] == run]
+    layers = sorted(ranking["layer"].unique())
+    heads = sorted(ranking["head"].unique())
+    down, across = (len(runs), 1) if is_stacked else (1, len(runs))
+    cell = 0.5 if len(layers) * len(heads) <= CELLS_WITH_NUMBERS else 0.3  # inches
+    width = min(12.5, 2.4 + (0.8 + cell * len(heads)) * across)
+    size = (4.5 if is_stacked else max(5.5, width), 1.6 + (0.9 + 0.3 * len(layers)) * down)
+    fig, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    low = min(0.0, ranking["pct_impact"].min())
+    high = max(ranking["pct_impact"].max(), 1e-12)
+    norm = colors.Normalize(low, high)
+    for ax, run in zip(axes.flat, runs, strict=True):
+        of_run = ranking[ranking["run"] == run].set_index(["layer", "head"])
+        cells = pd.MultiIndex.from_product([layers, heads])
         row = summary[(summary["run"] == run) & (summary["mode"] == mode)].iloc[0]
-        image = draw_map(ax, heads, row, norm)
-    bar = fig.colorbar(image, ax=axes, label=f"loss impact, {mode} ablation\n(% of base loss)")
-    label_symlog(bar.ax.yaxis, linear, limit)
-    fig.supxlabel(
-        "Bold: above 0, p < .05 (max-T over the heads of a run); frame: first head (dotted: not "
-        f"unique).\n{describe_units(summary)}.",
-        fontsize=7.5,
-    )
+        image = draw_map(ax, of_run.reindex(cells), row, norm, has_numbers=cell == 0.5)
+        # As many names as can be read, the same in every panel
+        step = 1 + (len(heads) - 1) // (12 if is_stacked else 20)
+        ax.set(xticks=range(0, len(heads), step), xticklabels=heads[::step])
+
+    label = f"loss impact, {mode} ablation (% of the loss)"
+    where = "bottom" if is_stacked else "right"
+    thin = 20 if is_stacked else max(10, 5 * size[1])  # length over width
+    bar = fig.colorbar(image, ax=axes, label=label, location=where, aspect=thin)
+    # The limits of the scale, and some numbers between them
+    between = ticker.MaxNLocator(5).tick_values(low, high)
+    margin = 0.12 * (high - low)
+    inner = between[(between > low + margin) & (between < high - margin)]
+    bar.set_ticks([low, *inner, high])
+    bar.set_ticklabels([f"{value:.3g}" for value in (low, *inner, high)])
+    note = "Frame: first head (dotted: not unique). "
+    if ranking["p_maxT"].notna().any():
+        note += "Dot: above 0, p < .05 (max-T over the heads of a run). "
+    note += f"{describe_units(summary)}."
+    fig.supxlabel(textwrap.fill(note, round(13 * fig.get_figwidth())), fontsize=8.5)
     return fig
 
 
-def draw_map(ax: plt.Axes, heads: pd.DataFrame, row: pd.Series, norm: colors.Normalize) -> Any:
-    """One run of the heatmap, its first head framed -> the image, for the colour bar."""
-    impact = heads.pivot(index="layer", columns="head", values="pct_impact")  # [layers, H]
-    p = heads.pivot(index="layer", columns="head", values="p_maxT").to_numpy()  # [layers, H]
-    image = ax.imshow(impact, cmap="RdBu_r", norm=norm, aspect="auto")
-    # Each number in a colour that can be read on its cell
+def draw_map(
+    ax: plt.Axes, heads: pd.DataFrame, row: pd.Series, norm: colors.Normalize, has_numbers: bool
+) -> Any:
+    """One run of the heatmap, its first head framed -> the image, for the colour bar. heads: by
+    layer and head."""
+    impact = heads["pct_impact"].unstack()  # [layers, H]
+    p = heads["p_maxT"].unstack().to_numpy()  # [layers, H]
+    image = ax.imshow(impact, cmap="Blues", norm=norm, aspect="auto", interpolation="nearest")
+    digits = max(0, 1 - math.floor(math.log10(norm.vmax)))  # two of the largest
     for (i, j), value in np.ndenumerate(impact.to_numpy()):
-        number = f"{value:.2g}".replace("e-0", "e-")
-        color = "white" if abs(norm(value) - 0.5) > 0.35 else "black"
-        weight = "bold" if p[i, j] < 0.05 else "normal"
-        ax.text(j, i, number, ha="center", va="center", fontsize=6.5, color=color, weight=weight)
+        if math.isnan(value):
+            continue
+        # Not quite black or white: on a page those are the colours of its text and its ground
+        ink = "#eeeeee" if norm(value) > 0.65 else "#111111"
+        if has_numbers:
+            number = f"{round(value, digits) + 0.0:.{digits}f}"
+            ax.text(j, i, number, ha="center", va="center", fontsize=7.5, color=ink)
+        if p[i, j] < 0.05:
+            ax.plot(j + 0.36, i - 0.3, color=ink, marker="o", ms=2.5)
     # The frame around the first head
     left = impact.columns.get_loc(row["hero_head"]) - 0.5
     bottom = impact.index.get_loc(row["hero_layer"]) - 0.5
     line = "-" if row["unique_hero"] else ":"
-    ax.add_patch(plt.Rectangle((left, bottom), 1, 1, fill=False, lw=2, ls=line))
-    n_layers, n_heads = impact.shape
+    ax.add_patch(plt.Rectangle((left, bottom), 1, 1, fill=False, lw=2, ls=line, ec=COLORS[0]))
     ax.set(title=as_label(row["run"]), xlabel="head", ylabel="layer")
-    ax.set(xticks=range(n_heads), yticks=range(n_layers), yticklabels=impact.index)
+    ax.set(yticks=range(len(impact)), yticklabels=impact.index)
     return image
 
 

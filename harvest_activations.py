@@ -1100,7 +1100,9 @@ def report(args: argparse.Namespace) -> None:
     redraw = ["harvest_activations.py", "--redraw", "--run_name", args.run_name]
     redraw += ["--save_dir", args.save_dir, *(["--compare", *args.compare] if args.compare else [])]
     with drawing([table, *csvs], redraw):
-        publish(figure, functools.partial(draw_cosines, csvs), FIGURE_SCHEMA, csvs)
+        sidecar_path(figure).unlink(missing_ok=True)
+        draw_cosines(csvs, figure)
+        write_sidecar(figure, FIGURE_SCHEMA, csvs)
     print(f"see {figure} and {table}")
 
 
@@ -1147,45 +1149,99 @@ def text_of(frame: pd.DataFrame) -> str:
     return f"{frame['n_tokens'].min():,} tokens of the {splits} split"
 
 
+# Okabe & Ito: safe if colour-blind; the arms keep theirs in every figure
+RUN_COLOURS = {"adaptive": "#D55E00", "control": "#0072B2"}
+MORE_COLOURS = ["#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+IN_FIGURE_1 = {  # metrics by depth; others are in table 1
+    "sigma_resid": "How alike: what heads write",
+    "sigma_z": "How alike: outputs z of heads",
+}
+
+
 def draw_cosines(csvs: list[Path], out: Path) -> None:
-    """Figure 1: the cosine of every pair of heads, runs side by side, all on one colour scale; from
-    CSVs alone."""
+    """Figure 1, from the head_cosines.csv of each run and the topology_stats.csv beside it; where
+    there is none, the matrices alone."""
     matplotlib = import_module("matplotlib")
     matplotlib.use("Agg")
-    plt = import_module("matplotlib.pyplot")
-    frame = side_by_side(csvs)
-    runs = frame["run"].unique()  # in the order of the files
-    layers = sorted(frame["layer"].unique())
-    limit = max(1e-12, frame["cosine"].abs().max())  # of the colour scale, the same on both sides
+    tables = [csv.with_name(TOPOLOGY_CSV) for csv in csvs]
+    found = [table for table in tables if table.is_file()]
+    topology = side_by_side(found) if found else pd.DataFrame({"metric": []})
+    topology = topology[topology["metric"].isin(list(IN_FIGURE_1))]
+    save_figure(functools.partial(figure1, side_by_side(csvs), topology), out)
 
-    # A panel a layer and run; the runs of a layer stay in one line, about six panels long
-    n_panels = len(layers) * len(runs)
-    layers_across = max(1, 6 // len(runs))
+
+def figure1(pairs: pd.DataFrame, topology: pd.DataFrame, is_stacked: bool) -> Any:
+    """How alike heads are by layer, with intervals and nulls (`topology`, if it has rows); below,
+    the cosine of every pair, runs side by side, all on one colour scale."""
+    plt = import_module("matplotlib.pyplot")
+    runs = list(pairs["run"].unique())  # in the order of the files
+    layers = sorted(pairs["layer"].unique())
+    # The runs of a layer stay in one line of the matrices
+    layers_across = max(1, (2 if is_stacked else 6) // len(runs))
     across = len(runs) * min(len(layers), layers_across)
-    down = -(-n_panels // across)  # rounded up
-    fig, axes = plt.subplots(
-        down,
-        across,
-        figsize=(2.4 + 2.3 * across, 1 + 2.6 * down),  # inches
-        layout="constrained",
-        squeeze=False,
-    )
+    down = -(-len(layers) * len(runs) // across)  # rounded up
+    metrics = [name for name in IN_FIGURE_1 if name in set(topology["metric"])]
+
+    width = 4.5 if is_stacked else max(2.0 + 1.75 * across, 5.0 * len(metrics), 4.5)  # inches
+    side = min(2.0, (width - 1.0) / across)  # of a matrix
+    lines = len(metrics) if is_stacked else min(1, len(metrics))
+    heights = [max(0.1, 2.9 * lines + 0.4), (side + 0.8) * down + 1.2]
+    fig = plt.figure(figsize=(width, sum(heights)), layout="constrained")
+    top, bottom = fig.subfigures(2, 1, height_ratios=heights)
+    if metrics:
+        grid = (len(metrics), 1) if is_stacked else (1, len(metrics))
+        axes = top.subplots(*grid, squeeze=False)
+        for ax, metric in zip(axes.flat, metrics, strict=True):
+            draw_depth(ax, topology[topology["metric"] == metric], runs)
+        axes[0, 0].legend(fontsize=8.5)
+        note = "Bars: 95 % intervals over blocks of documents. "
+        note += "Grey: 95 % of draws with each head's basis turned at random."
+        top.supxlabel(textwrap.fill(note, round(13 * width)), fontsize=8.5)
+    draw_matrices(bottom, pairs, (down, across))
+    return fig
+
+
+def draw_depth(ax: Any, stats_of: pd.DataFrame, runs: list[str]) -> None:
+    """Panel: one metric by layer, a dot a run with its interval, and the null behind it."""
+    layers = sorted(stats_of["layer"].unique())
+    more = iter(MORE_COLOURS * len(runs))
+    null = "null"
+    for i, run in enumerate(runs):
+        colour = RUN_COLOURS.get(run) or next(more)
+        rows = stats_of[stats_of["run"] == run].sort_values("layer")
+        # Side by side, so that intervals do not hide each other
+        shift = 0.16 * (i - (len(runs) - 1) / 2)
+        x = np.searchsorted(layers, rows["layer"]) + shift
+        ax.vlines(x, rows["null_lo"], rows["null_hi"], color="0.6", lw=7, alpha=0.5, label=null)
+        ends = [rows["value"] - rows["ci_lo"], rows["ci_hi"] - rows["value"]]
+        style: dict[str, Any] = {"color": colour, "marker": "o", "ms": 4, "ls": "", "capsize": 2}
+        ax.errorbar(x, rows["value"], yerr=np.maximum(ends, 0), label=as_label(run), **style)
+        null = None  # one entry in the legend
+    metric = stats_of["metric"].iloc[0]
+    ax.set_title(IN_FIGURE_1[metric], fontsize=10)
+    ax.set(xlabel="layer", ylabel=f"{metric}, mean |cosine|", ylim=(0, None))
+    step = 1 + (len(layers) - 1) // 16
+    ax.set(xticks=range(0, len(layers), step), xticklabels=layers[::step])
+    ax.set_xlim(-0.6, len(layers) - 0.4)
+
+
+def draw_matrices(fig: Any, pairs: pd.DataFrame, grid: tuple[int, int]) -> None:
+    """The cosines of every pair of heads, a matrix a layer and run, on a grid of that many lines
+    and columns."""
+    axes = fig.subplots(*grid, squeeze=False)
+    limit = max(1e-12, pairs["cosine"].abs().max())  # of the colour scale
     free_axes = iter(axes.flat)
-    for layer in layers:
-        for run in runs:
-            pairs = frame[(frame["run"] == run) & (frame["layer"] == layer)]
-            image = draw_panel(next(free_axes), as_label(f"{run}, layer {layer}"), pairs, limit)
+    for layer in sorted(pairs["layer"].unique()):
+        for run in pairs["run"].unique():
+            shown = pairs[(pairs["run"] == run) & (pairs["layer"] == layer)]
+            image = draw_panel(next(free_axes), as_label(f"{run}, layer {layer}"), shown, limit)
     for ax in free_axes:
         ax.axis("off")
-
-    label = "cosine of z (grey: the diagonal)"
-    fig.colorbar(image, ax=axes, shrink=min(1.0, 1.6 / down), label=label)
-    title = f"Figure 1: heads against heads, {text_of(frame)}"
-    if 9 in layers:
-        title += "\n(published, layer 9: max .0305 control, .0121 adaptive)"
-    fig.suptitle(title, fontsize=9)
-    fig.savefig(out, dpi=130)
-    plt.close(fig)
+    bar = fig.colorbar(image, ax=axes, location="bottom", aspect=30, shrink=0.7, pad=0.01)
+    ends = [-limit, -limit / 2, 0, limit / 2, limit]
+    bar.set_ticks(ends, labels=[f"{value:.2g}" for value in ends])
+    fig.suptitle(f"Head against head, {text_of(pairs)}", fontsize=10)
+    fig.supxlabel("cosine of z (grey: the diagonal)", fontsize=10)
 
 
 def draw_panel(ax: Any, title: str, pairs: pd.DataFrame, limit: float) -> Any:
@@ -1197,15 +1253,16 @@ def draw_panel(ax: Any, title: str, pairs: pd.DataFrame, limit: float) -> Any:
         span = "not harvested"
     else:
         n_heads = j.max() + 1
-        span = f"{pairs['cosine'].min():+.3f} to {pairs['cosine'].max():+.3f}"
+        span = f"{pairs['cosine'].min():+.2g} to {pairs['cosine'].max():+.2g}"
     matrix = np.full((n_heads, n_heads), np.nan)  # [H, H]; NaN is not painted
     matrix[i, j] = pairs["cosine"]
     matrix[j, i] = pairs["cosine"]
-    ax.set_title(f"{title}\n{span}", fontsize=9)
-    image = ax.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    ticks = range(n_heads)
-    ax.set(facecolor="0.8", xticks=ticks, yticks=ticks, xlabel="head", ylabel="head")
-    ax.tick_params(labelsize=7)
+    ax.set_title(f"{title}\n{span}", fontsize=8.5)
+    shades = import_module("matplotlib").colormaps["RdBu_r"].with_extremes(bad="0.7")
+    image = ax.imshow(matrix, cmap=shades, vmin=-limit, vmax=limit, interpolation="nearest")
+    ticks = range(0, n_heads, 1 + (n_heads - 1) // 8)
+    ax.set(xticks=ticks, yticks=ticks)
+    ax.tick_params(labelsize=8)
     return image
 
 

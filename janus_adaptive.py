@@ -49,6 +49,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import threading
 import time
 import urllib.error
@@ -1185,59 +1186,194 @@ ARM_COLOURS = {"adaptive": "#D55E00", "control": "#0072B2"}  # Okabe & Ito: safe
 OTHER_COLOURS = ["#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 
 
+@dataclass
+class Curve:
+    """One run in the figure of the training: its name, its telemetry, its colour."""
+
+    label: str
+    table: pd.DataFrame
+    colour: str
+
+    @property
+    def thin(self) -> dict[str, Any]:
+        """Style of a line through samples; pixels where they are thousands, in SVG too."""
+        is_long = len(self.table) > 3000
+        return {"color": self.colour, "lw": 0.8, "alpha": 0.5, "rasterized": is_long}
+
+    @property
+    def sigma(self) -> pd.Series:
+        """What the Homeostat measures: one of the two columns is filled."""
+        return self.table[self.table.columns.intersection(["sigma_z", "sigma_resid"])].max(axis=1)
+
+
 def draw_training(csvs: list[str | Path], target: float, out: Path) -> None:
-    """Loss, sigma and lambda against steps, one colour a run (labelled by its folder); drawn
-    from the CSVs alone."""
+    """The figure of the training, one colour a run (labelled by its folder); from CSVs alone."""
+    curves = []
+    colours = iter(OTHER_COLOURS * len(csvs))
+    for path in csvs:
+        # Runs are told apart by the folders they lie in
+        folder = Path(path).resolve().parent.name
+        # The arms keep their colours in every figure
+        colour = ARM_COLOURS.get(folder) or next(colours)
+        curves.append(Curve(as_label(folder), read_telemetry(path), colour))
+    save_figure(lambda is_stacked: training_figure(curves, target, is_stacked), out)
+
+
+def training_figure(curves: list[Curve], target: float, is_stacked: bool) -> Any:
+    """Loss, sigma and, where they say something, the difference of two losses and lambda, against
+    steps. target: the setpoint of files that have no such column."""
     import matplotlib.pyplot as plt
 
-    runs = [(Path(path).resolve().parent.name, read_telemetry(path)) for path in csvs]
     # The control arm alone has no penalty to draw
-    is_pressed = any((table["lambda"] > 0).any() for _, table in runs)
-    # Loss, sigma and, where there is pressure, lambda
-    n_panels = 3 if is_pressed else 2
-    width = 13 if is_pressed else 9
-    fig, axes = plt.subplots(1, n_panels, figsize=(width, 3.8), layout="constrained")
-    left = iter(OTHER_COLOURS * len(csvs))
-    for label, table in runs:  # the arms keep their colours in every figure
-        draw_run(axes, as_label(label), table, ARM_COLOURS.get(label) or next(left))
+    pressed = [curve for curve in curves if (curve.table["lambda"] > 0).any()]
+    panels: list[Callable[[Any], None]] = [lambda ax: draw_loss(ax, curves)]
+    note = "Thin: samples; dots: the whole validation split."
+    if len(curves) == 2:
+        # What pressure costs: adaptive - control, in whatever order they are given
+        is_reversed = curves[0].label == "control"
+        first, second = reversed(curves) if is_reversed else curves
+        panels.append(lambda ax: draw_difference(ax, first, second))
+        note = "Thin: samples, in the difference smoothed; dots: the whole validation split."
+    # What the loop measures, and what it answers
+    panels.append(lambda ax: draw_sigma(ax, curves, target))
+    if pressed:
+        panels.append(lambda ax: draw_lambda(ax, pressed, target))
 
-    # Where the loop should hold sigma; a file from before the column has one setpoint
-    table = runs[0][1]
-    aims = table["setpoint"] if "setpoint" in table else target + 0 * table["step"]
-    name = f"setpoint {aims.iloc[-1]:g} $\\pm$ 10 %"
-    band = {"color": "0.85", "step": "post", "label": name}
-    axes[1].fill_between(table["step"], 0.9 * aims, 1.1 * aims, **band)
-    axes[0].set_title("Loss (thin: training, dots: validation)")
-    axes[0].set_ylabel("cross-entropy (nats a token)")
-    axes[1].set_title("What the Homeostat measures (thick: filtered)")
-    axes[1].set(ylabel=r"$\sigma$: mean |cosine| between heads", yscale="log")
-    if is_pressed:
-        axes[2].set_title("What it does")
-        axes[2].set(ylabel=r"penalty weight $\lambda$ (none: control)", yscale="log")
-    for ax in axes:
+    # In rows of two or three, or below one another
+    across = 1 if is_stacked else {2: 2, 3: 3, 4: 2}[len(panels)]
+    down = len(panels) // across
+    size = (
+        (4.5, 2.9 * down + 0.5) if is_stacked else ({2: 5.2, 3: 4.2}[across] * across, 3.2 * down)
+    )
+    fig, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    for ax, draw in zip(axes.flat, panels, strict=True):
+        draw(ax)
         ax.set_xlabel("optimiser step")
-        ax.legend(fontsize=8)
-    with atomic(out) as temporary:
-        fig.savefig(temporary, dpi=130)
-    plt.close(fig)
+    note += " Thick: what the controller acts on, sigma filtered."
+    fig.supxlabel(textwrap.fill(note, 60 if is_stacked else 130), fontsize=8.5)
+    return fig
 
 
-def draw_run(axes: Any, label: str, table: pd.DataFrame, colour: str) -> None:
-    """The curves of one run in the panels loss, sigma and (if it has one) lambda."""
-    # Validations are rarer than samples, so their rows are picked out
-    checks = table[["step", "val_loss"]].dropna()
-    axes[0].plot(table["step"], table["loss"], color=colour, alpha=0.3, lw=0.8)
-    axes[0].plot(checks["step"], checks["val_loss"], color=colour, marker="o", ms=4, label=label)
-    samples = table[["step", "sigma_z"]].dropna()
-    line = {"color": colour, "lw": 0.8, "alpha": 0.5, "label": label}
-    axes[1].plot(samples["step"], samples["sigma_z"], **line)
-    if "sigma_filtered" in table:
-        filtered = table[["step", "sigma_filtered"]].dropna()
-        axes[1].plot(filtered["step"], filtered["sigma_filtered"], color=colour, lw=1.6)
-    penalised = table["lambda"] > 0  # a logarithmic axis has no 0
-    if penalised.any():
-        shown = table["lambda"].where(penalised)
-        axes[2].plot(table["step"], shown, color=colour, lw=1.2, label=label)
+def draw_loss(ax: Any, curves: list[Curve]) -> None:
+    """Panel: the loss of every run."""
+    for curve in curves:
+        table = curve.table
+        # Validations are rarer than samples, so their rows are picked out
+        checks = table[["step", "val_loss"]].dropna()
+        ax.plot(table["step"], table["loss"], **curve.thin)
+        dots: dict[str, Any] = {"color": curve.colour, "marker": "o", "ms": 4}
+        ax.plot(checks["step"], checks["val_loss"], label=curve.label, **dots)
+    ax.set_title("Loss")
+    ax.set_ylabel("cross-entropy (nats a token)")
+    ax.legend(fontsize=9)
+
+
+def draw_difference(ax: Any, first: Curve, second: Curve) -> None:
+    """Panel: loss of one run minus that of the other, where both have a sample or a validation."""
+    both = first.table.merge(second.table, on="step", suffixes=("", "_other"))
+    difference = both["loss"] - both["loss_other"]
+    # Both arms see the same batches, so most of the noise of a batch is gone; the rest is averaged
+    n_samples = max(1, len(both) // 20)
+    smooth = difference.rolling(n_samples, center=True, min_periods=1).mean()
+    ax.plot(both["step"], smooth, color="black", lw=0.8)
+    # The whole validation split needs no smoothing
+    checks = both.assign(difference=both["val_loss"] - both["val_loss_other"])
+    checks = checks[["step", "difference"]].dropna()
+    ax.plot(checks["step"], checks["difference"], color="black", marker="o", ms=4)
+    ax.axhline(0, color="0.5", lw=0.8, ls="--")
+    ax.set_title(f"Loss: {first.label} minus {second.label}")
+    ax.set_ylabel(f"difference (nats a token,\nmean of {n_samples} samples)")
+
+
+def draw_sigma(ax: Any, curves: list[Curve], target: float) -> None:
+    """Panel: sigma of every run, the setpoint, and when each loop closed and settled."""
+    for curve in curves:
+        table = curve.table.assign(sigma=curve.sigma)
+        samples = table[["step", "sigma"]].dropna()
+        ax.plot(samples["step"], samples["sigma"], **curve.thin)
+        # What the controller acts on; the column came later
+        if "sigma_filtered" in table:
+            filtered = table[["step", "sigma_filtered"]].dropna()
+            ax.plot(filtered["step"], filtered["sigma_filtered"], color=curve.colour, lw=1.8)
+        # Over all of the validation split, so with less noise of sampling
+        whole = "val_sigma_z" if table["sigma_z"].notna().any() else "val_sigma_resid"
+        if whole in table:
+            ax.plot(table["step"], table[whole], color=curve.colour, marker="o", ms=4, ls="")
+
+    # Only a run with a penalty has a setpoint to hold
+    for curve in curves:
+        if not (curve.table["lambda"] > 0).any():
+            continue
+        aims = setpoints(curve.table, target)
+        name = f"setpoint {aims.iloc[-1]:g}"
+        ax.step(curve.table["step"], aims, color="black", ls="--", where="post", lw=1, label=name)
+        mark_loop(ax, curve, target, has_text=True)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=9)
+    ax.set_title("σ: how alike the heads are", pad=16)
+    ax.set(ylabel="σ, mean |cosine| between heads", yscale="log")
+    use_plain_numbers(ax.yaxis)
+
+
+def draw_lambda(ax: Any, pressed: list[Curve], target: float) -> None:
+    """Panel: the weight of the penalty of every run that has one."""
+    for curve in pressed:
+        # A logarithmic axis has no 0
+        shown = curve.table["lambda"].where(curve.table["lambda"] > 0)
+        ax.plot(curve.table["step"], shown, color=curve.colour, lw=1.2)
+        mark_loop(ax, curve, target, has_text=False)
+    ax.set_title("λ: the weight of the penalty", pad=16)
+    ax.set(ylabel="λ (none: control)", yscale="log")
+    use_plain_numbers(ax.yaxis)
+
+
+def setpoints(table: pd.DataFrame, target: float) -> pd.Series:
+    """The setpoint of each row; a file from before the column has one, `target`."""
+    return table["setpoint"] if "setpoint" in table else target + 0.0 * table["step"]
+
+
+def loop_steps(table: pd.DataFrame, target: float) -> tuple[float, float]:
+    """When the loop of a run closed, and when it settled: the first step from then on whose
+    filtered sigma is within 10 % of the setpoint. NaN where there was none, or no such column."""
+    if not {"phase", "sigma_filtered"} <= set(table):
+        return math.nan, math.nan
+    # Before that phase lambda follows a ramp, whatever sigma is
+    relative = table["sigma_filtered"] / setpoints(table, target)
+    is_closed = table["phase"] == "auto"
+    is_within = is_closed & ((relative - 1).abs() <= 0.10)
+    return table["step"][is_closed].min(), table["step"][is_within].min()
+
+
+def mark_loop(ax: Any, curve: Curve, target: float, has_text: bool) -> None:
+    """Lines where the loop of a run closed and settled, with words above the panel."""
+    closed, settled = loop_steps(curve.table, target)
+    # The words stand on either side, so that two close lines can be told apart
+    marks = {"closed": (closed, "right", -2), "settled": (settled, "left", 2)}
+    for what, (step, side, points) in marks.items():
+        if math.isnan(step):
+            continue
+        ax.axvline(step, color=curve.colour, ls=":", lw=1.2)
+        words = f"loop {what} at {step:g}"
+        if what == "closed" and math.isnan(settled):
+            words += "; never settled"
+            side = "left"
+        above: dict[str, Any] = {"xytext": (points, 3), "textcoords": "offset points"}
+        if has_text:
+            place = ax.get_xaxis_transform()
+            ax.annotate(words, (step, 1), xycoords=place, ha=side, fontsize=8.5, **above)
+
+
+def use_plain_numbers(axis: Any) -> None:
+    """Ticks of a logarithmic axis as plain numbers: 1, 2, 5, 10, ...; powers of ten where there
+    are many."""
+    from matplotlib import ticker
+
+    # Over three decades more than one number a decade would be too many
+    low, high = axis.get_view_interval()
+    steps = [1.0, 2.0, 5.0] if high < 1000 * low else [1.0]
+    axis.set_major_locator(ticker.LogLocator(subs=steps))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 # ------------------------------------------------------------------------------------- command line

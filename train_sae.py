@@ -57,6 +57,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -2212,7 +2213,9 @@ def table2(metrics: pd.DataFrame) -> pd.DataFrame:
             row[f"{name}_sd"] = saes[name].std()  # over heads
         row["dead_share"] = saes["dead_share"].mean()
         row["dead_share_tokens"] = saes["dead_share_tokens"].iloc[0]
-        for name in ("ce_recovered_zero", "ce_recovered_mean", "ce_informative", "kl_sae"):
+        names = ["ce_recovered_zero", "ce_recovered_mean", "ce_informative", "kl_sae"]
+        names += ["ce_recovered_mean_lo", "ce_recovered_mean_hi"]
+        for name in names:
             if name in saes:
                 row[name] = saes[name].astype(float).mean()
         rows.append(row)
@@ -2239,21 +2242,19 @@ def draw_report(save_dir: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     needs = [*GROUP, "folder", "l0", "l0_lo", "mse", "mse_lo", "fvu", "fvu_lo", "split"]
     needs += ["n_documents", "dead_share", "dead_share_tokens"]
     metrics = read_csv(save_dir / "sae_metrics.csv", needs)
     table = write_csv(save_dir / "table2.csv", table2(metrics))
     write_table2(save_dir / "table2.md", table)
+    # A frequency table an SAE, so that both drawings of figure 3 read it once
+    latents = {f: read_frequencies(save_dir / f) for f in metrics["folder"]}
     figures = {
-        "figure2_l0_by_depth.png": draw_depth(table),
-        "figure3_activation_frequency.png": draw_frequencies(save_dir, metrics, table),
+        "figure2_l0_by_depth.png": functools.partial(draw_depth, table),
+        "figure3_activation_frequency.png": functools.partial(draw_frequencies, latents, metrics),
     }
-    for name, figure in figures.items():
-        with atomic(save_dir / name) as temporary:
-            figure.savefig(temporary, dpi=130)
-    plt.close("all")
+    for name, draw in figures.items():
+        save_figure(draw, save_dir / name)
     for name in ("table2.csv", "table2.md", *figures):
         write_sidecar(save_dir / name, "janus.report/1", [save_dir / "sae_metrics.csv"])
 
@@ -2273,85 +2274,102 @@ def fixes_l0(arch: str) -> bool:
     return arch in ARCHITECTURES and ARCHITECTURES[arch].l0_flag == "k"
 
 
-def draw_depth(table: pd.DataFrame) -> Any:
-    """Figure 2: L0 and FVU by layer, from table 2; FVU alone where the architectures fix L0."""
+def draw_depth(table: pd.DataFrame, is_stacked: bool = False) -> Any:
+    """Figure 2: what an SAE keeps of the loss, and FVU, by layer, from table 2; L0 too unless all
+    architectures fix it."""
     import matplotlib.pyplot as plt
 
     kinds = kinds_of(table)
-    labels = {"fvu": "FVU: share of the variance not explained"}
+    panels = {}
+    if "ce_recovered_mean" in table and table["ce_recovered_mean"].notna().any():
+        panels["ce_recovered_mean"] = "CE recovered (1: no loss is lost,\n0: as without the layer)"
+    panels["fvu"] = "FVU: share of the variance\nnot explained"
     if not all(fixes_l0(arch) for arch in table["arch"]):
-        labels = {"l0": "L0: active latents a token", **labels}
-    size = (0.5 + 5 * len(labels), 4.6)
-    figure, axes = plt.subplots(1, len(labels), figsize=size, layout="constrained", squeeze=False)
-    for i, (kind, rows) in enumerate(table.groupby(KIND)):
-        # side by side, so that intervals do not hide each other
-        x = rows["layer"] + 0.12 * (i - (len(kinds) - 1) / 2)
-        for ax, name in zip(axes[0], labels, strict=True):
-            ends = rows[[f"{name}_lo", f"{name}_hi"]].sub(rows[name], axis=0) * [-1, 1]
-            bars = ends.clip(lower=0).to_numpy().T  # [2, layers]
-            style: dict[str, Any] = {"marker": "o", "ms": 5, "capsize": 3, "lw": 1.4}
-            ax.errorbar(x, rows[name], yerr=bars, **style, **kinds[kind])
+        panels["l0"] = "L0: active latents a token"
+    grid = (len(panels), 1) if is_stacked else (1, len(panels))
+    size = (4.5, 2.9 * len(panels) + 1) if is_stacked else (max(5.5, 4.2 * len(panels)), 4.2)
+    figure, axes = plt.subplots(*grid, figsize=size, layout="constrained", squeeze=False)
     layers = sorted(table["layer"].unique())
-    for ax, label in zip(axes[0], labels.values(), strict=True):
-        highest = ax.get_ylim()[1]  # of values that may be alike, so the margin is small beside 0
-        ax.set(xlabel="layer", ylabel=label, xticks=layers, ylim=(0, 1.05 * highest))
-    axes[0, 0].legend(fontsize=8)
-    splits = " and ".join(sorted(table["split"].unique()))
-    what = "Reconstruction error by depth"
-    if "l0" in labels:
-        what = "Sparsity and reconstruction error by depth"
-    figure.suptitle(f"{what}, held-out documents of the {splits} split", fontsize=11)
+    for ax, (name, label) in zip(axes.flat, panels.items(), strict=True):
+        for i, (kind, rows) in enumerate(table.groupby(KIND)):
+            # side by side, so that intervals do not hide each other
+            x = rows["layer"] + 0.12 * (i - (len(kinds) - 1) / 2)
+            draw_values(ax, x, rows, name, kinds[kind])
+        # of values that may be alike, so the margin is small beside 0
+        top = 1.05 * ax.get_ylim()[1]
+        ax.set(xlabel="layer", ylabel=label, ylim=(min(0, ax.get_ylim()[0]), top))
+        ax.set_xticks(layers[:: 1 + (len(layers) - 1) // 16])
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", fontsize=9)
     over = " or ".join(map(str, sorted(table["n_documents"].unique())))
-    note = f"Bars: 95 % intervals over {over} documents; a run is one training seed.\n{STUDY}"
-    if "l0" not in labels:
-        span = f"{table['l0'].min():.1f} to {table['l0'].max():.1f}"
-        note = f"Bars: 95 % intervals over {over} documents; a run is one training seed.\n"
-        note += f"L0 is fixed by construction, here {span}. Published figures: table2.md."
-    figure.supxlabel(note, fontsize=7.5)
+    splits = " and ".join(sorted(table["split"].unique()))
+    note = f"Bars: 95 % intervals over {over} held-out documents of the {splits} split."
+    has_all_bars = all(
+        f"{name}_lo" in table and table[f"{name}_lo"].notna().all() for name in panels
+    )
+    if not has_all_bars:
+        note += " Open: no interval; the layer may matter too little for one."
+    if "l0" not in panels:
+        note += f" L0 is fixed: {table['l0'].min():.3g} to {table['l0'].max():.3g}."
+    figure.supxlabel(textwrap.fill(note, round(13 * size[0])), fontsize=8.5)
     return figure
 
 
-def draw_frequencies(save_dir: Path, metrics: pd.DataFrame, table: pd.DataFrame) -> Any:
-    """Figure 3: how often latents fire, a panel a layer."""
+def draw_values(ax: Any, x: pd.Series, rows: pd.DataFrame, name: str, kind: dict[str, Any]) -> None:
+    """One curve of figure 2: a column of table 2 at x, with its interval where it has one; a value
+    without interval is an open dot."""
+    missing = pd.Series(math.nan, index=rows.index)
+    low = rows.get(f"{name}_lo", missing).astype(float)
+    high = rows.get(f"{name}_hi", missing).astype(float)
+    bars = np.stack([rows[name] - low, high - rows[name]]).clip(min=0)  # [2, layers]
+    style: dict[str, Any] = {"marker": "o", "ms": 5, "capsize": 3, "lw": 1.4}
+    ax.errorbar(x, rows[name], yerr=bars, **style, **kind)
+    is_open = low.isna()
+    open_dot: dict[str, Any] = {"mfc": "white", "mec": kind["color"], "zorder": 4}
+    ax.plot(x[is_open], rows[name][is_open], marker="o", ms=5, ls="", **open_dot)
+
+
+def draw_frequencies(
+    latents: dict[str, pd.DataFrame], metrics: pd.DataFrame, is_stacked: bool = False
+) -> Any:
+    """Figure 3: how often latents fire, a panel a layer; `latents`: of each SAE, by folder."""
     import matplotlib.pyplot as plt
 
-    kinds = kinds_of(table)
+    kinds = kinds_of(metrics)
     layers = sorted(metrics["layer"].unique())
-    n_columns = min(3, len(layers))
-    n_rows = math.ceil(len(layers) / 3)
-    size = (max(6, 4 * n_columns), 3.6 * n_rows)
+    n_columns = 1 if is_stacked else min(3, len(layers))
+    n_rows = math.ceil(len(layers) / n_columns)
+    size = (4.5 if is_stacked else max(5.5, 3.8 * n_columns), 2.9 * n_rows + 1)
     figure, grid = plt.subplots(
         n_rows, n_columns, figsize=size, layout="constrained", squeeze=False, sharey=True
     )
     for ax, layer in zip(grid.flat, layers, strict=False):
-        for kind, saes in metrics[metrics["layer"] == layer].groupby(KIND):
-            latents = read_frequencies(save_dir, saes["folder"])
-            # from below one firing to every token; what never fires is in the legend
-            edges = np.geomspace(0.7 / latents["n_rows"].max(), 1, 19)
-            share = np.histogram(latents["frequency"], edges)[0] / len(latents)
-            silent = (latents["frequency"] == 0).mean()
-            label = f"{kinds[kind]['label']}: {silent:.1%} of {len(latents)} never"
+        for i, (kind, saes) in enumerate(metrics[metrics["layer"] == layer].groupby(KIND)):
+            of_layer = pd.concat([latents[folder] for folder in saes["folder"]])
+            # from below one firing to every token; what never fires is written into the panel
+            edges = np.geomspace(0.7 / of_layer["n_rows"].max(), 1, 19)
+            share = np.histogram(of_layer["frequency"], edges)[0] / len(of_layer)
             dashes = ["-", "--", ":"][list(kinds).index(kind) % 3]
-            color = kinds[kind]["color"]
-            ax.stairs(share, edges, lw=1.6, ls=dashes, color=color, label=label)
+            ax.stairs(share, edges, lw=1.6, ls=dashes, **kinds[kind])
+            never = (of_layer["frequency"] == 0).mean()
+            line: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "fontsize": 9}
+            height = 0.93 - 0.09 * i
+            ax.text(0.97, height, f"{never:.1%} never", color=kinds[kind]["color"], **line)
         ax.set(xscale="log", yscale="log", title=f"layer {layer}")
-        ax.set_xlabel("activation frequency (share of tokens)")
-        ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2), frameon=False)
+        ax.set_xlabel("share of tokens that a latent fires on")
     for ax in grid[:, 0]:
-        ax.set_ylabel("share of latents in a bin")
+        ax.set_ylabel("share of latents")
+    for ax in grid.flat[len(layers) :]:
+        ax.axis("off")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", fontsize=9)
     n_tokens = metrics["dead_share_tokens"].max()
-    text = f"{n_tokens:,} tokens of held-out and training documents"
-    figure.suptitle(f"How often latents fire ({text})", fontsize=11)
+    note = f"{n_tokens:,} tokens of held-out and training documents; never: dead on all of them."
+    figure.supxlabel(textwrap.fill(note, round(13 * size[0])), fontsize=8.5)
     return figure
 
 
-def read_frequencies(save_dir: Path, folders: pd.Series) -> pd.DataFrame:
-    """The latents of several SAEs in one table."""
-    parts = []
-    for folder in folders:
-        path = save_dir / folder / "latent_frequencies.csv"
-        parts.append(read_csv(path, ["frequency", "n_rows"]))
-    return pd.concat(parts)
+def read_frequencies(folder: Path) -> pd.DataFrame:
+    """How often each latent of an SAE fires."""
+    return read_csv(folder / "latent_frequencies.csv", ["frequency", "n_rows"])
 
 
 # ------------------------------------------------------------------------------------- command line

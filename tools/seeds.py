@@ -9,8 +9,10 @@ control loop was tuned on seed 42: leave that seed out, it is no evidence about 
 """
 
 import argparse
+import functools
 import json
 import sys
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from janus_adaptive import (  # noqa: E402
     drawing,
     one_line_errors,
     read_telemetry,
+    save_figure,
 )
 
 COLOURS = {"adaptive": "#d55e00", "control": "#0072b2"}
@@ -150,9 +153,10 @@ def measure_all(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 # ------------------------------------------------------------------------------ tables and figures
-def draw(rows: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
+def draw(rows: pd.DataFrame, summary: pd.DataFrame, is_stacked: bool = False) -> plt.Figure:
     """A panel a metric, a line a seed."""
-    fig, axes = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained")
+    grid, size = ((6, 1), (4.5, 17)) if is_stacked else ((2, 3), (11, 6.4))
+    fig, axes = plt.subplots(*grid, figsize=size, layout="constrained")
     differences = summary.set_index("metric")
     for ax, (metric, label) in zip(axes.flat, METRICS.items(), strict=True):
         of_metric = rows[rows["metric"] == metric]
@@ -160,7 +164,7 @@ def draw(rows: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
         for seed, values in wide.iterrows():  # both arms of a seed share data and initial weights
             ax.plot([0, 1], values[list(COLOURS)], color="0.6", lw=1, zorder=1)
             beside = dict(xytext=(6, 0), textcoords="offset points", va="center")
-            ax.annotate(f"{seed}", (1, values["control"]), fontsize=7, color="0.35", **beside)
+            ax.annotate(f"{seed}", (1, values["control"]), fontsize=8, **beside)
         # The adaptive arm stands at 0, the control at 1: what the lines connect
         for place, (arm, colour) in enumerate(COLOURS.items()):
             ax.scatter([place] * len(wide), wide[arm], color=colour, zorder=2)
@@ -170,10 +174,9 @@ def draw(rows: pd.DataFrame, summary: pd.DataFrame) -> plt.Figure:
         ax.set_xlabel(f"difference {found['difference']:+.3g} {interval}", fontsize=9)
         ax.margins(y=0.15)  # the labels of the seeds stay in the frame
     n_seeds = summary["n_seeds"].iloc[0]
-    fig.suptitle(
-        f"{n_seeds} training seeds (numbers at the right), both arms each; "
-        f"intervals: paired t, 95 % over all {len(METRICS)} panels"
-    )
+    note = f"{n_seeds} training seeds (numbers at the right), both arms each; difference: "
+    note += f"adaptive - control, paired t interval, 95 % over all {len(METRICS)} panels"
+    fig.supxlabel(textwrap.fill(note, round(13 * size[0])), fontsize=8.5)
     return fig
 
 
@@ -205,9 +208,9 @@ def run(args: argparse.Namespace) -> int:
     tell(summary, loops)
     again = ["tools/seeds.py", *args.runs, "--save_dir", args.save_dir]
     csvs = [args.save_dir / f"{name}.csv" for name in tables]
-    with drawing(csvs, again), atomic(args.save_dir / "seeds.png") as tmp:
-        draw(rows, summary).savefig(tmp, dpi=130)
     picture = args.save_dir / "seeds.png"
+    with drawing(csvs, again):
+        save_figure(functools.partial(draw, rows, summary), picture)
     print(f"Read {picture}, seeds.csv, seeds_summary.csv, seeds_loops.csv")
     return 0
 
