@@ -3,7 +3,8 @@
     python tools/headlines.py runs/demo
 
 They come from the CSVs alone, and from one bigram model of the training text. The folder holds
-<arm>/telemetry.csv and validation.csv of both arms, results_ablation*.csv, saes/sae_metrics.csv and hero_analysis/.
+<arm>/telemetry.csv and validation.csv of both arms, results_ablation*.csv, saes/sae_metrics.csv
+and hero_analysis/.
 What is printed is also written to <folder>/headlines.csv, one number a row.
 """
 

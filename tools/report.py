@@ -197,12 +197,15 @@ TOP = 18  # room for the labels of thresholds
 
 
 def draw(dots: list[Dot], marks: list[Mark], unit: str) -> Drawing:
-    """An axis with `dots`, a row a label, and `marks`. A single dot has its numbers above it,
-    several have the value of their row at its end."""
-    labels = list(dict.fromkeys(dot.label for dot in dots))
-    is_list = len(labels) > 1
-    left = 10 + LETTER * max(map(len, labels))
-    right = WIDTH - (58 if is_list else 10)
+    """An axis with `dots`, a row a label, and `marks`. A single dot has its numbers above it; a
+    list has the values of a row at its end."""
+    rows: dict[str, list[Dot]] = {}
+    for dot in dots:
+        rows.setdefault(dot.label, []).append(dot)
+    is_list = len(rows) > 1
+    ends = [" / ".join(three_digits(dot.value) for dot in of_row) for of_row in rows.values()]
+    left = 10 + LETTER * max(map(len, rows))
+    right = WIDTH - 10 - (LETTER * max(map(len, ends)) if is_list else 0)
     # What has no end is drawn to the border
     known = [mark.value for mark in marks]
     for dot in dots:
@@ -213,22 +216,23 @@ def draw(dots: list[Dot], marks: list[Mark], unit: str) -> Drawing:
     def place(value: float) -> float:
         return left + (right - left) * min(1.0, max(0.0, (value - lowest) / span))
 
-    row_height = ROW if is_list else 2 * ROW
+    height = ROW if is_list else 2 * ROW
     drawn = []
-    for dot in dots:
-        row = labels.index(dot.label)
-        in_row = [other.series for other in dots if other.label == dot.label]
-        shift = 5 * (in_row.index(dot.series) - (len(in_row) - 1) / 2)
-        y = TOP + row_height * (row + (0.6 if is_list else 0.75)) + shift
-        numbers = three_digits(dot.value) if is_list else interval_text(dot)
-        x = place(dot.value)
-        at = Text(WIDTH, y + 4, "end") if is_list else beside(x, y - 9, numbers)
-        has_interval = not math.isnan(dot.low)
-        ends = (place(dot.low), place(dot.high)) if has_interval else (x, x)
-        label = dot.label if shift <= 0 else ""
-        shown = numbers if len(in_row) == 1 else ""
-        drawn.append(DrawnDot(x, y, ends[0], ends[1], dot.series, label, shown, at))
-    bottom = TOP + row_height * len(labels)
+    for number, of_row in enumerate(rows.values()):
+        middle = TOP + height * (number + (0.5 if is_list else 0.75))
+        for order, dot in enumerate(of_row):
+            x = place(dot.value)
+            y = middle + 6 * (order - (len(of_row) - 1) / 2)
+            at = Text(WIDTH, middle + 4, "end") if is_list else beside(x, y - 9, interval_text(dot))
+            shown_dot = DrawnDot(x, y, x, x, dot.series, "", "", at)
+            if not math.isnan(dot.low):
+                shown_dot.left = place(dot.low)
+                shown_dot.right = place(dot.high)
+            if order == 0:  # said once a row
+                shown_dot.label = dot.label
+                shown_dot.numbers = ends[number] if is_list else interval_text(dot)
+            drawn.append(shown_dot)
+    bottom = TOP + height * len(rows)
     return Drawing(
         width=WIDTH,
         height=bottom + 34,
@@ -358,7 +362,7 @@ def topology(run: Run) -> list[Exhibit]:
     tables = [run.table(f"activations/{arm}/topology_stats.csv") for arm in ARMS]
     sigma = pd.concat(tables).query("metric == 'sigma_resid'")
     null = sigma.null_mean.mean()
-    marks = [Mark(0, "", True), Mark(null, f"bases turned at random {null:.2g}", True)]
+    marks = [Mark(null, f"bases turned at random {null:.2g}", True)]
     unit = "sigma_resid: mean |cosine| between what two heads write"
     # The smallest of the arms and layers, so that no n is overstated
     n_windows = int(sigma.n_windows.min())
