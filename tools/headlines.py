@@ -172,8 +172,10 @@ def paired_losses(folder: Path) -> tuple[pd.DataFrame, bool]:
         with np.load(folder / "results_ablation.npz", allow_pickle=False) as npz:
             table = {arm: npz[f"{arm}.base"] for arm in ARMS}  # [sequences] each, nats a token
             return pd.DataFrame({"document": npz["documents"], **table}), False
+    # Written by phase 1, of the model as it was at the end
     adaptive, control = (read(path, ["window", "document", "loss_nats"]) for path in paths)
     places = ["window", "document"]
+    # Rows are paired by their place
     if not adaptive[places].equals(control[places]):
         found = f"{paths[0]} and {paths[1]} are of different windows"
         raise HandoffError(f"{found}; expected arms of one text; train both again: make retrain")
@@ -206,6 +208,7 @@ class Price:
     @property
     def interval(self) -> str:
         """Of the share, in per cent."""
+        # The ends are missing together
         if math.isnan(self.relative.low):
             return f"no interval: {self.n_documents} documents are too few"
         return f"[{100 * self.relative.low:+.2f}, {100 * self.relative.high:+.2f}]"
@@ -215,9 +218,11 @@ def price(folder: Path) -> Price:
     """The price of the pressure, paired by window. Documents are the units: the windows of one are
     alike, and a document of many windows weighs more."""
     losses, is_whole = paired_losses(folder)
+    # Both arms read the same windows, so what makes a text hard cancels
     difference = losses["adaptive"] - losses["control"]  # [windows], nats a token
     sums = losses.assign(difference=difference, windows=1.0).groupby("document").sum()
     of_document = {name: sums[name].to_numpy() for name in sums}  # [documents] each
+    # Sums, not means: a document weighs as much as it is long
     extra = of_document["difference"]
     return Price(
         nats=ratio_of_sums(extra, of_document["windows"], MIN_DOCUMENTS),
@@ -233,6 +238,7 @@ def losses(folder: Path, telemetry: dict[str, pd.DataFrame], bigram: float) -> l
     """Validation loss of both arms, and what the pressure costs, paired by document."""
     loss = {arm: last_value(telemetry[arm], "val_loss") for arm in ARMS}
     paid = price(folder)
+    # Without an interval the price is only described
     in_nats = ""
     if not math.isnan(paid.nats.low):
         in_nats = f" [{paid.nats.low:+.4f}, {paid.nats.high:+.4f}]"

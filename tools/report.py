@@ -148,12 +148,12 @@ class DrawnDot:
     """Where a dot stands in the drawing, and its numbers."""
 
     x: float
-    y: float
+    y: float  # from the top
     left: float  # ends of its line; the dot itself where it has no interval
     right: float
-    series: str
-    label: str
-    numbers: str
+    series: str  # adaptive | control, or empty
+    label: str  # of the row, at its left
+    numbers: str  # value and interval, or the values of the row
     numbers_at: "Text"
 
 
@@ -181,7 +181,7 @@ class Drawing:
     """Dots, intervals and marks on one axis, as the template draws them (pixels)."""
 
     width: int
-    height: float
+    height: float  # with the labels below the axis
     top: float  # of the marks' lines
     bottom: float
     dots: list[DrawnDot]
@@ -203,7 +203,9 @@ def draw(dots: list[Dot], marks: list[Mark], unit: str) -> Drawing:
     for dot in dots:
         rows.setdefault(dot.label, []).append(dot)
     is_list = len(rows) > 1
+    # What stands at the right of each row of a list
     ends = [" / ".join(three_digits(dot.value) for dot in of_row) for of_row in rows.values()]
+    # Room for the words at either side
     left = 10 + LETTER * max(map(len, rows))
     right = WIDTH - 10 - (LETTER * max(map(len, ends)) if is_list else 0)
     # What has no end is drawn to the border
@@ -216,11 +218,13 @@ def draw(dots: list[Dot], marks: list[Mark], unit: str) -> Drawing:
     def place(value: float) -> float:
         return left + (right - left) * min(1.0, max(0.0, (value - lowest) / span))
 
+    # A single row has its numbers above the dot
     height = ROW if is_list else 2 * ROW
     drawn = []
     for number, of_row in enumerate(rows.values()):
         middle = TOP + height * (number + (0.5 if is_list else 0.75))
         for order, dot in enumerate(of_row):
+            # Dots of one row stand below one another, so that none hides another
             x = place(dot.value)
             y = middle + 6 * (order - (len(of_row) - 1) / 2)
             at = Text(WIDTH, middle + 4, "end") if is_list else beside(x, y - 9, interval_text(dot))
@@ -253,6 +257,7 @@ def draw_mark(mark: Mark, x: float, bottom: float) -> DrawnMark:
 
 def beside(x: float, y: float, text: str) -> Text:
     """Where a text stands that belongs to x: in its middle, or as near as the border allows."""
+    # A text near a border ends there
     half = LETTER * len(text) / 2
     if x < half:
         return Text(0, y, "start")
@@ -325,10 +330,13 @@ def layer_differences(run: Run) -> pd.DataFrame:
         table = run.table(f"activations/{arm}/topology_stats.csv").query("metric == 'sigma_resid'")
         columns = table.set_index("layer")[["value", "ci_lo", "ci_hi", "n_blocks"]]
         tables.append(columns.add_suffix(f"_{arm}"))
+    # Layers that only one arm has cannot be compared
     both = tables[0].join(tables[1], how="inner")
     degrees = both[["n_blocks_adaptive", "n_blocks_control"]].min(axis=1) - 1
+    # The intervals of the table are each of one layer
     wider = stats.t.ppf(1 - 0.025 / len(both), degrees) / stats.t.ppf(0.975, degrees)
     difference = both.value_adaptive - both.value_control
+    # Half the length of the interval, each way
     below = np.hypot(
         both.value_adaptive - both.ci_lo_adaptive, both.ci_hi_control - both.value_control
     )
@@ -342,8 +350,10 @@ def layer_differences(run: Run) -> pd.DataFrame:
 
 def told_by_layer(layers: pd.DataFrame) -> str:
     """In how many layers what the heads write is less alike, more alike, or neither."""
+    # Where the interval holds 0 it is neither
     less = int((layers.high < 0).sum())
     more = int((layers.low > 0).sum())
+    # The last part only where there is something that cannot be told
     parts = [f"less alike in {less} of {len(layers)} layers", f"more alike in {more}"]
     if less + more < len(layers):
         parts.append(f"cannot tell in {len(layers) - less - more}")
@@ -485,6 +495,7 @@ def scores_beside_others(scores: pd.DataFrame) -> str:
     others = scores[scores.role.str.startswith("random")]
     standing_out = []  # (distance, sentence)
     for row in scores[scores.role == "hero"].itertuples():
+        # The same score of the heads that it is compared with
         values = others[others.score == row.score].value
         # Interval off the values of all others. A score of the weights has no interval over text
         is_of_text = row.unit == "document"
@@ -495,10 +506,12 @@ def scores_beside_others(scores: pd.DataFrame) -> str:
         nearest = values.max() if low > values.max() else values.min()
         span = f"{three_digits(values.min())} to {three_digits(values.max())}"
         told = f"{row.score} {three_digits(row.value)}, {len(values)} comparison heads {span}"
+        # As a share of the larger: scores have different units
         distance = abs(row.value - nearest) / max(abs(row.value), abs(nearest))
         standing_out.append((distance, f"{told}; {tell_shuffled(row)}"))
     if not standing_out:
         return "In none of its scores is it told from the comparison heads."
+    # Two are enough for a first look; the hero page has all
     standing_out.sort(reverse=True)
     sentences = [f"{sentence[0].upper()}{sentence[1:]}." for _, sentence in standing_out[:2]]
     return " ".join(sentences)
@@ -507,6 +520,7 @@ def scores_beside_others(scores: pd.DataFrame) -> str:
 def tell_shuffled(row: Any) -> str:
     """What a score's null, the same score on shuffled text, means."""
     null = f"({three_digits(row.null)})"
+    # The interval is that of value - null, window by window
     if math.isnan(row.above_null_low):
         return "not measured on shuffled text"
     if row.above_null_low > 0:
@@ -520,6 +534,7 @@ def share_explained(preserving: pd.DataFrame, name: str) -> str:
     """What attending to one kind of key alone keeps of the head's impact, beside as many random
     keys: the kind that keeps most. Rows of the hero; those about SAE features are no mechanism."""
     keys = preserving[preserving.mechanism.str.startswith("keys:")]
+    # The best of several, whose intervals are corrected for their number
     claimed = keys[keys.kind == "claimed"].sort_values("value")
     if claimed.empty:
         return f"No kind of key was tried on {name}."
@@ -531,6 +546,7 @@ def share_explained(preserving: pd.DataFrame, name: str) -> str:
         return f"{vague}, so shares of it mean nothing."
     random = keys[keys.kind == "matched-random"].set_index("mechanism")
     share = f"{best.value:.0%} [{best.ci_low:.0%}, {best.ci_high:.0%}]"
+    # What any attention to as many keys would keep
     beside = "no random keys were tried"
     verdict = ""
     if best.mechanism in random.index:
@@ -550,6 +566,7 @@ def tell_impact(impact: Any, name: str) -> str:
     if math.isnan(impact.ci_low):
         few = f"no interval: {impact.n:.0f} documents are too few"
         return f"Removing {name} changes the loss by {cost} ({few})."
+    # From here on the sentence hangs on where 0 lies
     cost += f" [{impact.ci_low:+.4f}, {impact.ci_high:+.4f}]"
     if impact.ci_low > 0:
         return f"Removing {name} raises the loss by {cost}."
@@ -612,9 +629,11 @@ def model_worth(models: pd.DataFrame) -> Worth:
     models.csv: loss on masked tokens."""
     losses = models.set_index("model").masked_nats
     unigram = losses["unigram"]
+    # Of the numbers of steps that were tried
     best = losses[losses.index.str.startswith("Energy Transformer")].min()
     n = int(models.n_masked.iloc[0])
     values = f"{best:.2f} nats a masked token, unigram {unigram:.2f}, {n:,} masked tokens"
+    # Equal is not better
     if not best < unigram:
         return Worth(f"The model is worse than one that knows only frequencies ({values})", True)
     return Worth(f"The model is better than one that knows only frequencies ({values})", False)
@@ -635,6 +654,7 @@ def tell_doses(predictors: pd.DataFrame) -> str:
     """What predicts the change of energy, at the smallest and at the largest dose: rows of
     predictors.csv, of the two predictors that are measured on other sequences."""
     doses = []
+    # First-order predictions are meant for small doses; large ones show where they end
     for eps in sorted({predictors.eps.min(), predictors.eps.max()}):
         rows = predictors[predictors.eps == eps]
         told = "; ".join(tell_predictor(row) for row in rows.itertuples())
@@ -752,12 +772,14 @@ def judge_control(run: Run) -> list[Verdict]:
     held = run.held
     claim = "The loop holds sigma within 10 % of its setpoint, nine tenths of the time"
     closed = run.telemetry["adaptive"].phase == "auto"
+    # No sample was taken with the loop closed
     if not closed.any():
         return [Verdict(claim, "cannot tell", "the loop was never closed: too few steps")]
     if not held.n:
         never = f"none of {closed.sum()} filtered samples came within 10 %"
         return [Verdict(claim, "not supported", f"{never}; one run")]
     share = f"{held.share:.0%} of {held.n} filtered samples after it settled, one run"
+    # The line lies between the limits just where the claim holds
     values = nearest_samples(run)
     dots = [Dot(held.mean, values.min(), values.max())]
     marks = [Mark(0.9, ""), Mark(1.1, "setpoint ± 10 %")]
@@ -781,6 +803,7 @@ def nearest_samples(run: Run) -> np.ndarray:
     is_settled = (telemetry.phase == "auto") & (telemetry.step >= run.held.settled_step)
     aim = telemetry.get("setpoint", run.target)
     relative = (telemetry.sigma_filtered / aim)[is_settled].to_numpy()
+    # Nearest first
     order = np.argsort(np.abs(relative - 1))
     return relative[order][: math.ceil(0.9 * len(order))]
 
@@ -788,6 +811,7 @@ def nearest_samples(run: Run) -> np.ndarray:
 def judge_price(run: Run) -> list[Verdict]:
     """By the limits of the interval."""
     paid = run.price
+    # Value and both ends
     percent = 100 * np.array([paid.relative.value, paid.relative.low, paid.relative.high])
     word = word_of(percent[2] < 2, percent[1] > 2)
     evidence = f"{percent[0]:+.2f} % {paid.interval}, over {paid.measured_on}; one seed"
@@ -800,6 +824,7 @@ def judge_writes(run: Run) -> list[Verdict]:
     layers = layer_differences(run)
     less = int((layers.high < 0).sum())
     more = int((layers.low > 0).sum())
+    # A mean over layers would hide those that go the other way
     word = word_of(less == len(layers), more and not less)
     if less and less < len(layers):
         word = f"in {less} of {len(layers)} layers"
@@ -807,6 +832,7 @@ def judge_writes(run: Run) -> list[Verdict]:
     evidence = f"{told_by_layer(layers)}; intervals corrected for {len(layers)} layers, one seed"
     dots = []
     for number, layer in layers.iterrows():
+        # Left of 0: less alike under pressure
         dots.append(Dot(layer.difference, layer.low, layer.high, f"layer {number}"))
     unit = "sigma_resid, adaptive - control: left is less alike"
     drawing = draw(dots, [Mark(0, "no difference", True)], unit)
@@ -823,6 +849,7 @@ def judge_saes(run: Run) -> list[Verdict]:
         few = f"too few: {len(difference)} layer that both arms have"
         return [Verdict(claim, "cannot tell", few)]
     mean = difference.mean()  # below 0: fewer of the adaptive model's activations unexplained
+    # Student's t: layers are few
     half = stats.t.ppf(0.975, len(difference) - 1) * difference.sem()
     word = word_of(mean + half < 0, mean - half > 0)
     interval = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
@@ -849,6 +876,7 @@ def judge_heroes(run: Run) -> list[Verdict]:
             dots.append(Dot(1000 * value, 1000 * low, 1000 * high, label))
         unit = "rise of the loss without it, millinats a token"
         drawing = draw(dots, [Mark(0, "no effect, no lead", True)], unit)
+        # A lead whose interval holds 0 is neither found nor ruled out
         word = word_of(arm.unique_hero, arm.gap_hi < 0)
         verdicts.append(Verdict(claim, word, evidence, drawing))
     return verdicts
@@ -872,6 +900,7 @@ def why_not_unique(arm: Any) -> str:
     lead = f"{arm.gap:+.4f} [{arm.gap_lo:+.4f}, {arm.gap_hi:+.4f}] ahead of {second}"
     if arm.unique_hero:
         return lead
+    # In the order in which one would ask
     if not arm.base_loss < arm.unigram_loss:
         return f"{lead}; the model fails: it is worse than a unigram"
     if not arm.gap_lo > 0:
@@ -887,12 +916,14 @@ def judge_alignment(run: Run) -> list[Verdict]:
     claim = "Features of the Energy Transformer are aligned with its energy"
     evidence = f"{n_aligned} of {n_eligible} eligible features pass both nulls, preset {preset}"
     why = why_unaligned(run, preset, n_eligible)
+    # What the old rule would pass if features were random directions
     n_random = layers.rule_false_directions.sum()
     dots = [Dot(n_aligned, label="pass both nulls")]
     dots.append(Dot(layers.rule_passes.sum(), label="pass |EFAS| > 0.1"))
     dots.append(Dot(round(n_random), label="random ones do"))
     marks = [Mark(0, "none", True), Mark(n_eligible, "all eligible", True)]
     drawing = draw(dots, marks, "features, and random directions in their place")
+    # A model that has learned nothing says nothing about features
     if why:
         return [Verdict(claim, "cannot tell", f"{evidence}; {why}", drawing)]
     word = word_of(n_aligned > 0, n_aligned == 0)
@@ -901,6 +932,7 @@ def judge_alignment(run: Run) -> list[Verdict]:
 
 def why_unaligned(run: Run, preset: str, n_eligible: int) -> str:
     """Why a model cannot tell whether features are aligned; empty where it can."""
+    # All that apply are said
     reasons = []
     if preset == "smoke":  # a check that it runs, on a model that has learned nothing
         reasons.append("too small to tell: python energy_lens_minimal.py")
@@ -972,6 +1004,7 @@ def lead_price(run: Run) -> list[str]:
     if relative.high < 0:
         return [f"The pressure lowered the loss ({cost})."]
     [found] = judge_price(run)
+    # The same words as the verdict below it
     limits = {"supported": "below", "not supported": "above"}
     limit = limits.get(found.word, "which may be below or above")
     return [f"The pressure cost {cost}, {limit} the limit of 2 %."]
@@ -987,6 +1020,7 @@ def lead_writes(run: Run) -> list[str]:
 def lead_hero(run: Run) -> list[str]:
     """Which head matters, and does it stand out?"""
     arms = first_heads(run)
+    # A run without the adaptive arm has one all the same
     arm = next(arms[arms.run == "adaptive"].itertuples(), None) or next(arms.itertuples())
     name = name_of(arm)
     if math.isnan(arm.crossfit):
@@ -998,6 +1032,7 @@ def lead_hero(run: Run) -> list[str]:
     if arm.unique_hero:
         return [f"{first}, and it stands out."]
     second = f"L{arm.second_layer:.0f}H{arm.second_head:.0f}"
+    # It leads, but something else fails
     if arm.gap_lo > 0:
         return [f"{first}; whether it stands out cannot be told."]
     return [f"{first}; it cannot be told from the next, {second}."]
@@ -1192,6 +1227,7 @@ def section_of_run(run: Run, number: int, section: Section, several: bool) -> Se
     try:
         for exhibit in section.exhibits(run):
             label = f"{run.name}: {exhibit.title}" if several else exhibit.title
+            # A picture that was drawn for pages takes their colours
             card = Card(label, exhibit, read_download(run.path / exhibit.csv))
             image = run.path / exhibit.image
             if exhibit.image and image.with_suffix(".narrow.svg").is_file():
@@ -1249,6 +1285,7 @@ def links(run: Run, page: Path) -> list[Link]:
     )
     found = []
     for words, path in places:
+        # Pages are written by other tools, some of them on demand
         if path.is_file():
             address = os.path.relpath(path.resolve(), page.resolve().parent)
             found.append(Link(words, quote(Path(address).as_posix())))
