@@ -14,6 +14,7 @@ Writes  <save_dir>/janus_<arm>_final.pt   weights, optimiser, controller, random
         <save_dir>/tokenizer.json         read by every later phase
         <save_dir>/telemetry.csv          a row every --control_interval steps; columns: METRICS.md
         <save_dir>/layers.csv             per layer at every validation;  training.png, run.json
+        <save_dir>/validation.csv         loss of every window of the validation split, at the end
 
 Quick   python janus_adaptive.py --preset smoke --dataset builtin --save_dir checkpoints/smoke
         (a minute on two CPU cores)
@@ -448,8 +449,8 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 def validate(
     model: NewGPT, data: HFWikiTextLoader, batch_size: int, autocast: Any
 ) -> dict[str, Any]:
-    """The whole split in order, in eval mode: val_loss (nats a token) and, of each layer [L],
-    sigma_z, sigma_resid, and write_overlap."""
+    """The whole split in order, in eval mode: val_loss (nats a token), that of each window [W],
+    and, of each layer [L], sigma_z, sigma_resid, and write_overlap."""
     cfg = model.cfg
     device = model.embedding.weight.device
     model.eval()
@@ -461,21 +462,27 @@ def validate(
     shape = (cfg.n_layers, cfg.n_heads, cfg.n_heads)
     grams = {space: torch.zeros(shape, dtype=torch.float64) for space in ("z", "resid")}
     loss = torch.zeros((), dtype=torch.float64)
+    window_loss = torch.zeros(data.n_windows, dtype=torch.float64)  # [W]
     rank, world = rank_and_world()
     for first in range(rank * batch_size, data.n_windows, world * batch_size):
         windows = np.arange(first, min(first + batch_size, data.n_windows))
         x, y = data.batch(windows)  # [B, T] each
         tap: dict = dict.fromkeys(f"z.{l}" for l in range(cfg.n_layers))
         with autocast:
-            _, batch_loss = model(x.to(device), y.to(device), tap=tap)
+            logits, batch_loss = model(x.to(device), y.to(device), tap=tap)
         loss += batch_loss.item() * len(x)
+        # Of each window too; a process fills in its own
+        flat = logits.float().flatten(0, 1)  # [B*T, V]
+        token_loss = F.cross_entropy(flat, y.to(device).flatten(), reduction="none")  # [B*T]
+        window_loss[windows] = token_loss.unflatten(0, x.shape).mean(1).cpu().double()
         # Gram matrices add up: sigma is that of the whole split, not a mean over batches
         for space in grams:
             grams[space] += layer_grams(model, list(tap.values()), space).cpu().double()
-    all_sum(loss, *grams.values())
+    all_sum(loss, window_loss, *grams.values())
     model.train()
     return {
         "val_loss": loss.item() / data.n_windows,
+        "window_loss": window_loss.tolist(),
         "sigma_z": sigma_of(grams["z"]).tolist(),
         "sigma_resid": sigma_of(grams["resid"]).tolist(),
         "write_overlap": write_overlap(model).tolist(),
@@ -518,6 +525,7 @@ class Training:
     sample: Tensor | None = None  # Gram matrices [L, H, H] of the sample of sigma being taken
     telemetry: list[dict[str, Any]] = field(default_factory=list)  # rows of telemetry.csv
     layers: list[dict[str, Any]] = field(default_factory=list)  # rows of layers.csv
+    window_loss: list[float] = field(default_factory=list)  # of the last validation [W]
     steps_done: int = 0
 
 
@@ -572,6 +580,8 @@ def train_model(training: Training, signals: list[int]) -> int:
         if rank == 0 and (is_check or is_save or time.perf_counter() - written > 10):
             written = time.perf_counter()
             write_tables(training)
+        if rank == 0 and is_last:
+            write_validation(training)
         if rank == 0 and is_save:
             save(training, step, is_last)
         if is_stopped and not is_last:
@@ -674,6 +684,7 @@ def check(training: Training, step: int, lambdas: list[float]) -> None:
     row = training.telemetry[-1]
     row["val_loss"] = result.pop("val_loss")
     row["perplexity"] = math.exp(min(50.0, row["val_loss"]))
+    training.window_loss = result.pop("window_loss")
     for name, values in result.items():
         row[f"val_{name}"] = sum(values) / len(values)  # mean over layers
     result["lambda"] = np.broadcast_to(lambdas, args.n_layers).tolist()
@@ -1063,7 +1074,8 @@ def run(args: argparse.Namespace) -> int:
     recording: Any = contextlib.nullcontext({}) if rank else run_record(args.save_dir, args)
     with recording as record:
         if rank == 0 and not args.resume:
-            for path in (final, sidecar_path(final), *old_checkpoints):
+            by_window = args.save_dir / "validation.csv"  # written at the end
+            for path in (final, sidecar_path(final), by_window, *old_checkpoints):
                 path.unlink(missing_ok=True)
         # From here on a signal ends the run after its step, with a checkpoint
         with noting_signals() as signals:
@@ -1145,6 +1157,20 @@ def write_tables(training: Training) -> None:
     for name, rows in tables.items():
         with atomic(training.args.save_dir / name) as temporary:
             pd.DataFrame(rows).to_csv(temporary, index=False)
+
+
+def write_validation(training: Training) -> None:
+    """validation.csv: of each window of the validation split, the number of the document where it
+    begins, and its loss in nats a token. Arms that share the text are paired by these rows."""
+    windows = np.arange(training.validation.n_windows)
+    # A document of many windows is one unit: their losses are alike
+    table = {
+        "window": windows,
+        "document": training.validation.documents(windows)[:, 0],  # of [W, T]
+        "loss_nats": training.window_loss,
+    }
+    with atomic(training.args.save_dir / "validation.csv") as temporary:
+        pd.DataFrame(table).to_csv(temporary, index=False)
 
 
 def open_board(args: argparse.Namespace) -> Any:

@@ -25,3 +25,22 @@ for (const grid of document.querySelectorAll(".grid")) {
   grid.addEventListener("mouseover", (event) => tellHead(grid, event.target));
   grid.addEventListener("focusin", (event) => tellHead(grid, event.target));
 }
+
+/** Opens what is closed while the page is printed. */
+function openForPrint() {
+  for (const part of document.querySelectorAll("details:not([open])")) {
+    part.open = true;
+    part.dataset.closed = "";
+  }
+}
+
+/** Closes it again. */
+function closeAfterPrint() {
+  for (const part of document.querySelectorAll("details[data-closed]")) {
+    part.open = false;
+    delete part.dataset.closed;
+  }
+}
+
+addEventListener("beforeprint", openForPrint);
+addEventListener("afterprint", closeAfterPrint);

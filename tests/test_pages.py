@@ -102,18 +102,20 @@ def report_page() -> str:
     picture = report.Picture("data:image/webp;base64,", 30, 20)
     download = report.Download("a.csv", "3 kB", "data:text/csv;base64,")
     exhibit = report.Exhibit(*[HOSTILE[0]] * 8)
-    cards = [report.Card(HOSTILE[2], exhibit, picture, download)]
-    cards.append(report.Card(HOSTILE[0], exhibit, picture, report.Download(HOSTILE[0], "9 MB")))
+    cards = [report.Card(HOSTILE[2], exhibit, download, picture)]
+    cards.append(report.Card(HOSTILE[0], exhibit, report.Download(HOSTILE[0], "9 MB"), picture))
     cell = report.GridCell("1.0", "0.500", HOSTILE[2])
     heads = report.GridTable("mean", HOSTILE[0], [0], {0: [cell]})
     grid = report.Grid("grid0", ["mean"], [heads])
     parts = [report.SectionOfRun(HOSTILE[0], cards, grid, table)]
     parts.append(report.SectionOfRun(HOSTILE[0], missing=HOSTILE[0], remedy=HOSTILE[1]))
-    verdicts = [report.Verdict(HOSTILE[0], "not told", HOSTILE[1])]
+    dots = [report.Dot(1.0, label=HOSTILE[2]), report.Dot(2.0, 1.5, 2.5, HOSTILE[3])]
+    drawing = report.draw(dots, [report.Mark(0, HOSTILE[1])], HOSTILE[0])
+    verdicts = [report.Verdict(HOSTILE[0], "cannot tell", HOSTILE[1], drawing)]
     return hero.render_page(
         "report.html",
         title=HOSTILE[0],
-        runs=[report.PageRun(Path(HOSTILE[0]), verdicts, HOSTILE[1], table)],
+        runs=[report.PageRun(Path(HOSTILE[0]), HOSTILE, [], verdicts, HOSTILE[1], table)],
         headlines=table,
         sections=[(report.Section(HOSTILE[0], report.hero, "make hero"), parts)],
         show=report.show,

@@ -1,5 +1,6 @@
 """The walk-through of README's "Try a variant", as a reader does it: make, one edit, make, two runs in one page, a browser."""
 
+import json
 import math
 import re
 import shutil
@@ -118,7 +119,7 @@ def test_two_runs_stand_side_by_side_with_their_own_numbers(edited):
         assert pd.isna(x.ci_lo)
         cell = f"{run}, adaptive, mean: L{x.layer}H{x['head']} {x.delta:+.4f} nats, rank 1"
         assert cell in page
-        assert f"{run}: The control loop" in page
+        assert f"{run}: Did it hold" in page
     assert page.count("not there (") == 2, "Energy-Lens was not run, in either"
     assert "make energy RUN=runs/mine" in page
 
@@ -127,18 +128,22 @@ def test_verdicts_follow_the_tables(edited, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(edited / "runs" / "base", run)
     summary = run / "results_ablation_summary.csv"
-    claim = "The adaptive model has a Hero Head"
-    said = {c: (v, evidence) for c, v, evidence in report.verdict(report.Run(run))}
-    assert said[claim][0] == "not told" and "documents are too few" in said[claim][1]
+    claim = "One head of the adaptive model stands out (a Hero Head)"
+
+    def judged():
+        return {v.claim: v for v in report.verdict(report.Run(run))}
+
+    assert judged()[claim].word == "cannot tell"
+    assert "documents are too few" in judged()[claim].evidence
     measured = dict.fromkeys(["crossfit", "crossfit_lo", "crossfit_hi"], 0.02)
     measured |= dict.fromkeys(["gap_lo", "gap_hi", "p_top1"], 0.97)
-    for unique, word in ((True, "supported"), (False, "not supported")):
+    for unique, word in ((True, "supported"), (False, "cannot tell")):
         table = pd.read_csv(summary).assign(unique_hero=unique, **measured)
         table.to_csv(summary, index=False)
-        said = {claim: (v, evidence) for claim, v, evidence in report.verdict(report.Run(run))}
-        assert said[claim][0] == word and "in front in 97% of resamples" in said[claim][1]
+        assert judged()[claim].word == word
+        assert "in front in 97% of resamples" in judged()[claim].evidence
     path = run / "hero_analysis" / "hero_preserving.csv"
-    for low, said in ((-0.1, "shares of it mean nothing"), (0.1, "Keeping only")):
+    for low, said in ((-0.1, "shares of it mean nothing"), (0.1, "Attending to")):
         pd.read_csv(path).assign(impact=0.2, impact_low=low, impact_high=0.3).to_csv(
             path, index=False
         )
@@ -147,8 +152,8 @@ def test_verdicts_follow_the_tables(edited, tmp_path):
     telemetry = pd.read_csv(path)
     telemetry["sigma_filtered"], telemetry["phase"] = 0.009 * 1.2, "auto"
     telemetry.to_csv(path, index=False)
-    claim, said, _ = report.verdict(report.Run(run))[0]
-    assert "holds sigma" in claim and said == "not supported"
+    first = report.verdict(report.Run(run))[0]
+    assert "holds sigma" in first.claim and first.word == "not supported"
 
 
 def test_tracking_of_known_loops():
@@ -285,7 +290,9 @@ def test_the_page_in_a_browser(width, scheme, browser, hostile):
     pictures = page.evaluate(
         "Promise.all([...document.images].map(i => (i.loading = 'eager', i.decode().then(() => i.naturalWidth))))"
     )
-    assert len(pictures) == 2 * 9 and min(pictures) > 300, "nine figures a run without Energy-Lens"
+    shown = len(pictures) + page.locator("figure .wide svg").count()
+    assert shown == 2 * 6, "six figures a run without Energy-Lens"
+    assert all(width > 300 for width in pictures)
     assert page.evaluate("document.documentElement.scrollWidth") <= width, (
         "the page is wider than the screen"
     )
@@ -306,14 +313,12 @@ def test_the_page_in_a_browser(width, scheme, browser, hostile):
     page.locator("#theme").click()
     assert page.evaluate(ground) != was and (was == "rgb(255, 255, 255)") == (scheme == "light")
     page.locator("details summary").first.press("Enter")
-    assert (
-        page.locator("details[open] pre")
-        .first.inner_text()
-        .startswith("python janus_adaptive.py --redraw")
-    )
+    command = page.locator("details[open] code").first.inner_text()
+    assert command.startswith("python janus_adaptive.py --redraw")
     page.locator("nav a").first.focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("location.hash === '#verdict'")
+    page.wait_for_function("location.hash === '#control-loop'")
+    page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     with page.expect_download() as saved:
         page.locator("a[download='results_ablation.csv']").first.click()
     assert (
@@ -325,3 +330,333 @@ def test_the_page_in_a_browser(width, scheme, browser, hostile):
     assert all(text in page.locator("body").inner_text() for text in HOSTILE)
     assert not said and not asked
     page.close()
+
+
+# ----------------------------------------------------------------------- sentences, from small tables
+def run_of(folder: Path, **tables: pd.DataFrame) -> report.Run:
+    """A run with a minute's telemetry and these tables; their names have __ for /."""
+    (folder / "adaptive").mkdir(parents=True, exist_ok=True)
+    (folder / "adaptive" / "telemetry.csv").write_text("step\n")
+    for name, table in tables.items():
+        path = folder / f"{name.replace('__', '/')}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(path, index=False)
+    return report.Run(folder)
+
+
+def validation(loss: np.ndarray) -> pd.DataFrame:
+    """Two windows a document."""
+    windows = np.arange(len(loss))
+    return pd.DataFrame(dict(window=windows, document=windows // 2, loss_nats=loss))
+
+
+@pytest.mark.parametrize(
+    "share, spread, n, word, lead",
+    [
+        (0.01, 0.001, 80, "supported", "below the limit"),
+        (0.04, 0.001, 80, "not supported", "above the limit"),
+        (0.019, 0.02, 80, "cannot tell", "may be below or above"),
+        (0.0, 0.02, 80, "supported", "No cost of the pressure is told from zero"),
+        (0.0101, 0.2, 80, "cannot tell", "No cost of the pressure is told from zero"),
+        (-0.02, 0.001, 80, "supported", "lowered the loss"),
+        (0.01, 0.001, 10, "cannot tell", "cannot tell"),
+    ],
+)
+def test_the_price_is_judged_by_the_limits_of_its_interval(share, spread, n, word, lead, tmp_path):
+    rng = np.random.default_rng(0)
+    control = rng.normal(4.4, 0.3, n)
+    noise = rng.normal(size=n)
+    noise -= noise @ control / (control @ control) * control  # so that the price is `share`
+    noise -= noise.mean()
+    adaptive = control * (1 + share) + spread * noise * control.mean()
+    run = run_of(
+        tmp_path, adaptive__validation=validation(adaptive), control__validation=validation(control)
+    )
+    [found] = report.judge_price(run)
+    assert found.word == word and (found.tone == "good") == (word == "supported")
+    [sentence] = report.lead_price(run)
+    assert lead in sentence
+    # One interval, here and in the headlines
+    assert run.price.interval in sentence and run.price.interval in found.evidence
+    assert "whole validation split" in found.evidence
+
+
+def layer_table(values: list[float], half: float) -> pd.DataFrame:
+    rows = dict(layer=range(len(values)), metric="sigma_resid", value=values, n_blocks=20)
+    table = pd.DataFrame(rows | dict(null_mean=0.01, n_windows=9, n_documents=9, n_tokens=9))
+    return table.assign(ci_lo=table.value - half, ci_hi=table.value + half)
+
+
+@pytest.mark.parametrize(
+    "adaptive, half, word, says",
+    [
+        ([0.02] * 6, 0.001, "supported", "less alike in 6 of 6 layers, more alike in 0"),
+        # Less alike on average, which is what was judged before, but not in two layers
+        ([0.01] * 4 + [0.0637, 0.0872], 0.001, "in 4 of 6 layers", "more alike in 2"),
+        ([0.08] * 6, 0.001, "not supported", "less alike in 0 of 6 layers, more alike in 6"),
+        ([0.049] * 6, 0.01, "cannot tell", "cannot tell in 6"),
+        ([0.02] * 6, math.nan, "cannot tell", "cannot tell in 6"),
+    ],
+)
+def test_writes_are_judged_by_layer(adaptive, half, word, says, tmp_path):
+    tables = {
+        "activations__adaptive__topology_stats": layer_table(adaptive, half),
+        "activations__control__topology_stats": layer_table([0.05] * 6, half),
+    }
+    run = run_of(tmp_path, **tables)
+    [found] = report.judge_writes(run)
+    assert found.word == word and says in found.evidence
+    assert (found.tone == "good") == (word == "supported")
+    assert says in report.lead_writes(run)[0]
+    # The picture is of the quantity that the sentence is about
+    [exhibit] = report.topology(run)
+    assert says in exhibit.reading and "sigma_resid" in exhibit.drawing.unit
+    assert not exhibit.image
+
+
+def preserving(low: float, chance_high: float) -> pd.DataFrame:
+    """The table that misled: the largest share is that of a reconstruction check."""
+    rows = [
+        ("all SAE features", "claimed", 1.0, 0.99, 1.01),
+        ("keys: 0-5 tokens back", "claimed", 0.99, 0.97, 1.01),
+        ("keys: 0-5 tokens back", "matched-random", 0.24, 0.1, chance_high),
+        ("keys: induction", "claimed", 0.01, 0.0, 0.02),
+    ]
+    columns = ["mechanism", "kind", "value", "ci_low", "ci_high"]
+    return pd.DataFrame(rows, columns=columns).assign(impact_low=low, impact_high=0.1)
+
+
+def test_only_kinds_of_keys_explain_a_head():
+    told = report.share_explained(preserving(0.01, 0.4), "L3H1")
+    kept = "Attending to “0-5 tokens back” alone keeps 99% [97%, 101%] of the loss impact of L3H1"
+    assert told == f"{kept}; as many random keys 24% [10%, 40%]."
+    told = report.share_explained(preserving(0.01, 0.98), "L3H1")
+    assert told.endswith("It cannot be told from random keys.")
+    for low in (-0.01, math.nan):
+        assert "shares of it mean nothing" in report.share_explained(preserving(low, 0.4), "L3H1")
+
+
+def scores(value: float, low: float, high: float, above: tuple[float, float]) -> pd.DataFrame:
+    rows = [("hero", value, low, high, *above)]
+    rows += [(f"random {i}", other, other, other, 0, 0) for i, other in enumerate((0.22, 0.29), 1)]
+    columns = ["role", "value", "ci_low", "ci_high", "above_null_low", "above_null_high"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(score="previous token", null=0.534, unit="document")
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        # The table that misled: as on shuffled text, yet twice the comparison heads
+        (
+            (0.53, 0.5, 0.56, (-0.02, 0.02)),
+            "the same on shuffled text (0.534): position, not content",
+        ),
+        ((0.53, 0.5, 0.56, (0.01, 0.02)), "less on shuffled text"),
+        ((0.53, 0.5, 0.56, (-0.02, -0.01)), "more on shuffled text"),
+        ((0.1, 0.05, 0.15, (math.nan, math.nan)), "not measured on shuffled text"),
+    ],
+)
+def test_a_score_stands_beside_the_comparison_heads(row, says):
+    told = report.scores_beside_others(scores(*row))
+    assert told.startswith(f"Previous token {row[0]}, 2 comparison heads 0.22 to 0.29; ")
+    assert says in told
+
+
+@pytest.mark.parametrize("ends", [(0.25, 0.6), (math.nan, math.nan)])
+def test_a_score_whose_interval_holds_theirs_is_not_told_from_them(ends):
+    told = report.scores_beside_others(scores(0.53, *ends, (0.1, 0.2)))
+    assert told == "In none of its scores is it told from the comparison heads."
+
+
+def test_a_score_of_the_weights_needs_no_interval():
+    table = scores(0.9, math.nan, math.nan, (math.nan, math.nan))
+    told = report.scores_beside_others(table.assign(score="OV copying", unit="permutation"))
+    assert told.startswith("OV copying 0.9, 2 comparison heads 0.22 to 0.29")
+
+
+@pytest.mark.parametrize(
+    "low, high, says",
+    [
+        (0.01, 0.03, "raises the loss by +0.0200 nats a token [+0.0100, +0.0300]"),
+        (-0.01, 0.05, "These windows show no effect of L3H1"),
+        (-0.03, -0.01, "lowers the loss"),
+        (math.nan, math.nan, "no interval: 7 documents are too few"),
+    ],
+)
+def test_what_a_head_costs_is_told_by_its_interval(low, high, says):
+    row = pd.Series(dict(value=0.02, ci_low=low, ci_high=high, n=7))
+    assert says in report.tell_impact(row, "L3H1")
+
+
+def test_every_correlation_is_told_with_its_own_n_and_both_ends_of_the_doses():
+    rows = [
+        (0.05, "efas_a", 0.4, -0.47, 0.92),
+        (0.25, "efas_a", 0.5, 0.1, 0.9),
+        (1.0, "attribution_a", -0.43, -0.86, 0.26),
+        (1.0, "efas_a", 0.70, 0.21, 0.92),
+        (1.0, "attribution_a", -0.6, -0.86, -0.26),
+    ]
+    table = pd.DataFrame(rows, columns=["eps", "predictor", "spearman", "ci_lo", "ci_hi"])
+    told = report.tell_doses(table)
+    assert "when 5% of a feature is taken away: EFAS 0.40 [-0.47, 0.92], cannot tell from 0" in told
+    assert "when 100% of a feature" in told and "25%" not in told
+    assert "attribution -0.43 [-0.86, 0.26], cannot tell from 0" in told
+    assert "EFAS 0.70 [0.21, 0.92], yes" in told and "the wrong way round" in told
+    row = pd.Series(dict(n_features=13, n_clusters=11.0, n_seq=48))
+    assert report.count_intervened(row) == "13 features, 11 clusters of features, 48 sequences"
+    assert report.count_intervened(row[["n_features"]]) == "13 features"
+
+
+def models(loss: float) -> pd.DataFrame:
+    names = ["unigram", "Energy Transformer, 4 steps", "Energy Transformer, 20 steps"]
+    return pd.DataFrame(dict(model=names, masked_nats=[5.02, loss, 9.0], n_masked=196))
+
+
+def test_a_model_worse_than_a_unigram_cannot_tell_whether_features_are_aligned(tmp_path):
+    layers = pd.DataFrame(
+        dict(aligned=[3], eligible=[9], rule_passes=[5], rule_false_directions=[6])
+    )
+    words = {5.42: "cannot tell", 4.1: "supported", 5.02: "cannot tell"}
+    for loss, word in words.items():
+        run = run_of(tmp_path, energy_lens__layers=layers, energy_lens__models=models(loss))
+        record = tmp_path / "energy_lens" / "run.json"
+        record.write_text('{"arguments": {"preset": "full"}}')
+        [found] = report.judge_alignment(run)
+        assert found.word == word
+        assert ("worse than one that knows only frequencies" in found.evidence) == (loss > 5)
+        record.write_text('{"arguments": {"preset": "smoke"}}')
+        [found] = report.judge_alignment(run)
+        assert found.word == "cannot tell" and "too small" in found.evidence
+
+
+def summary(**change: object) -> pd.DataFrame:
+    row = dict(run="adaptive", mode="mean", ranked_by="mean", hero_layer=3, hero_head=1)
+    row |= dict(second_layer=5, second_head=2, n_unit=35, unit="documents", delta=0.026)
+    row |= dict(crossfit=0.02, crossfit_lo=0.01, crossfit_hi=0.03, p_top1=0.9, unique_hero=True)
+    row |= dict(gap=0.01, gap_lo=0.001, gap_hi=0.02, base_loss=4.4, unigram_loss=6.7)
+    return pd.DataFrame([row | change])
+
+
+@pytest.mark.parametrize(
+    "change, word, why, lead",
+    [
+        ({}, "supported", "ahead of L5H2", "and it stands out"),
+        (
+            dict(unique_hero=False, gap_lo=-0.01),
+            "cannot tell",
+            "another could as well be first",
+            "it cannot be told from the next, L5H2",
+        ),
+        (
+            dict(unique_hero=False, unigram_loss=4.0),
+            "cannot tell",
+            "worse than a unigram",
+            "whether it stands out cannot be told",
+        ),
+        (
+            dict(unique_hero=False, crossfit_lo=-0.01, gap_lo=-0.01),
+            "cannot tell",
+            "another",
+            "No head of the adaptive model is told to matter",
+        ),
+        (
+            dict(unique_hero=False, crossfit=math.nan, n_unit=7),
+            "cannot tell",
+            "7 documents are too few",
+            "7 documents are too few to tell",
+        ),
+    ],
+)
+def test_whether_a_head_stands_out(change, word, why, lead, tmp_path):
+    run = run_of(tmp_path, results_ablation_summary=summary(**change))
+    [found] = report.judge_heroes(run)
+    assert found.word == word and why in found.evidence
+    assert (found.tone == "good") == (word == "supported")
+    assert lead in report.lead_hero(run)[0]
+
+
+@pytest.mark.parametrize(
+    "shift, word", [(-0.1, "supported"), (0.1, "not supported"), (0, "cannot tell")]
+)
+def test_sparse_autoencoders_are_judged_by_the_interval_over_layers(shift, word, tmp_path):
+    noise = np.array([0.01, -0.01, 0.02, -0.02])
+    arms = [
+        pd.DataFrame(dict(run="adaptive", layer=range(4), fvu=0.3 + shift + noise)),
+        pd.DataFrame(dict(run="control", layer=range(4), fvu=0.3)),
+    ]
+    [found] = report.judge_saes(run_of(tmp_path, saes__sae_metrics=pd.concat(arms)))
+    assert found.word == word and (found.tone == "good") == (word == "supported")
+    one_layer = pd.concat(arms).query("layer == 0")
+    [found] = report.judge_saes(run_of(tmp_path, saes__sae_metrics=one_layer))
+    assert found.word == "cannot tell" and "too few" in found.evidence
+
+
+def telemetry_of(sigma: list[float], phase: str = "auto") -> pd.DataFrame:
+    table = pd.DataFrame({"sigma_z": sigma, "sigma_filtered": sigma})
+    steps = 10 * np.arange(1, len(sigma) + 1)
+    columns = {"step": steps, "phase": phase, "sigma_resid": math.nan, "lambda": 1.0, "loss": 4.0}
+    return table.assign(**columns, val_loss=4.0)
+
+
+@pytest.mark.parametrize(
+    "sigma, phase, word, lead",
+    [
+        ([1.0, 1.02] * 15, "auto", "supported", "held sigma at its setpoint 1"),
+        ([1.0, 1.5] * 15, "auto", "not supported", "did not hold"),
+        ([2.0, 2.5] * 15, "auto", "not supported", "did not hold"),
+        ([1.0, 1.02] * 5, "auto", "cannot tell", "too few"),
+        ([1.0, 1.02] * 15, "warmup", "cannot tell", "never closed"),
+    ],
+)
+def test_whether_the_loop_held(sigma, phase, word, lead, tmp_path):
+    run = run_of(tmp_path)
+    telemetry_of(sigma, phase).to_csv(tmp_path / "adaptive" / "telemetry.csv", index=False)
+    telemetry_of([3.0] * 30).assign(phase="").to_csv(tmp_path / "control.csv", index=False)
+    arguments = '{"arguments": {"target_sigma": 1.0, "filter_beta": 0.8, "seed": 42}}'
+    (tmp_path / "adaptive" / "run.json").write_text(arguments)
+    [found] = report.judge_control(run)
+    assert found.word == word and (found.tone == "good") == (word == "supported")
+    assert lead in report.lead_control(run)[0]
+    assert "one training seed (42)" in report.lead_seeds(run)[0]
+
+
+def test_an_axis_keeps_order_and_draws_what_has_no_end_to_its_border():
+    dots = [report.Dot(1.0, -math.inf, 1.5, "a"), report.Dot(3.0, label="b")]
+    drawing = report.draw(dots, [report.Mark(2.0, "limit"), report.Mark(0.0, "null", True)], "nats")
+    first, second = drawing.dots
+    limit, null = drawing.marks
+    assert null.x == first.left < first.x < first.right < limit.x < second.x == second.right
+    assert (limit.kind, null.kind) == ("threshold", "null") and second.y > first.y
+    assert drawing.words == "nats: a 1 [-inf, 1.5]; b 3; limit; null"
+
+
+def test_pages_that_are_there_are_linked_from_where_the_report_lies(tmp_path):
+    run = run_of(tmp_path / "runs" / "a b")
+    assert report.links(run, tmp_path / "results" / "report.html") == []
+    for name in ("hero_analysis/hero_report.html", "saes/adaptive/L3/features.html"):
+        path = run.path / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+    found = {
+        link.words: link.address for link in report.links(run, tmp_path / "results" / "x.html")
+    }
+    assert found == {
+        "The first head, in detail": "../runs/a%20b/hero_analysis/hero_report.html",
+        "Features of the SAE adaptive/L3": "../runs/a%20b/saes/adaptive/L3/features.html",
+    }
+
+
+def test_every_run_is_listed_the_ablation_and_the_control_included(tmp_path):
+    run = run_of(tmp_path)
+    record = dict(script="s.py", argv=["s.py"], git=dict(commit="c", dirty=False), exit_status=0)
+    parts = ["activations/control", "saes/control", "adaptive", "another"]
+    for hour, part in enumerate(parts):
+        (tmp_path / part).mkdir(parents=True, exist_ok=True)
+        done = record | dict(time=f"2026-01-01T0{hour}:00:00+0000", end="2026-01-01T09:00:00+0000")
+        (tmp_path / part / "run.json").write_text(json.dumps(done))
+    # Another command wrote its run.json over that of the ablation, whose sidecar still knows it
+    producer = record | dict(script="ablation_test.py", time="2026-01-01T08:00:00+0000")
+    del producer["exit_status"]
+    (tmp_path / "results_ablation.csv.json").write_text(json.dumps(dict(producer=producer)))
+    assert report.commands_table(run)["part"].tolist() == [*parts, "ablation"]

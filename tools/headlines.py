@@ -3,7 +3,8 @@
     python tools/headlines.py runs/demo
 
 They come from the CSVs alone, and from one bigram model of the training text. The folder holds
-<arm>/telemetry.csv of both arms, results_ablation*.csv, saes/sae_metrics.csv and hero_analysis/.
+<arm>/telemetry.csv and validation.csv of both arms, results_ablation*.csv, saes/sae_metrics.csv
+and hero_analysis/.
 What is printed is also written to <folder>/headlines.csv, one number a row.
 """
 
@@ -20,7 +21,7 @@ import pandas as pd
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from ablation_test import units  # noqa: E402
+from hero_head_analysis import MIN_DOCUMENTS, Ratio, ratio_of_sums  # noqa: E402
 from janus_adaptive import (  # noqa: E402
     HandoffError,
     HFWikiTextLoader,
@@ -161,16 +162,87 @@ def bigram_of(folder: Path, arguments: dict[str, Any]) -> float:
     return bigram_loss(train.tokens, measured, count_ids(train.tokenizer))
 
 
+def paired_losses(folder: Path) -> tuple[pd.DataFrame, bool]:
+    """Losses of both arms on the same windows: columns document, adaptive, control; a row a window.
+    And whether they are all windows of the validation split, or, in runs of before validation.csv,
+    those of the ablation. Raises HandoffError where the arms were validated on different texts."""
+    paths = [folder / arm / "validation.csv" for arm in ARMS]
+    if not all(path.is_file() for path in paths):
+        # Phase 4 took the same sequences through both models
+        with np.load(folder / "results_ablation.npz", allow_pickle=False) as npz:
+            table = {arm: npz[f"{arm}.base"] for arm in ARMS}  # [sequences] each, nats a token
+            return pd.DataFrame({"document": npz["documents"], **table}), False
+    # Written by phase 1, of the model as it was at the end
+    adaptive, control = (read(path, ["window", "document", "loss_nats"]) for path in paths)
+    places = ["window", "document"]
+    # Rows are paired by their place
+    if not adaptive[places].equals(control[places]):
+        found = f"{paths[0]} and {paths[1]} are of different windows"
+        raise HandoffError(f"{found}; expected arms of one text; train both again: make retrain")
+    losses = {"adaptive": adaptive["loss_nats"], "control": control["loss_nats"]}
+    return pd.DataFrame({"document": adaptive["document"], **losses}), True
+
+
+@dataclass
+class Price:
+    """What the pressure costs: loss of the adaptive arm - loss of the control, on the same windows.
+
+    nats, relative: the difference a token, and as a share of the control's loss, each with its 95 %
+    interval over documents; NaN ends where there are too few.
+    """
+
+    nats: Ratio
+    relative: Ratio
+    n_documents: int
+    n_windows: int
+    is_whole: bool  # all windows of the validation split
+
+    @property
+    def measured_on(self) -> str:
+        """In words, which windows they are."""
+        count = f"{self.n_documents:,} documents, {self.n_windows:,}"
+        if self.is_whole:
+            return f"{count} windows: the whole validation split"
+        return f"{count} sequences of the ablation, not the whole split: no validation.csv"
+
+    @property
+    def interval(self) -> str:
+        """Of the share, in per cent."""
+        # The ends are missing together
+        if math.isnan(self.relative.low):
+            return f"no interval: {self.n_documents} documents are too few"
+        return f"[{100 * self.relative.low:+.2f}, {100 * self.relative.high:+.2f}]"
+
+
+def price(folder: Path) -> Price:
+    """The price of the pressure, paired by window. Documents are the units: the windows of one are
+    alike, and a document of many windows weighs more."""
+    losses, is_whole = paired_losses(folder)
+    # Both arms read the same windows, so what makes a text hard cancels
+    difference = losses["adaptive"] - losses["control"]  # [windows], nats a token
+    sums = losses.assign(difference=difference, windows=1.0).groupby("document").sum()
+    of_document = {name: sums[name].to_numpy() for name in sums}  # [documents] each
+    # Sums, not means: a document weighs as much as it is long
+    extra = of_document["difference"]
+    return Price(
+        nats=ratio_of_sums(extra, of_document["windows"], MIN_DOCUMENTS),
+        relative=ratio_of_sums(extra, of_document["control"], MIN_DOCUMENTS),
+        n_documents=len(sums),
+        n_windows=len(losses),
+        is_whole=is_whole,
+    )
+
+
 # ---------------------------------------------------------------------------------------- headlines
 def losses(folder: Path, telemetry: dict[str, pd.DataFrame], bigram: float) -> list[Headline]:
     """Validation loss of both arms, and what the pressure costs, paired by document."""
     loss = {arm: last_value(telemetry[arm], "val_loss") for arm in ARMS}
-    # Phase 4 took the same sequences through both models, so their differences are paired
-    with np.load(folder / "results_ablation.npz", allow_pickle=False) as npz:
-        price = npz["adaptive.base"] - npz["control.base"]  # [sequences], nats a token
-        by_document = units(price[:, None], npz["documents"])[:, 0]  # [documents]
-    low, high = stats.ttest_1samp(by_document, 0).confidence_interval()  # 95 %
-    percent = 100 * (loss["adaptive"] / loss["control"] - 1)
+    paid = price(folder)
+    # Without an interval the price is only described
+    in_nats = ""
+    if not math.isnan(paid.nats.low):
+        in_nats = f" [{paid.nats.low:+.4f}, {paid.nats.high:+.4f}]"
+    share = f"{100 * paid.relative.value:+.2f} % {paid.interval} of the loss"
     return [
         (
             "validation loss, nats a token",
@@ -179,9 +251,7 @@ def losses(folder: Path, telemetry: dict[str, pd.DataFrame], bigram: float) -> l
         ),
         (
             "price of the pressure, nats a token",
-            f"{price.mean():+.4f} [{low:+.4f}, {high:+.4f}] "
-            f"(95 % CI over {len(by_document)} documents, {len(price)} sequences; "
-            f"{percent:+.2f} % on the whole split; one seed)",
+            f"{paid.nats.value:+.4f}{in_nats}, {share} (95 % CI over {paid.measured_on}; one seed)",
         ),
     ]
 

@@ -7,11 +7,11 @@ supports.
 
 Reads   each folder as `make demo` leaves it: run.json, CSVs and figures. What is missing is named,
         with the command that makes it; the template pages/report.html
-Writes  --out (results/report.html), one HTML file that needs no network; every figure with its
-        reading, n, interval, null, command and CSV
+Writes  --out (results/report.html), one HTML file that needs no network: first what was found and
+        how sure it is, then a picture a claim with its n, interval, null, command and CSV
 
-Nothing is computed again: the figures are those of the phases, and each sentence states numbers of
-their CSVs.
+The figures are those of the phases, and each sentence is built from numbers of their CSVs. What an
+interval does not tell from its null is called "cannot tell".
 """
 
 import argparse
@@ -20,6 +20,7 @@ import gzip
 import io
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -28,16 +29,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 from scipy import stats
 
 TOOLS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TOOLS.parent), str(TOOLS)]
-from headlines import Tracking, tracking  # noqa: E402
+from headlines import Price, Tracking, after_settling, price, tracking  # noqa: E402
 
-from hero_head_analysis import render_page  # noqa: E402
+from hero_head_analysis import render_page, three_digits  # noqa: E402
 from janus_adaptive import (  # noqa: E402
     HandoffError,
     atomic,
@@ -51,18 +54,7 @@ COMPRESS_BYTES = 300_000  # a CSV of more is embedded compressed
 EMBED_BYTES = 400_000  # a CSV that still has more is only named
 ARMS = ["adaptive", "control"]
 MODES = ["mean", "zero", "resample"]  # of ablation, in the order of the buttons
-PARTS = [  # folders with a run.json, in the order in which they are made
-    "adaptive",
-    "control",
-    "activations/adaptive",
-    "activations/control",
-    "saes/adaptive",
-    "saes/control",
-    "saes",  # where several runs were given to one command
-    ".",  # the ablation, whose CSV lies in the folder of the run
-    "energy_lens",
-    "hero_analysis",
-]
+FEWEST_SAMPLES = 20  # of sigma in time; of fewer no share of 90 % can be told
 BOOTSTRAP = "95 % over documents (bootstrap-t, at least Student's t), Bonferroni within the table"
 
 
@@ -71,13 +63,14 @@ class Exhibit:
     """A figure of one run, and what a reader needs to judge it."""
 
     title: str  # as the paper numbers it
-    image: str  # paths are relative to the run's folder
+    image: str  # paths are relative to the run's folder; empty: words, or `drawing`
     csv: str  # what the figure is drawn from, and the numbers of `reading` are taken from
     reading: str  # what it shows in this run, in numbers of the CSV
     n: str  # of what is the unit of the interval
     interval: str  # its level, method and correction, or why there is none
     null: str  # what it would look like if there were nothing to see
     command: str  # that draws it again
+    drawing: "Drawing | None" = None  # instead of an image
 
 
 class Run:
@@ -119,9 +112,172 @@ class Run:
         arguments = self.record("adaptive")["arguments"]
         return tracking(self.telemetry["adaptive"], self.target, arguments["filter_beta"])
 
+    @cached_property
+    def price(self) -> Price:
+        """What the pressure costs, as in headlines.csv."""
+        return price(self.path)
+
     def last(self, arm: str, column: str) -> float:
         """The last value of a column of the telemetry that is only filled now and then."""
         return float(self.telemetry[arm][column].dropna().iloc[-1])
+
+
+# ------------------------------------------------------------------------------------ drawings
+@dataclass
+class Dot:
+    """A measured value with its interval (NaN: none)."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    label: str = ""  # of its row; dots of one label share a row
+    series: str = ""  # adaptive | control: its colour
+
+
+@dataclass
+class Mark:
+    """A value to compare with: a threshold of the claim, or what nothing would give (is_null)."""
+
+    value: float
+    label: str
+    is_null: bool = False
+
+
+@dataclass
+class DrawnDot:
+    """Where a dot stands in the drawing, and its numbers."""
+
+    x: float
+    y: float  # from the top
+    left: float  # ends of its line; the dot itself where it has no interval
+    right: float
+    series: str  # adaptive | control, or empty
+    label: str  # of the row, at its left
+    numbers: str  # value and interval, or the values of the row
+    numbers_at: "Text"
+
+
+@dataclass
+class Text:
+    """Where a text stands; anchor: start | middle | end."""
+
+    x: float
+    y: float
+    anchor: str
+
+
+@dataclass
+class DrawnMark:
+    """A vertical line and its label, above the axis for thresholds, below it for nulls."""
+
+    x: float
+    label: str
+    label_at: Text
+    kind: str  # threshold | null
+
+
+@dataclass
+class Drawing:
+    """Dots, intervals and marks on one axis, as the template draws them (pixels)."""
+
+    width: int
+    height: float  # with the labels below the axis
+    top: float  # of the marks' lines
+    bottom: float
+    dots: list[DrawnDot]
+    marks: list[DrawnMark]
+    unit: str  # what the axis measures
+    words: str  # what is seen, for those who cannot see it
+
+
+WIDTH = 340  # pixels of a drawing
+LETTER = 6.2  # pixels of an average letter at 11 pixels
+ROW = 17  # pixels of a row, where there are several
+TOP = 18  # room for the labels of thresholds
+
+
+def draw(dots: list[Dot], marks: list[Mark], unit: str) -> Drawing:
+    """An axis with `dots`, a row a label, and `marks`. A single dot has its numbers above it; a
+    list has the values of a row at its end."""
+    rows: dict[str, list[Dot]] = {}
+    for dot in dots:
+        rows.setdefault(dot.label, []).append(dot)
+    is_list = len(rows) > 1
+    # What stands at the right of each row of a list
+    ends = [" / ".join(three_digits(dot.value) for dot in of_row) for of_row in rows.values()]
+    # Room for the words at either side
+    left = 10 + LETTER * max(map(len, rows))
+    right = WIDTH - 10 - (LETTER * max(map(len, ends)) if is_list else 0)
+    # What has no end is drawn to the border
+    known = [mark.value for mark in marks]
+    for dot in dots:
+        known += [value for value in (dot.value, dot.low, dot.high) if math.isfinite(value)]
+    lowest = min(known)
+    span = (max(known) - lowest) or 1.0
+
+    def place(value: float) -> float:
+        return left + (right - left) * min(1.0, max(0.0, (value - lowest) / span))
+
+    # A single row has its numbers above the dot
+    height = ROW if is_list else 2 * ROW
+    drawn = []
+    for number, of_row in enumerate(rows.values()):
+        middle = TOP + height * (number + (0.5 if is_list else 0.75))
+        for order, dot in enumerate(of_row):
+            # Dots of one row stand below one another, so that none hides another
+            x = place(dot.value)
+            y = middle + 6 * (order - (len(of_row) - 1) / 2)
+            at = Text(WIDTH, middle + 4, "end") if is_list else beside(x, y - 9, interval_text(dot))
+            shown_dot = DrawnDot(x, y, x, x, dot.series, "", "", at)
+            if not math.isnan(dot.low):
+                shown_dot.left = place(dot.low)
+                shown_dot.right = place(dot.high)
+            if order == 0:  # said once a row
+                shown_dot.label = dot.label
+                shown_dot.numbers = ends[number] if is_list else interval_text(dot)
+            drawn.append(shown_dot)
+    bottom = TOP + height * len(rows)
+    return Drawing(
+        width=WIDTH,
+        height=bottom + 34,
+        top=TOP,
+        bottom=bottom,
+        dots=drawn,
+        marks=[draw_mark(mark, place(mark.value), bottom) for mark in marks],
+        unit=unit,
+        words=tell_drawing(dots, marks, unit),
+    )
+
+
+def draw_mark(mark: Mark, x: float, bottom: float) -> DrawnMark:
+    kind = "null" if mark.is_null else "threshold"
+    y = bottom + 14 if mark.is_null else TOP - 6
+    return DrawnMark(x, mark.label, beside(x, y, mark.label), kind)
+
+
+def beside(x: float, y: float, text: str) -> Text:
+    """Where a text stands that belongs to x: in its middle, or as near as the border allows."""
+    # A text near a border ends there
+    half = LETTER * len(text) / 2
+    if x < half:
+        return Text(0, y, "start")
+    if x > WIDTH - half:
+        return Text(WIDTH, y, "end")
+    return Text(x, y, "middle")
+
+
+def interval_text(dot: Dot) -> str:
+    if math.isnan(dot.low):
+        return three_digits(dot.value)
+    return f"{three_digits(dot.value)} [{three_digits(dot.low)}, {three_digits(dot.high)}]"
+
+
+def tell_drawing(dots: list[Dot], marks: list[Mark], unit: str) -> str:
+    told = []
+    for dot in dots:
+        told.append(f"{dot.label} {dot.series} {interval_text(dot)}".strip())
+    told += [mark.label for mark in marks if mark.label]
+    return " ".join(f"{unit}: {'; '.join(told)}".split())
 
 
 # ------------------------------------------------------------------ the sections, from the CSVs
@@ -151,7 +307,7 @@ def training(run: Run) -> list[Exhibit]:
     redraw = f"python janus_adaptive.py --redraw {telemetry}"
     seed = run.record("adaptive")["arguments"]["seed"]  # the same in both arms
     exhibit = Exhibit(
-        title="The control loop",
+        title="Did it hold, and what did it cost?",
         image="training.png",
         csv="adaptive/telemetry.csv",
         reading=f"{loop}; whole validation split at the end: {', '.join(ends)}.",
@@ -163,32 +319,92 @@ def training(run: Run) -> list[Exhibit]:
     return [exhibit]
 
 
+def layer_differences(run: Run) -> pd.DataFrame:
+    """sigma_resid by layer: of both arms, adaptive - control and its interval; a row a layer.
+
+    The interval adds the variances of the arms, which is wide for arms of one text, and allows for
+    as many layers as there are (Bonferroni).
+    """
+    tables = []
+    for arm in ARMS:
+        table = run.table(f"activations/{arm}/topology_stats.csv").query("metric == 'sigma_resid'")
+        columns = table.set_index("layer")[["value", "ci_lo", "ci_hi", "n_blocks"]]
+        tables.append(columns.add_suffix(f"_{arm}"))
+    # Layers that only one arm has cannot be compared
+    both = tables[0].join(tables[1], how="inner")
+    degrees = both[["n_blocks_adaptive", "n_blocks_control"]].min(axis=1) - 1
+    # The intervals of the table are each of one layer
+    wider = stats.t.ppf(1 - 0.025 / len(both), degrees) / stats.t.ppf(0.975, degrees)
+    difference = both.value_adaptive - both.value_control
+    # Half the length of the interval, each way
+    below = np.hypot(
+        both.value_adaptive - both.ci_lo_adaptive, both.ci_hi_control - both.value_control
+    )
+    above = np.hypot(
+        both.ci_hi_adaptive - both.value_adaptive, both.value_control - both.ci_lo_control
+    )
+    return both.assign(
+        difference=difference, low=difference - wider * below, high=difference + wider * above
+    )
+
+
+def told_by_layer(layers: pd.DataFrame) -> str:
+    """In how many layers what the heads write is less alike, more alike, or neither."""
+    # Where the interval holds 0 it is neither
+    less = int((layers.high < 0).sum())
+    more = int((layers.low > 0).sum())
+    # The last part only where there is something that cannot be told
+    parts = [f"less alike in {less} of {len(layers)} layers", f"more alike in {more}"]
+    if less + more < len(layers):
+        parts.append(f"cannot tell in {len(layers) - less - more}")
+    return ", ".join(parts)
+
+
 def topology(run: Run) -> list[Exhibit]:
-    arms = [arm for arm in run.telemetry if (run.path / "activations" / arm).is_dir()]
-    tables = [run.table(f"activations/{arm}/topology_stats.csv") for arm in arms]
-    # Of the residual writes: unlike z, they do not depend on the basis of a head's values.
+    layers = layer_differences(run)
+    dots = []
+    for number, layer in layers.iterrows():
+        # Two dots a row, so that the arms of a layer stand together
+        for arm in ARMS:
+            value = layer[f"value_{arm}"]
+            ends = layer[f"ci_lo_{arm}"], layer[f"ci_hi_{arm}"]
+            dots.append(Dot(value, *ends, f"layer {number}", arm))
+    tables = [run.table(f"activations/{arm}/topology_stats.csv") for arm in ARMS]
     sigma = pd.concat(tables).query("metric == 'sigma_resid'")
-    parts = []
-    # Layers are not replicates: their span is shown instead of an interval of the mean.
-    for arm, layers in sigma.groupby("run"):  # a row a layer
-        span = f"layers {layers.value.min():.4f} to {layers.value.max():.4f}"
-        null = f"bases turned at random: {layers.null_mean.mean():.4f}"
-        parts.append(f"{arm}: {layers.value.mean():.4f} ({span}; {null})")
-    # In words: the page is read without METRICS.md
-    what = "Mean absolute cosine between what the heads write (sigma_resid), mean over layers. "
+    null = sigma.null_mean.mean()
+    marks = [Mark(null, f"bases turned at random {null:.2g}", True)]
+    unit = "sigma_resid: mean |cosine| between what two heads write"
     # The smallest of the arms and layers, so that no n is overstated
     n_windows = int(sigma.n_windows.min())
     n_documents = int(sigma.n_documents.min())
     n_tokens = int(sigma.n_tokens.min())
-    redraw = "python harvest_activations.py --redraw --run_name adaptive"  # needs no model
     exhibit = Exhibit(
-        title="Figure 1: head-by-head cosines",
-        image="activations/adaptive/figure1_head_cosines.png",
+        title="How alike is what the heads write, layer by layer?",
+        image="",
         csv="activations/adaptive/topology_stats.csv",
-        reading=what + "; ".join(parts) + ".",
+        reading=f"What the heads write under pressure is {told_by_layer(layers)}.",
         n=f"{n_windows:,} windows of {n_documents:,} documents, {n_tokens:,} tokens a layer",
         interval="95 % jackknife over blocks of documents (topology_stats.csv)",
         null="the basis of every head turned at random, independently (null_* of the CSV)",
+        command=f"python tools/report.py --runs {run.path}",
+        drawing=draw(dots, marks, unit),
+    )
+    return [exhibit]
+
+
+def figure_1(run: Run) -> list[Exhibit]:
+    """Of the outputs z, which is what the loop measures."""
+    sigma = run.table("activations/adaptive/topology_stats.csv").query("metric == 'sigma_z'")
+    span = f"{three_digits(sigma.value.min())} to {three_digits(sigma.value.max())}"
+    redraw = "python harvest_activations.py --redraw --run_name adaptive"  # needs no model
+    exhibit = Exhibit(
+        title="Figure 1: cosines between the outputs of two heads",
+        image="activations/adaptive/figure1_head_cosines.png",
+        csv="activations/adaptive/head_cosines.csv",
+        reading=f"Their mean absolute value in the adaptive arm, by layer: {span}.",
+        n=f"{int(sigma.n_tokens.min()):,} tokens a layer",
+        interval="none a pair; of the mean in topology_stats.csv",
+        null="the basis of every head turned at random (null_* of topology_stats.csv)",
         command=f"{redraw} --save_dir {run.path}/activations --compare control adaptive",
     )
     return [exhibit]
@@ -196,40 +412,45 @@ def topology(run: Run) -> list[Exhibit]:
 
 def saes(run: Run) -> list[Exhibit]:
     table = run.table("saes/sae_metrics.csv")  # a row an SAE: arm and layer
-    # What an SAE does not explain, and the latents that it pays for in vain
     unexplained = []
-    dead = []
     for arm, layers in table.groupby("run"):
         span = f"layers {layers.fvu.min():.3f} to {layers.fvu.max():.3f}"
         unexplained.append(f"{arm} {layers.fvu.mean():.3f} ({span}), L0 {layers.l0.mean():.1f}")
-        dead.append(f"{arm} {layers.dead_share.mean():.1%}")
-    n = (
-        f"{len(table)} SAEs on {int(table.n_windows.min()):,} windows "
-        f"of {int(table.n_documents.min()):,} held-out documents"
-    )
-    on_tokens = int(table.dead_share_tokens.min())  # on more tokens, more latents fire
-    command = f"python train_sae.py --redraw --save_dir {run.path}/saes"
     by_depth = Exhibit(
-        title="Figure 2: L0 and FVU by depth",
+        title="Figure 2: how much do the SAEs leave unexplained?",
         image="saes/figure2_l0_by_depth.png",
         csv="saes/sae_metrics.csv",
         reading=f"Unexplained variance: {'; '.join(unexplained)}.",
-        n=n,
+        n=count_saes(table),
         interval="95 % over documents",
         null="zero and mean ablation of the same activations (ce_recovered_* in the CSV)",
-        command=command,
+        command=f"python train_sae.py --redraw --save_dir {run.path}/saes",
     )
+    return [by_depth]
+
+
+def count_saes(table: pd.DataFrame) -> str:
+    documents = f"{int(table.n_documents.min()):,} held-out documents"
+    return f"{len(table)} SAEs on {int(table.n_windows.min()):,} windows of {documents}"
+
+
+def figure_3(run: Run) -> list[Exhibit]:
+    table = run.table("saes/sae_metrics.csv")
+    dead = []  # the latents that an SAE pays for in vain
+    for arm, layers in table.groupby("run"):
+        dead.append(f"{arm} {layers.dead_share.mean():.1%}")
+    on_tokens = int(table.dead_share_tokens.min())  # on more tokens, more latents fire
     how_often = Exhibit(
         title="Figure 3: how often latents fire",
         image="saes/figure3_activation_frequency.png",
         csv="saes/sae_metrics.csv",
         reading=f"Latents that never fire on {on_tokens:,} mixed tokens: {', '.join(dead)}.",
-        n=n,
+        n=count_saes(table),
         interval="none",
         null="none: a description",
-        command=command,
+        command=f"python train_sae.py --redraw --save_dir {run.path}/saes",
     )
-    return [by_depth, how_often]
+    return [how_often]
 
 
 def impact_of_first(arm: Any) -> str:
@@ -256,7 +477,7 @@ def ablation(run: Run) -> list[Exhibit]:
         parts.append(f"{arm.run}: {who} {head}, {impact_of_first(arm)}")
     no_effect = "no effect of any head (max-T over all heads)"
     exhibit = Exhibit(
-        title="Figure 4: what removing each head costs",
+        title="Figure 4: what does removing each head cost?",
         image="results_ablation_figure4.png",
         csv="results_ablation.csv",
         reading="; ".join(parts) + ".",
@@ -268,84 +489,177 @@ def ablation(run: Run) -> list[Exhibit]:
     return [exhibit]
 
 
-def scores_outside_null(run: Run) -> str:
-    """The hero's three scores that are furthest from their null, of those told from it."""
-    scores = run.table("hero_analysis/hero_scores.csv").query("role == 'hero'")
-    # Told from the null: the interval of value - null, window by window, leaves out 0
-    outside = scores[(scores.above_null_low > 0) | (scores.above_null_high < 0)]
-    gap = (outside.value - outside.null).abs()
-    furthest = outside.assign(gap=gap).sort_values("gap").tail(3)[::-1]
-    told = [f"{row.score} {row.value:.3g} (null {row.null:.3g})" for row in furthest.itertuples()]
-    return ", ".join(told) or "none is told from it"
+def scores_beside_others(scores: pd.DataFrame) -> str:
+    """The two scores in which the hero is furthest from all comparison heads (random ones of its
+    model), with what the same score on shuffled text says."""
+    others = scores[scores.role.str.startswith("random")]
+    standing_out = []  # (distance, sentence)
+    for row in scores[scores.role == "hero"].itertuples():
+        # The same score of the heads that it is compared with
+        values = others[others.score == row.score].value
+        # Interval off the values of all others. A score of the weights has no interval over text
+        is_of_text = row.unit == "document"
+        low = row.ci_low if is_of_text else row.value
+        high = row.ci_high if is_of_text else row.value
+        if not (low > values.max() or high < values.min()):  # also where there is no interval
+            continue
+        nearest = values.max() if low > values.max() else values.min()
+        span = f"{three_digits(values.min())} to {three_digits(values.max())}"
+        told = f"{row.score} {three_digits(row.value)}, {len(values)} comparison heads {span}"
+        # As a share of the larger: scores have different units
+        distance = abs(row.value - nearest) / max(abs(row.value), abs(nearest))
+        standing_out.append((distance, f"{told}; {tell_shuffled(row)}"))
+    if not standing_out:
+        return "In none of its scores is it told from the comparison heads."
+    # Two are enough for a first look; the hero page has all
+    standing_out.sort(reverse=True)
+    sentences = [f"{sentence[0].upper()}{sentence[1:]}." for _, sentence in standing_out[:2]]
+    return " ".join(sentences)
 
 
-def share_explained(best: pd.Series, preserving: pd.DataFrame, name: str) -> str:
-    """What keeping the best described part of the head keeps of its impact, beside chance."""
-    if best.impact_low <= 0 <= best.impact_high:  # a share of what may be nothing
+def tell_shuffled(row: Any) -> str:
+    """What a score's null, the same score on shuffled text, means."""
+    null = f"({three_digits(row.null)})"
+    # The interval is that of value - null, window by window
+    if math.isnan(row.above_null_low):
+        return "not measured on shuffled text"
+    if row.above_null_low > 0:
+        return f"less on shuffled text {null}: content, not position alone"
+    if row.above_null_high < 0:
+        return f"more on shuffled text {null}: content lowers it"
+    return f"the same on shuffled text {null}: position, not content"
+
+
+def share_explained(preserving: pd.DataFrame, name: str) -> str:
+    """What attending to one kind of key alone keeps of the head's impact, beside as many random
+    keys: the kind that keeps most. Rows of the hero; those about SAE features are no mechanism."""
+    keys = preserving[preserving.mechanism.str.startswith("keys:")]
+    # The best of several, whose intervals are corrected for their number
+    claimed = keys[keys.kind == "claimed"].sort_values("value")
+    if claimed.empty:
+        return f"No kind of key was tried on {name}."
+    best = claimed.iloc[-1]
+    kind = best.mechanism.removeprefix("keys: ")
+    # A share of what may be nothing; written so that it holds where there is no interval too
+    if not (best.impact_low > 0 or best.impact_high < 0):
         vague = f"The loss impact of {name} is not told from 0 on these sequences"
         return f"{vague}, so shares of it mean nothing."
-    # As many keys or features, drawn at random: what keeping anything would keep
-    matched = preserving[preserving.kind == "matched-random"].set_index("mechanism").value
-    at_random = matched.get(best.mechanism, float("nan"))
-    # The interval is corrected for the number of mechanisms tried
+    random = keys[keys.kind == "matched-random"].set_index("mechanism")
     share = f"{best.value:.0%} [{best.ci_low:.0%}, {best.ci_high:.0%}]"
-    kept = f"Keeping only “{best.mechanism}” keeps {share} of the loss impact of {name}"
-    return f"{kept}; as many at random {at_random:.0%}."
+    # What any attention to as many keys would keep
+    beside = "no random keys were tried"
+    verdict = ""
+    if best.mechanism in random.index:
+        chance = random.loc[best.mechanism]
+        beside = (
+            f"as many random keys {chance.value:.0%} [{chance.ci_low:.0%}, {chance.ci_high:.0%}]"
+        )
+        if not best.ci_low > chance.ci_high:  # also where one of them has no interval
+            verdict = " It cannot be told from random keys."
+    kept = f"Attending to “{kind}” alone keeps {share} of the loss impact of {name}"
+    return f"{kept}; {beside}.{verdict}"
+
+
+def tell_impact(impact: Any, name: str) -> str:
+    """What the head costs on the windows that it was looked at."""
+    cost = f"{impact.value:+.4f} nats a token"
+    if math.isnan(impact.ci_low):
+        few = f"no interval: {impact.n:.0f} documents are too few"
+        return f"Removing {name} changes the loss by {cost} ({few})."
+    # From here on the sentence hangs on where 0 lies
+    cost += f" [{impact.ci_low:+.4f}, {impact.ci_high:+.4f}]"
+    if impact.ci_low > 0:
+        return f"Removing {name} raises the loss by {cost}."
+    if impact.ci_high < 0:
+        return f"Removing {name} lowers the loss, by {cost}."
+    return f"These windows show no effect of {name}: {cost}. Nothing below explains anything."
 
 
 def hero(run: Run) -> list[Exhibit]:
     folder = "hero_analysis"
     head = run.record(folder).get("hero") or {}
     name = f"L{head.get('layer')}H{head.get('head')} of {head.get('run')}"
-    # A row a mechanism: the share of the hero's impact that is kept when only it may vary.
     preserving = run.table(f"{folder}/hero_preserving.csv").query("role == 'hero'")
-    best = preserving[preserving.kind == "claimed"].sort_values("value").iloc[-1]
     impact = run.table(f"{folder}/hero_impact.csv").iloc[0]  # the hero; then its controls
-    cost = f"{impact.value:.4f} nats a token [{impact.ci_low:.4f}, {impact.ci_high:.4f}]"
-    attention = f"Attention of {name} on the text of the command"
-    n = f"{best.sequences:.0f} sequences of {best.n:.0f} documents of the {best.split} split"
+    scores = run.table(f"{folder}/hero_scores.csv")
+    n = f"{impact.sequences:.0f} sequences of {impact.n:.0f} documents of the {impact.split} split"
     command = f"python hero_head_analysis.py --redraw --save_dir {run.path}/{folder}"
-    where = Exhibit(
-        title="Where the hero sits",
-        image=f"{folder}/hero_importance.png",
-        csv=f"{folder}/hero_importance.csv",
-        reading=f"{name}: its mean ablation costs {cost}.",
+    does_it_matter = Exhibit(
+        title="Does it matter?",
+        image="",
+        csv=f"{folder}/hero_impact.csv",
+        reading=tell_impact(impact, name),
         n=n,
         interval=BOOTSTRAP,
-        null="matched and random heads of the same model, in hero_impact.csv",
-        command=command,
-    )
-    looks_at = Exhibit(
-        title="What it looks at, in one text",
-        image=f"{folder}/hero_attention.png",
-        csv=f"{folder}/hero_attention.csv",
-        reading=f"{attention}, beside its functional match in the other arm.",
-        n="one text",
-        interval="none",
-        null="none: an illustration",
+        null="matched and random heads of the same model, in the CSV",
         command=command,
     )
     kind = Exhibit(
-        title="What kind of head it is",
-        image=f"{folder}/hero_scores.png",
+        title="What kind of head is it?",
+        image="",
         csv=f"{folder}/hero_scores.csv",
-        reading=f"Scores furthest from their null: {scores_outside_null(run)}.",
+        reading=scores_beside_others(scores),
         n=n,
         interval=BOOTSTRAP,
-        null="the same score with tokens shuffled",
+        null="random heads of the same model; the same score on text with its tokens shuffled",
         command=command,
     )
     explained = Exhibit(
-        title="How much of it is explained",
+        title="How much of it is explained?",
         image=f"{folder}/hero_preserving.png",
         csv=f"{folder}/hero_preserving.csv",
-        reading=share_explained(best, preserving, name),
+        reading=share_explained(preserving, name),
         n=n,
         interval=BOOTSTRAP,
         null="as many keys or features, drawn at random (grey)",
         command=command,
     )
-    return [where, looks_at, kind, explained]
+    return [does_it_matter, kind, explained]
+
+
+class Worth(NamedTuple):
+    """What the energy model is worth as a language model."""
+
+    told: str
+    is_worse: bool  # than the unigram
+
+
+def model_worth(models: pd.DataFrame) -> Worth:
+    """The best number of descent steps against a model that knows only frequencies. Rows of
+    models.csv: loss on masked tokens."""
+    losses = models.set_index("model").masked_nats
+    unigram = losses["unigram"]
+    # Of the numbers of steps that were tried
+    best = losses[losses.index.str.startswith("Energy Transformer")].min()
+    n = int(models.n_masked.iloc[0])
+    values = f"{best:.2f} nats a masked token, unigram {unigram:.2f}, {n:,} masked tokens"
+    # Equal is not better
+    if not best < unigram:
+        return Worth(f"The model is worse than one that knows only frequencies ({values})", True)
+    return Worth(f"The model is better than one that knows only frequencies ({values})", False)
+
+
+def tell_predictor(row: Any) -> str:
+    """Whether a predictor's rank correlation is told from 0."""
+    names = {"efas_a": "EFAS", "attribution_a": "attribution"}
+    numbers = f"{names[row.predictor]} {row.spearman:.2f} [{row.ci_lo:.2f}, {row.ci_hi:.2f}]"
+    if row.ci_lo > 0:
+        return f"{numbers}, yes"
+    if row.ci_hi < 0:
+        return f"{numbers}, the wrong way round"
+    return f"{numbers}, cannot tell from 0"
+
+
+def tell_doses(predictors: pd.DataFrame) -> str:
+    """What predicts the change of energy, at the smallest and at the largest dose: rows of
+    predictors.csv, of the two predictors that are measured on other sequences."""
+    doses = []
+    # First-order predictions are meant for small doses; large ones show where they end
+    for eps in sorted({predictors.eps.min(), predictors.eps.max()}):
+        rows = predictors[predictors.eps == eps]
+        told = "; ".join(tell_predictor(row) for row in rows.itertuples())
+        doses.append(f"when {eps:.0%} of a feature is taken away: {told}")
+    return f"Rank correlation with the change of energy, {'. And '.join(doses)}."
 
 
 def efas(run: Run) -> list[Exhibit]:
@@ -353,21 +667,23 @@ def efas(run: Run) -> list[Exhibit]:
     layers = run.table(f"{folder}/layers.csv")  # a row a descent step
     preset = run.record(folder)["arguments"]["preset"]
     untrained = run.table(f"{folder}/untrained.csv").iloc[0]  # the same model before training
+    worth = ""
+    if (run.path / folder / "models.csv").is_file():
+        worth = f"{model_worth(run.table(f'{folder}/models.csv')).told}. "
     sequences = f"{int(layers.n_seq.iloc[0])} held-out sequences, one a document"
-    n = f"{sequences}; preset {preset}, one seed"
     save = f"--save_dir {run.path}/{folder} --overwrite"
     command = f"python energy_lens_minimal.py --preset {preset} {save}"
     against_nulls = Exhibit(
-        title="EFAS against its nulls",
+        title="Is a feature aligned with the energy?",
         image=f"{folder}/efas_distribution.png",
         csv=f"{folder}/features.csv",
         reading=(
-            f"{int(layers.aligned.sum())} of {int(layers.eligible.sum())} eligible features are "
-            f"aligned; |EFAS| > 0.1 alone passes {int(layers.rule_passes.sum())}, "
-            f"{layers.rule_false_directions.sum():.0f} expected of random directions; "
+            f"{worth}{int(layers.aligned.sum())} of {int(layers.eligible.sum())} eligible features "
+            f"are aligned. |EFAS| > 0.1 alone passes {int(layers.rule_passes.sum())}, and "
+            f"{layers.rule_false_directions.sum():.0f} of as many random directions; "
             f"untrained model: {int(untrained.aligned)} of {int(untrained.eligible)}."
         ),
-        n=n,
+        n=f"{sequences}; preset {preset}, one seed",
         interval="95 % bootstrap over sequences (layers.csv)",
         null=(
             "whole sequences permuted, and random directions with the states' covariance; "
@@ -377,27 +693,30 @@ def efas(run: Run) -> list[Exhibit]:
     )
     # A row a predictor, dose (eps) and scale: Spearman with what the intervention did.
     predictors = run.table(f"{folder}/predictors.csv")
-    small = predictors[
+    measured = predictors[
         (predictors.scale == "signed") & predictors.predictor.isin(["attribution_a", "efas_a"])
     ]
-    # The smallest intervention: only there is a first-order prediction meant to hold.
-    small = small[small.eps == small.eps.min()]
-    if small.empty:  # too few features for an intervention
+    if measured.empty:  # too few features for an intervention
         return [against_nulls]
-    told = []
-    for row in small.itertuples():
-        told.append(f"{row.predictor} {row.spearman:.2f} [{row.ci_lo:.2f}, {row.ci_hi:.2f}]")
     predicts = Exhibit(
         title="Does it predict an intervention?",
         image=f"{folder}/predicted_actual.png",
         csv=f"{folder}/predictors.csv",
-        reading=f"Spearman with the energy change of a small ablation: {'; '.join(told)}.",
-        n=f"{int(small.n_features.iloc[0])} features, {n}",
+        reading=tell_doses(measured),
+        n=f"{count_intervened(measured.iloc[0])}; preset {preset}, one seed",
         interval="95 % jackknife over sequences and clusters of features",
         null="a random predictor (same CSV)",
         command=command,
     )
     return [against_nulls, predicts]
+
+
+def count_intervened(row: pd.Series) -> str:
+    """Of what a correlation is; older files do not count clusters or sequences."""
+    counts = {"n_clusters": "clusters of features", "n_seq": "sequences"}
+    told = [f"{int(row.n_features)} features"]
+    told += [f"{int(row[name])} {what}" for name, what in counts.items() if name in row]
+    return ", ".join(told)
 
 
 class Section(NamedTuple):
@@ -406,6 +725,7 @@ class Section(NamedTuple):
     heading: str
     exhibits: Callable[[Run], list[Exhibit]]
     remedy: str  # the command that makes what is missing
+    is_closed: bool = False  # until a reader opens it, at the end of the page
 
     @property
     def id(self) -> str:
@@ -414,83 +734,178 @@ class Section(NamedTuple):
 
 
 SECTIONS = [
-    Section("Training and control loop", training, "make train figures"),
-    Section("Topology of the heads", topology, "make harvest figures"),
+    Section("Control loop", training, "make train figures"),
+    Section("What became less alike", topology, "make harvest figures"),
     Section("Sparse autoencoders", saes, "make sae figures"),
-    Section("Ablation", ablation, "make ablate"),
-    Section("The hero", hero, "make hero"),
-    Section("EFAS", efas, "make energy"),
+    Section("Every head", ablation, "make ablate"),
+    Section("The first head", hero, "make hero"),
+    Section("Energy", efas, "make energy"),
+    Section("Figure 1", figure_1, "make harvest figures", is_closed=True),
+    Section("Figure 3", figure_3, "make sae figures", is_closed=True),
 ]
 
 
 # -------------------------------------------------------------------------------- the verdict
-class Verdict(NamedTuple):
+@dataclass
+class Verdict:
     """A claim of the original studies, and what one run says about it."""
 
     claim: str
-    word: str  # supported | not supported | not told
+    word: str  # supported | not supported | cannot tell | in 4 of 6 layers
     evidence: str
+    drawing: Drawing | None = None
+
+    @property
+    def tone(self) -> str:
+        """Its colour: only what is supported is green."""
+        return {"supported": "good", "not supported": "bad"}.get(self.word, "open")
 
 
-def judge(claim: str, holds: bool, evidence: str) -> Verdict:
-    return Verdict(claim, "supported" if holds else "not supported", evidence)
+def word_of(is_supported: Any, is_refuted: Any) -> str:
+    """Neither, also where an interval is NaN: cannot tell."""
+    if is_supported:
+        return "supported"
+    return "not supported" if is_refuted else "cannot tell"
 
 
 def judge_control(run: Run) -> list[Verdict]:
     held = run.held
-    claim = "The Homeostat holds sigma within 10 % of its setpoint for 90 % of the time"
-    evidence = (
-        f"{held.share:.0%} of {held.n} filtered samples, one run; "
-        f"noise alone would give {held.noise_share:.0%}, so this is about their mean"
-    )
-    return [judge(f"{claim} after settling", held.share >= 0.9, evidence)]
+    claim = "The loop holds sigma within 10 % of its setpoint, nine tenths of the time"
+    closed = run.telemetry["adaptive"].phase == "auto"
+    # No sample was taken with the loop closed
+    if not closed.any():
+        return [Verdict(claim, "cannot tell", "the loop was never closed: too few steps")]
+    if not held.n:
+        never = f"none of {closed.sum()} filtered samples came within 10 %"
+        return [Verdict(claim, "not supported", f"{never}; one run")]
+    share = f"{held.share:.0%} of {held.n} filtered samples after it settled, one run"
+    # The line lies between the limits just where the claim holds
+    values = nearest_samples(run)
+    dots = [Dot(held.mean, values.min(), values.max())]
+    marks = [Mark(0.9, ""), Mark(1.1, "setpoint ± 10 %")]
+    if "control" in run.telemetry:
+        free = after_settling(run.telemetry["control"], held) / run.target
+        marks.append(Mark(free, f"no pressure {free:.3g}", True))
+    unit = "sigma over its setpoint; line: the nearest 90 % of samples"
+    drawing = draw(dots, marks, unit)
+    if held.n < FEWEST_SAMPLES:
+        few = f"{share}: too few, {FEWEST_SAMPLES} are needed"
+        return [Verdict(claim, "cannot tell", few, drawing)]
+    noise = f"noise alone would give {held.noise_share:.0%}, so this is about their mean"
+    word = word_of(held.share >= 0.9, held.share < 0.9)
+    return [Verdict(claim, word, f"{share}; {noise}", drawing)]
 
 
-def judge_loss(run: Run) -> list[Verdict]:
-    change = run.last("adaptive", "val_loss") / run.last("control", "val_loss") - 1
-    evidence = f"{change:+.2%} on the validation split, one seed an arm"
-    return [judge("The pressure costs at most 2 % of the loss", change <= 0.02, evidence)]
+def nearest_samples(run: Run) -> np.ndarray:
+    """The nine tenths of the settled filtered samples that are nearest to the setpoint, over it:
+    within 10 % just where nine tenths of the samples are."""
+    telemetry = run.telemetry["adaptive"]
+    is_settled = (telemetry.phase == "auto") & (telemetry.step >= run.held.settled_step)
+    aim = telemetry.get("setpoint", run.target)
+    relative = (telemetry.sigma_filtered / aim)[is_settled].to_numpy()
+    # Nearest first
+    order = np.argsort(np.abs(relative - 1))
+    return relative[order][: math.ceil(0.9 * len(order))]
+
+
+def judge_price(run: Run) -> list[Verdict]:
+    """By the limits of the interval."""
+    paid = run.price
+    # Value and both ends
+    percent = 100 * np.array([paid.relative.value, paid.relative.low, paid.relative.high])
+    word = word_of(percent[2] < 2, percent[1] > 2)
+    evidence = f"{percent[0]:+.2f} % {paid.interval}, over {paid.measured_on}; one seed"
+    marks = [Mark(2, "limit 2 %"), Mark(0, "no cost", True)]
+    drawing = draw([Dot(*percent)], marks, "per cent of the control's loss")
+    return [Verdict("The pressure costs at most 2 % of the loss", word, evidence, drawing)]
 
 
 def judge_writes(run: Run) -> list[Verdict]:
-    control = run.last("control", "val_sigma_resid")
-    adaptive = run.last("adaptive", "val_sigma_resid")
-    claim = "What the heads write is less alike too (sigma_resid, which no change of basis moves)"
-    numbers = f"adaptive {adaptive:.4f}, control {control:.4f}"
-    evidence = f"{numbers}; one seed an arm, so a description of these two models"
-    return [judge(claim, adaptive < control, evidence)]
+    layers = layer_differences(run)
+    less = int((layers.high < 0).sum())
+    more = int((layers.low > 0).sum())
+    # A mean over layers would hide those that go the other way
+    word = word_of(less == len(layers), more and not less)
+    if less and less < len(layers):
+        word = f"in {less} of {len(layers)} layers"
+    claim = "What the heads write is less alike too, in every layer"
+    evidence = f"{told_by_layer(layers)}; intervals corrected for {len(layers)} layers, one seed"
+    dots = []
+    for number, layer in layers.iterrows():
+        # Left of 0: less alike under pressure
+        dots.append(Dot(layer.difference, layer.low, layer.high, f"layer {number}"))
+    unit = "sigma_resid, adaptive - control: left is less alike"
+    drawing = draw(dots, [Mark(0, "no difference", True)], unit)
+    return [Verdict(claim, word, evidence, drawing)]
 
 
 def judge_saes(run: Run) -> list[Verdict]:
     """By a t interval of the difference between the arms; the layers are the units."""
     table = run.table("saes/sae_metrics.csv")
     fvu = table.pivot_table(index="layer", columns="run", values="fvu")  # [layers, arms]
-    difference = fvu["adaptive"] - fvu["control"]
-    mean = difference.mean()  # below 0: fewer of the adaptive model's activations unexplained
-    half = stats.t.ppf(0.975, len(difference) - 1) * difference.sem()
+    difference = (fvu["adaptive"] - fvu["control"]).dropna()
     claim = "Decorrelated heads are easier for sparse autoencoders"
+    if len(difference) < 2:
+        few = f"too few: {len(difference)} layer that both arms have"
+        return [Verdict(claim, "cannot tell", few)]
+    mean = difference.mean()  # below 0: fewer of the adaptive model's activations unexplained
+    # Student's t: layers are few
+    half = stats.t.ppf(0.975, len(difference) - 1) * difference.sem()
+    word = word_of(mean + half < 0, mean - half > 0)
     interval = f"{mean:+.4f} [{mean - half:+.4f}, {mean + half:+.4f}]"
-    layers = f"over {len(difference)} layers of one model an arm"
-    evidence = f"FVU adaptive - control {interval} {layers}"
-    if not abs(mean) > half:  # also where one layer has no interval
-        return [Verdict(claim, "not told", evidence)]
-    return [judge(claim, mean < 0, evidence)]
+    evidence = f"FVU adaptive - control {interval} over {len(difference)} layers, one seed"
+    marks = [Mark(0, "no difference", True)]
+    unit = "FVU, adaptive - control: left is easier"
+    drawing = draw([Dot(mean, mean - half, mean + half)], marks, unit)
+    return [Verdict(claim, word, evidence, drawing)]
 
 
 def judge_heroes(run: Run) -> list[Verdict]:
     """One an arm."""
-    summary = run.table("results_ablation_summary.csv")
     verdicts = []
-    for arm in summary[summary["mode"] == summary["ranked_by"]].itertuples():
-        head = f"L{arm.hero_layer:.0f}H{arm.hero_head:.0f}"
-        claim = f"The {arm.run} model has a Hero Head"
-        evidence = f"{head} {impact_of_first(arm)}"
+    for arm in first_heads(run).itertuples():
+        claim = f"One head of the {arm.run} model stands out (a Hero Head)"
+        evidence = f"{name_of(arm)} {impact_of_first(arm)}; {why_not_unique(arm)}"
         if math.isnan(arm.crossfit):  # none could have been found
-            verdicts.append(Verdict(claim, "not told", evidence))
+            verdicts.append(Verdict(claim, "cannot tell", evidence))
             continue
-        gap = f"{arm.gap:.4f} [{arm.gap_lo:+.4f}, {arm.gap_hi:+.4f}] ahead of the second"
-        verdicts.append(judge(claim, arm.unique_hero, f"{evidence}, {gap}"))
+        rows = [(arm.crossfit, arm.crossfit_lo, arm.crossfit_hi, name_of(arm))]
+        rows.append((arm.gap, arm.gap_lo, arm.gap_hi, "its lead"))
+        dots = []
+        for value, low, high, label in rows:
+            dots.append(Dot(1000 * value, 1000 * low, 1000 * high, label))
+        unit = "rise of the loss without it, millinats a token"
+        drawing = draw(dots, [Mark(0, "no effect, no lead", True)], unit)
+        # A lead whose interval holds 0 is neither found nor ruled out
+        word = word_of(arm.unique_hero, arm.gap_hi < 0)
+        verdicts.append(Verdict(claim, word, evidence, drawing))
     return verdicts
+
+
+def first_heads(run: Run) -> pd.DataFrame:
+    """Rows of the summary: of each arm, under the mode that heads are ranked by."""
+    summary = run.table("results_ablation_summary.csv")
+    return summary[summary["mode"] == summary["ranked_by"]]
+
+
+def name_of(arm: Any) -> str:
+    return f"L{arm.hero_layer:.0f}H{arm.hero_head:.0f}"
+
+
+def why_not_unique(arm: Any) -> str:
+    """How far the first head leads, and if it does not stand out, what fails."""
+    if math.isnan(arm.crossfit):
+        return "so no head can be told from another"
+    second = f"L{arm.second_layer:.0f}H{arm.second_head:.0f}"
+    lead = f"{arm.gap:+.4f} [{arm.gap_lo:+.4f}, {arm.gap_hi:+.4f}] ahead of {second}"
+    if arm.unique_hero:
+        return lead
+    # In the order in which one would ask
+    if not arm.base_loss < arm.unigram_loss:
+        return f"{lead}; the model fails: it is worse than a unigram"
+    if not arm.gap_lo > 0:
+        return f"{lead}, so another could as well be first"
+    return f"{lead}, but its effect is not told from chance among all heads"
 
 
 def judge_alignment(run: Run) -> list[Verdict]:
@@ -499,24 +914,47 @@ def judge_alignment(run: Run) -> list[Verdict]:
     n_aligned = int(layers.aligned.sum())
     n_eligible = int(layers.eligible.sum())
     claim = "Features of the Energy Transformer are aligned with its energy"
-    evidence = f"{n_aligned} of {n_eligible} eligible pass both nulls, preset {preset}"
-    if layers.fewest.notna().any():  # none without an eligible feature
-        evidence += f"; no fewer than {layers.fewest.max():.0f} could have passed"
+    evidence = f"{n_aligned} of {n_eligible} eligible features pass both nulls, preset {preset}"
+    why = why_unaligned(run, preset, n_eligible)
+    # What the old rule would pass if features were random directions
+    n_random = layers.rule_false_directions.sum()
+    dots = [Dot(n_aligned, label="pass both nulls")]
+    dots.append(Dot(layers.rule_passes.sum(), label="pass |EFAS| > 0.1"))
+    dots.append(Dot(round(n_random), label="random ones do"))
+    marks = [Mark(0, "none", True), Mark(n_eligible, "all eligible", True)]
+    drawing = draw(dots, marks, "features, and random directions in their place")
+    # A model that has learned nothing says nothing about features
+    if why:
+        return [Verdict(claim, "cannot tell", f"{evidence}; {why}", drawing)]
+    word = word_of(n_aligned > 0, n_aligned == 0)
+    return [Verdict(claim, word, evidence, drawing)]
+
+
+def why_unaligned(run: Run, preset: str, n_eligible: int) -> str:
+    """Why a model cannot tell whether features are aligned; empty where it can."""
+    # All that apply are said
+    reasons = []
     if preset == "smoke":  # a check that it runs, on a model that has learned nothing
-        remedy = "python energy_lens_minimal.py"
-        return [Verdict(claim, "not told", f"{evidence}, which is too small to tell: {remedy}")]
-    return [judge(claim, n_aligned > 0, evidence)]
+        reasons.append("too small to tell: python energy_lens_minimal.py")
+    if (run.path / "energy_lens" / "models.csv").is_file():
+        worth = model_worth(run.table("energy_lens/models.csv"))
+        if worth.is_worse:
+            reasons.append(f"it fails: {worth.told[0].lower()}{worth.told[1:]}")
+    if not n_eligible:
+        reasons.append("no feature fires often enough")
+    return "; ".join(reasons)
 
 
-def judge_seeds(run: Run) -> list[Verdict]:  # noqa: ARG001 -- no run can say it
+def judge_seeds(run: Run) -> list[Verdict]:
+    seed = run.record("adaptive")["arguments"]["seed"]
     claim = "Differences between the arms hold for other seeds"
-    evidence = "one training seed an arm"
-    return [Verdict(claim, "not told", evidence)]
+    evidence = f"one training seed an arm ({seed}); make seeds trains others"
+    return [Verdict(claim, "cannot tell", evidence)]
 
 
 CLAIMS = [
     judge_control,
-    judge_loss,
+    judge_price,
     judge_writes,
     judge_saes,
     judge_heroes,
@@ -527,13 +965,91 @@ CLAIMS = [
 
 def verdict(run: Run) -> list[Verdict]:
     """What the original studies claim, as far as this run can say."""
-    verdicts = []
-    for claim in CLAIMS:
-        try:
-            verdicts += claim(run)
-        except (OSError, KeyError):  # the tables that it needs, or an arm, were not made
-            continue
-    return verdicts
+    return [found for claim in CLAIMS for found in if_measured(claim, run)]
+
+
+def if_measured(tell: Callable[[Run], list[Any]], run: Run) -> list[Any]:
+    """What a function says of a run; nothing if the tables that it needs, or an arm, were not
+    made."""
+    try:
+        return tell(run)
+    except (OSError, KeyError):
+        return []
+
+
+# -------------------------------------------------------------------------- the first paragraph
+def lead_control(run: Run) -> list[str]:
+    """Did the loop hold?"""
+    [found] = judge_control(run)
+    held = run.held
+    if found.word == "cannot tell":
+        return [f"Whether the Homeostat holds sigma, this run cannot tell: {found.evidence}."]
+    if found.word == "not supported":
+        return [f"The Homeostat did not hold sigma at its setpoint {run.target:g}."]
+    compared = ""
+    if "control" in run.telemetry:
+        free = after_settling(run.telemetry["control"], held) / held.mean / run.target
+        compared = f"; without pressure it is {free:.2g} times as large"
+    return [f"The Homeostat held sigma at its setpoint {run.target:g}{compared}."]
+
+
+def lead_price(run: Run) -> list[str]:
+    """What did it cost?"""
+    relative = run.price.relative
+    cost = f"{100 * relative.value:+.2f} % of the loss {run.price.interval}"
+    if math.isnan(relative.low):
+        return [f"What the pressure costs, this run cannot tell ({cost})."]
+    if relative.low <= 0 <= relative.high:
+        return [f"No cost of the pressure is told from zero ({cost})."]
+    if relative.high < 0:
+        return [f"The pressure lowered the loss ({cost})."]
+    [found] = judge_price(run)
+    # The same words as the verdict below it
+    limits = {"supported": "below", "not supported": "above"}
+    limit = limits.get(found.word, "which may be below or above")
+    return [f"The pressure cost {cost}, {limit} the limit of 2 %."]
+
+
+def lead_writes(run: Run) -> list[str]:
+    """What became less alike?"""
+    return [
+        f"What its heads add to the residual stream is {told_by_layer(layer_differences(run))}."
+    ]
+
+
+def lead_hero(run: Run) -> list[str]:
+    """Which head matters, and does it stand out?"""
+    arms = first_heads(run)
+    # A run without the adaptive arm has one all the same
+    arm = next(arms[arms.run == "adaptive"].itertuples(), None) or next(arms.itertuples())
+    name = name_of(arm)
+    if math.isnan(arm.crossfit):
+        return [f"Which head matters, {arm.n_unit} {units_of(arm)} are too few to tell."]
+    cost = f"{arm.crossfit:+.4f} nats [{arm.crossfit_lo:+.4f}, {arm.crossfit_hi:+.4f}]"
+    if not arm.crossfit_lo > 0:
+        return [f"No head of the {arm.run} model is told to matter; first is {name}, {cost}."]
+    first = f"The {arm.run} model misses head {name} most ({cost})"
+    if arm.unique_hero:
+        return [f"{first}, and it stands out."]
+    second = f"L{arm.second_layer:.0f}H{arm.second_head:.0f}"
+    # It leads, but something else fails
+    if arm.gap_lo > 0:
+        return [f"{first}; whether it stands out cannot be told."]
+    return [f"{first}; it cannot be told from the next, {second}."]
+
+
+def lead_seeds(run: Run) -> list[str]:
+    """For how many seeds?"""
+    seed = run.record("adaptive")["arguments"]["seed"]
+    return [f"All this is of one training seed ({seed}); another may give other numbers."]
+
+
+LEAD = [lead_control, lead_price, lead_writes, lead_hero, lead_seeds]
+
+
+def lead(run: Run) -> list[str]:
+    """The first paragraph: what was found and how sure it is, as far as it was measured."""
+    return [sentence for tell in LEAD for sentence in if_measured(tell, run)]
 
 
 # ------------------------------------------------------------------------ what the page is made of
@@ -561,8 +1077,9 @@ class Card:
 
     label: str  # its title, with the name of the run where there are several
     exhibit: Exhibit
-    picture: Picture
     data: Download  # its CSV
+    picture: Picture | None = None  # of an image that has no drawing beside it
+    drawn: Path | None = None  # of one that has: it is drawn in the colours of the page
 
 
 @dataclass
@@ -610,9 +1127,19 @@ class PageRun:
     """What the page says of a run as a whole."""
 
     path: Path
+    lead: list[str]  # sentences
+    links: list["Link"]
     verdicts: list[Verdict]
     setting: str  # data, seed, machine, versions
     commands: pd.DataFrame  # a row a part of the pipeline
+
+
+@dataclass
+class Link:
+    """Another page about the run."""
+
+    words: str
+    address: str  # relative to this page
 
 
 def data_address(kind: str, content: bytes) -> str:
@@ -683,9 +1210,15 @@ def impact_grid(run: Run, number: int) -> Grid:
 
 
 def hero_tokens(run: Run) -> pd.DataFrame:
-    """The ten tokens whose loss needs the hero most."""
-    table = run.table("hero_analysis/hero_tokens.csv").head(10)  # the largest delta_nats first
-    return table[["delta_nats", "context", "next", "attends_to"]]
+    """The five tokens whose loss needs the hero most."""
+    table = run.table("hero_analysis/hero_tokens.csv").head(5)  # the largest delta_nats first
+    names = {
+        "delta_nats": "loss without it, nats",
+        "context": "text before",
+        "next": "token",
+        "attends_to": "the head attends to",
+    }
+    return table[list(names)].rename(columns=names)
 
 
 def section_of_run(run: Run, number: int, section: Section, several: bool) -> SectionOfRun:
@@ -694,9 +1227,14 @@ def section_of_run(run: Run, number: int, section: Section, several: bool) -> Se
     try:
         for exhibit in section.exhibits(run):
             label = f"{run.name}: {exhibit.title}" if several else exhibit.title
-            picture = read_picture(run.path / exhibit.image)
-            data = read_download(run.path / exhibit.csv)
-            shown.cards.append(Card(label, exhibit, picture, data))
+            # A picture that was drawn for pages takes their colours
+            card = Card(label, exhibit, read_download(run.path / exhibit.csv))
+            image = run.path / exhibit.image
+            if exhibit.image and image.with_suffix(".narrow.svg").is_file():
+                card.drawn = image
+            elif exhibit.image:
+                card.picture = read_picture(image)
+            shown.cards.append(card)
         if section.exhibits is ablation:
             shown.grid = impact_grid(run, number)
         if section.exhibits is hero:
@@ -718,14 +1256,46 @@ def what_is_missing(error: Exception) -> str:
     return f"{name or 'a table'} cannot be used ({error})"
 
 
+def records(run: Run) -> list[tuple[str, dict[str, Any]]]:
+    """What was run, in order of time: (part, its run.json), of every folder that has one."""
+    found = []
+    for path in run.path.rglob("run.json"):
+        part = path.parent.relative_to(run.path).as_posix()
+        found.append((part, run.record(part)))
+    # The ablation shares its folder with others, who may have written a run.json after it
+    scripts = [record["script"] for _, record in found]
+    sidecar = run.path / "results_ablation.csv.json"
+    if sidecar.is_file() and "ablation_test.py" not in scripts:
+        found.append((".", json.loads(sidecar.read_text(encoding="utf-8"))["producer"]))
+    named = []
+    for part, record in found:
+        is_ablation = record["script"] == "ablation_test.py"
+        named.append(("ablation" if is_ablation else part, record))
+    return sorted(named, key=lambda one: one[1]["time"])
+
+
+def links(run: Run, page: Path) -> list[Link]:
+    """The other pages about the run, of those that are there; `page`: where this one will be."""
+    places = [("The first head, in detail", run.path / "hero_analysis" / "hero_report.html")]
+    for path in sorted((run.path / "saes").glob("**/features*.html")):
+        part = path.parent.relative_to(run.path / "saes").as_posix()
+        places.append((f"Features of the SAE {part}", path))
+    places.append(
+        ("The energy model, in detail", run.path / "energy_lens" / "research_report.html")
+    )
+    found = []
+    for words, path in places:
+        # Pages are written by other tools, some of them on demand
+        if path.is_file():
+            address = os.path.relpath(path.resolve(), page.resolve().parent)
+            found.append(Link(words, quote(Path(address).as_posix())))
+    return found
+
+
 def commands_table(run: Run) -> pd.DataFrame:
     """Command, time and commit of each part that was run."""
     rows = []
-    for part in PARTS:
-        try:
-            record = run.record(part)
-        except (OSError, ValueError):  # this part was not run
-            continue
+    for name, record in records(run):
         seconds = float("nan")
         if record.get("end"):  # else it was interrupted
             took = pd.Timestamp(record["end"]) - pd.Timestamp(record["time"])
@@ -733,15 +1303,13 @@ def commands_table(run: Run) -> pd.DataFrame:
         commit = record["git"]["commit"][:10] or "no repository"
         if record["git"]["dirty"]:
             commit += " + edits"
-        # Other scripts may have written there too: the record says which it was
-        name = "ablation" if record["script"] == "ablation_test.py" else part
         rows.append(
             {
                 "part": name,
                 "command": shlex.join(record["argv"]),
-                "seconds": f"{seconds:.0f}",
+                "seconds": "" if math.isnan(seconds) else f"{seconds:.0f}",
                 "commit": commit,
-                "exit": record["exit_status"],
+                "exit": record.get("exit_status", ""),
             }
         )
     return pd.DataFrame(rows)
@@ -775,20 +1343,27 @@ def headline_table(runs: list[Run]) -> pd.DataFrame:
 
 
 def show(value: Any) -> str:
-    """A value of a table: four significant digits, nothing where there is none."""
+    """A value of a table: three significant digits, nothing where there is none."""
     if isinstance(value, float):
-        return "" if pd.isna(value) else f"{value:.4g}"
+        return "" if pd.isna(value) else three_digits(value)
     return str(value)
 
 
-def render(runs: list[Run]) -> str:
-    """The page. The template escapes whatever comes from a file: a token is never markup."""
+def render(runs: list[Run], page: Path) -> str:
+    """The page, to be written to the path `page`. The template escapes whatever comes from a file:
+    a token is never markup."""
     # What is said once a run, above the figures
     page_runs = []
     for run in runs:
-        page_runs.append(
-            PageRun(run.path, verdict(run), describe_setting(run), commands_table(run))
+        said = PageRun(
+            path=run.path,
+            lead=lead(run),
+            links=links(run, page),
+            verdicts=verdict(run),
+            setting=describe_setting(run),
+            commands=commands_table(run),
         )
+        page_runs.append(said)
     # The figures: a section holds those of all runs, side by side
     sections = []  # (section, what it shows of each run)
     for section in SECTIONS:
@@ -798,7 +1373,7 @@ def render(runs: list[Run]) -> str:
         sections.append((section, parts))
     return render_page(
         "report.html",
-        title="Janus Arc and Energy-Lens: " + " beside ".join(run.name for run in runs),
+        title="What came out of " + " and ".join(run.name for run in runs),
         runs=page_runs,
         headlines=headline_table(runs),
         sections=sections,
@@ -830,7 +1405,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def write_page(args: argparse.Namespace) -> int:
-    page = render([Run(path) for path in args.runs])
+    page = render([Run(path) for path in args.runs], args.out)
     megabytes = len(page) / 1e6
     if len(page) > MAX_BYTES:
         advice = f"with fewer --runs it stays below {MAX_BYTES / 1e6:.0f}"
