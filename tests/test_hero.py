@@ -211,7 +211,7 @@ def test_planted_induction_head_is_found_and_a_random_head_is_not():
         some_head(model, 1, 1, "random"),
         some_head(model, 0, 0, "previous"),
     ]
-    table = pd.DataFrame(hero.score_table(heads, as_text(windows(model, 16))))
+    table = pd.DataFrame(score_table(heads, as_text(windows(model, 16))))
     score = table.set_index(["role", "score"])
     value, null = score["value"].unstack(), score["null"].unstack()
     assert (
@@ -236,7 +236,7 @@ def test_planted_induction_head_is_found_and_a_random_head_is_not():
 def test_scores_with_fewer_kinds_of_token_than_half_a_window():
     model = make_model(vocab_size=6)  # a stretch of 9 tokens without repeats does not exist
     table = pd.DataFrame(
-        hero.score_table([some_head(model, 1, 0)], as_text(windows(model, 4)))
+        score_table([some_head(model, 1, 0)], as_text(windows(model, 4)))
     ).set_index("score")
     assert np.isfinite(table.loc["induction, random tokens", ["value", "null"]].astype(float)).all()
 
@@ -270,10 +270,10 @@ def test_a_new_score_is_one_function_and_one_entry_and_no_mechanism(monkeypatch)
 
     model, n_mechanisms = make_model(), len(hero.MECHANISMS)
     idx, head = windows(model, 16), some_head(model, 1, 2)
-    before = pd.DataFrame(hero.score_table([head], as_text(idx))).set_index("score")
+    before = pd.DataFrame(score_table([head], as_text(idx))).set_index("score")
     new = hero.Score("sevens", hero.mass_on(ends_in_7), hero.Reads.ANALYSED)
     monkeypatch.setattr(hero, "SCORES", [*hero.SCORES, new])
-    after = pd.DataFrame(hero.score_table([head], as_text(idx))).set_index("score")
+    after = pd.DataFrame(score_table([head], as_text(idx))).set_index("score")
     assert list(after.index) == [*before.index, "sevens"] and len(hero.MECHANISMS) == n_mechanisms
     assert (after.loc[before.index, "value"] == before["value"]).all()
     for width in (before["ci_low"] - after["ci_low"], after["ci_high"] - before["ci_high"]):
@@ -1200,7 +1200,7 @@ def test_memory_does_not_grow_with_the_windows_that_are_scored():
         spell = lambda ids: [str(token) for token in ids]
         idx = torch.randint(100, (int(sys.argv[1]), 512))
         text = hero.Text(idx, spell, "validation", torch.arange(len(idx)).numpy())
-        hero.score_table([hero.Head("hero", "adaptive", 1, 0, model)], text)
+        score_table([hero.Head("hero", "adaptive", 1, 0, model)], text)
         print(peak() - before)
     """
     root = Path(hero.__file__).parent
