@@ -2051,25 +2051,26 @@ def is_told(row: pd.Series, low: str = "ci_low", high: str = "ci_high") -> bool:
 
 
 def percent(share: float) -> str:
-    """A share as text: 53 %, .53 %, and no digits that nobody needs."""
-    if math.isinf(share):
-        return "no bound"
-    digits = f"{100 * share:.0f}" if abs(share) >= 0.0995 else f"{100 * share:.2g}"
-    return f"{digits.replace('-0', '0') if float(digits) == 0 else digits} %"
+    """A share as text: 53 %, 5.3 %, and no digits that nobody needs."""
+    if math.isnan(share):
+        return "–"
+    digits = 1 if abs(share) < 0.0995 else 0
+    rounded = round(100 * share, digits) + 0.0  # never -0
+    return f"{rounded:.{digits}f} %"
 
 
 def ends(row: pd.Series, low: str = "ci_low", high: str = "ci_high", scale: float = 1) -> str:
-    """An interval as text, [low, high]; a dash where there is none."""
+    """An interval as text, [low, high], each times scale; a dash where there is none."""
     if math.isnan(row[low]) or math.isnan(row[high]):
         return "–"
     return f"[{bound(scale * row[low])}, {bound(scale * row[high])}]"
 
 
 def bound(value: float) -> str:
-    """The end of an interval: three significant digits, or the sign of infinity."""
+    """The end of an interval: three significant digits, whole from 10 on, or infinity."""
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
-    return three_digits(value)
+    return f"{value:.0f}" if abs(value) >= 9.95 else three_digits(value)
 
 
 def does_it_matter(name: str, impact: pd.DataFrame) -> str:
@@ -2122,7 +2123,7 @@ def what_needs_it(tokens: pd.DataFrame) -> str:
     """The commonest of the next tokens that need the head most, and of what it attends to there."""
     n = len(tokens)
     needed = tokens["next"].value_counts()
-    looked = tokens["attends_to"].str.replace(r" \\(\\d+ back\\)$", "", regex=True).value_counts()
+    looked = tokens["attends_to"].str.replace(r" \(\d+ back\)$", "", regex=True).value_counts()
     said = []
     if needed.iloc[0] >= COMMON * n:
         said.append(f"{needed.iloc[0]} are “{needed.index[0]}”")
@@ -2135,9 +2136,20 @@ def what_needs_it(tokens: pd.DataFrame) -> str:
 
 
 def keys_of(preserving: pd.DataFrame) -> pd.DataFrame:
-    """The hero's rows of the mechanisms that are kinds of keys: the others are made of features, and
-    check the SAE."""
+    """The rows of mechanisms that are kinds of keys: the others are made of features, and check the
+    SAE."""
     return preserving[preserving["mechanism"].str.startswith("keys: ")]
+
+
+READS = {  # score: what the head attends to then
+    "first position": "the first position",
+    "current token": "the current token",
+    "previous token": "the previous token",
+    "0-5 tokens back": "the last six tokens",
+    "duplicate token": "earlier copies of the current token",
+    "induction": "what followed earlier copies of the current token",
+    "induction, random tokens": "what followed earlier copies, in repeated random tokens",
+}
 
 
 def what_is_enough(preserving: pd.DataFrame) -> str:
@@ -2150,6 +2162,7 @@ def what_is_enough(preserving: pd.DataFrame) -> str:
     best = claimed[better].iloc[0] if better.any() else claimed.iloc[0]
     chance = by_chance.loc[best.name]
     name = str(best.name).removeprefix("keys: ")
+    name = READS.get(name, name)
     keeps = f"{percent(best['value'])} {ends(best, scale=100)}"
     at_random = f"as many random keys {percent(chance['value'])} {ends(chance, scale=100)}"
     if not better.any():
@@ -2157,15 +2170,6 @@ def what_is_enough(preserving: pd.DataFrame) -> str:
     return f"Reading only {name} keeps {keeps} of its impact, {at_random}."
 
 
-READS = {  # score: what the head attends to then
-    "first position": "the first position",
-    "current token": "the current token",
-    "previous token": "the previous token",
-    "0-5 tokens back": "the last six tokens",
-    "duplicate token": "earlier copies of the current token",
-    "induction": "what followed earlier copies of the current token",
-    "induction, random tokens": "what followed earlier copies, in repeated random tokens",
-}
 OV_COPYING = "OV copying"
 
 
@@ -2353,16 +2357,16 @@ def features_for_people(table: pd.DataFrame) -> pd.DataFrame:
         shown = {
             "is told": is_told(row),
             "feature": row["feature"],
-            "loss without it, nats a token": row["value"],
-            "95 % interval": ends(row),
-            "its twin": twin.iloc[0] if len(twin) else math.nan,
+            "loss without it, millinats a token": 1000 * row["value"],
+            "95 % interval": ends(row, scale=1000),
+            "its twin": 1000 * twin.iloc[0] if len(twin) else math.nan,
             "share of its writing that is the head's": percent(row["share"]),
             "active on": percent(row["frequency"]),
             "raises": row["raises"],
             "lowers": row["lowers"],
         }
         rows.append(shown)
-    order = sorted(rows, key=lambda row: -abs(row["loss without it, nats a token"]))
+    order = sorted(rows, key=lambda row: -abs(row["loss without it, millinats a token"]))
     order.sort(key=lambda row: not row.pop("is told"))  # what may be nothing stands below
     return pd.DataFrame(order)
 
@@ -2461,7 +2465,16 @@ def page_data(tables: dict[str, pd.DataFrame], maps: list[AttentionMap], shown: 
     grid = json.loads(ordered.to_json(orient="records"))  # nan becomes null
     scores = json.loads(tables["heads"].to_json(orient="records"))
     windows = [piece.for_script() for piece in pieces_of(tables["windows"])]
-    return dict(tokens=shown.words(0), panels=panels, grid=grid, scores=scores, windows=windows)
+    hero = tables["impact"].iloc[0]
+    return dict(
+        hero=f"{hero['run']} L{hero['layer']}H{hero['head']}",
+        run=hero["run"],
+        tokens=shown.words(0),
+        panels=panels,
+        grid=grid,
+        scores=scores,
+        windows=windows,
+    )
 
 
 @dataclass
@@ -2686,9 +2699,11 @@ def draw_scores_of(ax: Any, table: pd.DataFrame, unit: Unit) -> None:
     is_random = table["role"].str.startswith("random ")
     label = f"{N_RANDOM} random heads that write as much"
     ax.plot(value[is_random], row[is_random] + 0.2, "o", color=BLUE, ms=5, label=label)
-    for marker, (role, part) in zip("s^vP", table[~is_hero & ~is_random].groupby("role")):
-        label = as_label(role)
-        ax.plot(value[part.index], row[part.index] - 0.2, marker, color=GREEN, ms=6, label=label)
+    others = table[~is_hero & ~is_random].groupby("role", sort=False)
+    for i, (role, part) in enumerate(others):
+        height = row[part.index] - 0.2 - 0.12 * i  # the counterpart may be that run's hero, too
+        marker = "s^vP"[i % 4]
+        ax.plot(value[part.index], height, marker, color=GREEN, ms=6, label=as_label(role))
     hero = table[is_hero]
     ax.errorbar(
         value[is_hero],
@@ -2700,7 +2715,9 @@ def draw_scores_of(ax: Any, table: pd.DataFrame, unit: Unit) -> None:
         zorder=5,
     )
     null = unit.scale * hero["null"]
-    label = "the head on shuffled text"
+    label = "the head, shuffled"
+    if "null_max" in table and hero["null_max"].notna().any():  # how far chance goes
+        ax.errorbar(0 * null, row[is_hero], xerr=hero["null_max"], fmt="none", ecolor=ORANGE)
     ax.plot(null, row[is_hero], "x", color=ORANGE, ms=8, mew=2, label=label, zorder=6)
     if "rank" in table:
         for place, (_, score) in enumerate(hero.iterrows()):
@@ -2709,6 +2726,8 @@ def draw_scores_of(ax: Any, table: pd.DataFrame, unit: Unit) -> None:
                 where = ax.get_yaxis_transform()
                 ax.text(1.02, place, rank, transform=where, va="center", fontsize=8)
     bounds = [*value, *null]
+    if "null_max" in table:
+        bounds += [*hero["null_max"].dropna(), *-hero["null_max"].dropna()]
     margin = 0.05 * (max(bounds) - min(bounds)) + 1e-9
     ax.set_xlim(min(0, min(bounds) - margin), max(bounds) + margin)
     ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5), xlabel=unit.label)
@@ -2720,8 +2739,8 @@ LOWEST, HIGHEST = -50, 110  # per cent of the impact: the frame of the figure
 
 
 def draw_preserving(folder: Path) -> None:
-    """Which share of the hero's impact each mechanism keeps, beside chance; keys and features, which
-    check the SAE, apart."""
+    """Which share of the hero's impact each mechanism keeps, beside chance; keys apart from
+    features, which check the SAE."""
     from matplotlib import pyplot as plt
 
     with drawable(folder, "preserving") as (table, path):
@@ -2885,12 +2904,10 @@ def html_report(report: Report, data: Row, folder: Path) -> str:
         png = folder / f"hero_{name}.png"
         if png.is_file():
             figures[name] = png
-    contexts: dict[int, list[str]] = {}
+    contexts: dict[int, list[str]] = {}  # by feature
     if "contexts" in report.tables:
-        for feature, context in contexts_for_people(report.tables["contexts"])[
-            ["feature", "context"]
-        ].itertuples(index=False):
-            contexts.setdefault(feature, []).append(context)
+        for _, row in contexts_for_people(report.tables["contexts"]).iterrows():
+            contexts.setdefault(row["feature"], []).append(row["context"])
     try:
         return render_page(
             "hero.html",

@@ -28,6 +28,7 @@ const VIRIDIS = [
 ];
 
 let choice = null; // {query, key}: what is spoken of on the maps
+let printing = false; // on paper ink is black, in either scheme
 let held = false; // a click holds the choice until the next click
 let largest; // of all cells of all maps: one colour scale, so that the maps can be compared
 
@@ -108,7 +109,7 @@ function decodeHalves(base64) {
 
 /** A piece of text: says what the chosen token costs, and underlines what was looked at. */
 function makePiece(paragraph, piece) {
-  const spans = [...paragraph.children];
+  const spans = [...paragraph.querySelectorAll("span")];
   const tell = document.getElementById("tell_text");
   let chosen = piece.delta.indexOf(Math.max(...piece.delta));
 
@@ -116,7 +117,6 @@ function makePiece(paragraph, piece) {
     chosen = limit(place, 0, spans.length - 1);
     document.querySelectorAll(".piece span").forEach((span) => {
       span.classList.remove("chosen", "looked_at");
-      span.style.removeProperty("--looked");
     });
     spans[chosen].classList.add("chosen");
     const looked = piece.keys[chosen].map(([key, token, share]) => {
@@ -216,7 +216,7 @@ function drawAxes(svg, x, y, labels) {
 
 /** The mark of a head: a circle, for the heads of another run a square. */
 function addMark(svg, head, x, y) {
-  const isFirstRun = head.run === data.grid.find((other) => other.studied).run;
+  const isFirstRun = head.run === data.run;
   const attributes = isFirstRun
     ? { cx: x, cy: y, r: 6, class: "first_run" }
     : { x: x - 5, y: y - 5, width: 10, height: 10, class: "other_run" };
@@ -256,11 +256,10 @@ function drawHeads() {
     mark.addEventListener("click", () => choose(place));
     onArrows(mark, (steps) => choose(place + steps).focus());
   });
-  choose(found.findIndex(({ head }) => head.studied && head.rank === 1) || 0);
+  choose(found.findIndex(({ head }) => nameOf(head) === data.hero));
   const runs = [...new Set(found.map(({ head }) => head.run))];
   const signs = runs.map((run) => {
-    const isFirst = run === data.grid.find((head) => head.studied).run;
-    return `${isFirst ? "● " : "■ "}${run}`;
+    return `${run === data.run ? "● " : "■ "}${run}`;
   });
   addElement("p", box, signs.join("   ")).className = "legend";
 }
@@ -345,7 +344,7 @@ function drawMap(map) {
   const context = map.canvas.getContext("2d");
   context.scale(sharp, sharp);
   context.font = "11px system-ui, sans-serif";
-  context.fillStyle = getComputedStyle(map.canvas).color;
+  context.fillStyle = printing ? "#000" : getComputedStyle(map.canvas).color;
   const widths = tokens.map((token) => context.measureText(token).width);
   map.margin = Math.min(Math.max(...widths) + 6, seen / 4);
   const side = seen - map.margin;
@@ -466,6 +465,12 @@ function listenToMaps() {
   window.addEventListener("resize", showChoice);
   document.getElementById("map").addEventListener("toggle", showChoice);
   document.getElementById("theme").addEventListener("click", showChoice);
+  for (const moment of ["beforeprint", "afterprint"]) {
+    window.addEventListener(moment, () => {
+      printing = moment === "beforeprint";
+      showChoice();
+    });
+  }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", showChoice);
 }
 
