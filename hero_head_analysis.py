@@ -1068,6 +1068,7 @@ def excerpt(ablation: Ablation, window: int, start: int, stop: int, chosen: str)
             window=window,
             position=position,
             token=words[position],
+            delta_nats=math.nan,
         )
         if position > 0:  # nothing predicts the first
             query = position - 1
@@ -2128,7 +2129,7 @@ def what_needs_it(tokens: pd.DataFrame) -> str:
     if needed.iloc[0] >= COMMON * n:
         said.append(f"{needed.iloc[0]} are “{needed.index[0]}”")
     if looked.iloc[0] >= COMMON * n:
-        said.append(f"at {looked.iloc[0]} it looks at “{looked.index[0]}”")
+        said.append(f"for {looked.iloc[0]} it looks at “{looked.index[0]}”")
     most = f"the {n} tokens that lose most without it"
     if not said:
         return f"{most[0].upper()}{most[1:]} have little in common."
@@ -2515,7 +2516,7 @@ def pieces_of(windows: pd.DataFrame) -> list[Piece]:
     if windows.empty:
         return []
     # A few tokens that lose far more than all others must not make those look white
-    largest = max(float(windows["delta_nats"].abs().quantile(0.98)), 1e-6)
+    largest = max(1e-6, float(windows["delta_nats"].abs().quantile(0.98)))
     pieces = []
     for (chosen, window), rows in windows.groupby(["chosen", "window"], sort=False):
         title = f"{chosen}: window {window}, document {rows['document'].iloc[0]}"
