@@ -15,7 +15,7 @@ const scoreChoice = document.getElementById("score");
 
 const MARK = "#d55e00";
 const DECADES = 3; // of the logarithmic colour scale
-const SVG = "http://www.w3.org/2000/svg";
+const drawing = document.getElementById("heads"); // of every head
 
 // Viridis at six places, as red, green, blue.
 const VIRIDIS = [
@@ -44,7 +44,7 @@ function addElement(tag, parent, text = "") {
 
 /** The same of a drawing. */
 function addShape(tag, parent, attributes, text = "") {
-  const shape = document.createElementNS(SVG, tag);
+  const shape = document.createElementNS(drawing.namespaceURI, tag);
   for (const [name, value] of Object.entries(attributes)) {
     shape.setAttribute(name, value);
   }
@@ -144,7 +144,7 @@ function makePiece(paragraph, piece) {
 
 // ------------------------------------------------------------------ every head
 
-const WIDTH = 640;
+const WIDTH = 640; // as the drawing says itself
 const HEIGHT = 360;
 const LEFT = 58; // of the frame, for the numbers of the axis
 const BOTTOM = 46;
@@ -228,20 +228,18 @@ function addMark(svg, head, x, y) {
 
 /** Impact of every head against the chosen score. */
 function drawHeads() {
-  const box = document.getElementById("heads");
-  box.replaceChildren();
+  drawing.replaceChildren();
   const found = headsWithScore(scoreChoice.value);
   if (!found.length) {
     return;
   }
-  const svg = addShape("svg", box, { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group" });
   const x = axisOf(found.map(({ value }) => 100 * value));
   const y = axisOf(found.map(({ head }) => 1000 * head.delta));
   x.place = (v) => LEFT + ((v - x.low) / (x.high - x.low)) * (WIDTH - 8 - LEFT);
   y.place = (v) => HEIGHT - BOTTOM - ((v - y.low) / (y.high - y.low)) * (HEIGHT - BOTTOM - 8);
-  drawAxes(svg, x, y, { x: `${scoreChoice.value} (%)`, y: "loss without it (millinats a token)" });
+  drawAxes(drawing, x, y, { x: `${scoreChoice.value} (%)`, y: "loss without it (millinats a token)" });
   const marks = found.map(({ head, value }) =>
-    addMark(svg, head, x.place(100 * value), y.place(1000 * head.delta)),
+    addMark(drawing, head, x.place(100 * value), y.place(1000 * head.delta)),
   );
   // One stop of the Tab key for all: the arrow keys move on, in the order of the score.
   const choose = (place) => {
@@ -261,7 +259,7 @@ function drawHeads() {
   const signs = runs.map((run) => {
     return `${run === data.run ? "● " : "■ "}${run}`;
   });
-  addElement("p", box, signs.join("   ")).className = "legend";
+  document.getElementById("runs").textContent = signs.join("   ");
 }
 
 function addScores() {
