@@ -1046,7 +1046,7 @@ def of_new_documents(text: Text, windows: list[int], known: list[int], n: int) -
     """The first n of some windows that are of documents which no other one is of, nor a known
     one."""
     documents = {int(text.documents[window]) for window in known}
-    chosen = []
+    chosen: list[int] = []
     for window in windows:
         document = int(text.documents[window])
         if document not in documents and len(chosen) < n:
