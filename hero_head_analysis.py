@@ -16,7 +16,7 @@ Reads   --ablation_csv of phase 4: names the checkpoints and the hero (rank 1 un
         and L<layer>.z.npy [N, H*K] of phase 2, for the top contexts of its features; without them
         there is no SAE section
 Writes  <save_dir>/hero_report.md and .html (one file, no network)
-        <save_dir>/hero_*.csv (tidy), hero_*.png (each from its CSV alone)
+        <save_dir>/hero_*.csv (tidy), hero_*.png and .svg (each from its CSV alone)
 Quick   python hero_head_analysis.py --ablation_csv results_ablation.csv
         (smoke model: 15 s of one CPU core, 0.7 GB)
 Full    the same command (64 + 64 windows of 512 tokens, some 80 passes over them)
@@ -112,7 +112,9 @@ def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
     tables["dla"] = attribution_rows(attribution, analysed)
 
     # 3. What each head attends to.
-    tables["scores"] = score_table(heads, analysed)
+    scored = score_models(heads, analysed)
+    tables["scores"] = score_table(heads, analysed, scored)
+    tables["heads"] = every_head(scored)
 
     # 4. What the loss loses without each head, and what its weights write and look for.
     for name in ("impact", "ov", "qk_pairs", "qk_bands"):
@@ -125,8 +127,12 @@ def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
             tables, control, ablate(control, analysed, held_out), attribution, common, len(heads)
         )
 
-    # 5. Where in the text the hero matters.
+    # 5. Where in the text the hero matters; the text of --text comes last.
     tables["tokens"] = tokens_that_need(hero, ablation, attribution)
+    tables["windows"] = excerpts(ablation)
+    if inputs.shown.idx.shape[1] > 1:  # a token alone predicts nothing that could be measured
+        of_shown = ablate(hero, inputs.shown, held_out)
+        tables["windows"] += excerpt(of_shown, 0, 0, inputs.shown.idx.shape[1], "--text")
 
     # 6. Its SAE features: those that write most are described. What they explain together is a
     # mechanism of step 7, so that another choice changes it, and its control, too.
@@ -722,28 +728,61 @@ def score_every_head(
     return {name: torch.cat(values) for name, values in by_batch.items()}
 
 
-def score_table(heads: list[Head], analysed: Text) -> Rows:
+@dataclass
+class ScoredModel:
+    """Every score of every head of a model, by the score's name: [n, L, H]."""
+
+    real: dict[str, Tensor]
+    null: dict[str, Tensor]
+
+
+def score_models(heads: list[Head], analysed: Text) -> dict[str, ScoredModel]:
+    """The models of `heads`, scored; by the name of the run."""
+    texts = score_texts(analysed, heads[0].model.cfg.vocab_size)
+    scored = {}
+    for head in heads:
+        if head.run not in scored:
+            real = score_every_head(head.model, texts, under_null=False)
+            null = score_every_head(head.model, texts, under_null=True)
+            scored[head.run] = ScoredModel(real, null)
+    return scored
+
+
+def score_table(heads: list[Head], analysed: Text, scored: dict[str, ScoredModel]) -> Rows:
     """All scores of `heads`, each beside its value under the null and the interval of how far it is
-    above it, window by window. Intervals are simultaneous for all scores of one head."""
+    above it, window by window, and its rank among all heads of the model (1: the largest).
+    Intervals are simultaneous for all scores of one head."""
     texts = score_texts(analysed, heads[0].model.cfg.vocab_size)
     rows = []
-    for run_name in dict.fromkeys(head.run for head in heads):
-        heads_of_run = [head for head in heads if head.run == run_name]
-        model = heads_of_run[0].model
-        real = score_every_head(model, texts, under_null=False)
-        null = score_every_head(model, texts, under_null=True)
-        for head in heads_of_run:
-            for score in SCORES:
-                text = texts[score.reads].text
-                of_head = real[score.name][:, head.layer, head.head]  # [n]
-                under_null = null[score.name][:, head.layer, head.head]  # [n]
-                estimate = interval(text, of_head, tests=len(SCORES))
-                above = interval(text, of_head - under_null, tests=len(SCORES))
-                row = head.row(score=score.name, **vars(estimate))
-                row["null"] = estimate.value - above.value
-                row["above_null_low"] = above.ci_low
-                row["above_null_high"] = above.ci_high
-                rows.append(row)
+    for head in sorted(heads, key=lambda head: head.run != heads[0].run):
+        of_model = scored[head.run]
+        for score in SCORES:
+            text = texts[score.reads].text
+            of_head = of_model.real[score.name][:, head.layer, head.head]  # [n]
+            under_null = of_model.null[score.name][:, head.layer, head.head]  # [n]
+            estimate = interval(text, of_head, tests=len(SCORES))
+            above = interval(text, of_head - under_null, tests=len(SCORES))
+            row = head.row(score=score.name, **vars(estimate))
+            row["null"] = estimate.value - above.value
+            row["above_null_low"] = above.ci_low
+            row["above_null_high"] = above.ci_high
+            of_all = of_model.real[score.name].nanmean(0)  # [L, H]
+            larger = of_all > of_all[head.layer, head.head]
+            row["rank"] = 1 + int(larger.sum())
+            row["n_heads"] = of_all.numel()
+            rows.append(row)
+    return rows
+
+
+def every_head(scored: dict[str, ScoredModel]) -> Rows:
+    """The scores of all heads of the models, means over the windows."""
+    rows = []
+    for run_name, of_model in scored.items():
+        for name, values in of_model.real.items():
+            by_head = values.nanmean(0).tolist()  # [L][H]
+            for layer, of_layer in enumerate(by_head):
+                for h, value in enumerate(of_layer):
+                    rows.append(dict(run=run_name, layer=layer, head=h, score=name, value=value))
     return rows
 
 
@@ -972,6 +1011,73 @@ def tokens_that_need(hero: Head, ablation: Ablation, attribution: Attribution) -
             next=words[letter_end(words, position + 1)],
             attends_to=f"{key_letter} ({position - key} back)",
         )
+        rows.append(row)
+    return rows
+
+
+EXCERPT = 48  # tokens of a piece of text that is shown
+N_LARGEST = 8  # pieces where the hero saves most
+N_SPREAD = 4  # pieces that are spread over the text, for comparison
+N_KEYS = 3  # of each token, the most attended ones
+
+
+def excerpts(ablation: Ablation) -> Rows:
+    """Pieces of the analysed text, a row a token, no two of one document: first those with the
+    tokens whose loss rises most without the head, then some that are evenly spread."""
+    delta = ablation.delta  # [n, T-1]
+    text = ablation.seen.text
+    n_tokens = text.idx.shape[1]
+    largest = delta.max(1)  # [n]
+    by_saving = largest.values.argsort(descending=True).tolist()
+    chosen = dict.fromkeys(of_new_documents(text, by_saving, [], N_LARGEST), "saves most")
+    evenly = np.linspace(0, len(text) - 1, 4 * N_SPREAD).astype(int).tolist()
+    spread = of_new_documents(text, evenly, list(chosen), N_SPREAD)
+    chosen |= dict.fromkeys(spread, "evenly spread")
+    rows: Rows = []
+    for window, why in chosen.items():
+        # Most of a piece is before its token, where the head looks
+        start = int(largest.indices[window]) - EXCERPT * 3 // 4
+        start = max(0, min(start, n_tokens - EXCERPT))
+        rows += excerpt(ablation, window, start, start + EXCERPT, why)
+    return rows
+
+
+def of_new_documents(text: Text, windows: list[int], known: list[int], n: int) -> list[int]:
+    """The first n of some windows that are of documents which no other one is of, nor a known
+    one."""
+    documents = {int(text.documents[window]) for window in known}
+    chosen: list[int] = []
+    for window in windows:
+        document = int(text.documents[window])
+        if document not in documents and len(chosen) < n:
+            documents.add(document)
+            chosen.append(window)
+    return chosen
+
+
+def excerpt(ablation: Ablation, window: int, start: int, stop: int, chosen: str) -> Rows:
+    """Tokens of a window: how much more each costs without the head, in nats, and what the head
+    attends to where the token is predicted, one place before it. key_*: positions in the window."""
+    text = ablation.seen.text
+    words = text.words(window)
+    rows = []
+    for position in range(start, min(stop, len(words))):
+        row = dict(
+            chosen=chosen,
+            document=int(text.documents[window]),
+            window=window,
+            position=position,
+            token=words[position],
+            delta_nats=math.nan,
+        )
+        if position > 0:  # nothing predicts the first
+            query = position - 1
+            row["delta_nats"] = ablation.delta[window, query].item()
+            most = ablation.seen.attention[window, query, :position].topk(min(N_KEYS, position))
+            for i, key in enumerate(most.indices.tolist(), 1):
+                row[f"key_{i}"] = key
+                row[f"key_token_{i}"] = words[letter_end(words, key)]
+                row[f"attention_{i}"] = most.values[i - 1].item()
         rows.append(row)
     return rows
 
@@ -1436,13 +1542,18 @@ def run(args: argparse.Namespace) -> int:
         tables = {name: pd.DataFrame(rows) for name, rows in study.tables.items()}
         tables["attention"] = attention_table(study.maps, inputs.shown)
         tables["importance"] = importance_table(inputs, study.heads)
-        title = f"Hero head L{hero.layer}H{hero.head} of {hero.run}"
-        lead = opening(args, inputs, study, tables)
-        page = page_data(study.maps, inputs.shown, tables["importance"])
-        reports = render(title, lead, tables, inputs.no_sae, page)
-        write_results(args, inputs, tables, reports)
-    written = " or ".join(str(args.save_dir / name) for name in sorted(reports))
-    print(f"{lead}\n{inputs.no_sae}\nRead {written}")
+        report = Report(
+            title=f"Hero head L{hero.layer}H{hero.head} of {hero.run}",
+            findings=findings(inputs.standing, tables),
+            tables=tables,
+            missing=inputs.no_sae,
+            notes=how_measured(args, inputs, study),
+        )
+        data = page_data(tables, study.maps, inputs.shown)
+        written = write_results(args, inputs, report, data)
+    for finding in report.findings:
+        print(finding.question, finding.answer)
+    print(f"{inputs.no_sae}\nRead {' or '.join(map(str, written))}")
     return 0
 
 
@@ -1461,20 +1572,18 @@ def with_sizes(args: argparse.Namespace, inputs: Inputs) -> argparse.Namespace:
 
 
 def write_results(
-    args: argparse.Namespace,
-    inputs: Inputs,
-    tables: dict[str, pd.DataFrame],
-    reports: dict[str, str],
-) -> None:
-    """CSVs, reports (by file name), figures and their sidecars, which are written last."""
-    files = {f"hero_{name}.csv": table.to_csv(index=False) for name, table in tables.items()}
-    files.update(reports)
+    args: argparse.Namespace, inputs: Inputs, report: Report, data: Row
+) -> list[Path]:
+    """CSVs, reports, figures and their sidecars, which are written last. Returns the reports."""
     # What is left of an earlier analysis is not finished, and its page is not of this one.
-    for old in [*args.save_dir.glob("hero_*.json"), args.save_dir / "hero_report.html"]:
-        old.unlink(missing_ok=True)
-    for name, content in files.items():
+    for pattern in ("hero_*.json", "hero_*.svg", "hero_*.png", "hero_report.html"):
+        for old in args.save_dir.glob(pattern):
+            old.unlink()
+
+    def write(name: str, content: str) -> None:
         with atomic(args.save_dir / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
+
     facts = inputs.hero.row(
         checkpoint_sha256=inputs.ckpt["sha256"],
         seed=args.seed,
@@ -1486,15 +1595,27 @@ def write_results(
         for name in names:
             write_sidecar(args.save_dir / name, "janus.hero/2", [args.ablation_csv], **facts)
 
-    finish([name for name in files if name.endswith(".csv")])  # they need no picture
+    tables = {f"hero_{name}.csv": table for name, table in report.tables.items()}
+    for name, table in tables.items():
+        write(name, table.to_csv(index=False))
+    write("hero_report.md", markdown_report(report))
+    finish(list(tables))  # they need no picture
     redraw = ["hero_head_analysis.py", "--redraw", "--save_dir", args.save_dir]
-    with drawing([args.save_dir / name for name in reports], redraw):
-        draw_figures(args.save_dir)
-    finish([f"hero_{figure}.png" for figure in FIGURES])
+    reports = ["hero_report.md"]
+    try:
+        with drawing([args.save_dir / "hero_report.md"], redraw):
+            draw_figures(args.save_dir)
+        finish([f"hero_{figure}.png" for figure in FIGURES])
+    finally:  # with those figures that there are
+        page = html_report(report, data, args.save_dir)
+        if page:
+            write("hero_report.html", page)
+            reports.append("hero_report.html")
     if args.features and inputs.harvested_sae is not None:
         draw_features(args, inputs.ckpt["path"], inputs.harvested_sae.sae)
         finish(["hero_features.html"])
-    finish(list(reports))  # last: with them the analysis is whole
+    finish(reports)  # last: with them the analysis is whole
+    return [args.save_dir / name for name in reports]
 
 
 # ---- what the earlier phases made
@@ -1506,7 +1627,7 @@ class Inputs:
     hero: Head  # the head under study
     ckpt: dict[str, Any]  # the rest of its checkpoint's file, with its `path` and `sha256`
     top: pd.Series  # the CSV's row of the run's top-ranked head
-    is_unique: bool  # whether phase 4 calls the top-ranked head a unique hero
+    standing: Standing  # what phase 4 says about the hero
     other_hero: Head | None  # the hero of another run in the CSV; None where there is none
     shown: Text  # one window, the text of --text: its attention is drawn, nothing is measured
     train: HFWikiTextLoader  # the text of the checkpoint: what must be known beforehand
@@ -1526,7 +1647,7 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
         raise HandoffError(f"--run {run_name} is not in {args.ablation_csv}, which has: {found}")
     check_model_paths(args, table)
     mine = open_run(args, table, run_name, "hero", device)
-    is_unique = is_unique_hero(args.ablation_csv, run_name, mine.top)
+    standing = standing_of(mine.hero, table, mine.top, args.ablation_csv)
     other = None
     other_names = [name for name in runs if name != run_name]
     if other_names:
@@ -1555,7 +1676,7 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
         hero=hero,
         ckpt=ckpt,
         top=mine.top,
-        is_unique=is_unique,
+        standing=standing,
         other_hero=None if other is None else other.hero,
         shown=shown,
         train=train,
@@ -1652,14 +1773,21 @@ def need_in_range(name: str, number: int, count: int, path: Path) -> None:
         raise HandoffError(f"{name} {number} is out of range: {path} has {name}s 0 to {count - 1}")
 
 
-def is_unique_hero(ablation_csv: Path, run_name: str, top: pd.Series) -> bool:
-    """Phase 4's verdict on the top-ranked head; without its summary, the part of it that needs the
-    CSV alone (the verdict also asks for a gap to the second head)."""
-    summary = ablation_csv.with_name(f"{ablation_csv.stem}_summary.csv")
+def standing_of(hero: Head, table: pd.DataFrame, top: pd.Series, ablation_csv: Path) -> Standing:
+    """What phase 4 says about the hero, and about the top-ranked head of its run."""
+    of_run = (table["run"] == hero.run) & (table["mode"] == top["mode"])
+    summary = pd.Series(dtype=object)
+    path = ablation_csv.with_name(f"{ablation_csv.stem}_summary.csv")
     with contextlib.suppress(OSError, ValueError, LookupError):
-        verdicts = csv_table(summary).set_index(["run", "mode"])
-        return bool(verdicts.loc[(run_name, top["mode"]), "unique_hero"])
-    return bool(top["p_top1"] >= 0.95 and top["p_maxT"] < 0.05)
+        summary = csv_table(path).set_index(["run", "mode"]).loc[(hero.run, top["mode"])]
+    return Standing(
+        name=f"L{hero.layer}H{hero.head}",
+        first=f"L{top['layer']}H{top['head']}",
+        n_heads=int(of_run.sum()),
+        p_top1=top["p_top1"],
+        p_max_t=top["p_maxT"],
+        summary=summary,
+    )
 
 
 def need_same_text(mine: OpenedRun, other: OpenedRun) -> None:
@@ -1817,120 +1945,311 @@ def draw_features(args: argparse.Namespace, checkpoint: Path, sae: SAE) -> None:
 
 
 # ------------------------------------------------------------------------------- tables and figures
-SECTIONS = {  # table: (heading, what it shows)
-    "impact": (
-        "How much it matters",
-        "Loss increase under mean ablation, nats a token. on_top_1_percent: share of this net "
-        "impact on the 1 % of tokens that lose most, with its own interval (more than 1: the "
-        "others gain); on_top_normal: the same if the differences were normal around their mean; "
-        "harm_on_top_1_percent: share of all losses, gains left out. direct_logits: mean part of "
-        "the right logit.",
+SECTIONS = {  # table: (heading, what it shows), in the order of the reports
+    "ov": (
+        "What it reads and writes",
+        "Tokens that it attends to most, and the next tokens that reading each of them raises and "
+        "lowers, by its weights.",
     ),
     "scores": (
         "What it attends to",
-        "Attention mass by kind of key, relative entropy and distance; null: reading shuffled "
-        "tokens; above_null: simultaneous interval of how far the hero is above it, window by "
-        "window.",
+        "Attention on a kind of key, in per cent of all; entropy and distance in per cent of the "
+        "largest possible. Reading shuffled text keeps positions and loses content: a score that "
+        "stays the same is about position.",
     ),
-    "ov": (
-        "What it writes, by its weights",
-        "For the tokens it attends to most on the validation split: the next tokens that its OV "
-        "circuit raises and lowers.",
+    "preserving": (
+        "What is enough to explain it",
+        "How much of its impact is left when it may read only one kind of key, beside as many keys "
+        "drawn at random.",
     ),
-    "qk_pairs": (
-        "What it looks for, by its weights",
-        "Largest query-key scores among the 256 commonest tokens of the training split, by offset "
-        "in tokens.",
+    "rebuilt": (
+        "Do the SAE features hold all of it?",
+        "The same for what the SAE rebuilds of the head: a check of the SAE, which explains "
+        "nothing by itself. At random: features that are active as often, or writing that is "
+        "swapped.",
     ),
-    "qk_bands": (
-        "At which distances",
-        "Share of each rotary band in the variance of those scores (long: content, short: "
-        "position).",
+    "features": (
+        "Its SAE features, by effect",
+        "What the loss loses without a feature alone, beside a feature of other heads that is "
+        "active as often. Described are the features of whose writing the head has most.",
+    ),
+    "contexts": (
+        "Where they are active",
+        "The three places of the harvested training tokens where each is most active, «so».",
+    ),
+    "tokens": (
+        "The tokens that need it most",
+        "Next tokens whose loss rises most without the head, and what it attends to there.",
+    ),
+    "impact": (
+        "Its counterpart, and the heads that it is compared with",
+        "What the loss loses without each, and which share of that falls on the 1 % of tokens "
+        "that lose most (more than 100 %: the others gain).",
     ),
     "dla": (
         "Direct logit attribution",
         "Parts of the logit of the right next token, largest first; all of them sum to it. Each "
         "interval is for itself, not corrected for the number of rows.",
     ),
-    "tokens": (
-        "Where in the text it matters",
-        "Next tokens of the validation split whose loss rises most when the head is ablated, and "
-        "what it attends to there.",
-    ),
-    "features": (
-        "Sparse features",
-        "By share of norm(W_dec W_O), each above one as frequent on the training split; value: "
-        "loss increase without it, nats.",
-    ),
-    "contexts": (
-        "Their top contexts",
-        "Where in the harvested tokens (of the training split) each feature is most active, one "
-        "place a window.",
-    ),
-    "preserving": (
-        "What the description explains",
-        "Share of the loss impact kept when only one part of its output may vary (1: all). A share "
-        "of an impact that is not told from 0 has no bounds: inf.",
+    "qk_pairs": (
+        "What it looks for, by its weights",
+        "Largest query-key scores among the 256 commonest tokens of the training split, by the "
+        "distance between the two.",
     ),
 }
+CLOSED = ["tokens", "impact", "dla", "qk_pairs"]  # sections of the page that one opens
 ROWS_SHOWN = 40  # of each table of the report; its CSV has all
 HOW_MEASURED = ["n", "unit", "sequences", "split", "tests"]  # columns of an Interval
 
 
-def opening(
-    args: argparse.Namespace, inputs: Inputs, study: Study, tables: dict[str, pd.DataFrame]
-) -> str:
-    """The first paragraph of the report: which head, how much it matters, what explains it
-    best."""
-    hero = inputs.hero
-    top = inputs.top
-    if (top["layer"], top["head"]) != (hero.layer, hero.head):
-        verdict = "chosen with --force_layer and --force_head"
-    elif inputs.is_unique:
-        verdict = "the unique hero"
-    else:
-        verdict = "no unique hero: this is the top-ranked head"
-    first = f"L{top['layer']}H{top['head']}"
-    standing = f"{first} is in front in {top['p_top1']:.1%} of resamples, p {top['p_maxT']:.4f}"
-    if math.isnan(top["p_maxT"]):
-        standing = f"{first} is in front; phase 4 had too few documents for a p value"
-    summary = args.ablation_csv.with_name(f"{args.ablation_csv.stem}_summary.csv").name
+# ---- sentences: each is built from tables, and says so where they cannot tell
+@dataclass
+class Finding:
+    """A question of the reader, and the answer that the tables give."""
 
-    matched = ""
-    if study.match is not None and inputs.other_hero is not None:
-        match = study.match
-        matched = (
-            f" Match in {inputs.other_hero.run}: L{match.layer}H{match.head}, CKA of the residual "
-            f"writes {match.cka:.3f} (best under the null {match.null:.3f})."
-        )
-
-    impact = tables["impact"].iloc[0]
-    return (
-        f"L{hero.layer}H{hero.head} of {inputs.ckpt['path']} (run {hero.run}): {verdict} "
-        f"({standing}).{matched} Impact {impact['value']:.5f} nats a token "
-        f"[{impact['ci_low']:.5f}, {impact['ci_high']:.5f}]; {best_explanation(tables)}. "
-        f"Measured on {measured_on(tables['impact'])}, in windows of {inputs.val.seq_len} tokens; "
-        f"means of z from {args.n_seqs} windows of the training split. "
-        "Intervals: 95 % over documents (Fieller's, by the bootstrap-t or Student's t, whichever "
-        "is further), Bonferroni-corrected where a table says so. "
-        f"The hero was chosen on the validation split too; its impact without the luck of that "
-        f"choice is the column crossfit of {summary}. "
-        f"Direct attribution adds up to the logits within {study.gap:.1e}. "
-        f"One training run a model: descriptive only."
-    )
+    question: str
+    answer: str
 
 
-def best_explanation(tables: dict[str, pd.DataFrame]) -> str:
-    """What of the head's impact the best of the claimed mechanisms keeps."""
-    impact = tables["impact"].iloc[0]
-    if impact["n"] < MIN_DOCUMENTS:
-        return f"intervals need {MIN_DOCUMENTS} documents: more --n_seqs, or more text"
-    if not impact["ci_low"] > 0:
-        return "not told from 0 here, so shares of it mean nothing: more --n_seqs"
-    claimed = tables["preserving"].query("kind == 'claimed'")
-    best = claimed.sort_values("value").iloc[-1]
-    best_share = f"{best['value']:.0%} [{best['ci_low']:.0%}, {best['ci_high']:.0%}]"
-    return f"{best['mechanism']} alone keeps {best_share} of it, the most of {len(claimed)} tried"
+@dataclass
+class Standing:
+    """What phase 4 says about the head."""
+
+    name: str  # of the head under study: L3H1
+    first: str  # of the top-ranked head
+    n_heads: int  # of the model
+    p_top1: float  # share of resamples of the text in which the first is in front
+    p_max_t: float  # of the first, by max-T; nan with too few documents
+    summary: pd.Series  # the row of its run and mode in the summary; empty where there is none
+
+    @property
+    def is_unique(self) -> bool:
+        """Phase 4's verdict on the first head; without its summary, the part of it that needs the
+        CSV alone (the verdict also asks for a gap to the second head)."""
+        alone = self.p_top1 >= 0.95 and self.p_max_t < 0.05
+        return bool(self.summary.get("unique_hero", alone))
+
+
+def findings(standing: Standing, tables: dict[str, pd.DataFrame]) -> list[Finding]:
+    """The first screen of the reports: three to five answers, no more than the tables tell."""
+    impact = tables["impact"]
+    found = [
+        Finding("Does it matter?", does_it_matter(standing.name, impact)),
+        Finding("Does it stand out?", does_it_stand_out(standing)),
+    ]
+    if is_told(impact.iloc[0]):
+        does = [what_needs_it(tables["tokens"]), what_is_enough(tables["preserving"])]
+        found.append(Finding("What does it do?", " ".join(filter(None, does))))
+        reads = [what_it_attends_to(tables["scores"]), what_it_copies(tables["scores"])]
+        found.append(Finding("How does it read?", " ".join(filter(None, reads))))
+    found.append(Finding("How sure is this?", how_sure(standing, impact)))
+    return found
+
+
+def is_told(row: pd.Series, low: str = "ci_low", high: str = "ci_high") -> bool:
+    """Whether an interval leaves out 0; without an interval nothing is told."""
+    return bool(row[low] > 0 or row[high] < 0)
+
+
+def percent(share: float) -> str:
+    """A share as text: 53 %, 5.3 %, and no digits that nobody needs."""
+    if math.isnan(share):
+        return "–"
+    digits = 1 if abs(share) < 0.0995 else 0
+    rounded = round(100 * share, digits) + 0.0  # never -0
+    return f"{rounded:.{digits}f} %"
+
+
+def ends(row: pd.Series, low: str = "ci_low", high: str = "ci_high", scale: float = 1) -> str:
+    """An interval as text, [low, high], each times scale; a dash where there is none."""
+    if math.isnan(row[low]) or math.isnan(row[high]):
+        return "–"
+    return f"[{bound(scale * row[low])}, {bound(scale * row[high])}]"
+
+
+def bound(value: float) -> str:
+    """The end of an interval: three significant digits, whole from 10 on, or infinity."""
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    return f"{value:.0f}" if abs(value) >= 9.95 else three_digits(value)
+
+
+def does_it_matter(name: str, impact: pd.DataFrame) -> str:
+    """What the loss loses without the head, the first row; beside the random heads."""
+    hero = impact.iloc[0]
+    change = f"{three_digits(abs(hero['value']))} nats {'more' if hero['value'] > 0 else 'less'}"
+    loses = f"without {name} a token costs {change} {ends(hero)}"
+    if math.isnan(hero["ci_low"]):
+        why = f"{hero['n']:.0f} documents, and intervals need {MIN_DOCUMENTS} documents"
+        return f"Cannot tell: {loses}, but that is of {why}: more --n_seqs, or more text."
+    if not is_told(hero):
+        why = f"{loses}, and the interval holds 0"
+        return f"These windows show no effect: {why}. Nothing below explains anything."
+    verdict = "Yes" if hero["value"] > 0 else "The model is better off without it"
+    times = abs(math.expm1(hero["value"]))
+    direction = "rises" if hero["value"] > 0 else "falls"
+    answer = f"{verdict}: {loses}; perplexity {direction} by {percent(times)}."
+    random_heads = impact[impact["role"].str.startswith("random")]
+    if len(random_heads):
+        least = three_digits(random_heads["value"].min())
+        most = three_digits(random_heads["value"].max())
+        answer += f" {len(random_heads)} random heads that write as much: {least} to {most}."
+    return answer
+
+
+def does_it_stand_out(standing: Standing) -> str:
+    """Whether phase 4 calls the head a unique hero, and by how much the second follows."""
+    if standing.name != standing.first:
+        first = f"the first of {standing.n_heads} heads is {standing.first}"
+        return f"It was chosen with --force_layer and --force_head; {first}."
+    comes_first = f"it comes first of {standing.n_heads} heads"
+    if math.isnan(standing.p_max_t):
+        return f"Cannot tell: {comes_first}, but of too few documents for a p value."
+    summary = standing.summary
+    follows = ""
+    if {"second_layer", "second_head", "gap", "gap_lo", "gap_hi"} <= set(summary.index):
+        second = f"L{summary['second_layer']:.0f}H{summary['second_head']:.0f}"
+        gap = f"{three_digits(summary['gap'])} nats {ends(summary, 'gap_lo', 'gap_hi')}"
+        follows = f"; {second} follows {gap} behind"
+    if standing.is_unique:
+        return f"Yes, it is the unique hero: {comes_first}{follows}."
+    resamples = f"in {percent(1 - standing.p_top1)} of resamples of the text another one leads"
+    return f"It is no unique hero: {comes_first}, but {resamples}{follows}."
+
+
+COMMON = 0.2  # share of the tokens that need the head most, from which one is worth naming
+
+
+def what_needs_it(tokens: pd.DataFrame) -> str:
+    """The commonest of the next tokens that need the head most, and of what it attends to there."""
+    n = len(tokens)
+    needed = tokens["next"].value_counts()
+    looked = tokens["attends_to"].str.replace(r" \(\d+ back\)$", "", regex=True).value_counts()
+    said = []
+    if needed.iloc[0] >= COMMON * n:
+        said.append(f"{needed.iloc[0]} are “{needed.index[0]}”")
+    if looked.iloc[0] >= COMMON * n:
+        said.append(f"for {looked.iloc[0]} it looks at “{looked.index[0]}”")
+    most = f"the {n} tokens that lose most without it"
+    if not said:
+        return f"{most[0].upper()}{most[1:]} have little in common."
+    return f"Of {most}, {', and '.join(said)}."
+
+
+def keys_of(preserving: pd.DataFrame) -> pd.DataFrame:
+    """The rows of mechanisms that are kinds of keys: the others are made of features, and check the
+    SAE."""
+    return preserving[preserving["mechanism"].str.startswith("keys: ")]
+
+
+READS = {  # score: what the head attends to then
+    "first position": "the first position",
+    "current token": "the current token",
+    "previous token": "the previous token",
+    "0-5 tokens back": "the last six tokens",
+    "duplicate token": "earlier copies of the current token",
+    "induction": "what followed earlier copies of the current token",
+    "induction, random tokens": "what followed earlier copies, in repeated random tokens",
+}
+
+
+def what_is_enough(preserving: pd.DataFrame) -> str:
+    """The kind of key that keeps most of the impact, beside as many random keys."""
+    keys = keys_of(preserving).set_index("mechanism")
+    claimed = keys[keys["kind"] == "claimed"].sort_values("value", ascending=False)
+    by_chance = keys[keys["kind"] == "matched-random"]
+    # Better than chance: the intervals of the two do not meet
+    better = claimed["ci_low"] > by_chance["ci_high"].reindex(claimed.index)
+    best = claimed[better].iloc[0] if better.any() else claimed.iloc[0]
+    chance = by_chance.loc[best.name]
+    name = str(best.name).removeprefix("keys: ")
+    name = READS.get(name, name)
+    keeps = f"{percent(best['value'])} {ends(best, scale=100)}"
+    at_random = f"as many random keys {percent(chance['value'])} {ends(chance, scale=100)}"
+    if not better.any():
+        return f"No kind of key keeps more than chance; the best, {name}: {keeps}, {at_random}."
+    return f"Reading only {name} keeps {keeps} of its impact, {at_random}."
+
+
+OV_COPYING = "OV copying"
+
+
+def what_it_attends_to(scores: pd.DataFrame) -> str:
+    """The score that is furthest outside those of the heads compared with, and whether it is about
+    position or content."""
+    hero = scores[(scores["role"] == "hero") & (scores["score"] != OV_COPYING)].set_index("score")
+    others = scores[scores["role"] != "hero"]
+    n_others = len(others[["run", "layer", "head"]].drop_duplicates())
+    if not n_others:
+        return ""
+    others = others.groupby("score")["value"].agg(["min", "max"]).reindex(hero.index)
+    above = hero["ci_low"] - others["max"]
+    below = others["min"] - hero["ci_high"]
+    outside = pd.concat([above, below], axis=1).max(axis=1)  # nan where nothing is known
+    if not outside.max() > 0:
+        inside = f"none of its {len(hero)} scores is told from the range of {n_others} other heads"
+        return f"Nothing special: {inside}."
+    name = str(outside.idxmax())
+    row = hero.loc[name]
+    direction = "more than" if above[name] > 0 else "less than"
+    theirs = f"{percent(others['min'][name])} to {percent(others['max'][name])}"
+    looks = f"It gives {percent(row['value'])} of its attention to {READS.get(name, name)}"
+    if name in ("entropy", "distance"):
+        looks = f"Its {name} is {percent(row['value'])} of the largest possible"
+    compared = f"{direction} any of {n_others} other heads ({theirs})"
+    return f"{looks}, {compared}; {about_content(row)}."
+
+
+SAME = 0.2  # a score that shuffling changes by less than this share of it is called the same
+
+
+def about_content(row: pd.Series) -> str:
+    """Whether a score is about position or content, by the same score on shuffled text."""
+    low = row["above_null_low"]
+    high = row["above_null_high"]
+    if is_told(row, "above_null_low", "above_null_high"):
+        return f"on shuffled text {percent(row['null'])}: content matters"
+    if max(abs(low), abs(high)) <= SAME * row["value"]:
+        return "the same on shuffled text: position, not content"
+    return f"on shuffled text {percent(row['null'])}, from which it cannot be told"
+
+
+def what_it_copies(scores: pd.DataFrame) -> str:
+    """Whether the weights of the hero raise or lower what it reads. The null of this score is made
+    of permutations; it has no interval over documents."""
+    rows = scores[(scores["role"] == "hero") & (scores["score"] == OV_COPYING)]
+    if rows.empty:
+        return ""
+    row = rows.iloc[0]
+    measured = f"OV copying {three_digits(row['value'])}, by chance within ±"
+    measured += three_digits(row["null_max"])
+    if abs(row["value"]) <= row["null_max"]:
+        return f"Its weights neither copy nor suppress what it reads ({measured})."
+    verb = "raises" if row["value"] > 0 else "lowers"
+    return f"By its weights it {verb} the tokens that it reads ({measured})."
+
+
+def what_features_do(features: pd.DataFrame) -> str:
+    """How many of the hero's described features have an effect of their own."""
+    mine = features[features["kind"] == "hero"]
+    if mine["ci_low"].isna().all():
+        return f"Cannot tell which have an effect: intervals need {MIN_DOCUMENTS} documents."
+    n_told = sum(is_told(row) for _, row in mine.iterrows())
+    number = str(n_told or "None")
+    verb = "has" if n_told <= 1 else "have"
+    return f"{number} of the {len(mine)} features {verb} an effect that is told from 0."
+
+
+def how_sure(standing: Standing, impact: pd.DataFrame) -> str:
+    """What the intervals are of, and what they say nothing about."""
+    answer = f"Measured on {measured_on(impact.head(1))}, with 95 % intervals."
+    summary = standing.summary
+    is_first = standing.name == standing.first
+    if is_first and not math.isnan(summary.get("crossfit", math.nan)):
+        crossfit = f"{three_digits(summary['crossfit'])} nats"
+        between = ends(summary, "crossfit_lo", "crossfit_hi")
+        answer += f" Chosen on one half of the text, measured on the other: {crossfit} {between}."
+    return f"{answer} One training run: what another would show, this page cannot tell."
 
 
 def measured_on(table: pd.DataFrame) -> str:
@@ -1945,11 +2264,171 @@ def measured_on(table: pd.DataFrame) -> str:
     return " and ".join(parts)
 
 
+def how_measured(args: argparse.Namespace, inputs: Inputs, study: Study) -> list[str]:
+    """For the end of the reports: what was done, in sentences."""
+    hero = inputs.hero
+    notes = [
+        f"The head is L{hero.layer}H{hero.head} of {inputs.ckpt['path']} (run {hero.run}), read in "
+        f"windows of {inputs.val.seq_len} tokens. Without it: its output z is replaced by its mean "
+        f"over {args.n_seqs} windows of the training split.",
+        "Intervals: 95 % over documents (Fieller's, by the bootstrap-t or Student's t, whichever "
+        "is further), Bonferroni-corrected where a table says so.",
+        f"Direct attribution adds up to the logits within {study.gap:.1e}.",
+    ]
+    if study.match is not None and inputs.other_hero is not None:
+        match = study.match
+        notes.insert(
+            1,
+            f"Match in {inputs.other_hero.run}: L{match.layer}H{match.head}, CKA of the residual "
+            f"writes {match.cka:.3f} (best under the null {match.null:.3f}).",
+        )
+    return notes
+
+
+# ---- tables for people: columns are named in words, with units
+def of_hero(table: pd.DataFrame) -> pd.DataFrame:
+    return table[table["role"] == table["role"].iloc[0]]
+
+
+def impact_for_people(table: pd.DataFrame) -> pd.DataFrame:
+    names = table["role"] + ": " + table["run"] + " L" + table["layer"].astype(str)
+    columns = {
+        "head": names + "H" + table["head"].astype(str),
+        "loss without it, nats a token": table["value"],
+        "95 % interval": [ends(row) for _, row in table.iterrows()],
+        "on the worst 1 % of tokens": table["on_top_1_percent"].map(percent),
+        "its interval, %": [
+            ends(row, "on_top_low", "on_top_high", scale=100) for _, row in table.iterrows()
+        ],
+    }
+    return pd.DataFrame(columns)
+
+
+def scores_for_people(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a score, a column a head; interval, null and rank are those of the hero."""
+    hero = of_hero(table)
+    rows = []
+    for _, row in hero.iterrows():
+        in_percent = row["score"] != OV_COPYING
+        scale = 100 if in_percent else 1
+        shown = {
+            "score": row["score"],
+            "unit": "%" if in_percent else "-1 to 1",
+            "hero": scale * row["value"],
+            "95 % interval": ends(row, scale=scale),
+            "shuffled": scale * row["null"],
+        }
+        if "rank" in table and not math.isnan(row["rank"]):
+            shown["rank"] = f"{row['rank']:.0f} of {row['n_heads']:.0f}"
+        for role, others in table.groupby("role", sort=False):
+            value = others.loc[others["score"] == row["score"], "value"]
+            if role != hero["role"].iloc[0] and len(value):
+                shown[str(role)] = scale * value.iloc[0]
+        rows.append(shown)
+    return pd.DataFrame(rows)
+
+
+def preserving_for_people(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a mechanism; what is claimed beside chance."""
+    rows = []
+    for name, kinds in table.groupby("mechanism", sort=False):
+        by_kind = kinds.set_index("kind")
+        claimed = by_kind.loc["claimed"]
+        by_chance = by_kind.loc["matched-random"]
+        row = {
+            "only": str(name).removeprefix("keys: "),
+            "keeps": percent(claimed["value"]),
+            "95 % interval, %": ends(claimed, scale=100),
+            "as many at random": percent(by_chance["value"]),
+            "their interval, %": ends(by_chance, scale=100),
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def features_for_people(table: pd.DataFrame) -> pd.DataFrame:
+    """The hero's features, that of the largest effect first; each twin follows its feature in the
+    table."""
+    rows = []
+    for place, row in table.reset_index(drop=True).iterrows():
+        if row["kind"] != "hero":
+            continue
+        after = table.iloc[place + 1 : place + 2]
+        twin = after.loc[after["kind"] != "hero", "value"]
+        shown = {
+            "is told": is_told(row),
+            "feature": row["feature"],
+            "loss without it, millinats a token": 1000 * row["value"],
+            "95 % interval": ends(row, scale=1000),
+            "its twin": 1000 * twin.iloc[0] if len(twin) else math.nan,
+            "share of its writing that is the head's": percent(row["share"]),
+            "active on": percent(row["frequency"]),
+            "raises": row["raises"],
+            "lowers": row["lowers"],
+        }
+        rows.append(shown)
+    order = sorted(rows, key=lambda row: -abs(row["loss without it, millinats a token"]))
+    order.sort(key=lambda row: not row.pop("is told"))  # what may be nothing stands below
+    return pd.DataFrame(order)
+
+
+def contexts_for_people(table: pd.DataFrame) -> pd.DataFrame:
+    three = table[table["kind"] == "hero"].groupby("feature", sort=False).head(3)
+    return three[["feature", "activation", "context"]]
+
+
+def tokens_for_people(table: pd.DataFrame) -> pd.DataFrame:
+    names = {
+        "context": "text before",
+        "next": "next token",
+        "delta_nats": "loss without the head, nats",
+        "attends_to": "it looks at",
+    }
+    return table[list(names)].rename(columns=names)
+
+
+def ov_for_people(table: pd.DataFrame) -> pd.DataFrame:
+    names = {"source": "reads", "raises": "raises", "lowers": "lowers"}
+    return of_hero(table)[list(names)].rename(columns=names)
+
+
+def attribution_for_people(table: pd.DataFrame) -> pd.DataFrame:
+    table = table.sort_values("value", key=abs, ascending=False)
+    columns = {
+        "component": table["component"],
+        "part of the right logit": table["value"],
+        "95 % interval": [ends(row) for _, row in table.iterrows()],
+    }
+    return pd.DataFrame(columns)
+
+
+def pairs_for_people(table: pd.DataFrame) -> pd.DataFrame:
+    names = {"offset": "tokens apart", "query": "standing at", "key": "looks for"}
+    names |= {"logits": "score, logits", "sds": "standard deviations"}
+    return of_hero(table)[list(names)].rename(columns=names)
+
+
+FOR_PEOPLE: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
+    "impact": impact_for_people,
+    "scores": scores_for_people,
+    "preserving": preserving_for_people,
+    "rebuilt": preserving_for_people,
+    "features": features_for_people,
+    "contexts": contexts_for_people,
+    "tokens": tokens_for_people,
+    "ov": ov_for_people,
+    "dla": attribution_for_people,
+    "qk_pairs": pairs_for_people,
+}
+
+
+# ---- tables and data for figures and page
 def importance_table(inputs: Inputs, heads: list[Head]) -> pd.DataFrame:
     """The impact of every head of every run, as phase 4 measured it, and which are studied
     here."""
     same_mode = inputs.table[inputs.table["mode"] == inputs.top["mode"]]
-    table = same_mode[["run", "layer", "head", "delta", "ci_lo", "ci_hi", "rank"]]
+    columns = ["run", "layer", "head", "delta", "ci_lo", "ci_hi", "rank", "p_maxT", "n_seq"]
+    table = same_mode.reindex(columns=columns)  # files of older versions have no n_seq
     studied = {(head.run, head.layer, head.head) for head in heads}
     places = table[["run", "layer", "head"]].itertuples(index=False, name=None)
     return table.assign(studied=[place in studied for place in places])
@@ -1975,48 +2454,114 @@ def attention_table(maps: list[AttentionMap], shown: Text) -> pd.DataFrame:
     return pd.concat(tables)
 
 
-def page_data(maps: list[AttentionMap], shown: Text, importance: pd.DataFrame) -> dict[str, Any]:
-    """What pages/hero.js draws: the shown text, the maps, the impact of every head."""
+def page_data(tables: dict[str, pd.DataFrame], maps: list[AttentionMap], shown: Text) -> Row:
+    """What pages/hero.js needs as numbers: pieces of text, the maps of the shown text, the impact
+    and the scores of every head."""
     panels = []
     for panel in maps:
         attention = base64_float16(panel.attention)
         value_norm = base64_float16(panel.value_norm)
         panels.append(dict(name=panel.name, a=attention, w=value_norm))
-    ordered = importance.sort_values(["run", "layer", "head"])
+    ordered = tables["importance"].sort_values(["run", "layer", "head"])
     grid = json.loads(ordered.to_json(orient="records"))  # nan becomes null
-    return dict(tokens=shown.words(0), panels=panels, grid=grid)
+    scores = json.loads(tables["heads"].to_json(orient="records"))
+    windows = [piece.for_script() for piece in pieces_of(tables["windows"])]
+    hero = tables["impact"].iloc[0]
+    return dict(
+        hero=f"{hero['run']} L{hero['layer']}H{hero['head']}",
+        run=hero["run"],
+        tokens=shown.words(0),
+        panels=panels,
+        grid=grid,
+        scores=scores,
+        windows=windows,
+    )
+
+
+@dataclass
+class Piece:
+    """A piece of text on the page."""
+
+    title: str
+    rows: pd.DataFrame  # of hero_windows.csv, one a token
+    largest: float  # cost of a token that has the full colour, nats
+
+    @property
+    def tokens(self) -> list[tuple[str, str, float]]:
+        """Of each token: its text, the class of its colour, and how deep that is, 0 to 1."""
+        found = []
+        for token, delta in zip(self.rows["token"], self.rows["delta_nats"], strict=True):
+            depth = 0.0 if math.isnan(delta) else min(1.0, abs(delta) / self.largest)
+            found.append((token, "adds" if delta > 0 else "takes", round(depth, 3)))
+        return found
+
+    def for_script(self) -> Row:
+        """Where the piece begins in its window, and of each token the cost and the keys: position,
+        text and share of each."""
+        keys = []
+        for _, row in self.rows.iterrows():
+            of_token = []
+            for i in range(1, N_KEYS + 1):
+                key = row.get(f"key_{i}", math.nan)
+                if not math.isnan(key):
+                    share = round(row[f"attention_{i}"], 4)
+                    of_token.append([int(key), row[f"key_token_{i}"], share])
+            keys.append(of_token)
+        delta = [None if math.isnan(d) else round(d, 4) for d in self.rows["delta_nats"]]
+        return dict(start=int(self.rows["position"].iloc[0]), delta=delta, keys=keys)
+
+
+def pieces_of(windows: pd.DataFrame) -> list[Piece]:
+    """The pieces of text of hero_windows.csv, one colour scale for all."""
+    if windows.empty:
+        return []
+    # A few tokens that lose far more than all others must not make those look white
+    largest = max(1e-6, float(windows["delta_nats"].abs().quantile(0.98)))
+    pieces = []
+    for (chosen, window), rows in windows.groupby(["chosen", "window"], sort=False):
+        title = f"{chosen}: window {window}, document {rows['document'].iloc[0]}"
+        if chosen == "--text":
+            title = "your text (--text)"
+        pieces.append(Piece(title, rows, largest))
+    return pieces
 
 
 def base64_float16(numbers: Tensor) -> str:
     return base64.b64encode(numbers.numpy().astype("<f2").tobytes()).decode()
 
 
+# ---- figures
+BLUE = "#0072B2"  # of Okabe and Ito, told apart by readers of any colour vision
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+MANY_CELLS = 1500  # of a map: more are drawn as a picture
+
+
 @contextlib.contextmanager
-def redrawn(
-    folder: Path, name: str, inches: tuple[float, float], panels: str | None = None
-) -> Iterator[tuple[pd.DataFrame, Any]]:
-    """hero_<name>.png from hero_<name>.csv: yields the table and its axes, one (of so many inches)
-    a value of the column `panels`."""
+def drawable(folder: Path, name: str) -> Iterator[tuple[pd.DataFrame, Path]]:
+    """The table hero_<name>.csv, and where its figure belongs. Within the block, what is wrong with
+    the table becomes a HandoffError."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     try:
-        table = csv_table(folder / f"hero_{name}.csv")
-        n_panels = table[panels].nunique() if panels else 1
-        width = n_panels * inches[0]
-        fig, axes = plt.subplots(
-            1, n_panels, figsize=(width, inches[1]), layout="constrained", squeeze=False
-        )
-        yield table, axes[0]
+        yield csv_table(folder / f"hero_{name}.csv"), folder / f"hero_{name}.png"
     except (OSError, ValueError, KeyError) as e:
         fact = f"{folder}/hero_{name}.csv cannot be drawn ({e})"
         raise HandoffError(f"{fact}; it is written by: python hero_head_analysis.py") from None
-    with atomic(folder / f"hero_{name}.png") as temporary, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that the font lacks become boxes
-        fig.savefig(temporary, dpi=130)
-    plt.close(fig)
+
+
+def make_panels(n: int, inches: tuple[float, float], is_stacked: bool) -> tuple[Any, list[Any]]:
+    """A figure of n panels of so many inches, in a row or, for a phone, below one another."""
+    from matplotlib import pyplot as plt
+
+    columns = 1 if is_stacked else n
+    width = 4.5 if is_stacked else inches[0] * n
+    height = inches[1] * (4.5 / inches[0] * n if is_stacked else 1)
+    figure, axes = plt.subplots(
+        n // columns, columns, figsize=(width, height), layout="constrained", squeeze=False
+    )
+    return figure, list(axes.flatten())
 
 
 def error_bars(table: pd.DataFrame) -> np.ndarray:
@@ -2028,130 +2573,233 @@ def error_bars(table: pd.DataFrame) -> np.ndarray:
 def draw_attention(folder: Path) -> None:
     """Attention maps of the shown text, the hero's and its closest control's."""
     import seaborn as sns
-    from matplotlib.colors import LogNorm
 
-    with redrawn(folder, "attention", (7, 6.4), "panel") as (table, axes):
-        for ax, (name, part) in zip(axes, table.groupby("panel", sort=False), strict=True):
-            words = part.drop_duplicates("query")["query_token"].map(as_label)
-            grid = part.pivot(index="query", columns="key", values="attention").clip(lower=1e-3)
-            grid = grid.set_axis(words).set_axis(words, axis=1)
-            bar = dict(label="attention probability (log; darkest: .001 or less)")
-            # Every word has its label, or every second, ...: the same ones in all panels
-            every = math.ceil(len(words) / 60)
-            labels = {"xticklabels": every, "yticklabels": every}
-            sns.heatmap(grid, norm=LogNorm(1e-3, 1), cmap="viridis", ax=ax, cbar_kws=bar, **labels)
-            ax.set(title=as_label(name), xlabel="key (attended to)", ylabel="query")
+    with drawable(folder, "attention") as (table, path):
+        panels = list(table.groupby("panel", sort=False))
+        most = 100 * table["attention"].max()
+
+        def draw(is_stacked: bool) -> Any:
+            figure, axes = make_panels(len(panels), (7, 6.4), is_stacked)
+            for ax, (name, part) in zip(axes, panels, strict=True):
+                words = part.drop_duplicates("query")["query_token"].map(as_label)
+                grid = 100 * part.pivot(index="query", columns="key", values="attention")
+                grid = grid.set_axis(words).set_axis(words, axis=1)
+                # Every word has its label, or every second, ...: the same ones in all panels
+                every = math.ceil(len(words) / (30 if is_stacked else 60))
+                sns.heatmap(
+                    grid,
+                    vmin=0,
+                    vmax=most,
+                    cmap="viridis",
+                    ax=ax,
+                    cbar_kws=dict(label="attention (% of the row)"),
+                    xticklabels=every,
+                    yticklabels=every,
+                    rasterized=grid.size > MANY_CELLS,
+                )
+                ax.set(title=as_label(name), xlabel="looked at (key)", ylabel="looking (query)")
+            return figure
+
+        save_figure(draw, path)
 
 
 def draw_importance(folder: Path) -> None:
-    """The loss impact of every head, a panel a run."""
+    """The loss impact of every head, a panel a run. Stars only by max-T: the interval of a head
+    does not allow for all heads having been tried."""
     import seaborn as sns
 
-    with redrawn(folder, "importance", (6.5, 5), "run") as (table, axes):
-        table["milli_nats"] = 1000 * table["delta"]
-        not_zero = (table["ci_lo"] > 0) | (table["ci_hi"] < 0)
-        table["note"] = np.where(table["studied"], "◆", np.where(not_zero, "*", ""))
-        most = table["milli_nats"].abs().max()
+    with drawable(folder, "importance") as (table, path):
+        table["millinats"] = 1000 * table["delta"]
+        table["note"] = np.where(table["studied"], "◆", "")
+        signs = "◆ studied here"
+        if "p_maxT" in table and table["p_maxT"].notna().any():
+            table["note"] += np.where(table["p_maxT"] < 0.05, "*", "")
+            signs += ", * p < .05 (max-T)"
+        n = ""
+        if "n_seq" in table and table["n_seq"].notna().any():
+            n = f", {table['n_seq'].max():.0f} sequences"
+        most = table["millinats"].abs().max()
         # The same labels in all panels
         every_layer = math.ceil(table["layer"].nunique() / 32)
         every_head = math.ceil(table["head"].nunique() / 32)
-        for ax, (run_name, part) in zip(axes, table.groupby("run", sort=False), strict=True):
-            by_place = part.pivot(index="layer", columns="head")
-            sns.heatmap(
-                by_place["milli_nats"],
-                annot=by_place["note"],
-                fmt="",
-                cmap="RdBu_r",
-                vmin=-most,
-                vmax=most,
-                ax=ax,
-                cbar_kws=dict(label="loss increase (1/1000 nats a token)"),
-                xticklabels=every_head,
-                yticklabels=every_layer,
-            )
-            ax.set(
-                title=as_label(f"{run_name}: ablation of each head"),
-                xlabel="head (◆ studied here, * 95 % interval excludes 0)",
-            )
-            ax.tick_params(axis="y", rotation=0)
+        panels = list(table.groupby("run", sort=False))
+
+        def draw(is_stacked: bool) -> Any:
+            figure, axes = make_panels(len(panels), (6.5, 5), is_stacked)
+            for ax, (run_name, part) in zip(axes, panels, strict=True):
+                by_place = part.pivot(index="layer", columns="head")
+                sns.heatmap(
+                    by_place["millinats"],
+                    annot=by_place["note"],
+                    fmt="",
+                    cmap="RdBu_r",
+                    vmin=-most,
+                    vmax=most,
+                    ax=ax,
+                    cbar_kws=dict(label="loss increase (millinats a token)"),
+                    xticklabels=every_head,
+                    yticklabels=every_layer,
+                )
+                for text in ax.texts:  # on its cell, in either scheme of a page
+                    text.set_color("#fefefe" if text.get_color() == "w" else "#111111")
+                title = f"{run_name}: without each head{n}"
+                ax.set(title=as_label(title), xlabel=f"head ({signs})")
+                ax.tick_params(axis="y", rotation=0)
+            return figure
+
+        save_figure(draw, path)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of scores, which has a panel of its own: the axis's label, what values are times."""
+
+    label: str
+    scale: float
+
+
+MASS = Unit("attention on that kind of key (%)", 100)
+OF_LARGEST = Unit("share of the largest possible (%)", 100)
+RATIO = Unit("eigenvalues (1: copies, -1: suppresses)", 1)
+UNITS = {"entropy": OF_LARGEST, "distance": OF_LARGEST, OV_COPYING: RATIO}  # else attention mass
 
 
 def draw_scores(folder: Path) -> None:
-    """All scores of all heads studied; the hero's with interval and null."""
-    import seaborn as sns
+    """All scores of all heads studied, a panel a unit; the hero's with interval, null and rank."""
+    from matplotlib import pyplot as plt
 
-    with redrawn(folder, "scores", (9, 6)) as (table, (ax,)):
-        hero = table[table["role"] == "hero"]
-        others = table[table["role"] != "hero"]
-        random_heads = f"{N_RANDOM} random heads that write as much"
-        roles = others["role"].str.replace(r"random \d+", random_heads, regex=True)
-        np.random.seed(0)  # noqa: NPY002 -- seaborn's jitter, so that --redraw draws the same
-        sns.stripplot(
-            others.assign(role=roles),
-            x="value",
-            y="score",
-            hue="role",
-            ax=ax,
-            palette="colorblind",
-            jitter=0.25,
-            alpha=0.9,
-        )
-        ax.errorbar(
-            hero["value"],
-            hero["score"],
-            xerr=error_bars(hero),
-            fmt="D",
-            color="k",
-            label="hero, simultaneous 95 % interval",
-            zorder=5,
-        )
-        ax.scatter(
-            hero["null"],
-            hero["score"],
-            marker="x",
-            color="#D55E00",
-            s=60,
-            label="hero, null",
-            zorder=6,
-        )
-        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        label = "attention mass, share of the largest entropy or distance, or eigenvalue ratio"
-        ax.set(xlabel=label, ylabel="")
+    with drawable(folder, "scores") as (table, path):
+        units = table["score"].map(lambda name: UNITS.get(name, MASS))
+        n_rows = {unit: table.loc[units == unit, "score"].nunique() for unit in units.unique()}
+
+        def draw(is_stacked: bool) -> Any:
+            height = sum(0.34 * n + 0.75 for n in n_rows.values()) + 1
+            figure, axes = plt.subplots(
+                len(n_rows),
+                figsize=(4.5 if is_stacked else 8.5, height),
+                layout="constrained",
+                squeeze=False,
+                height_ratios=[n + 0.5 for n in n_rows.values()],
+            )
+            for ax, unit in zip(axes[:, 0], n_rows, strict=True):
+                draw_scores_of(ax, table[units == unit], unit)
+            handles, labels = axes[0, 0].get_legend_handles_labels()
+            columns = 1 if is_stacked else 3
+            figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
+            return figure
+
+        save_figure(draw, path)
+
+
+def draw_scores_of(ax: Any, table: pd.DataFrame, unit: Unit) -> None:
+    """The scores of one unit, a row each."""
+    names = list(dict.fromkeys(table["score"]))
+    row = table["score"].map(names.index)
+    value = unit.scale * table["value"]
+    is_hero = table["role"] == "hero"
+    is_random = table["role"].str.startswith("random ")
+    label = f"{N_RANDOM} random heads that write as much"
+    ax.plot(value[is_random], row[is_random] + 0.2, "o", color=BLUE, ms=5, label=label)
+    others = table[~is_hero & ~is_random].groupby("role", sort=False)
+    for i, (role, part) in enumerate(others):
+        height = row[part.index] - 0.2 - 0.12 * i  # the counterpart may be that run's hero, too
+        marker = "s^vP"[i % 4]
+        ax.plot(value[part.index], height, marker, color=GREEN, ms=6, label=as_label(role))
+    hero = table[is_hero]
+    ax.errorbar(
+        value[is_hero],
+        row[is_hero],
+        xerr=unit.scale * error_bars(hero),
+        fmt="D",
+        color="k",
+        label="the head, simultaneous 95 % interval",
+        zorder=5,
+    )
+    null = unit.scale * hero["null"]
+    label = "the head, shuffled"
+    if "null_max" in table and hero["null_max"].notna().any():  # how far chance goes
+        ax.errorbar(0 * null, row[is_hero], xerr=hero["null_max"], fmt="none", ecolor=ORANGE)
+    ax.plot(null, row[is_hero], "x", color=ORANGE, ms=8, mew=2, label=label, zorder=6)
+    if "rank" in table:
+        for place, (_, score) in enumerate(hero.iterrows()):
+            if not math.isnan(score["rank"]):
+                rank = f"rank {score['rank']:.0f} of {score['n_heads']:.0f}"
+                where = ax.get_yaxis_transform()
+                ax.text(1.02, place, rank, transform=where, va="center", fontsize=8)
+    bounds = [*value, *null]
+    if "null_max" in table:
+        bounds += [*hero["null_max"].dropna(), *-hero["null_max"].dropna()]
+    margin = 0.05 * (max(bounds) - min(bounds)) + 1e-9
+    ax.set_xlim(min(0, min(bounds) - margin), max(bounds) + margin)
+    ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5), xlabel=unit.label)
+    ax.set_yticklabels([as_label(name) for name in names])
+    ax.grid(axis="y", alpha=0.3)
+
+
+LOWEST, HIGHEST = -50, 110  # per cent of the impact: the frame of the figure
 
 
 def draw_preserving(folder: Path) -> None:
-    """Which share of the hero's impact each mechanism keeps, above its control."""
-    colors = {"claimed": "#0072B2", "matched-random": "#999999"}
-    offsets = {"claimed": -0.2, "matched-random": 0.2}
-    with redrawn(folder, "preserving", (9, 5)) as (table, (ax,)):
-        names = list(dict.fromkeys(table["mechanism"]))
-        for kind, color in colors.items():
-            part = table[table["kind"] == kind]
-            ax.barh(
-                part["mechanism"].map(names.index) + offsets[kind],
-                100 * part["value"],
-                0.38,
-                color=color,
-                xerr=100 * error_bars(part),
-                ecolor="k",
-                label=kind,
+    """Which share of the hero's impact each mechanism keeps, beside chance; keys apart from
+    features, which check the SAE."""
+    from matplotlib import pyplot as plt
+
+    with drawable(folder, "preserving") as (table, path):
+        keys = keys_of(table)
+        parts = {
+            "reading only these keys": keys,
+            "writing only SAE features": table.drop(keys.index),
+        }
+        parts = {title: part for title, part in parts.items() if len(part)}
+        n_rows = [part["mechanism"].nunique() for part in parts.values()]
+        first = table.iloc[0]
+        interval = ends(first, "impact_low", "impact_high")
+        title = f"impact {three_digits(first['impact'])} nats a token {interval}"
+        if not is_told(first, "impact_low", "impact_high"):
+            title += ":\nnot told from 0, so these shares mean nothing"
+
+        def draw(is_stacked: bool) -> Any:
+            figure, axes = plt.subplots(
+                len(parts),
+                figsize=(4.5 if is_stacked else 8.5, 0.42 * sum(n_rows) + 2.2),
+                layout="constrained",
+                squeeze=False,
+                sharex=True,
+                height_ratios=[n + 0.5 for n in n_rows],
             )
-        ax.set(
-            yticks=range(len(names)),
-            yticklabels=names,
-            xlim=(-60, 160),
-            ylim=(len(names) - 0.5, -0.5),
+            for ax, (heading, part) in zip(axes[:, 0], parts.items(), strict=True):
+                draw_kept(ax, part)
+                ax.set_title(heading, fontsize=10, loc="left")
+            axes[-1, 0].set_xlabel("share of the impact kept (%)")
+            figure.suptitle(title, fontsize=10)
+            handles, labels = axes[0, 0].get_legend_handles_labels()
+            columns = 1 if is_stacked else 2
+            figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
+            return figure
+
+        save_figure(draw, path)
+
+
+def draw_kept(ax: Any, table: pd.DataFrame) -> None:
+    """A row a mechanism: what is claimed, and as much at random, with intervals that the frame
+    cuts."""
+    names = list(dict.fromkeys(table["mechanism"]))
+    looks = {"claimed": ("D", BLUE, -0.15), "matched-random": ("o", ORANGE, 0.15)}
+    labels = {"claimed": "only these", "matched-random": "as many at random"}
+    for kind, (marker, color, offset) in looks.items():
+        part = table[table["kind"] == kind]
+        ax.errorbar(
+            (100 * part["value"]).clip(LOWEST, HIGHEST),
+            part["mechanism"].map(names.index) + offset,
+            xerr=100 * error_bars(part),
+            fmt=marker,
+            color=color,
+            label=f"{labels[kind]}, 95 % interval",
         )
-        label = "share of the head's loss impact kept (%)"
-        ax.set_xlabel(f"{label}, simultaneous 95 % intervals, cut at the frame")
-        impact = table.loc[0]
-        ends = f"[{impact['impact_low']:.5f}, {impact['impact_high']:.5f}]"
-        vague = ""
-        if not impact["impact_low"] > 0:
-            vague = ": not told from 0, so these shares mean nothing"
-        title = f"impact {impact['impact']:.5f} nats a token {ends}{vague}"
-        ax.set_title(title, fontsize=10)
-        ax.legend()
+    for line in (0, 100):
+        ax.axvline(line, color="k", lw=0.8, ls=":")
+    ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5), xlim=(LOWEST, HIGHEST))
+    ax.set_yticklabels([as_label(name.removeprefix("keys: ")) for name in names])
 
 
 FIGURES = {  # hero_<name>.png, each from hero_<name>.csv alone
@@ -2167,59 +2815,75 @@ def draw_figures(folder: Path) -> None:
         draw(folder)
 
 
+# ---- the reports
+@dataclass
+class Report:
+    """What both reports say."""
+
+    title: str
+    findings: list[Finding]
+    tables: dict[str, pd.DataFrame]
+    missing: str  # why there are no tables of features
+    notes: list[str]  # how it was measured
+
+    @property
+    def is_told(self) -> bool:
+        """Whether there is an effect that could be explained."""
+        return is_told(self.tables["impact"].iloc[0])
+
+
 @dataclass
 class ReportSection:
     """A part of the report. Its table is cut to ROWS_SHOWN rows, or None where there is none."""
 
+    name: str
     heading: str
     about: str
     table: pd.DataFrame | None
 
 
 def show(value: Any) -> str:
-    """A value of a table for the reader: four significant digits, nothing where there is none."""
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.4g}"
-    return str(value)
+    """A value of a table for the reader: three significant digits, nothing where there is none."""
+    if isinstance(value, float) and math.isnan(value):
+        return ""
+    return three_digits(value)
 
 
-def heads_side_by_side(scores: pd.DataFrame) -> pd.DataFrame:
-    """A row a score, a column a head; interval and null are those of the first, the hero."""
-    roles = list(scores["role"].unique())
-    hero = scores[scores["role"] == roles[0]].set_index("score")
-    values = scores.pivot(index="score", columns="role", values="value")
-    intervals = ["ci_low", "ci_high", "null", "above_null_low", "above_null_high"]
-    return hero.filter(intervals).join(values[roles]).reset_index()
-
-
-def report_sections(tables: dict[str, pd.DataFrame], missing: str) -> list[ReportSection]:
+def report_sections(report: Report) -> list[ReportSection]:
     """The sections in the order of SECTIONS; where a table is not there, `missing` says why."""
+    tables = dict(report.tables)
+    preserving = tables["preserving"]
+    tables["preserving"] = keys_of(preserving)
+    features_only = preserving.drop(tables["preserving"].index)
+    if len(features_only):
+        tables["rebuilt"] = features_only
     sections = []
     for name, (heading, about) in SECTIONS.items():
         if name not in tables:
-            sections.append(ReportSection(heading, missing, None))
+            sections.append(ReportSection(name, heading, report.missing, None))
             continue
         table = tables[name]
+        if name == "features":
+            about = f"{what_features_do(table)} {about}"
         if set(HOW_MEASURED) <= set(table):  # alike in all rows: said once
             about += f" Measured on {measured_on(table)}."
             if table["tests"].max() > 1:
                 about += f" Intervals are simultaneous for {table['tests'].max():.0f}."
-        if name == "scores":
-            table = heads_side_by_side(table)
-        table = table.drop(columns=HOW_MEASURED, errors="ignore")
-        if name == "dla":
-            table = table.sort_values("value", key=abs, ascending=False)
-        if len(table) > ROWS_SHOWN:
-            about += f" The first {ROWS_SHOWN} of {len(table):,} rows."
-        about += f" All rows: hero_{name}.csv."
-        sections.append(ReportSection(heading, about, table.head(ROWS_SHOWN)))
+        shown = FOR_PEOPLE[name](table)
+        if len(shown) > ROWS_SHOWN:
+            about += f" The first {ROWS_SHOWN} of {len(shown):,} rows."
+        file = "preserving" if name == "rebuilt" else name
+        about += f" All rows: hero_{file}.csv."
+        sections.append(ReportSection(name, heading, about, shown.head(ROWS_SHOWN)))
     return sections
 
 
-def markdown_report(title: str, lead: str, sections: list[ReportSection]) -> str:
+def markdown_report(report: Report) -> str:
     """The report as Markdown. All text is escaped: a token is never markup."""
-    paragraphs = [f"# {markdown_text(title)}", markdown_text(lead)]
-    for section in sections:
+    paragraphs = [f"# {markdown_text(report.title)}"]
+    for finding in report.findings:
+        paragraphs.append(f"**{finding.question}** {markdown_text(finding.answer)}")
+    for section in report_sections(report):
         paragraphs.append(f"## {section.heading}")
         paragraphs.append(html.escape(section.about, quote=False))
         if section.table is None or section.table.empty:
@@ -2228,23 +2892,39 @@ def markdown_report(title: str, lead: str, sections: list[ReportSection]) -> str
         lines += section.table.map(show).to_numpy().tolist()
         rows = ["| " + " | ".join(map(markdown_text, line)) + " |" for line in lines]
         paragraphs.append("\n".join(rows))
+    paragraphs.append("## How it was measured")
+    paragraphs += map(markdown_text, report.notes)
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
-def render(
-    title: str, lead: str, tables: dict[str, pd.DataFrame], missing: str, data: dict[str, Any]
-) -> dict[str, str]:
-    """The report by file name: as Markdown, and as one HTML page with the maps of `data`. Where
-    the folder pages/ is missing, a line says so and there is no page."""
-    sections = report_sections(tables, missing)
-    reports = {"hero_report.md": markdown_report(title, lead, sections)}
+def html_report(report: Report, data: Row, folder: Path) -> str:
+    """The report as one HTML page, with those figures that lie in the folder. Empty, and a line
+    says so, where the folder pages/ is missing."""
+    figures = {}
+    for name in FIGURES:
+        png = folder / f"hero_{name}.png"
+        if png.is_file():
+            figures[name] = png
+    contexts: dict[int, list[str]] = {}  # by feature
+    if "contexts" in report.tables:
+        for _, row in contexts_for_people(report.tables["contexts"]).iterrows():
+            contexts.setdefault(row["feature"], []).append(row["context"])
     try:
-        reports["hero_report.html"] = render_page(
-            "hero.html", title=title, lead=lead, sections=sections, show=show, data=data
+        return render_page(
+            "hero.html",
+            report=report,
+            title=report.title,
+            sections={section.name: section for section in report_sections(report)},
+            closed=CLOSED,
+            pieces=pieces_of(report.tables["windows"]),
+            contexts=contexts,
+            figures=figures,
+            data=data,
+            show=show,
         )
     except HandoffError as error:  # the script was copied alone
         print(error)
-    return reports
+        return ""
 
 
 # ------------------------------------------------------------------------------------- command line

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import hero_tables
 import numpy as np
 import pandas as pd
 import pytest
@@ -38,6 +39,10 @@ def make_model(seed: int = 0, **changes) -> hero.NewGPT:
             else torch.randn_like(p) * (1.0 if "embedding" in name else 0.3)
         )
     return model
+
+
+def score_table(heads: list[hero.Head], text: hero.Text) -> list[dict]:
+    return hero.score_table(heads, text, hero.score_models(heads, text))
 
 
 def some_head(model: hero.NewGPT, layer: int, head: int, role: str = "hero") -> hero.Head:
@@ -211,7 +216,7 @@ def test_planted_induction_head_is_found_and_a_random_head_is_not():
         some_head(model, 1, 1, "random"),
         some_head(model, 0, 0, "previous"),
     ]
-    table = pd.DataFrame(hero.score_table(heads, as_text(windows(model, 16))))
+    table = pd.DataFrame(score_table(heads, as_text(windows(model, 16))))
     score = table.set_index(["role", "score"])
     value, null = score["value"].unstack(), score["null"].unstack()
     assert (
@@ -236,7 +241,7 @@ def test_planted_induction_head_is_found_and_a_random_head_is_not():
 def test_scores_with_fewer_kinds_of_token_than_half_a_window():
     model = make_model(vocab_size=6)  # a stretch of 9 tokens without repeats does not exist
     table = pd.DataFrame(
-        hero.score_table([some_head(model, 1, 0)], as_text(windows(model, 4)))
+        score_table([some_head(model, 1, 0)], as_text(windows(model, 4)))
     ).set_index("score")
     assert np.isfinite(table.loc["induction, random tokens", ["value", "null"]].astype(float)).all()
 
@@ -270,10 +275,10 @@ def test_a_new_score_is_one_function_and_one_entry_and_no_mechanism(monkeypatch)
 
     model, n_mechanisms = make_model(), len(hero.MECHANISMS)
     idx, head = windows(model, 16), some_head(model, 1, 2)
-    before = pd.DataFrame(hero.score_table([head], as_text(idx))).set_index("score")
+    before = pd.DataFrame(score_table([head], as_text(idx))).set_index("score")
     new = hero.Score("sevens", hero.mass_on(ends_in_7), hero.Reads.ANALYSED)
     monkeypatch.setattr(hero, "SCORES", [*hero.SCORES, new])
-    after = pd.DataFrame(hero.score_table([head], as_text(idx))).set_index("score")
+    after = pd.DataFrame(score_table([head], as_text(idx))).set_index("score")
     assert list(after.index) == [*before.index, "sevens"] and len(hero.MECHANISMS) == n_mechanisms
     assert (after.loc[before.index, "value"] == before["value"]).all()
     for width in (before["ci_low"] - after["ci_low"], after["ci_high"] - before["ci_high"]):
@@ -649,7 +654,7 @@ class Page(HTMLParser):
         self.inside = self.inside and tag != "script"
 
 
-def test_page_keeps_hostile_tokens_as_text_and_needs_no_network():
+def test_page_keeps_hostile_tokens_as_text_and_needs_no_network(tmp_path):
     bad = [
         "<script>alert(1)</script>",
         "</script><img src=x onerror=alert(1)>",
@@ -660,54 +665,33 @@ def test_page_keeps_hostile_tokens_as_text_and_needs_no_network():
         '"',
         "<!--",
     ]
-    tables = {
-        name: pd.DataFrame(dict(token=bad, value=1.5))
-        for name in hero.SECTIONS
-        if name not in ("scores", "contexts")
-    }
-    tables["scores"] = pd.DataFrame(
-        dict(
-            score=bad * 2,
-            role=["hero"] * 8 + ["<b>"] * 8,
-            value=1.0,
-            ci_low=0.0,
-            ci_high=1.0,
-            null=0.5,
-        )
-    )
-    data = dict(tokens=bad, panels=[], grid=[])
-    md, page = hero.render("<title> & more", bad[0], tables, "none: " + bad[1], data).values()
+    found = hero_tables.report(bad, "<title> & more", "none: " + bad[1])
+    del found.tables["features"]
+    md = hero.markdown_report(found)
+    page = hero.html_report(found, hero_tables.data(found, bad), tmp_path)
     parser = Page()
     parser.feed(page)
     assert parser.tags.count("script") == 2 and "img" not in parser.tags and "b" not in parser.tags
     assert not {"src", "href", "onerror", "action"} & set(parser.attributes)
-    assert (
-        "http://" not in page
-        and "https://" not in page
-        and "url(" not in page
-        and "import" not in page
-    )
+    assert "http://" not in page and "https://" not in page
+    assert "url(" not in page and "import" not in page.replace("important", "")
     assert json.loads(parser.data)["tokens"] == bad
     for text in (md, page):
         assert "<img" not in text and "alert(1)</script><" not in text
     assert "<script" not in md
 
 
-def test_both_reports_say_when_a_table_is_cut_and_attribution_has_its_largest_parts():
+def test_both_reports_say_when_a_table_is_cut_and_attribution_has_its_largest_parts(tmp_path):
     parts = pd.DataFrame(dict(component=[f"L{i}" for i in range(50)], value=np.linspace(-1, 3, 50)))
-    scores = pd.DataFrame(
-        dict(score=["a"], role=["hero"], value=1.0, ci_low=0.0, ci_high=1.0, null=0.5)
-    )
-    tables = dict(dla=parts, ov=parts[:40], scores=scores)
-    for text in hero.render(
-        "hero", "", tables, "none", dict(tokens=[], panels=[], grid=[])
-    ).values():
+    found = hero_tables.report(["a"], dla=parts.assign(ci_low=-2.0, ci_high=4.0))
+    page = hero.html_report(found, hero_tables.data(found, ["a"]), tmp_path)
+    for text in (hero.markdown_report(found), page):
         assert (
             text.count("The first 40 of 50 rows. All rows: hero_dla.csv.") == 1
-            and text.count("The first") == 1
+            and text.count("The first 40") == 1
         )
         assert "All rows: hero_ov.csv." in text
-        rows = text.partition("Direct logit attribution")[2].partition("Where in the text")[0]
+        rows = text.partition("Direct logit attribution")[2].partition("What it looks for")[0]
         shown = [int(i) for i in re.findall(r"L(\d+)\b", rows)]
         assert shown == sorted(range(50), key=lambda i: -abs(parts["value"][i]))[:40]
 
@@ -852,7 +836,7 @@ def done(study: Path) -> Path:
 def test_whole_analysis_writes_report_tables_figures_and_sidecars(done: Path):
     figures = ("attention", "importance", "scores", "preserving")
     for name in [
-        *(f"hero_{x}.csv" for x in {*hero.SECTIONS, *figures}),
+        *(f"hero_{x}.csv" for x in {*hero.SECTIONS, *figures, "windows", "heads"} - {"rebuilt"}),
         *(f"hero_{x}.png" for x in figures),
     ]:
         assert json.loads((done / f"{name}.json").read_text())["sha256"] == hero.sha256(
@@ -863,7 +847,12 @@ def test_whole_analysis_writes_report_tables_figures_and_sidecars(done: Path):
     assert (
         "L1H2" in text and "the unique hero" in text and "Match in control: L1H0" in text
     )  # order[0] = 2: the permuted index
-    assert "http" not in page.read_text() and "&lt;" in text and "<script" not in text
+    # The names of SVG and of its links are no addresses: nothing loads them
+    assert (
+        not re.search(r"(?<!xmlns=\")(?<!xlink=\")https?:", page.read_text())
+        and "&lt;" in text
+        and "<script" not in text
+    )
     record = json.loads((done / "run.json").read_text())
     assert record["exit_status"] == 0 and record["hero"]["layer"] == 1
     roles = set(pd.read_csv(done / "hero_scores.csv")["role"])
@@ -877,6 +866,15 @@ def test_whole_analysis_writes_report_tables_figures_and_sidecars(done: Path):
     shown = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")][
         2:
     ]
+    heads = pd.read_csv(done / "hero_heads.csv")
+    assert len(heads) == 2 * 12 * len(hero.SCORES)
+    table = pd.read_csv(done / "hero_scores.csv").set_index(["role", "score"])
+    for name in ("previous token", "entropy"):  # of the table of all heads, too, and ranked in it
+        of_run = heads[(heads["run"] == "adaptive") & (heads["score"] == name)]
+        mine = of_run[(of_run["layer"] == 1) & (of_run["head"] == 2)]["value"].item()
+        row = table.loc[("hero", name)]
+        assert math.isclose(mine, row["value"], rel_tol=1e-5) and row["n_heads"] == 12
+        assert row["rank"] == 1 + (of_run["value"] > mine).sum()
     assert sorted(shown) == sorted(
         pd.read_csv(done / "hero_scores.csv")["score"].unique()
     )  # every score, once
@@ -1001,7 +999,7 @@ def test_same_command_same_numbers_and_redraw_needs_no_model(study: Path, done: 
         )
         == 0
     )
-    for name in hero.SECTIONS:
+    for name in {*hero.SECTIONS} - {"rebuilt"} | {"heads", "windows", "qk_bands"}:
         assert (done / f"hero_{name}.csv").read_bytes() == (
             study / "again" / f"hero_{name}.csv"
         ).read_bytes(), name
@@ -1200,7 +1198,7 @@ def test_memory_does_not_grow_with_the_windows_that_are_scored():
         spell = lambda ids: [str(token) for token in ids]
         idx = torch.randint(100, (int(sys.argv[1]), 512))
         text = hero.Text(idx, spell, "validation", torch.arange(len(idx)).numpy())
-        hero.score_table([hero.Head("hero", "adaptive", 1, 0, model)], text)
+        score_table([hero.Head("hero", "adaptive", 1, 0, model)], text)
         print(peak() - before)
     """
     root = Path(hero.__file__).parent
@@ -1351,3 +1349,180 @@ def test_a_text_of_numbers_is_drawn_with_its_own_letters(tmp_path):
         hero.draw_attention(tmp_path)
         table = hero.csv_table(tmp_path / "hero_attention.csv")
         assert table["query_token"].tolist() == [row["query_token"] for row in some]
+
+
+# ------------------------------------------------------------------------------------------------------ sentences
+def answer(found: hero.Report, question: str) -> str:
+    return {finding.question: finding.answer for finding in found.findings}.get(question, "")
+
+
+def test_impact_that_is_not_told_from_0_closes_everything(tmp_path):
+    told = hero_tables.report(["a"])
+    assert answer(told, "Does it matter?").startswith("Yes: without L3H1 a token costs 0.03 nats")
+    assert "2 random heads that write as much: 0.007 to 0.012" in answer(told, "Does it matter?")
+    vague = hero_tables.report(["a"], impact=hero_tables.impact(0.03, -0.001, 0.06))
+    said = answer(vague, "Does it matter?")
+    assert said.startswith("These windows show no effect") and "holds 0" in said
+    assert said.endswith("Nothing below explains anything.")
+    assert not answer(vague, "What does it do?") and len(vague.findings) == 3
+    few = hero_tables.report(["a"], impact=hero_tables.impact(0.03, math.nan, math.nan, 5))
+    assert answer(few, "Does it matter?").startswith("Cannot tell") and len(few.findings) == 3
+    harm = hero_tables.impact(-0.03, -0.04, -0.02)
+    assert "better off without it" in hero.does_it_matter("L3H1", harm)
+    assert "nats less" in hero.does_it_matter("L3H1", harm)
+    is_open = {}
+    for name, found in {"told": told, "vague": vague, "few": few}.items():
+        page = hero.html_report(found, hero_tables.data(found, ["a"]), tmp_path)
+        is_open[name] = re.findall(r'<details class="section" id="(\w+)" open>', page)
+        assert "One training run" in page and "One training run" in hero.markdown_report(found)
+    assert is_open["vague"] == is_open["few"] == []
+    assert {"text", "every_head", "scores", "features"} < set(is_open["told"])
+    assert not {"impact", "dla", "qk_pairs", "tokens"} & set(is_open["told"])
+
+
+def test_only_kinds_of_keys_explain_and_only_beyond_as_many_at_random():
+    told = hero_tables.report(["a"])
+    said = answer(told, "What does it do?")
+    assert "Reading only the last six tokens keeps 99 % [97, 101] of its impact" in said
+    assert "as many random keys 24 %" in said and "SAE" not in said
+    # Only what is best and clear of chance; a larger share that chance reaches is not
+    rows = hero_tables.kept("keys: induction", 0.9, 0.1, 1.7, (0.5, -0.2, 1.2))
+    rows += hero_tables.kept("keys: previous token", 0.4, 0.3, 0.5, (0.02, -0.02, 0.06))
+    said = hero.what_is_enough(pd.DataFrame(rows))
+    assert "only the previous token keeps 40 % [30, 50]" in said
+    said = hero.what_is_enough(pd.DataFrame(rows[:2]))
+    assert said.startswith("No kind of key keeps more than chance") and "Reading only" not in said
+    nothing = hero_tables.kept(
+        "keys: induction", 0.9, math.nan, math.nan, (0.5, math.nan, math.nan)
+    )
+    assert hero.what_is_enough(pd.DataFrame(nothing)).startswith("No kind of key")
+    text = hero.markdown_report(told)
+    keys = text.partition("## What is enough to explain it")[2].partition("## ")[0]
+    rebuilt = text.partition("## Do the SAE features hold all of it?")[2].partition("## ")[0]
+    assert "all SAE features" not in keys and "all SAE features" in rebuilt
+    assert "a check of the SAE" in rebuilt and "0-5 tokens back" in keys
+
+
+def test_a_positional_head_is_seen_beside_other_heads_and_its_null_is_told_in_words():
+    """Shuffling tests content: a head that looks at the previous token is like its null."""
+    said = hero.what_it_attends_to(hero_tables.scores())
+    assert "53 % of its attention to the previous token, more than any of 2 other heads" in said
+    assert "(22 % to 29 %)" in said and "the same on shuffled text: position, not content" in said
+    assert "duplicate" not in said
+
+    def of(*score, **more) -> str:
+        return hero.what_it_attends_to(pd.DataFrame(hero_tables.score(*score, **more)))
+
+    assert "shuffled text 13 %: content matters" in of("induction", 0.53, (0.3, 0.5), [0.22, 0.29])
+    wide = of("induction", 0.53, (-0.3, 0.4), [0.22, 0.29])
+    assert "cannot be told" in wide and "position" not in wide
+    assert "less than any of 2 other heads" in of("induction", 0.1, (0.01, 0.02), [0.2, 0.3])
+    inside = of("induction", 0.25, (0.1, 0.2), [0.2, 0.3])
+    assert inside.startswith("Nothing special: none of its 1 scores")
+    no_interval = of("induction", 0.5, (math.nan, math.nan), [0.2, 0.3], ci_low=math.nan)
+    assert no_interval.startswith("Nothing special")
+    assert "entropy is 53 % of the largest possible" in of("entropy", 0.53, (0, 0.01), [0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [(0.33, "raises the tokens"), (-0.33, "lowers"), (0.05, "neither copy nor")]
+)
+def test_copying_has_no_interval_and_is_told_all_the_same(value, says):
+    said = hero.what_it_copies(pd.DataFrame(hero_tables.copying(value, 0.1)))
+    assert says in said and "by chance within ±0.1" in said
+    assert hero.what_it_copies(pd.DataFrame(hero_tables.copying(0, 1)).iloc[:0]) == ""
+
+
+def test_standing_out_is_what_phase_4_says():
+    say = hero.does_it_stand_out
+    assert "no unique hero: it comes first of 36 heads" in say(hero_tables.standing())
+    assert "in 37 % of resamples" in say(hero_tables.standing())
+    assert say(hero_tables.standing(p_top1=0.99)).startswith("Yes, it is the unique hero")
+    gap = dict(second_layer=5, second_head=2, gap=0.0018, gap_lo=-0.007, gap_hi=0.016)
+    summary = pd.Series(gap | dict(unique_hero=False))
+    said = say(hero_tables.standing(p_top1=0.99, summary=summary))
+    assert "no unique hero" in said and "L5H2 follows 0.0018 nats [-0.007, 0.016] behind" in said
+    assert say(hero_tables.standing(p_max_t=math.nan)).startswith("Cannot tell")
+    assert "chosen with --force_layer" in say(hero_tables.standing(first="L0H0"))
+
+
+def test_tokens_that_need_the_head_are_named_where_many_are_alike():
+    rows = dict(
+        next=[")"] * 3 + list("abcdefg"), attends_to=["·( (3 back)", "·( (1 back)", *"x" * 8]
+    )
+    said = hero.what_needs_it(pd.DataFrame(rows).assign(delta_nats=1.0))
+    assert (
+        said == "Of the 10 tokens that lose most without it, 3 are “)”, and for 8 it looks at “x”."
+    )
+    rows = dict(next=list("abcdefghij"), attends_to=list("abcdefghij"))
+    assert "have little in common" in hero.what_needs_it(pd.DataFrame(rows))
+
+
+def test_features_stand_by_effect_and_how_many_have_one_is_said():
+    table = hero_tables.features(["a"])
+    shown = hero.features_for_people(table)
+    assert shown["feature"].tolist() == [9, 8, 7]  # told from 0, then by size
+    assert hero.what_features_do(table).startswith("1 of the 3 features has an effect")
+    none = table[~table["feature"].isin([9])]
+    assert hero.what_features_do(none).startswith("None of the 2 features has")
+    few = table.assign(ci_low=math.nan, ci_high=math.nan)
+    assert hero.what_features_do(few).startswith("Cannot tell")
+
+
+def test_stars_of_the_map_are_max_t_or_none_and_n_is_its_own(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    rows = [dict(run="a", layer=0, head=h, delta=0.01, ci_lo=0.001, ci_hi=0.02) for h in range(3)]
+    old = pd.DataFrame(rows).assign(rank=1, studied=False)
+    new = old.assign(p_maxT=[0.01, 0.2, math.nan], n_seq=48)
+    for table, stars, n in ((new, 1, True), (old, 0, False)):
+        table.to_csv(tmp_path / "hero_importance.csv", index=False)
+        hero.draw_importance(tmp_path)
+        ax = kept[-1].axes[0]
+        assert [text.get_text() for text in ax.texts].count("*") == stars
+        assert ("48 sequences" in ax.get_title()) == n and ("max-T" in ax.get_xlabel()) == n
+
+
+def test_old_scores_without_ranks_are_drawn_a_panel_a_unit(tmp_path, monkeypatch):
+    from matplotlib import pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    table = hero_tables.scores()
+    entropy = hero_tables.score("entropy", 0.3, (0.0, 0.1), [0.2, 0.4])
+    table = pd.concat([table, pd.DataFrame(entropy)])
+    for some in (table, table.assign(rank=2, n_heads=36)):
+        some.to_csv(tmp_path / "hero_scores.csv", index=False)
+        hero.draw_scores(tmp_path)
+        labels = [ax.get_xlabel() for ax in kept[-1].axes]
+        assert len(labels) == 3 and len(set(labels)) == 3
+        texts = [text.get_text() for ax in kept[-1].axes for text in ax.texts]
+        assert texts.count("rank 2 of 36") == (4 if "rank" in some else 0)
+    hero_tables.preserving().to_csv(tmp_path / "hero_preserving.csv", index=False)
+    hero.draw_preserving(tmp_path)
+    for ax, names in zip(kept[-1].axes, (2, 1), strict=True):  # keys, and what checks the SAE
+        assert ax.get_xlim() == (-50, 110) and len(ax.get_yticks()) == names
+
+
+def test_pieces_of_text_have_the_costs_and_keys_of_a_naive_forward():
+    model = make_model()
+    idx = windows(model, 20)
+    at = some_head(model, 1, 2)
+    ablation = hero.ablate(at, as_text(idx, np.arange(20) // 2), as_text(windows(model, 4, seed=1)))
+    rows = pd.DataFrame(hero.excerpts(ablation))
+    by_window = rows.groupby("window", sort=False)
+    assert by_window["document"].first().is_unique  # none twice
+    assert list(by_window["chosen"].first()) == ["saves most"] * 8 + ["evenly spread"] * 2
+    delta = ablation.ablated - naive_loss(model, idx)
+    tap = {"pattern.1": None}
+    model(idx, tap=tap)
+    for row in rows[rows["position"] > 0].sample(20, random_state=0).itertuples():
+        query = row.position - 1
+        assert math.isclose(row.delta_nats, delta[row.window, query].item(), abs_tol=1e-5)
+        attention = tap["pattern.1"][row.window, 2, query]
+        assert row.key_1 == attention.argmax() <= query
+        assert math.isclose(row.attention_1, attention.max().item(), abs_tol=1e-6)
+        assert row.token == f"<{int(idx[row.window, row.position])}>"
+    assert rows.loc[rows["position"] == 0, "delta_nats"].isna().all()

@@ -16,6 +16,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import feature_dashboard  # noqa: E402
+import hero_tables  # noqa: E402
 import report  # noqa: E402
 
 import energy_lens_minimal as lens  # noqa: E402
@@ -55,15 +56,11 @@ class Page(HTMLParser):
         self.text += "" if self.raw else data
 
 
-def hero_page() -> str:
-    tables = {}
-    for name in hero.SECTIONS:
-        tables[name] = pd.DataFrame({"token": HOSTILE, "value": 1.5})
-    tables["scores"] = pd.DataFrame(
-        {"score": HOSTILE, "role": "<b>", "value": 1.0, "ci_low": 0.0, "ci_high": 2.0, "null": 0.5}
-    )
-    data = {"tokens": HOSTILE, "panels": [], "grid": []}
-    return hero.render(HOSTILE[0], HOSTILE[1], tables, "", data)["hero_report.html"]
+def hero_page(folder: Path) -> str:
+    found = hero_tables.report(HOSTILE, HOSTILE[0])
+    found.findings.append(hero.Finding(HOSTILE[1], HOSTILE[2]))
+    found.notes.append(HOSTILE[3])
+    return hero.html_report(found, hero_tables.data(found, HOSTILE), folder)
 
 
 def energy_page(folder: Path) -> str:
@@ -126,7 +123,7 @@ def report_page() -> str:
 def page(request, tmp_path) -> str:
     """Each page, filled with markup where a file's text would stand."""
     make = {
-        "hero": hero_page,
+        "hero": lambda: hero_page(tmp_path),
         "energy_lens": lambda: energy_page(tmp_path),
         "features": feature_page,
         "report": report_page,
@@ -169,12 +166,11 @@ def copied_alone(name: str, folder: Path) -> ModuleType:
 
 def test_the_hero_script_alone_writes_markdown_and_says_what_the_page_needs(tmp_path, capsys):
     alone = copied_alone("hero_head_analysis", tmp_path)
-    tables = {"dla": pd.DataFrame({"component": ["L0"], "value": [1.0]})}
-    data = {"tokens": [], "panels": [], "grid": []}
-    with_page = hero.render("hero", "lead", tables, "none", data)
-    assert capsys.readouterr().out == ""
-    without = alone.render("hero", "lead", tables, "none", data)
-    assert without == {"hero_report.md": with_page["hero_report.md"]} and len(with_page) == 2
+    found = hero_tables.report(["a"])
+    data = hero_tables.data(found, ["a"])
+    assert hero.html_report(found, data, tmp_path) and capsys.readouterr().out == ""
+    assert alone.html_report(found, data, tmp_path) == ""
+    assert alone.markdown_report(found) == hero.markdown_report(found)
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert "the page needs the folder pages/ beside hero_head_analysis.py" in said
