@@ -4479,7 +4479,8 @@ def class_line(clusters: pd.DataFrame) -> str:
     if star <= chance:
         return found + "The attractors tell no more than chance."
     if star <= source:
-        return found + "The attractors tell no more than the input they start from."
+        start = "the input they start from; the difference has no interval"
+        return found + f"Here the attractors tell no more than {start}."
     return found + "Whether they tell more than the input cannot be told: it has no interval."
 
 
