@@ -3399,6 +3399,7 @@ def draw_forest_panel(ax: Any, rows: pd.DataFrame) -> None:
     ax.set_yticks(range(len(names)), [as_label(label).replace(" (", "\n(") for label in shown])
     # The first one on top; the same scale in every panel
     ax.set(ylim=(len(names) - 0.5, -0.5), xlim=(-1.05, 1.05))
+    ax.set_xticks([-1, -0.5, 0, 0.5, 1])
     ax.set_xlabel("Spearman correlation with the change")
 
 
@@ -4478,7 +4479,8 @@ def class_line(clusters: pd.DataFrame) -> str:
     if star <= chance:
         return found + "The attractors tell no more than chance."
     if star <= source:
-        return found + "The attractors tell no more than the input they start from."
+        start = "the input they start from; the difference has no interval"
+        return found + f"Here the attractors tell no more than {start}."
     return found + "Whether they tell more than the input cannot be told: it has no interval."
 
 
