@@ -1326,9 +1326,11 @@ def draw_sigma(ax: Any, curves: list[Curve], target: float) -> None:
         if whole in table:
             ax.plot(table["step"], table[whole], color=curve.colour, marker="o", ms=4, ls="")
 
-    # Only a run with a penalty has a setpoint to hold
+    # Only a loop has a setpoint to hold; a file from before the column of phases may be one
     for curve in curves:
-        if not (curve.table["lambda"] > 0).any():
+        phases = set(curve.table.get("phase", ["auto"]))
+        is_loop = phases & {"warmup", "auto", "hold"} and (curve.table["lambda"] > 0).any()
+        if not is_loop:
             continue
         aims = setpoints(curve.table, target)
         name = f"setpoint {aims.iloc[-1]:g}"

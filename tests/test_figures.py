@@ -185,6 +185,16 @@ def test_one_run_has_no_difference_and_the_control_no_marks():
     plt.close(figure)
 
 
+def test_a_constant_penalty_has_no_setpoint():
+    table = telemetry("adaptive")
+    for phase, has_one in (("constant", False), ("warmup", True)):
+        curve = janus.Curve("a", table.assign(phase=phase), "black")
+        figure = janus.training_figure([curve], 0.01, True)
+        assert len(figure.axes) == 3
+        assert (figure.axes[1].get_legend() is not None) == has_one
+        plt.close(figure)
+
+
 @pytest.mark.parametrize(("n_layers", "n_heads", "named"), [(2, 3, 6), (6, 8, 30), (30, 9, 30)])
 @pytest.mark.parametrize("is_stacked", [False, True])
 def test_figure_4_names_the_first_heads_and_counts_the_rest(
