@@ -2185,7 +2185,8 @@ def what_it_attends_to(scores: pd.DataFrame) -> str:
     others = others.groupby("score")["value"].agg(["min", "max"]).reindex(hero.index)
     above = hero["ci_low"] - others["max"]
     below = others["min"] - hero["ci_high"]
-    outside = pd.concat([above, below], axis=1).max(axis=1)  # nan where nothing is known
+    # What it attends to more than they do says more than what it leaves to them
+    outside = above if above.max() > 0 else below  # nan where nothing is known
     if not outside.max() > 0:
         inside = f"none of its {len(hero)} scores is told from the range of {n_others} other heads"
         return f"Nothing special: {inside}."
