@@ -1417,6 +1417,9 @@ def test_a_positional_head_is_seen_beside_other_heads_and_its_null_is_told_in_wo
     wide = of("induction", 0.53, (-0.3, 0.4), [0.22, 0.29])
     assert "cannot be told" in wide and "position" not in wide
     assert "less than any of 2 other heads" in of("induction", 0.1, (0.01, 0.02), [0.2, 0.3])
+    both = hero_tables.score("first position", 0.03, (-0.1, 0.1), [0.5, 0.9])
+    both += hero_tables.score("previous token", 0.35, (-0.01, 0.01), [0.02, 0.08])
+    assert "35 % of its attention to the prev" in hero.what_it_attends_to(pd.DataFrame(both))
     inside = of("induction", 0.25, (0.1, 0.2), [0.2, 0.3])
     assert inside.startswith("Nothing special: none of its 1 scores")
     no_interval = of("induction", 0.5, (math.nan, math.nan), [0.2, 0.3], ci_low=math.nan)
