@@ -4470,11 +4470,12 @@ def three_digits(value: Any) -> str:
         return "yes" if value else "no"
     if not isinstance(value, (int, float, np.integer, np.floating)):
         return str(value)
-    if math.isnan(value):
+    number = float(value)
+    if math.isnan(number):
         return "–"
-    if float(value).is_integer() or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 1e-4 else f"{value:.1e}"
+    if number.is_integer() or abs(number) >= 1000:
+        return f"{number:,.0f}"
+    return f"{number:.3g}" if abs(number) >= 1e-4 else f"{number:.1e}"
 
 
 def gloss(text: object, meanings: dict[str, str]) -> str:
