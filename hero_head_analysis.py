@@ -1543,7 +1543,7 @@ def run(args: argparse.Namespace) -> int:
         tables["attention"] = attention_table(study.maps, inputs.shown)
         tables["importance"] = importance_table(inputs, study.heads)
         report = Report(
-            title=f"Hero head L{hero.layer}H{hero.head} of {hero.run}",
+            title=f"Head L{hero.layer}H{hero.head} of {hero.run}",
             findings=findings(inputs.standing, tables),
             tables=tables,
             missing=inputs.no_sae,
@@ -2208,10 +2208,10 @@ def about_content(row: pd.Series) -> str:
     """Whether a score is about position or content, by the same score on shuffled text."""
     low = row["above_null_low"]
     high = row["above_null_high"]
+    if max(abs(low), abs(high)) <= SAME * row["value"]:  # told from it or not
+        return f"about the same on shuffled text ({percent(row['null'])}): position, not content"
     if is_told(row, "above_null_low", "above_null_high"):
         return f"on shuffled text {percent(row['null'])}: content matters"
-    if max(abs(low), abs(high)) <= SAME * row["value"]:
-        return "the same on shuffled text: position, not content"
     return f"on shuffled text {percent(row['null'])}, from which it cannot be told"
 
 

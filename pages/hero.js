@@ -217,9 +217,12 @@ function drawAxes(svg, x, y, labels) {
 /** The mark of a head: a circle, for the heads of another run a square. */
 function addMark(svg, head, x, y) {
   const isFirstRun = head.run === data.run;
+  // The arms have the colours that they have in every figure
+  const isControl = head.run === "control" || (!isFirstRun && head.run !== "adaptive");
+  const arm = isControl ? "control" : "adaptive";
   const attributes = isFirstRun
-    ? { cx: x, cy: y, r: 6, class: "first_run" }
-    : { x: x - 5, y: y - 5, width: 10, height: 10, class: "other_run" };
+    ? { cx: x, cy: y, r: 6, class: arm }
+    : { x: x - 5, y: y - 5, width: 10, height: 10, class: arm };
   const mark = addShape(isFirstRun ? "circle" : "rect", svg, attributes);
   mark.classList.toggle("studied", head.studied);
   mark.setAttribute("aria-label", nameOf(head));

@@ -1407,13 +1407,17 @@ def test_a_positional_head_is_seen_beside_other_heads_and_its_null_is_told_in_wo
     """Shuffling tests content: a head that looks at the previous token is like its null."""
     said = hero.what_it_attends_to(hero_tables.scores())
     assert "53 % of its attention to the previous token, more than any of 2 other heads" in said
-    assert "(22 % to 29 %)" in said and "the same on shuffled text: position, not content" in said
+    assert "(22 % to 29 %)" in said
+    assert "about the same on shuffled text (54 %): position, not content" in said
     assert "duplicate" not in said
 
     def of(*score, **more) -> str:
         return hero.what_it_attends_to(pd.DataFrame(hero_tables.score(*score, **more)))
 
     assert "shuffled text 13 %: content matters" in of("induction", 0.53, (0.3, 0.5), [0.22, 0.29])
+    # Told from shuffled text, but by a hair: content adds next to nothing
+    tiny = of("previous token", 0.545, (0.004, 0.026), [0.22, 0.29])
+    assert "position, not content" in tiny and "content matters" not in tiny
     wide = of("induction", 0.53, (-0.3, 0.4), [0.22, 0.29])
     assert "cannot be told" in wide and "position" not in wide
     assert "less than any of 2 other heads" in of("induction", 0.1, (0.01, 0.02), [0.2, 0.3])
