@@ -1205,7 +1205,7 @@ def draw_depth(ax: Any, stats_of: pd.DataFrame, runs: list[str]) -> None:
     """Panel: one metric by layer, a dot a run with its interval, and the null behind it."""
     layers = sorted(stats_of["layer"].unique())
     more = iter(MORE_COLOURS * len(runs))
-    null = "null"
+    null: str | None = "null"
     for i, run in enumerate(runs):
         colour = RUN_COLOURS.get(run) or next(more)
         rows = stats_of[stats_of["run"] == run].sort_values("layer")

@@ -1268,14 +1268,14 @@ def training_figure(curves: list[Curve], target: float, is_stacked: bool) -> Any
     # In rows of two or three, or below one another
     across = 1 if is_stacked else {2: 2, 3: 3, 4: 2}[len(panels)]
     down = len(panels) // across
-    size = (
-        (4.5, 2.9 * down + 0.5) if is_stacked else ({2: 5.2, 3: 4.2}[across] * across, 3.2 * down)
-    )
+    width = {2: 9.4, 3: 12.6, 4: 10.4}[len(panels)]  # inches
+    size = (4.5, 2.9 * down + 0.5) if is_stacked else (width, 3.2 * down)
     fig, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     for ax, draw in zip(axes.flat, panels, strict=True):
         draw(ax)
         ax.set_xlabel("optimiser step")
-    note += " Thick: what the controller acts on, sigma filtered."
+    if pressed:
+        note += " Thick: what the controller acts on, sigma filtered."
     fig.supxlabel(textwrap.fill(note, 60 if is_stacked else 130), fontsize=8.5)
     return fig
 

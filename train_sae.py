@@ -2283,9 +2283,9 @@ def draw_depth(table: pd.DataFrame, is_stacked: bool = False) -> Any:
     panels = {}
     if "ce_recovered_mean" in table and table["ce_recovered_mean"].notna().any():
         panels["ce_recovered_mean"] = "CE recovered (1: no loss is lost,\n0: as without the layer)"
-    panels["fvu"] = "FVU: share of the variance\nnot explained"
     if not all(fixes_l0(arch) for arch in table["arch"]):
         panels["l0"] = "L0: active latents a token"
+    panels["fvu"] = "FVU: share of the variance\nnot explained"
     grid = (len(panels), 1) if is_stacked else (1, len(panels))
     size = (4.5, 2.9 * len(panels) + 1) if is_stacked else (max(5.5, 4.2 * len(panels)), 4.2)
     figure, axes = plt.subplots(*grid, figsize=size, layout="constrained", squeeze=False)

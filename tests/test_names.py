@@ -567,7 +567,7 @@ def test_lost_pictures_of_the_later_phases(
     saes = tmp_path / "saes"
     csv = tmp_path / "results.csv"
     with monkeypatch.context() as patch:
-        patch.setattr(plt, "subplots", broken)
+        patch.setattr(Figure, "savefig", broken)
         argv = [
             "--model_path",
             smoke_checkpoint,
