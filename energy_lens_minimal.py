@@ -4057,16 +4057,17 @@ def first_screen(
     aligned = aligned_line(layers, tables["features"], unit, quantity)
     if "untrained" in tables:
         aligned += " " + untrained_line(tables["untrained"])
-    parts = [
-        ("lead", ("Aligned features", aligned)),
+    parts = [("lead", ("Aligned features", aligned))]
+    # A count of features is worth what their model is worth
+    if "models" in tables:
+        parts.append(("lead", ("What the model is worth", worth_line(tables["models"]))))
+    parts += [
         ("lead", ("The original's rule", rule_line(layers))),
         ("lead", ("What could be found", least_line(layers, unit))),
     ]
     if "predictors" in tables:
         line = prediction_line(tables["predictors"], unit, outcome)
         parts.append(("lead", ("Does it predict an ablation?", line)))
-    if "models" in tables:
-        parts.append(("lead", ("What the model is worth", worth_line(tables["models"]))))
     return parts
 
 

@@ -2093,7 +2093,8 @@ def does_it_matter(name: str, impact: pd.DataFrame) -> str:
     if len(random_heads):
         least = three_digits(random_heads["value"].min())
         most = three_digits(random_heads["value"].max())
-        answer += f" {len(random_heads)} random heads that write as much: {least} to {most}."
+        answer += f" {len(random_heads)} other heads that write as much, drawn at random, cost"
+        answer += f" {least} to {most}."
     return answer
 
 

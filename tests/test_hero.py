@@ -978,7 +978,7 @@ def test_text_that_is_gone_is_one_line_and_dataset_says_where_it_is(
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and "text.txt" in lines[0] and "--dataset" in lines[0]
         assert run(study, *out, "--dataset", str(moved)) == 0
-        assert "note: the text is moved-" in capsys.readouterr().out
+        assert "note: the text" not in capsys.readouterr().out, "the same text has moved"
         table = pd.read_csv(tmp_path / "out" / "hero_impact.csv")
         assert (table["split"] == "validation").all()
         (study / "short.txt").write_text("the cat sat on the mat and it is here " * 80)
@@ -1359,7 +1359,8 @@ def answer(found: hero.Report, question: str) -> str:
 def test_impact_that_is_not_told_from_0_closes_everything(tmp_path):
     told = hero_tables.report(["a"])
     assert answer(told, "Does it matter?").startswith("Yes: without L3H1 a token costs 0.03 nats")
-    assert "2 random heads that write as much: 0.007 to 0.012" in answer(told, "Does it matter?")
+    others = "2 other heads that write as much, drawn at random, cost 0.007 to 0.012"
+    assert others in answer(told, "Does it matter?")
     vague = hero_tables.report(["a"], impact=hero_tables.impact(0.03, -0.001, 0.06))
     said = answer(vague, "Does it matter?")
     assert said.startswith("These windows show no effect") and "holds 0" in said

@@ -753,6 +753,9 @@ def effects_in_words(features: list[Feature], head: str) -> str:
                 f"Without what one of them writes through head {head}, the loss {verb} for "
                 f"{len(numbers)} of the {n} ({which} {largest}: {millinats(effects[largest])})."
             )
+    if risen or fallen:
+        together = max(effect.tests for effect in effects.values())
+        said.append(f"The intervals hold together for {together} features, with 95 %.")
     if n_null == n:
         said.append(f"For none of the {n} can an effect on the loss be told from 0.")
     elif n_null:

@@ -791,7 +791,8 @@ def judge_control(run: Run) -> list[Verdict]:
     if held.n < FEWEST_SAMPLES:
         few = f"{share}: too few, {FEWEST_SAMPLES} are needed"
         return [Verdict(claim, "cannot tell", few, drawing)]
-    noise = f"noise alone would give {held.noise_share:.0%}, so this is about their mean"
+    noise = "it says that the mean is held, not that single samples are"
+    noise += f": noise of their size around the setpoint would give {held.noise_share:.0%}"
     word = word_of(held.share >= 0.9, held.share < 0.9)
     return [Verdict(claim, word, f"{share}; {noise}", drawing)]
 
@@ -828,7 +829,7 @@ def judge_writes(run: Run) -> list[Verdict]:
     word = word_of(less == len(layers), more and not less)
     if less and less < len(layers):
         word = f"in {less} of {len(layers)} layers"
-    claim = "What the heads write is less alike too, in every layer"
+    claim = "What the heads write is less alike too"
     evidence = f"{told_by_layer(layers)}; intervals corrected for {len(layers)} layers, one seed"
     dots = []
     for number, layer in layers.iterrows():
@@ -1279,7 +1280,8 @@ def links(run: Run, page: Path) -> list[Link]:
     places = [("The first head, in detail", run.path / "hero_analysis" / "hero_report.html")]
     for path in sorted((run.path / "saes").glob("**/features*.html")):
         part = path.parent.relative_to(run.path / "saes").as_posix()
-        places.append((f"Features of the SAE {part}", path))
+        words = "Features of an SAE" if part == "." else f"Features of the SAE {part}"
+        places.append((words, path))
     places.append(
         ("The energy model, in detail", run.path / "energy_lens" / "research_report.html")
     )
