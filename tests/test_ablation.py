@@ -32,7 +32,8 @@ COLUMNS = [  # of the CSV
 FILES = {  # of a finished run
     *("out.csv", "out.csv.json", "out.npz", "out.npz.json", "run.json"),
     *("out_summary.csv", "out_summary.csv.json", "out_table3.csv", "out_table3.md"),
-    *("out_figure4.png", "out_heatmap.png"),
+    *("out_figure4.png", "out_figure4.svg", "out_figure4.narrow.svg"),
+    *("out_heatmap.png", "out_heatmap.svg", "out_heatmap.narrow.svg"),
 }
 
 
