@@ -2786,6 +2786,12 @@ def save_figure(draw: Callable[[bool], Any], path: Path, dpi: int = 130) -> None
     files = {False: [path, path.with_suffix(".svg")], True: [path.with_suffix(".narrow.svg")]}
     for is_stacked, targets in files.items():
         figure = draw(is_stacked)
+        figure.draw_without_rendering()
+        # What the layout solves for may differ in its last digits, and an SVG would show them
+        figure.set_layout_engine("none")
+        for ax in figure.axes:
+            place = ax.get_position(original=True).bounds
+            ax.set_position([round(share, 4) for share in place])
         for target in targets:
             is_svg = target.suffix == ".svg"
             # The same figure has the same bytes: no time, and names that hang on the content

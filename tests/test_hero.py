@@ -1198,7 +1198,8 @@ def test_memory_does_not_grow_with_the_windows_that_are_scored():
         spell = lambda ids: [str(token) for token in ids]
         idx = torch.randint(100, (int(sys.argv[1]), 512))
         text = hero.Text(idx, spell, "validation", torch.arange(len(idx)).numpy())
-        score_table([hero.Head("hero", "adaptive", 1, 0, model)], text)
+        heads = [hero.Head("hero", "adaptive", 1, 0, model)]
+        hero.score_table(heads, text, hero.score_models(heads, text))
         print(peak() - before)
     """
     root = Path(hero.__file__).parent
