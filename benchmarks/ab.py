@@ -129,7 +129,7 @@ class Side:
     """A checkout, and the folder that its commands read and write."""
 
     checkout: Path
-    folder: Path
+    folder: Path  # of its own: the formats of the checkouts may differ
 
     def run(self, section: str, sizes: dict[str, object]) -> Cost:
         command = command_line(section, self.folder, sizes)
@@ -207,9 +207,9 @@ def main(argv: list[str] | None = None) -> int:
         for side, checkout in {"old": args.old, "new": args.new}.items():
             folder = Path(name) / side
             folder.mkdir()
-            # Speed does not depend on what the text says
+            # The same text for both; speed does not depend on what it says
             random_text(folder, "words", n_kinds=4096, n_words=sizes["n_words"])
-            sides.append(Side(checkout.resolve(), folder))
+            sides.append(Side(checkout.resolve(), folder))  # commands run in the checkout
         for section in COMMANDS:
             if section in args.sections:
                 print(f"{section}: ", end="", flush=True)
