@@ -204,6 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     # A folder of its own, so that neither checkout finds what an earlier run left
     with tempfile.TemporaryDirectory() as name:
         sides = []
+        # Old first: it runs first in the first round
         for side, checkout in {"old": args.old, "new": args.new}.items():
             folder = Path(name) / side
             folder.mkdir()
@@ -211,6 +212,7 @@ def main(argv: list[str] | None = None) -> int:
             random_text(folder, "words", n_kinds=4096, n_words=sizes["n_words"])
             sides.append(Side(checkout.resolve(), folder))  # commands run in the checkout
         for section in COMMANDS:
+            # Each section reads what the ones above it wrote
             if section in args.sections:
                 print(f"{section}: ", end="", flush=True)
                 worst = max(worst, compare_section(*sides, section, sizes, args.rounds))
