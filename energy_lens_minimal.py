@@ -5138,9 +5138,10 @@ def render_page(template: str, **values: Any) -> str:
     import markupsafe
 
     folder = Path(__file__).resolve().parent / "pages"
-    if not (folder / template).is_file():
-        script = Path(__file__).name
-        raise HandoffError(f"no {template}: the page needs the folder pages/ beside {script}")
+    for name in (template, "glossary.json"):
+        if not (folder / name).is_file():
+            script = Path(__file__).name
+            raise HandoffError(f"no {name}: the page needs the folder pages/ beside {script}")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
@@ -5212,11 +5213,14 @@ SVG_TAGS = "svg g path defs use clipPath rect text tspan image style metadata"
 
 def inline_svg(path: Path, alt: str) -> str:
     """An SVG that matplotlib wrote as HTML: black is the colour of the page's text, white that of
-    its ground. Empty if it is too large, or could do more than be seen."""
-    content = path.read_text(encoding="utf-8")
+    its ground. Empty if it is too large or damaged, or could do more than be seen."""
+    content = path.read_text(encoding="utf-8", errors="replace")
     if len(content) > SVG_BYTES:
         return ""
-    root = ElementTree.fromstring(content)
+    try:
+        root = ElementTree.fromstring(content)
+    except ElementTree.ParseError:
+        return ""
     known = {SVG + tag for tag in SVG_TAGS.split()}
     for element in root.iter():
         if element.tag in (SVG + "metadata", SVG + "style"):
@@ -5224,14 +5228,15 @@ def inline_svg(path: Path, alt: str) -> str:
             continue
         for name, value in element.attrib.items():
             is_link = name.endswith("href") and not value.startswith(("#", "data:image/png"))
-            if is_link or name.startswith("on"):
+            asks = "url(" in value.replace("url(#", "")  # for something outside the file
+            if is_link or asks or name.startswith("on"):
                 return ""
         if element.tag not in known and not element.tag.startswith("{http://www.w3.org/1999/02"):
             return ""
     # The page sets its size
     width = root.attrib.pop("width", "").removesuffix("pt")
     root.attrib.pop("height", None)
-    root.attrib |= {"role": "img", "aria-label": alt, "style": f"max-width: {float(width):.0f}pt"}
+    root.attrib |= {"role": "img", "aria-label": alt, "style": f"max-width: {width or 700}pt"}
     ElementTree.register_namespace("", SVG.strip("{}"))
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
     drawn = ElementTree.tostring(root, encoding="unicode")

@@ -189,3 +189,32 @@ def test_energy_lens_alone_writes_markdown_and_leaves_no_page_of_an_earlier_run(
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert "the page needs the folder pages/ beside energy_lens_minimal.py" in said
+
+
+SVG = "<svg xmlns='http://www.w3.org/2000/svg' width='10pt'>%s</svg>"
+
+
+@pytest.mark.parametrize(
+    "drawing",
+    [
+        SVG % "<script>alert(1)</script>",
+        SVG % "<a href='javascript:x'><text>a</text></a>",
+        SVG % "<text style='fill:url(http://example.org/b)'>a</text>",
+        SVG % "<foreignObject/>",
+        SVG.replace(" width", " onload='x()' width") % "",
+        "<svg",
+        "",
+    ],
+)
+def test_a_drawing_that_could_do_more_than_be_seen_is_not_put_into_a_page(drawing, tmp_path):
+    png = tmp_path / "x.png"
+    png.write_bytes(b"\x89PNG")
+    for ending in (".svg", ".narrow.svg"):
+        png.with_suffix(ending).write_text(drawing, encoding="utf-8")
+    assert hero.figure_html(png, "a <b>").startswith('<img alt="a &lt;b&gt;"')
+    # One that can only be seen is
+    for ending in (".svg", ".narrow.svg"):
+        text = "<text style='fill: #000000; clip-path: url(#p)'>a</text>"
+        png.with_suffix(ending).write_text(SVG % text, encoding="utf-8")
+    shown = hero.figure_html(png, 'a "b"')
+    assert shown.count("<svg") == 2 and "currentColor" in shown and "&quot;b&quot;" in shown
