@@ -925,20 +925,23 @@ def announce_cost(
     cfg: GPTConfig,
     precision: Any,
 ) -> None:
-    """Measures one batch under one mode in the middle layer, sets the number of threads, and prints
-    how long all will take."""
-    some_windows = windows[: args.batch_size]
+    """Measures a quarter of a batch under one mode in the middle layer, sets the number of threads,
+    and prints how long all will take."""
+    some_windows = windows[: math.ceil(args.batch_size / 4)]  # all heads: a batch takes seconds
     middle = args.layers[len(args.layers) // 2]
 
-    def one_batch() -> None:
+    def part_of_a_batch() -> None:
         measure_arm(some_windows, args.mode[:1], [middle], precision)
 
-    seconds = choose_threads(one_batch, args.threads, n=2)
+    seconds = choose_threads(part_of_a_batch, args.threads, n=2)
+    # What all layers and passes share: the model without ablation
+    shared = seconds_of(lambda: measure_arm(some_windows, [], [middle], precision), n=2)
+    of_layer = max(0.0, seconds - shared)
 
     _, world = rank_and_world()
     n_passes = len(list_passes(args.mode, args.resample_draws))
-    n_batches = len(windows) / len(some_windows) / world
-    time_left = duration(seconds * n_passes * len(args.layers) * n_batches)
+    n_parts = len(windows) / len(some_windows) / world
+    time_left = duration(n_parts * (shared + of_layer * n_passes * len(args.layers)))
     heads = f"{len(args.layers) * cfg.n_heads} heads x {n_passes} passes"
     size = f"{len(windows)} sequences of {cfg.seq_len} tokens"
     print(f"{name}: {heads} over {size}: about {time_left} here", flush=True)

@@ -3569,11 +3569,12 @@ def aligned_line(layers: pd.DataFrame, features: pd.DataFrame, unit: str, quanti
         if n_aligned <= LOOKED_AT:  # few enough to name each
             numbers = found.feature[found.layer == row.layer]
             which = "features " + ", ".join(str(number) for number in numbers)
-        listed.append(f"{row.layer}: {which}")
+        listed.append(f"{unit} {row.layer}: {which}")
     n_clusters = int(layers.aligned_clusters.sum())
     copies = f"Near-copies counted once, they are {n_clusters:,}."
-    chance = f"At most about {ALPHA:.0%} of them are expected by chance."
-    return f"{count} ({kinds}). {copies} {chance} By {unit}, {'; '.join(listed)}."
+    chance = f"At most about {ALPHA:.0%} of the {n_aligned:,} are expected by chance."
+    where = "; ".join(listed)
+    return f"{count} ({kinds}). {copies} {chance} {where[0].upper()}{where[1:]}."
 
 
 def rule_line(layers: pd.DataFrame) -> str:
@@ -3583,13 +3584,11 @@ def rule_line(layers: pd.DataFrame) -> str:
         return "Nothing was tested."
     passes = int(layers.rule_passes.sum())
     by_chance = layers.rule_false_directions.sum()
-    count = (
-        f"The original's rule, |EFAS| > {RULE}, passes {passes:,} of these {n_tested:,} features"
-    )
-    chance = f"Of as many random directions that fire as often it would pass {by_chance:,.0f}"
+    count = f"The published rule, |EFAS| > {RULE}, passes {passes:,} of these {n_tested:,} features"
+    chance = f"Given random directions that fire as often instead, it would pass {by_chance:,.0f}"
     # No interval: the second number is an expectation, exact but for the draw of directions
     if by_chance >= passes:
-        return f"{count}. {chance}, no fewer: the rule tells nothing."
+        return f"{count}. {chance}: no fewer, so the rule tells nothing."
     return f"{count}. {chance} ({by_chance / passes:.0%} of that number)."
 
 
@@ -3670,7 +3669,7 @@ def told_from_0(own: pd.DataFrame) -> str:
     if not n_up and not n_down:
         return f"cannot be told from 0 in any of {n} cases"
     below = f" and below 0, the wrong way, in {n_down}" if n_down else ""
-    return f"is above 0 in {n_up} of {n} cases{below}, and cannot be told from it in the others"
+    return f"is above 0 in {n_up} of {n} cases{below}, and cannot be told from 0 in the others"
 
 
 def cases_line(own: pd.DataFrame, unit: str) -> str:
@@ -3697,7 +3696,7 @@ def prediction_line(scores: pd.DataFrame, unit: str, outcome: str) -> str:
     n = len(own)
     rival = "Plain attribution (f times the pull)"
     if not better and not worse:
-        compared = f"{rival} cannot be told from it in any case."
+        compared = f"{rival} does neither better nor worse, as far as can be told."
     else:
         compared = f"{rival} predicts better in {better} of {n} cases, worse in {worse}."
     return (
@@ -4062,7 +4061,7 @@ def first_screen(
     if "models" in tables:
         parts.append(("lead", ("What the model is worth", worth_line(tables["models"]))))
     parts += [
-        ("lead", ("The original's rule", rule_line(layers))),
+        ("lead", ("The published rule", rule_line(layers))),
         ("lead", ("What could be found", least_line(layers, unit))),
     ]
     if "predictors" in tables:

@@ -794,12 +794,12 @@ def harvest(
     n_left = sum(int(bounds[block + 1] - bounds[block]) for block in left)  # windows
     if left:
         first = bounds[left[0]]
-        some = windows[first : first + args.batch_size]
+        some = windows[first : first + math.ceil(args.batch_size / 4)]
 
-        def one_batch() -> None:  # the first that will be written, to where it belongs
+        def part_of_a_batch() -> None:  # the first that will be written, to where it belongs
             write_batch(args, model, data, autocast, dumps, some, first)
 
-        seconds = choose_threads(one_batch, args.threads, n=1) * n_left / len(some)
+        seconds = choose_threads(part_of_a_batch, args.threads, n=1) * n_left / len(some)
         where = f"layers {layers}, site {args.site}, on {model.embedding.weight.device}"
         print(f"time: about {duration(seconds)} for {where}", flush=True)
     with tqdm(total=n_left * data.seq_len, unit="tok", unit_scale=True, disable=None) as bar:

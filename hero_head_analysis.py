@@ -2093,8 +2093,8 @@ def does_it_matter(name: str, impact: pd.DataFrame) -> str:
     if len(random_heads):
         least = three_digits(random_heads["value"].min())
         most = three_digits(random_heads["value"].max())
-        answer += f" {len(random_heads)} other heads that write as much, drawn at random, cost"
-        answer += f" {least} to {most}."
+        drawn = f"{len(random_heads)} other heads whose output is as large, drawn at random"
+        answer += f" Of {drawn}, each costs {least} to {most}."
     return answer
 
 
@@ -2115,7 +2115,7 @@ def does_it_stand_out(standing: Standing) -> str:
     if standing.is_unique:
         return f"Yes, it is the unique hero: {comes_first}{follows}."
     resamples = f"in {percent(1 - standing.p_top1)} of resamples of the text another one leads"
-    return f"It is no unique hero: {comes_first}, but {resamples}{follows}."
+    return f"Not shown to be a unique hero: {comes_first}, but {resamples}{follows}."
 
 
 COMMON = 0.2  # share of the tokens that need the head most, from which one is worth naming
@@ -2130,7 +2130,7 @@ def what_needs_it(tokens: pd.DataFrame) -> str:
     if needed.iloc[0] >= COMMON * n:
         said.append(f"{needed.iloc[0]} are “{needed.index[0]}”")
     if looked.iloc[0] >= COMMON * n:
-        said.append(f"for {looked.iloc[0]} it looks at “{looked.index[0]}”")
+        said.append(f"at {looked.iloc[0]} of the {n} it looks back at “{looked.index[0]}”")
     most = f"the {n} tokens that lose most without it"
     if not said:
         return f"{most[0].upper()}{most[1:]} have little in common."
@@ -2166,10 +2166,12 @@ def what_is_enough(preserving: pd.DataFrame) -> str:
     name = str(best.name).removeprefix("keys: ")
     name = READS.get(name, name)
     keeps = f"{percent(best['value'])} {ends(best, scale=100)}"
-    at_random = f"as many random keys {percent(chance['value'])} {ends(chance, scale=100)}"
+    at_random = (
+        f"as many tokens at random keep {percent(chance['value'])} {ends(chance, scale=100)}"
+    )
     if not better.any():
         return f"No kind of key keeps more than chance; the best, {name}: {keeps}, {at_random}."
-    return f"Reading only {name} keeps {keeps} of its impact, {at_random}."
+    return f"Reading only {name} keeps {keeps} of its impact; {at_random}."
 
 
 OV_COPYING = "OV copying"
@@ -2189,8 +2191,8 @@ def what_it_attends_to(scores: pd.DataFrame) -> str:
     # What it attends to more than they do says more than what it leaves to them
     outside = above if above.max() > 0 else below  # nan where nothing is known
     if not outside.max() > 0:
-        inside = f"none of its {len(hero)} scores is told from the range of {n_others} other heads"
-        return f"Nothing special: {inside}."
+        inside = f"none of {len(hero)} attention scores is told to lie outside the range of"
+        return f"Like other heads: {inside} the {n_others} heads compared."
     name = str(outside.idxmax())
     row = hero.loc[name]
     direction = "more than" if above[name] > 0 else "less than"
@@ -2250,7 +2252,8 @@ def how_sure(standing: Standing, impact: pd.DataFrame) -> str:
     if is_first and not math.isnan(summary.get("crossfit", math.nan)):
         crossfit = f"{three_digits(summary['crossfit'])} nats"
         between = ends(summary, "crossfit_lo", "crossfit_hi")
-        answer += f" Chosen on one half of the text, measured on the other: {crossfit} {between}."
+        answer += " Chosen as the first on one half of the text, measured on the other half, "
+        answer += f"where the choice flatters nothing: {crossfit} {between}."
     return f"{answer} One training run: what another would show, this page cannot tell."
 
 

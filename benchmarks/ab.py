@@ -57,7 +57,7 @@ FULL = dict(  # half a minute a command on one thread, of which start is about a
     sae_steps=150,
     n_seqs=24,  # through every head of two layers, twice
 )
-SHORT = dict(steps=1, tokens=5_000, sae_steps=1, n_seqs=8)  # as little as each script takes: start
+SHORT = dict(steps=1, tokens=20_000, sae_steps=1, n_seqs=8)  # the start, and little more
 QUICK = dict(  # seconds, nearly all of them start
     preset="smoke",
     d_model=48,

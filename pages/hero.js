@@ -240,7 +240,7 @@ function drawHeads() {
   const y = axisOf(found.map(({ head }) => 1000 * head.delta));
   x.place = (v) => LEFT + ((v - x.low) / (x.high - x.low)) * (WIDTH - 8 - LEFT);
   y.place = (v) => HEIGHT - BOTTOM - ((v - y.low) / (y.high - y.low)) * (HEIGHT - BOTTOM - 8);
-  drawAxes(drawing, x, y, { x: `${scoreChoice.value} (%)`, y: "loss without it (millinats a token)" });
+  drawAxes(drawing, x, y, { x: `${scoreChoice.value} (%)`, y: "impact (millinats a token)" });
   const marks = found.map(({ head, value }) =>
     addMark(drawing, head, x.place(100 * value), y.place(1000 * head.delta)),
   );

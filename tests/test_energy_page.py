@@ -141,7 +141,7 @@ def test_the_number_of_features_is_that_of_the_table():
     [
         ((0.1, 0.5), "predicts better in 3 of 3 cases, worse in 0"),
         ((-0.5, -0.1), "predicts better in 0 of 3 cases, worse in 3"),
-        ((-0.5, 0.1), "cannot be told from it in any case"),
+        ((-0.5, 0.1), "neither better nor worse, as far as can be told"),
     ],
 )
 def test_attribution_is_compared_with_efas(over_efas, said):

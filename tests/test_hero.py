@@ -1360,7 +1360,7 @@ def answer(found: hero.Report, question: str) -> str:
 def test_impact_that_is_not_told_from_0_closes_everything(tmp_path):
     told = hero_tables.report(["a"])
     assert answer(told, "Does it matter?").startswith("Yes: without L3H1 a token costs 0.03 nats")
-    others = "2 other heads that write as much, drawn at random, cost 0.007 to 0.012"
+    others = "Of 2 other heads whose output is as large, drawn at random, each costs 0.007 to 0.012"
     assert others in answer(told, "Does it matter?")
     vague = hero_tables.report(["a"], impact=hero_tables.impact(0.03, -0.001, 0.06))
     said = answer(vague, "Does it matter?")
@@ -1386,7 +1386,7 @@ def test_only_kinds_of_keys_explain_and_only_beyond_as_many_at_random():
     told = hero_tables.report(["a"])
     said = answer(told, "What does it do?")
     assert "Reading only the last six tokens keeps 99 % [97, 101] of its impact" in said
-    assert "as many random keys 24 %" in said and "SAE" not in said
+    assert "as many tokens at random keep 24 %" in said and "SAE" not in said
     # Only what is best and clear of chance; a larger share that chance reaches is not
     rows = hero_tables.kept("keys: induction", 0.9, 0.1, 1.7, (0.5, -0.2, 1.2))
     rows += hero_tables.kept("keys: previous token", 0.4, 0.3, 0.5, (0.02, -0.02, 0.06))
@@ -1427,9 +1427,9 @@ def test_a_positional_head_is_seen_beside_other_heads_and_its_null_is_told_in_wo
     both += hero_tables.score("previous token", 0.35, (-0.01, 0.01), [0.02, 0.08])
     assert "35 % of its attention to the prev" in hero.what_it_attends_to(pd.DataFrame(both))
     inside = of("induction", 0.25, (0.1, 0.2), [0.2, 0.3])
-    assert inside.startswith("Nothing special: none of its 1 scores")
+    assert inside.startswith("Like other heads: none of 1 attention scores")
     no_interval = of("induction", 0.5, (math.nan, math.nan), [0.2, 0.3], ci_low=math.nan)
-    assert no_interval.startswith("Nothing special")
+    assert no_interval.startswith("Like other heads")
     assert "entropy is 53 % of the largest possible" in of("entropy", 0.53, (0, 0.01), [0.2, 0.3])
 
 
@@ -1444,13 +1444,18 @@ def test_copying_has_no_interval_and_is_told_all_the_same(value, says):
 
 def test_standing_out_is_what_phase_4_says():
     say = hero.does_it_stand_out
-    assert "no unique hero: it comes first of 36 heads" in say(hero_tables.standing())
+    assert "Not shown to be a unique hero: it comes first of 36 heads" in say(
+        hero_tables.standing()
+    )
     assert "in 37 % of resamples" in say(hero_tables.standing())
     assert say(hero_tables.standing(p_top1=0.99)).startswith("Yes, it is the unique hero")
     gap = dict(second_layer=5, second_head=2, gap=0.0018, gap_lo=-0.007, gap_hi=0.016)
     summary = pd.Series(gap | dict(unique_hero=False))
     said = say(hero_tables.standing(p_top1=0.99, summary=summary))
-    assert "no unique hero" in said and "L5H2 follows 0.0018 nats [-0.007, 0.016] behind" in said
+    assert (
+        "Not shown to be a unique hero" in said
+        and "L5H2 follows 0.0018 nats [-0.007, 0.016] behind" in said
+    )
     assert say(hero_tables.standing(p_max_t=math.nan)).startswith("Cannot tell")
     assert "chosen with --force_layer" in say(hero_tables.standing(first="L0H0"))
 
@@ -1461,7 +1466,8 @@ def test_tokens_that_need_the_head_are_named_where_many_are_alike():
     )
     said = hero.what_needs_it(pd.DataFrame(rows).assign(delta_nats=1.0))
     assert (
-        said == "Of the 10 tokens that lose most without it, 3 are “)”, and for 8 it looks at “x”."
+        said
+        == "Of the 10 tokens that lose most without it, 3 are “)”, and at 8 of the 10 it looks back at “x”."
     )
     rows = dict(next=list("abcdefghij"), attends_to=list("abcdefghij"))
     assert "have little in common" in hero.what_needs_it(pd.DataFrame(rows))

@@ -602,7 +602,7 @@ def telemetry_of(sigma: list[float], phase: str = "auto") -> pd.DataFrame:
 @pytest.mark.parametrize(
     "sigma, phase, word, lead",
     [
-        ([1.0, 1.02] * 15, "auto", "supported", "held sigma at its setpoint 1"),
+        ([1.0, 1.02] * 15, "auto", "supported", "at its setpoint 1"),
         ([1.0, 1.5] * 15, "auto", "not supported", "did not hold"),
         ([2.0, 2.5] * 15, "auto", "not supported", "did not hold"),
         ([1.0, 1.02] * 5, "auto", "cannot tell", "too few"),
@@ -642,7 +642,7 @@ def test_pages_that_are_there_are_linked_from_where_the_report_lies(tmp_path):
         link.words: link.address for link in report.links(run, tmp_path / "results" / "x.html")
     }
     assert found == {
-        "The first head, in detail": "../runs/a%20b/hero_analysis/hero_report.html",
+        "The head that matters most, in detail": "../runs/a%20b/hero_analysis/hero_report.html",
         "Features of the SAE adaptive/L3": "../runs/a%20b/saes/adaptive/L3/features.html",
     }
 

@@ -786,13 +786,13 @@ def judge_control(run: Run) -> list[Verdict]:
     if "control" in run.telemetry:
         free = after_settling(run.telemetry["control"], held) / run.target
         marks.append(Mark(free, f"no pressure {free:.3g}", True))
-    unit = "sigma over its setpoint; line: the nearest 90 % of samples"
+    unit = "sigma over its setpoint; line: the 90 % of samples nearest to it"
     drawing = draw(dots, marks, unit)
     if held.n < FEWEST_SAMPLES:
         few = f"{share}: too few, {FEWEST_SAMPLES} are needed"
         return [Verdict(claim, "cannot tell", few, drawing)]
-    noise = "it says that the mean is held, not that single samples are"
-    noise += f": noise of their size around the setpoint would give {held.noise_share:.0%}"
+    noise = "a loop that holds the mean exactly, with the noise of these samples, would have"
+    noise += f" {held.noise_share:.0%}"
     word = word_of(held.share >= 0.9, held.share < 0.9)
     return [Verdict(claim, word, f"{share}; {noise}", drawing)]
 
@@ -829,7 +829,7 @@ def judge_writes(run: Run) -> list[Verdict]:
     word = word_of(less == len(layers), more and not less)
     if less and less < len(layers):
         word = f"in {less} of {len(layers)} layers"
-    claim = "What the heads write is less alike too"
+    claim = "What the heads write to the residual stream is less alike"
     evidence = f"{told_by_layer(layers)}; intervals corrected for {len(layers)} layers, one seed"
     dots = []
     for number, layer in layers.iterrows():
@@ -990,8 +990,9 @@ def lead_control(run: Run) -> list[str]:
     compared = ""
     if "control" in run.telemetry:
         free = after_settling(run.telemetry["control"], held) / held.mean / run.target
-        compared = f"; without pressure it is {free:.2g} times as large"
-    return [f"The Homeostat held sigma at its setpoint {run.target:g}{compared}."]
+        compared = f"; without pressure it is {free:.2g} times that"
+    held_at = f"held sigma, how alike the heads are, at its setpoint {run.target:g}"
+    return [f"The Homeostat {held_at}{compared}."]
 
 
 def lead_price(run: Run) -> list[str]:
@@ -1029,7 +1030,8 @@ def lead_hero(run: Run) -> list[str]:
     cost = f"{arm.crossfit:+.4f} nats [{arm.crossfit_lo:+.4f}, {arm.crossfit_hi:+.4f}]"
     if not arm.crossfit_lo > 0:
         return [f"No head of the {arm.run} model is told to matter; first is {name}, {cost}."]
-    first = f"The {arm.run} model misses head {name} most ({cost})"
+    on = "on text that had no part in choosing it"
+    first = f"The head that the {arm.run} model can least do without is {name} ({cost}, {on})"
     if arm.unique_hero:
         return [f"{first}, and it stands out."]
     second = f"L{arm.second_layer:.0f}H{arm.second_head:.0f}"
@@ -1277,7 +1279,9 @@ def records(run: Run) -> list[tuple[str, dict[str, Any]]]:
 
 def links(run: Run, page: Path) -> list[Link]:
     """The other pages about the run, of those that are there; `page`: where this one will be."""
-    places = [("The first head, in detail", run.path / "hero_analysis" / "hero_report.html")]
+    places = [
+        ("The head that matters most, in detail", run.path / "hero_analysis" / "hero_report.html")
+    ]
     for path in sorted((run.path / "saes").glob("**/features*.html")):
         part = path.parent.relative_to(run.path / "saes").as_posix()
         words = "Features of an SAE" if part == "." else f"Features of the SAE {part}"
@@ -1375,7 +1379,7 @@ def render(runs: list[Run], page: Path) -> str:
         sections.append((section, parts))
     return render_page(
         "report.html",
-        title="What came out of " + " and ".join(run.name for run in runs),
+        title="Results of " + " and ".join(run.name for run in runs),
         runs=page_runs,
         headlines=headline_table(runs),
         sections=sections,
