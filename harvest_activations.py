@@ -1680,9 +1680,13 @@ def save_figure(draw: Callable[[bool], Any], path: Path, dpi: int = 130) -> None
         figure.draw_without_rendering()
         # What the layout solves for may differ in its last digits, and an SVG would show them
         figure.set_layout_engine("none")
+        for part in figure.subfigs:
+            part.bbox_relative.set_points(part.bbox_relative.get_points().round(4))
         for ax in figure.axes:
             place = ax.get_position(original=True).bounds
             ax.set_position([round(share, 4) for share in place])
+        for text in [text for part in (figure, *figure.subfigs) for text in part.texts]:
+            text.set_position([round(share, 4) for share in text.get_position()])
         for target in targets:
             is_svg = target.suffix == ".svg"
             # The same figure has the same bytes: no time, and names that hang on the content

@@ -24,7 +24,7 @@ SIMULATED = {
         "null_*": ("sae", "test_the_null_holds_what_turned_bases_give"),
     },
     "table2.csv": dict.fromkeys(
-        ["l0_*", "mse_*", "fvu_*"], ("sae", "test_intervals_over_documents_cover")
+        ["l0_*", "mse_*", "fvu_*", "ce_recovered_*"], ("sae", "test_intervals_over_documents_cover")
     ),
     "results_ablation_summary.csv": {
         "gap_*": ("ablation", "test_intervals_of_the_first_head_hold_the_truth_in_95_percent"),
