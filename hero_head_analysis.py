@@ -2130,7 +2130,7 @@ def what_needs_it(tokens: pd.DataFrame) -> str:
     if needed.iloc[0] >= COMMON * n:
         said.append(f"{needed.iloc[0]} are “{needed.index[0]}”")
     if looked.iloc[0] >= COMMON * n:
-        said.append(f"at {looked.iloc[0]} of the {n} it looks back at “{looked.index[0]}”")
+        said.append(f"it looks back at “{looked.index[0]}” for {looked.iloc[0]}")
     most = f"the {n} tokens that lose most without it"
     if not said:
         return f"{most[0].upper()}{most[1:]} have little in common."

@@ -1467,7 +1467,7 @@ def test_tokens_that_need_the_head_are_named_where_many_are_alike():
     said = hero.what_needs_it(pd.DataFrame(rows).assign(delta_nats=1.0))
     assert (
         said
-        == "Of the 10 tokens that lose most without it, 3 are “)”, and at 8 of the 10 it looks back at “x”."
+        == "Of the 10 tokens that lose most without it, 3 are “)”, and it looks back at “x” for 8."
     )
     rows = dict(next=list("abcdefghij"), attends_to=list("abcdefghij"))
     assert "have little in common" in hero.what_needs_it(pd.DataFrame(rows))

@@ -296,6 +296,13 @@ def test_the_page_in_a_browser(width, scheme, browser, hostile):
     assert page.evaluate("document.documentElement.scrollWidth") <= width, (
         "the page is wider than the screen"
     )
+    clipped = page.evaluate(
+        """() => [...document.querySelectorAll("svg.axis text")].filter(text => {
+            const own = text.getBoundingClientRect(), all = text.ownerSVGElement.getBoundingClientRect();
+            return own.left < all.left - 1 || own.right > all.right + 1;
+        }).map(text => text.textContent)"""
+    )
+    assert clipped == []
     # hover, toggles, keyboard
     cell = page.locator(".heat:not([hidden]) td").first
     cell.hover()

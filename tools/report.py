@@ -786,7 +786,7 @@ def judge_control(run: Run) -> list[Verdict]:
     if "control" in run.telemetry:
         free = after_settling(run.telemetry["control"], held) / run.target
         marks.append(Mark(free, f"no pressure {free:.3g}", True))
-    unit = "sigma over its setpoint; line: the 90 % of samples nearest to it"
+    unit = "sigma over its setpoint; line: the nearest 90 % of samples"
     drawing = draw(dots, marks, unit)
     if held.n < FEWEST_SAMPLES:
         few = f"{share}: too few, {FEWEST_SAMPLES} are needed"
