@@ -624,6 +624,8 @@ def test_whether_the_loop_held(sigma, phase, word, lead, tmp_path):
     (tmp_path / "adaptive" / "run.json").write_text(arguments)
     [found] = report.judge_control(run)
     assert found.word == word and (found.tone == "good") == (word == "supported")
+    # 66 letters of the smallest size are 344 pixels
+    assert found.drawing is None or len(found.drawing.unit) * 344 / 66 <= report.WIDTH
     assert lead in report.lead_control(run)[0]
     assert "one training seed (42)" in report.lead_seeds(run)[0]
 
