@@ -2431,8 +2431,8 @@ def is_prose(paragraph: str) -> bool:
 
 
 def statements(tree: ast.Module) -> list[ast.AST]:
-    """The tree and every statement in it, in the order of ast.walk, which would spend three
-    quarters of its time on expressions; they hold no documentation."""
+    """The tree and every statement in it, in the order of ast.walk, which would spend most
+    of its time on expressions; they hold no documentation."""
     found: list[ast.AST] = [tree]
     for node in found:  # it grows while it is read: breadth first
         for block in ("body", "cases", "handlers", "orelse", "finalbody"):
