@@ -1,10 +1,12 @@
 """The loader: splits, tokens, cache and windows, on every kind of local input; and what it says when there is no hub."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -464,3 +466,14 @@ def test_tokens_cached_by_an_older_reader_are_not_served(tmp_path):
     np.save(old.with_suffix(".documents.npy"), data.document_starts[:1])
     again = janus.HFWikiTextLoader(str(text), "train:300", 16, "train", tmp_path / "cache")
     assert len(again.tokens) == len(data.tokens)
+
+
+def test_statements_are_those_of_ast_walk_in_its_order():
+    """The built-in text is the same documents in the same order as by walking every expression."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for module in (janus, ast, threading, subprocess, np.lib, torch.nn.functional):
+        file = Path(module.__file__)
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        walked = [node for node in ast.walk(tree) if isinstance(node, documented)]
+        found = [node for node in janus.statements(tree) if isinstance(node, documented)]
+        assert found == walked
