@@ -2192,7 +2192,7 @@ def what_it_attends_to(scores: pd.DataFrame) -> str:
     outside = above if above.max() > 0 else below  # nan where nothing is known
     if not outside.max() > 0:
         inside = f"none of {len(hero)} attention scores is told to lie outside the range of"
-        return f"Like other heads: {inside} the {n_others} heads compared."
+        return f"Not told apart from other heads: {inside} the {n_others} heads compared."
     name = str(outside.idxmax())
     row = hero.loc[name]
     direction = "more than" if above[name] > 0 else "less than"

@@ -1427,9 +1427,9 @@ def test_a_positional_head_is_seen_beside_other_heads_and_its_null_is_told_in_wo
     both += hero_tables.score("previous token", 0.35, (-0.01, 0.01), [0.02, 0.08])
     assert "35 % of its attention to the prev" in hero.what_it_attends_to(pd.DataFrame(both))
     inside = of("induction", 0.25, (0.1, 0.2), [0.2, 0.3])
-    assert inside.startswith("Like other heads: none of 1 attention scores")
+    assert inside.startswith("Not told apart from other heads: none of 1 attention scores")
     no_interval = of("induction", 0.5, (math.nan, math.nan), [0.2, 0.3], ci_low=math.nan)
-    assert no_interval.startswith("Like other heads")
+    assert no_interval.startswith("Not told apart from other heads")
     assert "entropy is 53 % of the largest possible" in of("entropy", 0.53, (0, 0.01), [0.2, 0.3])
 
 
