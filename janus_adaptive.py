@@ -563,6 +563,7 @@ def train_model(training: Training, signals: list[int]) -> int:
         if is_sample or is_check:
             row = telemetry_row(step, args, loss, norm, grams, lambdas, pressure)
             row["tokens_per_s"] = clock.steps_per_s(step) * tokens_per_step(args)
+            row["sigma_floor"] = sampling_floor(args, model.cfg.d_head)
             training.telemetry.append(row)
         if is_sample:
             pressure.observe(step, sigma_of(grams).tolist(), rate / args.learning_rate)
@@ -601,6 +602,17 @@ def is_sampled(step: int, args: argparse.Namespace) -> bool:
     """Whether the tokens of this step count in the next sample of sigma."""
     steps_to_sample = -step % args.control_interval
     return steps_to_sample < args.sample_steps
+
+
+def sampling_floor(args: argparse.Namespace, d_head: int) -> float:
+    """sigma_z that independent heads would show on the tokens of one sample: the mean |cosine| of
+    two random vectors in n dimensions, about sqrt(2 / (pi n)). Neighbouring tokens are alike, so
+    n is less than assumed here and real heads stay above it. NaN in the residual stream, where it
+    depends on the model."""
+    if args.sigma_space != "z":
+        return math.nan
+    n = args.sample_steps * tokens_per_step(args) * d_head
+    return math.sqrt(2 / (math.pi * n))
 
 
 def add_to_sample(training: Training, grams: Tensor | None) -> Tensor:
@@ -1323,6 +1335,14 @@ def draw_sigma(ax: Any, curves: list[Curve], target: float) -> None:
         whole = "val_sigma_z" if table["sigma_z"].notna().any() else "val_sigma_resid"
         if whole in table:
             ax.plot(table["step"], table[whole], color=curve.colour, marker="o", ms=4, ls="")
+
+    # What no loop could go below with so few tokens a sample; the column came later
+    for curve in curves:
+        floor = curve.table.get("sigma_floor", pd.Series(math.nan)).dropna()
+        if len(floor):
+            name = f"least by chance {floor.iloc[-1]:.2g}"
+            ax.axhline(floor.iloc[-1], color="0.45", ls=(0, (1, 2)), lw=1.2, label=name)
+            break  # the arms are sampled alike
 
     # Only a loop has a setpoint to hold; a file from before the column of phases may be one
     for curve in curves:

@@ -42,6 +42,7 @@ def telemetry(arm: str, n: int = 60) -> pd.DataFrame:
     table["phase"] = np.where(step < 50, "warmup", "auto") if is_adaptive else "control"
     table["val_loss"] = np.where(step % 100 == 0, 5.0 + 0.2 * is_adaptive, np.nan)
     table["val_sigma_z"] = table["val_loss"] / 500
+    table["sigma_floor"] = 0.0014
     return table
 
 
@@ -212,10 +213,21 @@ def test_the_difference_is_adaptive_minus_control_in_either_order(arms):
     plt.close(figure)
 
 
+def named(panel) -> list[str]:
+    return [text.get_text() for text in panel.get_legend().get_texts()]
+
+
+def test_an_older_file_has_no_sampling_floor():
+    curve = janus.Curve("a", telemetry("control").drop(columns="sigma_floor"), "black")
+    figure = janus.training_figure([curve], 0.01, False)
+    assert figure.axes[1].get_legend() is None
+    plt.close(figure)
+
+
 def test_one_run_has_no_difference_and_the_control_no_marks():
     figure = janus.training_figure(curves("control"), 0.01, False)
     assert len(figure.axes) == 2 and not figure.axes[1].texts
-    assert figure.axes[1].get_legend() is None, "the control arm has no setpoint"
+    assert named(figure.axes[1]) == ["least by chance 0.0014"], "the control arm has no setpoint"
     plt.close(figure)
 
 
@@ -225,7 +237,7 @@ def test_a_constant_penalty_has_no_setpoint():
         curve = janus.Curve("a", table.assign(phase=phase), "black")
         figure = janus.training_figure([curve], 0.01, True)
         assert len(figure.axes) == 3
-        assert (figure.axes[1].get_legend() is not None) == has_one
+        assert ("setpoint 0.01" in named(figure.axes[1])) == has_one
         plt.close(figure)
 
 

@@ -172,6 +172,22 @@ def test_a_sample_is_sigma_of_all_its_steps(smoke_args, cache_dir, tmp_path):
     assert logged == pytest.approx([np.mean(sigmas)], rel=1e-4)
 
 
+def test_the_sampling_floor_is_that_of_independent_heads(smoke_checkpoint):
+    """Drawn: heads of independent normal numbers, as many as a sample of this run has."""
+    folder = smoke_checkpoint.parent
+    t = pd.read_csv(folder / "telemetry.csv")
+    args = json.loads((folder / "run.json").read_text())["arguments"]
+    d_head = torch.load(smoke_checkpoint, weights_only=True)["config"]["d_head"]
+    n = args["sample_steps"] * int(t["tokens"][0] / t["step"][0]) * d_head
+    z = np.random.default_rng(0).standard_normal((40, n), dtype=np.float32)
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    drawn = np.abs((z @ z.T)[np.triu_indices(40, 1)])
+    error = drawn.std() / np.sqrt(len(drawn))
+    assert t["sigma_floor"].nunique() == 1
+    assert t["sigma_floor"][0] == pytest.approx(drawn.mean(), abs=4 * error)
+    assert (t["sigma_z"] > t["sigma_floor"]).all()
+
+
 def test_a_setpoint_step_is_logged_and_pressed_for(smoke_args, tmp_path):
     moved = ["--control_interval", "5", "--k_p", "2", "--setpoint_step", "20", "0.001"]
     assert janus.main([*smoke_args, *moved, "--save_dir", str(tmp_path)]) == 0
