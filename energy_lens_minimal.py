@@ -2995,8 +2995,9 @@ def cost_line(clock: float) -> str:
     """Time since `clock` (of time.perf_counter), CPU time, threads and memory of this process."""
     minutes = (time.perf_counter() - clock) / 60
     cpu_minutes = time.process_time() / 60
-    threads = torch.get_num_threads()
-    times = f"{minutes:.1f} minutes, {cpu_minutes:.1f} CPU minutes on {threads} threads"
+    n_threads = torch.get_num_threads()
+    threads = "1 thread" if n_threads == 1 else f"{n_threads} threads"
+    times = f"{minutes:.1f} minutes, {cpu_minutes:.1f} CPU minutes on {threads}"
     memory = peak_gb()
     return times if math.isnan(memory) else f"{times}, peak {memory:.2f} GB"
 
@@ -4522,7 +4523,7 @@ def about_section(res: LensResults, args: Any, cost: str) -> list[ReportPart]:
     setting = (
         f"n = {n_seq} held-out sequences of 32 tokens, one a document, which are the unit of every "
         f"test; one training seed ({args.seed}), so nothing here speaks for other seeds. Preset "
-        f"{args.preset}, corpus `{args.corpus}`, gradient by {args.gradient}. {cost}."
+        f"{args.preset}, corpus {args.corpus}, gradient by {args.gradient}. {cost}."
     )
     meaning = EFAS_MEANING.format(quantity="energy")
     return [("lead", ("What EFAS is", meaning)), ("lead", ("What was run", setting))]

@@ -144,7 +144,8 @@ class Site:
 
 # A site is an entry here; --site and the width of its dump follow. One that NewGPT does not hand
 # out is made by a function of its own, `take`, from an activation that it does hand out. Such a
-# function stands above this table; `heads_alone`, below, shows how to call a part of a block.
+# function stands above this table; `heads_alone`, below, shows how to call a part of a block, and
+# `Attention.qkv`, among the shared regions, has the queries, keys and values.
 SITES = {
     "z": Site("H K", reads="z"),  # what each head puts out, before the output projection
     "attn_out": Site("D", reads="attn_out"),  # what the heads together add to the residual stream

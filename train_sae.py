@@ -117,9 +117,10 @@ PHASE_PRESETS: dict[str, dict[str, Any]] = {
 # `scale` makes the mean norm of x sqrt(D). Everything here is in these trained units, unless it is
 # called raw: those are the units of the dump.
 #
-# To add an architecture, write its forward beside these six and enter it in ARCHITECTURES. A flag
-# that it needs is one line in add_method_flags, and is `now.its_name` here. To change an
-# architecture that has a fast step (further below), change both, or train it with --plain.
+# To add an architecture, write its forward beside these and enter it in ARCHITECTURES. A flag that
+# it needs is one line in add_method_flags, and is `now.its_name` here. Where latents may be
+# negative, `auxiliary_loss` needs another selection of the dead ones. To change an architecture
+# that has a fast step (further below), change both, or train it with --plain.
 
 
 class Weights(SimpleNamespace):
