@@ -146,7 +146,7 @@ function makePiece(paragraph, piece) {
 
 const WIDTH = 640; // as the drawing says itself
 const HEIGHT = 360;
-const LEFT = 58; // of the frame, for the numbers of the axis
+const LEFT = 66; // of the frame, for the numbers of the axis
 const BOTTOM = 46;
 
 /** Round numbers between two ends, about n of them. */
@@ -210,7 +210,7 @@ function drawAxes(svg, x, y, labels) {
   }
   const middle = (frame.x1 + frame.x2) / 2;
   addShape("text", svg, { x: middle, y: HEIGHT - 8, "text-anchor": "middle" }, labels.x);
-  const up = { x: -(frame.y1 + frame.y2) / 2, y: 13, "text-anchor": "middle" };
+  const up = { x: -(frame.y1 + frame.y2) / 2, y: 20, "text-anchor": "middle" };
   addShape("text", svg, { ...up, transform: "rotate(-90)" }, labels.y);
 }
 

@@ -275,6 +275,26 @@ def hostile(edited) -> Path:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
+def test_the_words_of_the_axes_of_every_head_are_whole(width, browser, project):
+    page = browser.new_page(viewport=dict(width=width, height=900))
+    page.goto((project / "runs" / "base" / "hero_analysis" / "hero_report.html").as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    words, clipped = page.evaluate(
+        """() => {
+            const texts = [...document.querySelectorAll("#heads text")];
+            const isClipped = (text) => {
+                const own = text.getBoundingClientRect();
+                const all = text.ownerSVGElement.getBoundingClientRect();
+                return own.left < all.left || own.right > all.right || own.bottom > all.bottom;
+            };
+            const say = (some) => some.map((text) => text.textContent);
+            return [say(texts), say(texts.filter(isClipped))];
+        }"""
+    )
+    assert "impact (millinats a token)" in words and clipped == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_in_a_browser(width, scheme, browser, hostile):
     page = browser.new_page(viewport=dict(width=width, height=900), color_scheme=scheme)
