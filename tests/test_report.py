@@ -490,6 +490,18 @@ def test_a_score_stands_beside_the_comparison_heads(row, says):
     assert says in told
 
 
+def test_what_a_head_does_more_stands_before_what_it_hardly_does_at_all():
+    """The table that misled: an induction score of 6e-5, a quarter of the others' least, was said
+    of a head that gives half of its attention to the previous token."""
+    more = scores(0.54, 0.51, 0.56, (-0.01, 0.01))
+    none = scores(6e-5, 4e-5, 9e-5, (-0.01, 0.01)).assign(score="induction")
+    none.loc[1:, ["value", "ci_low", "ci_high"]] /= 1000
+    little = scores(0.02, 0.01, 0.03, (-0.01, 0.01)).assign(score="distance")
+    told = report.scores_beside_others(pd.concat((none, little, more)))
+    first, second = told.split(". ")
+    assert first.startswith("Previous token 0.54") and second.startswith("Distance 0.02")
+
+
 @pytest.mark.parametrize("ends", [(0.25, 0.6), (math.nan, math.nan)])
 def test_a_score_whose_interval_holds_theirs_is_not_told_from_them(ends):
     told = report.scores_beside_others(scores(0.53, *ends, (0.1, 0.2)))

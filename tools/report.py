@@ -491,9 +491,10 @@ def ablation(run: Run) -> list[Exhibit]:
 
 def scores_beside_others(scores: pd.DataFrame) -> str:
     """The two scores in which the hero is furthest from all comparison heads (random ones of its
-    model), with what the same score on shuffled text says."""
+    model), those in which it has more of it first; with what the same score on shuffled text
+    says."""
     others = scores[scores.role.str.startswith("random")]
-    standing_out = []  # (distance, sentence)
+    standing_out = []  # (whether it has more, distance, sentence)
     for row in scores[scores.role == "hero"].itertuples():
         # The same score of the heads that it is compared with
         values = others[others.score == row.score].value
@@ -501,19 +502,19 @@ def scores_beside_others(scores: pd.DataFrame) -> str:
         is_of_text = row.unit == "document"
         low = row.ci_low if is_of_text else row.value
         high = row.ci_high if is_of_text else row.value
-        if not (low > values.max() or high < values.min()):  # also where there is no interval
+        has_more = low > values.max()
+        if not (has_more or high < values.min()):  # also where there is no interval
             continue
-        nearest = values.max() if low > values.max() else values.min()
+        # All scores are shares: of attention, or of the largest possible value
+        distance = low - values.max() if has_more else values.min() - high
         span = f"{three_digits(values.min())} to {three_digits(values.max())}"
         told = f"{row.score} {three_digits(row.value)}, {len(values)} comparison heads {span}"
-        # As a share of the larger: scores have different units
-        distance = abs(row.value - nearest) / max(abs(row.value), abs(nearest))
-        standing_out.append((distance, f"{told}; {tell_shuffled(row)}"))
+        standing_out.append((has_more, distance, f"{told}; {tell_shuffled(row)}"))
     if not standing_out:
         return "In none of its scores is it told from the comparison heads."
     # Two are enough for a first look; the hero page has all
     standing_out.sort(reverse=True)
-    sentences = [f"{sentence[0].upper()}{sentence[1:]}." for _, sentence in standing_out[:2]]
+    sentences = [f"{told[0].upper()}{told[1:]}." for _, _, told in standing_out[:2]]
     return " ".join(sentences)
 
 
