@@ -477,10 +477,12 @@ def scores(value: float, low: float, high: float, above: tuple[float, float]) ->
         # The table that misled: as on shuffled text, yet twice the comparison heads
         (
             (0.53, 0.5, 0.56, (-0.02, 0.02)),
-            "the same on shuffled text (0.534): position, not content",
+            "about the same on shuffled text (53 %): position, not content",
         ),
-        ((0.53, 0.5, 0.56, (0.01, 0.02)), "less on shuffled text"),
-        ((0.53, 0.5, 0.56, (-0.02, -0.01)), "more on shuffled text"),
+        # Told from 0, but a twenty-fifth of the score
+        ((0.53, 0.5, 0.56, (0.01, 0.02)), "about the same on shuffled text (53 %)"),
+        ((0.53, 0.5, 0.56, (0.2, 0.3)), "on shuffled text 53 %: content matters"),
+        ((0.53, 0.5, 0.56, (-0.3, 0.3)), "on shuffled text 53 %, from which it cannot be told"),
         ((0.1, 0.05, 0.15, (math.nan, math.nan)), "not measured on shuffled text"),
     ],
 )

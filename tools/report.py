@@ -40,7 +40,7 @@ TOOLS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TOOLS.parent), str(TOOLS)]
 from headlines import Price, Tracking, after_settling, price, tracking  # noqa: E402
 
-from hero_head_analysis import render_page, three_digits  # noqa: E402
+from hero_head_analysis import about_content, render_page, three_digits  # noqa: E402
 from janus_adaptive import (  # noqa: E402
     HandoffError,
     atomic,
@@ -519,16 +519,11 @@ def scores_beside_others(scores: pd.DataFrame) -> str:
 
 
 def tell_shuffled(row: Any) -> str:
-    """What a score's null, the same score on shuffled text, means."""
-    null = f"({three_digits(row.null)})"
+    """What a score's null, the same score on shuffled text, means; as on the page of the hero."""
     # The interval is that of value - null, window by window
     if math.isnan(row.above_null_low):
         return "not measured on shuffled text"
-    if row.above_null_low > 0:
-        return f"less on shuffled text {null}: content, not position alone"
-    if row.above_null_high < 0:
-        return f"more on shuffled text {null}: content lowers it"
-    return f"the same on shuffled text {null}: position, not content"
+    return about_content(pd.Series(row._asdict()))
 
 
 def share_explained(preserving: pd.DataFrame, name: str) -> str:
