@@ -1208,8 +1208,9 @@ def read_telemetry(path: str | Path) -> pd.DataFrame:
     """A telemetry.csv of this script; HandoffError if it is not one."""
     try:
         frame = pd.read_csv(path)
-        # Raises if a column is missing or holds no numbers
-        frame[["step", "lambda", "sigma_z", "loss", "val_loss"]].astype(float)
+        # Raises if a column is missing, or any but the phase holds no numbers
+        frame[["step", "lambda", "sigma_z", "loss", "val_loss"]]
+        frame.drop(columns="phase", errors="ignore").astype(float)
         if frame["lambda"].isna().any() or not len(frame):
             raise ValueError("no rows, or rows without lambda")
     except (OSError, ValueError, KeyError) as e:

@@ -217,6 +217,15 @@ def named(panel) -> list[str]:
     return [text.get_text() for text in panel.get_legend().get_texts()]
 
 
+@pytest.mark.parametrize("column", ["sigma_floor", "sigma_filtered", "setpoint"])
+def test_words_in_a_column_of_numbers_are_one_line(column, tmp_path, capsys):
+    path = tmp_path / "telemetry.csv"
+    telemetry("adaptive").assign(**{column: "about .006"}).to_csv(path, index=False)
+    assert janus.main(["--redraw", str(path), "--save_dir", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "is not a telemetry.csv" in said
+
+
 def test_an_older_file_has_no_sampling_floor():
     curve = janus.Curve("a", telemetry("control").drop(columns="sigma_floor"), "black")
     figure = janus.training_figure([curve], 0.01, False)

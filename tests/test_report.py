@@ -510,6 +510,11 @@ def test_a_score_whose_interval_holds_theirs_is_not_told_from_them(ends):
     assert told == "In none of its scores is it told from the comparison heads."
 
 
+def test_an_older_file_has_no_score_on_shuffled_text():
+    older = scores(0.53, 0.5, 0.56, (0, 0)).drop(columns="above_null_low")
+    assert "not measured on shuffled text" in report.scores_beside_others(older)
+
+
 def test_a_score_of_the_weights_needs_no_interval():
     table = scores(0.9, math.nan, math.nan, (math.nan, math.nan))
     told = report.scores_beside_others(table.assign(score="OV copying", unit="permutation"))

@@ -520,8 +520,8 @@ def scores_beside_others(scores: pd.DataFrame) -> str:
 
 def tell_shuffled(row: Any) -> str:
     """What a score's null, the same score on shuffled text, means; as on the page of the hero."""
-    # The interval is that of value - null, window by window
-    if math.isnan(row.above_null_low):
+    # The interval is that of value - null, window by window; the column came later
+    if math.isnan(getattr(row, "above_null_low", math.nan)):
         return "not measured on shuffled text"
     return about_content(pd.Series(row._asdict()))
 
