@@ -605,10 +605,10 @@ def is_sampled(step: int, args: argparse.Namespace) -> bool:
 
 
 def sampling_floor(args: argparse.Namespace, d_head: int) -> float:
-    """sigma_z that independent heads would show on the tokens of one sample: the mean |cosine| of
-    two random vectors in n dimensions, about sqrt(2 / (pi n)). Neighbouring tokens are alike, so
-    n is less than assumed here and real heads stay above it. NaN in the residual stream, where it
-    depends on the model."""
+    """sigma_z that independent heads would show on the tokens of one sample, a cosine: the mean
+    |cosine| of two random vectors in n dimensions, about sqrt(2 / (pi n)). An orientation, no
+    bound: neighbouring tokens are alike, so that n is really less. NaN in the residual stream,
+    where it depends on the model."""
     if args.sigma_space != "z":
         return math.nan
     n = args.sample_steps * tokens_per_step(args) * d_head
@@ -1337,7 +1337,7 @@ def draw_sigma(ax: Any, curves: list[Curve], target: float) -> None:
         if whole in table:
             ax.plot(table["step"], table[whole], color=curve.colour, marker="o", ms=4, ls="")
 
-    # What no loop could go below with so few tokens a sample; the column came later
+    # What heads without any likeness would show on so few tokens; the column came later
     for curve in curves:
         floor = curve.table.get("sigma_floor", pd.Series(math.nan)).dropna()
         if len(floor):
