@@ -10,16 +10,26 @@ other head by more than chance (two tied heads are called so in 5 %), its impact
 p < .05), and the model beats word frequencies; otherwise there is "no unique hero". With fewer than
 32 documents there is no interval, no p value and no Hero Head: they would not be what they say.
 
+The exact effect of a head is dear: a pass of its own. Its first-order effect is cheap: one backward
+pass gives those of all heads. Over sequences the two move together, so the first-order effect of
+the whole split steadies the exact effect of some of its sequences (a control variate): the same
+quantity, with a smaller standard error. --plain does without.
+
 Every loss, and every z of another sequence, is of the validation split. The means of z and the word
 frequencies are of the training split.
 
 Reads   checkpoints of janus_adaptive.py with their tokenizer.json; the text that they name
 Writes  <stem>.csv           a row a run, mode and head: impact (nats a token), interval, p values
         <stem>.npz           behind it, float64: base [sequences], the loss without ablation; loss,
-                             KL, top-1 flips, first-order effect [sequences, layers, H]; and
-                             documents [sequences], the number of the document of each
+                             KL, top-1 flips, first-order effect [sequences, layers, H];
+                             documents [sequences], the number of the document of each; and of
+                             the split: base [windows], first-order effect [windows, layers, H]
         <stem>_summary.csv   a row a run and mode: Hero Head or none, and how unequal heads are
-        <stem>_figure4.png, <stem>_heatmap.png, <stem>_table3.csv, <stem>_table3.md, and run.json
+        <stem>_together.csv  what it costs to remove ever more heads, in the order of their impact,
+                             the other way round, and at random
+        <stem>_pairs.csv     the first heads in pairs: what both cost beyond each alone
+        <stem>_figure4.png, <stem>_heatmap.png, <stem>_together.png, <stem>_table3.csv,
+        <stem>_table3.md, and run.json
         METRICS.md explains each column.
 
 Quick   python ablation_test.py --adaptive_model checkpoints/smoke/janus_adaptive_final.pt
@@ -29,7 +39,7 @@ Full    python ablation_test.py --adaptive_model ./checkpoints/v1/janus_adaptive
         (144 heads x 10 passes over the validation split: meant for a GPU; prints its time first)
 
 Shapes  B batch, T tokens, D d_model, H heads, K d_head, L layers, V vocabulary,
-        n units of replication, R heads of all ablated layers.
+        n units of replication, N windows of the validation split, R heads of all ablated layers.
 """
 
 from __future__ import annotations
@@ -44,6 +54,7 @@ import gc
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -62,7 +73,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -91,13 +102,18 @@ REMEDY = "python ablation_test.py --adaptive_model PATH"
 # With fewer units there is no interval and no p value. Where half of the units do not know the
 # first head, a 95 % interval of its cross-fitted impact holds 90 % of the time at 16, 93 % at 32
 MIN_UNITS = 32
-# n_seqs: validation sequences, 0 is all; n_mean: training sequences behind a mean;
+# n_seqs: validation sequences, 0 is all; n_linear: those of the first-order effects; n_together:
+# those without several heads at once, 0 is none; n_mean: training sequences behind a mean;
 # resample_draws: draws of a random mode; batch_size: sequences.
 PHASE_PRESETS: dict[str, dict[str, int]] = {
-    "full": dict(n_seqs=0, n_mean=256, resample_draws=8, batch_size=4),
-    "published": dict(n_seqs=0, n_mean=256, resample_draws=8, batch_size=4),
-    "demo": dict(n_seqs=48, n_mean=128, resample_draws=1, batch_size=16),
-    "smoke": dict(n_seqs=24, n_mean=24, resample_draws=2, batch_size=12),
+    "full": dict(n_seqs=0, n_linear=0, n_together=256, n_mean=256, resample_draws=8, batch_size=4),
+    "published": dict(
+        n_seqs=0, n_linear=0, n_together=256, n_mean=256, resample_draws=8, batch_size=4
+    ),
+    "demo": dict(
+        n_seqs=48, n_linear=480, n_together=40, n_mean=128, resample_draws=1, batch_size=16
+    ),
+    "smoke": dict(n_seqs=24, n_linear=96, n_together=0, n_mean=24, resample_draws=2, batch_size=12),
 }
 
 
@@ -119,6 +135,7 @@ class Batch:
     model    computes z of other tokens (`head_z`)
     val      the validation split, which the batch is from
     windows  [B] numbers of the batch's sequences in `val`
+    fitted   {layer: [H, K]} what the mode's `fit` returned, or none
     seed     of --seed: the same draws for every model and batch size
     draw     which draw of a random mode this is, from 0
     """
@@ -130,6 +147,7 @@ class Batch:
     windows: np.ndarray
     seed: int
     draw: int = 0
+    fitted: dict[int, Tensor] | None = None
 
 
 @dataclass
@@ -138,10 +156,13 @@ class Mode:
 
     substitute  Batch -> {layer: what replaces z}, of a shape that broadcasts to [B, T, H, K]
     random      True: the substitute depends on `draw`, and scores are means over --resample_draws
+    fit         what is learned before from text of the training split, or none: like
+                `fit_constants`. Dear, so only for the heads of the second stage where there is one
     """
 
     substitute: Callable[[Batch], dict[int, Tensor]]
     random: bool = False
+    fit: Callable[..., dict[int, Tensor]] | None = None
 
 
 def mean_ablation(batch: Batch) -> dict[int, Tensor]:
@@ -166,12 +187,84 @@ def resample_ablation(batch: Batch) -> dict[int, Tensor]:
     return head_z(batch.model, tokens, list(batch.z))
 
 
+def optimal_ablation(batch: Batch) -> dict[int, Tensor]:
+    """The constant that hurts least: what is lost with it is what the head says about this text, and
+    no more. Source: Li and Janson 2024, arXiv 2409.09951. In a model that was trained on other text
+    a constant also teaches it what is frequent in this one: then the loss falls."""
+    assert batch.fitted is not None
+    return batch.fitted
+
+
+FIT_STEPS = 32
+FIT_BATCH = 16  # windows of the training split in each step, other ones in every step
+FIT_CHECK = 32  # further windows, which choose among what was found
+FIT_RATE = 0.2  # of Adam, in standard deviations of z; falls linearly to 0
+
+
+def fit_constants(
+    model: NewGPT,
+    tokens: Tensor,
+    targets: Tensor,
+    mean_z: dict[int, Tensor],
+    chosen: dict[int, list[int]],
+) -> dict[int, Tensor]:
+    """{layer: [H, K]}: for each of the chosen {layer: heads} a constant under which the loss is
+    small, by gradient steps from the mean; the mean for the other heads.
+
+    tokens, targets [N, T]: the first FIT_CHECK windows choose for each head among the mean, zero
+    and what was found on the way; the steps take FIT_BATCH others each. Without the choice the
+    constants would follow the noise of the batches, and hurt more than the mean on other text.
+    """
+    layers = list(chosen)
+    checked = clean_pass(model, tokens[:FIT_CHECK], targets[:FIT_CHECK], layers)
+    spread = {layer: checked.z[layer].float().std((0, 1)) for layer in layers}  # [H, K]
+    shift = {layer: torch.zeros_like(mean_z[layer], requires_grad=True) for layer in layers}
+    optimizer = torch.optim.Adam(list(shift.values()), lr=FIT_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=FIT_STEPS)
+
+    found = {layer: [mean_z[layer], torch.zeros_like(mean_z[layer])] for layer in layers}
+    for step in range(FIT_STEPS):
+        start = FIT_CHECK + step * FIT_BATCH
+        rows = slice(start, start + FIT_BATCH)
+        clean = clean_pass(model, tokens[rows], targets[rows], layers)
+        optimizer.zero_grad()
+        for layer, heads in chosen.items():
+            with torch.enable_grad():
+                constant = mean_z[layer] + shift[layer] * spread[layer]  # [H, K]
+                losses = constant_losses(model, clean, layer, constant, heads)  # [C]
+                losses.sum().backward()  # each depends on the constant of its own head alone
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % (FIT_STEPS // 4) == 0:
+            for layer in layers:
+                found[layer].append((mean_z[layer] + shift[layer] * spread[layer]).detach())
+
+    # What is best for each head on text that none of it was found on
+    constants = {}
+    for layer, heads in chosen.items():
+        candidates = torch.stack(found[layer])  # [6, H, K]
+        by_candidate = [constant_losses(model, checked, layer, z, heads) for z in candidates]
+        best = torch.stack(by_candidate).argmin(0)  # [C]
+        constants[layer] = mean_z[layer].clone()
+        constants[layer][heads] = candidates[best, heads]
+    return constants
+
+
+def constant_losses(
+    model: NewGPT, clean: CleanPass, layer: int, constant: Tensor, heads: list[int]
+) -> Tensor:
+    """Mean loss [C] with each of the heads replaced in turn by its row of `constant` [H, K]."""
+    scores = ablate_layer(model, clean, layer, constant, heads)
+    return scores["loss"][1:].mean((1, 2))
+
+
 # A new mode is a function and a line here. Of the modes that are measured the first one in this
 # table ranks the heads.
 MODES = {
     "mean": Mode(mean_ablation),
     "zero": Mode(zero_ablation),
     "resample": Mode(resample_ablation, random=True),
+    "optimal": Mode(optimal_ablation, fit=fit_constants),
 }
 DEFAULT_MODES = ["mean", "zero", "resample"]  # the others are measured when --mode names them
 
@@ -263,6 +356,7 @@ class CleanPass:
     resid_mid  {layer: [B, T, D]} residual stream between attention and MLP
     final      [B, T, D] residual stream after the last block
     targets    [B, T] the tokens to predict
+    loss       [B] mean loss of each sequence, nats a token
     """
 
     z: dict[int, Tensor]
@@ -270,6 +364,7 @@ class CleanPass:
     resid_mid: dict[int, Tensor]
     final: Tensor
     targets: Tensor
+    loss: Tensor
 
 
 def clean_pass(model: NewGPT, tokens: Tensor, targets: Tensor, layers: list[int]) -> CleanPass:
@@ -292,14 +387,20 @@ def clean_pass(model: NewGPT, tokens: Tensor, targets: Tensor, layers: list[int]
         resid_mid={layer: tap[f"resid_mid.{layer}"].detach() for layer in layers},
         final=final.detach(),
         targets=targets,
+        loss=loss.detach().unflatten(1, targets.shape)[0].mean(1),
     )
 
 
 def ablate_layer(
-    model: NewGPT, clean: CleanPass, layer: int, substitute: Tensor
+    model: NewGPT,
+    clean: CleanPass,
+    layer: int,
+    substitute: Tensor,
+    heads: list[int] | None = None,
 ) -> dict[str, Tensor]:
     """Replaces z of each head of a layer in turn by `substitute` (broadcast to [B, T, H, K]) ->
-    {score: [1 + H, B, T]} for SCORES; row 0 is the clean model.
+    {score: [1 + H, B, T]} for SCORES; row 0 is the clean model. `heads`: of these alone, H is their
+    number.
 
     Exact without attention of the layer or anything before it: a variant starts from the clean
     residual stream after attention plus (substitute - z)_h W_O,h. The heads run as one batch.
@@ -308,7 +409,11 @@ def ablate_layer(
     block: Any = model.blocks[layer]
     z = clean.z[layer]  # [B, T, H, K]
     w_o = block.attn.w_o.weight.unflatten(1, z.shape[2:])  # [D, H, K]
-    change = torch.einsum("bthk,dhk->hbtd", substitute - z, w_o)  # [H, B, T, D]
+    difference = substitute - z  # [B, T, H, K]
+    if heads is not None:
+        w_o = w_o[:, heads]
+        difference = difference[:, :, heads]
+    change = torch.einsum("bthk,dhk->hbtd", difference, w_o)  # [H, B, T, D]
 
     # The rest of the model, on all heads' variants at once
     mid = (clean.resid_mid[layer] + change).flatten(0, 1)  # [H B, T, D]
@@ -329,21 +434,149 @@ def first_order(clean: CleanPass, layer: int, substitute: Tensor) -> Tensor:
 
 
 def ablate_heads(
-    model: NewGPT, clean: CleanPass, substitute: dict[int, Tensor]
+    model: NewGPT,
+    clean: CleanPass,
+    substitute: dict[int, Tensor],
+    chosen: dict[int, list[int]] | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Puts `substitute` {layer: z} in the place of z of every head in turn -> the clean loss [B],
-    and {score: [B, layers, H]} for SCORES and first_order; means over tokens, float64."""
+    and {score: [B, layers, H]} for SCORES and first_order; means over tokens, float64. `chosen`
+    {layer: heads}: of these alone, and NaN for the others."""
     effects: dict[str, list[np.ndarray]] = {name: [] for name in [*SCORES, "first_order"]}
-    for layer in clean.z:
-        scores = ablate_layer(model, clean, layer, substitute[layer])  # [1 + H, B, T] each
-        means = {name: score.mean(-1) for name, score in scores.items()}  # [1 + H, B] each
-        of_heads = {name: mean[1:].T for name, mean in means.items()}  # [B, H] each
-        of_heads["first_order"] = first_order(clean, layer, substitute[layer])
+    for layer, z in clean.z.items():
+        heads = list(range(z.shape[2])) if chosen is None else chosen[layer]  # C of them
+        given = None if chosen is None else heads
+        scores = ablate_layer(model, clean, layer, substitute[layer], given)  # [1 + C, B, T] each
+        of_heads = {"first_order": first_order(clean, layer, substitute[layer])}  # [B, H]
+        for name, score in scores.items():
+            means = score.mean(-1)  # [1 + C, B]
+            of_heads[name] = means.new_full((z.shape[0], z.shape[2]), math.nan)
+            of_heads[name][:, heads] = means[1:].T
         for name, values in of_heads.items():
             effects[name].append(values.cpu().double().numpy())
     # Row 0 went through the same product as the ablated ones, so that its rounding is theirs
-    base = means["loss"][0].cpu().double().numpy()  # [B]
+    base = scores["loss"][0].mean(-1).cpu().double().numpy()  # [B]
     return base, {name: np.stack(layers, axis=1) for name, layers in effects.items()}
+
+
+def first_order_heads(
+    _model: NewGPT, clean: CleanPass, substitute: dict[int, Tensor]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What `ablate_heads` returns, as far as the clean pass knows it: no head is ablated."""
+    effects = [first_order(clean, layer, substitute[layer]) for layer in clean.z]  # [B, H] each
+    stacked = torch.stack(effects, dim=1)  # [B, layers, H]
+    base = clean.loss.cpu().double().numpy()  # [B]
+    return base, {"first_order": stacked.cpu().double().numpy()}
+
+
+# ---- what heads do together
+
+
+def joint_loss(
+    model: NewGPT,
+    tokens: Tensor,
+    targets: Tensor,
+    mean_z: dict[int, Tensor],
+    removed: dict[int, Tensor],
+) -> Tensor:
+    """Loss of each sequence [S, B], nats a token, when all heads of a set are replaced by their
+    means at once. tokens, targets [B, T]; removed {layer: [S, H] bool}, a row a set."""
+    n_sets = len(next(iter(removed.values())))
+    n_sequences, n_tokens = tokens.shape
+    cos = model.rope_cos[:n_tokens]
+    sin = model.rope_sin[:n_tokens]
+    # All sets as one batch; each head reads what the model without its set has written so far
+    x = model.embed(tokens).repeat(n_sets, 1, 1)  # [S B, T, D]
+    for layer in range(len(model.blocks)):
+        block: Any = model.blocks[layer]
+        z, _ = block.attn(block.norm_attn(x), cos, sin)  # [S B, T, H, K]
+        if layer in removed:
+            is_gone = removed[layer].repeat_interleave(n_sequences, dim=0)  # [S B, H]
+            z = torch.where(is_gone[:, None, :, None], mean_z[layer].to(z.dtype), z)
+        mid = x + block.write(z)
+        x = mid + block.mlp(mid)
+    final = x.unflatten(0, (n_sets, n_sequences)).flatten(1, 2)  # [S, B T, D]
+    loss = token_scores(model, final, targets.flatten())["loss"]  # [S, B T]
+    return loss.unflatten(1, targets.shape).mean(-1)
+
+
+RANDOM_ORDERS = 10
+STEPS = 8  # in which all heads are removed, largest or smallest impact first
+RANDOM_STEPS = 4  # in a random order, the last of which removes all and is left out
+PAIRED = 6  # heads of largest impact whose pairs are measured
+LOUD = 2  # further ones that write most: of two copies of a head neither has an impact alone
+
+
+def write_size(
+    model: NewGPT, tokens: Tensor, mean_z: dict[int, Tensor], layers: list[int]
+) -> np.ndarray:
+    """How much each head says beyond what it says on average [R]: the mean over tokens [B, T] of
+    the norm of (z - mean z)_h W_O,h."""
+    sizes = []
+    for layer, z in head_z(model, tokens, layers).items():
+        attention: Any = model.blocks[layer].attn
+        w_o = attention.w_o.weight.unflatten(1, z.shape[2:])  # [D, H, K]
+        written = torch.einsum("bthk,dhk->bthd", z.float() - mean_z[layer], w_o.float())
+        sizes.append(written.norm(dim=-1).mean((0, 1)))  # [H]
+    return torch.cat(sizes).cpu().double().numpy()
+
+
+def plan_sets(impact: np.ndarray, size: np.ndarray, seed: int) -> tuple[list[str], np.ndarray]:
+    """Which heads to remove together, by their impact [R] and how much they write [R] -> the kind
+    of each set, and the sets [S, R] bool: none; ever more of the first, the last, those that write
+    least, and random ones; the first and the loudest heads alone and in pairs."""
+    n_heads = len(impact)
+    by_impact = np.argsort(-impact, kind="stable")  # [R]
+    orders = {"largest first": by_impact, "smallest first": by_impact[::-1]}
+    orders["quietest first"] = np.argsort(size, kind="stable")
+    rng = np.random.default_rng(seed)
+    for i in range(RANDOM_ORDERS):
+        orders[f"random {i}"] = rng.permutation(n_heads)
+    members: list[tuple[str, np.ndarray]] = [("none", by_impact[:0])]
+    for name, order in orders.items():
+        is_random = name.startswith("random")
+        sizes = set_sizes(n_heads, RANDOM_STEPS)[:-1] if is_random else set_sizes(n_heads, STEPS)
+        members += [(name, order[:n_removed]) for n_removed in sizes]
+    rest = by_impact[PAIRED:]
+    loudest = rest[np.argsort(-size[rest], kind="stable")][:LOUD]
+    paired = [*by_impact[:PAIRED], *loudest]
+    members += [("alone", np.array([head])) for head in paired]
+    members += [("pair", np.array(pair)) for pair in itertools.combinations(paired, 2)]
+    sets = np.zeros((len(members), n_heads), dtype=bool)
+    for row, (_, heads) in zip(sets, members, strict=True):
+        row[heads] = True
+    return [name for name, _ in members], sets
+
+
+def set_sizes(n_heads: int, n_steps: int) -> list[int]:
+    """Numbers of heads to remove: about evenly spaced, up to all."""
+    return sorted({round(n_heads * k / n_steps) for k in range(1, n_steps + 1)} - {0})
+
+
+def interactions(alone: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """What two heads cost together beyond what each costs alone, in each unit [n, P].
+
+    Above 0: each stands in for the other (a backup), and losing both is worse than the sum. Below
+    0: both serve one purpose, which is lost with either.
+
+    alone [n, C]: the cost of each head; pairs [n, P]: of each of the P = C (C - 1) / 2 pairs, in
+    the order of itertools.combinations.
+    """
+    i, j = np.array(list(itertools.combinations(range(alone.shape[1]), 2))).T  # [P] each
+    return pairs - alone[:, i] - alone[:, j]
+
+
+def heads_to_spare(cost: np.ndarray, sizes: np.ndarray, limit: float) -> float:
+    """How many heads can go, in the order in which they went, before the cost [sizes] of the first
+    `sizes` of them reaches `limit`; between two sizes by a straight line."""
+    cost = np.concatenate(([0.0], cost))
+    sizes = np.concatenate(([0], sizes))
+    too_dear = np.flatnonzero(cost >= limit)
+    if not len(too_dear):
+        return float(sizes[-1])
+    k = too_dear[0]
+    share = (limit - cost[k - 1]) / (cost[k] - cost[k - 1])
+    return float(sizes[k - 1] + share * (sizes[k] - sizes[k - 1]))
 
 
 # ---- is one head a Hero Head?
@@ -390,6 +623,92 @@ def units(values: np.ndarray, documents: np.ndarray) -> np.ndarray:
     deviation = np.zeros((unit.max() + 1, values.shape[1]))  # [n, R]
     np.add.at(deviation, unit, values - mean)
     return mean + deviation * len(deviation) / len(values)
+
+
+# The control variate: what is estimated stays the mean exact effect, over the whole split.
+
+
+def steady(
+    exact: np.ndarray, linear: np.ndarray, split_mean: np.ndarray, documents: np.ndarray
+) -> np.ndarray:
+    """Effects of the heads in some sequences -> values [sequences, R], whose mean estimates the
+    mean exact effect over the whole split without bias, and with less noise than that of `exact`.
+
+    A sequence in which the first-order effect is above its mean over the split probably has an
+    exact effect above its own: so much is taken off, by the regression of one on the other.
+    Source: control variates, e.g. Owen, Monte Carlo theory, 8.9.
+
+    exact       [sequences, R] change of the loss, nats a token
+    linear      [sequences, R] the same to first order
+    split_mean  [R] mean of `linear` over all windows of the split
+    documents   [sequences] number of the document of each
+    """
+    slope = slope_of_others(linear, exact, documents)  # [sequences, R]
+    return exact - slope * (linear - split_mean)
+
+
+def units_elsewhere(
+    exact: np.ndarray,
+    linear: np.ndarray,
+    split_linear: np.ndarray,
+    documents: np.ndarray,
+    split_documents: np.ndarray,
+) -> np.ndarray:
+    """What `units` returns, for statements about other documents, of which those of the split are a
+    sample: a value a document of the split [documents, R], with the steadied impact as mean.
+
+    exact, linear [sequences, R], split_linear [N, R]: effects; the document of each row of them.
+    """
+    spread = np.maximum(linear.var(0), 1e-300)
+    slope = ((linear - linear.mean(0)) * (exact - exact.mean(0))).mean(0) / spread  # [R]
+    rest = exact - slope * linear  # [sequences, R], what first-order effects do not know
+    known = slope * split_linear  # [N, R], what they know
+    # By how much each document moves the estimate, through either part
+    numbers, split_unit = np.unique(split_documents, return_inverse=True)
+    unit = np.searchsorted(numbers, documents)
+    moves = np.zeros((len(numbers), exact.shape[1]))
+    np.add.at(moves, unit, (rest - rest.mean(0)) / len(rest))
+    np.add.at(moves, split_unit, (known - known.mean(0)) / len(known))
+    return rest.mean(0) + known.mean(0) + len(moves) * moves
+
+
+def slope_of_others(x: np.ndarray, y: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Slope of y on x [sequences, R], for each sequence fitted to the other documents alone -> the
+    same shape.
+
+    A slope that knew the sequence would follow its noise, and bias the mean. Where x and y have
+    little to do with one another it shrinks to 0: fitting it would add more noise than it takes.
+    """
+    _, unit = np.unique(documents, return_inverse=True)  # [sequences], 0 to n - 1
+
+    def of_others(values: np.ndarray) -> np.ndarray:
+        """Sums of values [sequences, C] over all sequences of other documents, same shape."""
+        own = np.zeros((unit.max() + 1, values.shape[1]))  # [n, C]
+        np.add.at(own, unit, values)
+        return values.sum(0) - own[unit]
+
+    x = x - x.mean(0)  # sums of squares lose no digits
+    y = y - y.mean(0)
+    count = of_others(np.ones((len(x), 1)))  # [sequences, 1]
+    x_sum = of_others(x)  # [sequences, R]
+    y_sum = of_others(y)
+    xx = of_others(x * x) - x_sum**2 / count
+    yy = of_others(y * y) - y_sum**2 / count
+    xy = of_others(x * y) - x_sum * y_sum / count
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # F statistic of the regression: about 1 where there is no relation
+        squared = xy**2 / (xx * yy)  # of the correlation
+        f = squared * (count - 2) / (1 - squared)
+        slope = xy / xx * np.maximum(0, 1 - 1 / f)
+    return np.nan_to_num(slope, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Pearson's correlation of the columns of x and y [n, R] -> [R]; 0 where one is constant."""
+    x = x - x.mean(0)
+    y = y - y.mean(0)
+    norms = np.sqrt((x * x).sum(0) * (y * y).sum(0))
+    return (x * y).sum(0) / np.maximum(norms, 1e-300)
 
 
 def head_statistics(delta: np.ndarray, draws: int, seed: int) -> HeadStatistics:
@@ -451,6 +770,7 @@ def head_statistics(delta: np.ndarray, draws: int, seed: int) -> HeadStatistics:
 
 # Empty where there are fewer than MIN_UNITS
 UNCERTAIN_COLUMNS = ["se", "ci_lo", "ci_hi", "ci_all_lo", "ci_all_hi", "p_maxT", "q_bh", "p_top1"]
+ERRORS_BESIDE = ["se_plain", "se_elsewhere"]  # empty there too
 UNCERTAIN_SUMMARY = [
     *("p_top1", "p_maxT", "gap_lo", "gap_hi", "crossfit", "crossfit_lo", "crossfit_hi"),
     *("noise_limit", "min_detectable"),
@@ -570,6 +890,43 @@ def lead_interval(delta: np.ndarray, hero: int, draws: int, seed: int) -> tuple[
     low, _ = interval(lead, t)
     _, high = interval(lead, t, together=True)
     return low.min(), high.min()
+
+
+CHANCE_LOST = 0.01  # that the first head is not among those of the second stage
+
+
+def may_lead(values: np.ndarray, chance: float = CHANCE_LOST) -> np.ndarray:
+    """Which heads may still be the first, by few sequences: their numbers, the likeliest first; the
+    first one is among them but for a probability of `chance`.
+
+    values [n, R]. A head is let go if the one in front is ahead of it by a paired t test. That one
+    was chosen among R - 1 others, so each test is at chance / (R - 1): the first head is lost only
+    if one of the others beats it by that much (Bonferroni).
+    """
+    n, n_heads = values.shape
+    impact = values.mean(0)
+    leader = impact.argmax()
+    lead = values[:, [leader]] - values  # [n, R]
+    t = lead.mean(0) / standard_error(lead)  # [R]
+    p = stats.t.sf(t, n - 1)  # that chance alone put the leader in front of each
+    p[leader] = 1.0
+    order = np.lexsort((-impact, -p))
+    n_kept = (p > chance / (n_heads - 1)).sum()
+    return order[: max(n_kept, 2)]  # the first, and one to compare it with
+
+
+def p_missed(confirmed: np.ndarray, dropped: np.ndarray) -> float:
+    """p value against "a head that was dropped is in truth the first".
+
+    confirmed [n2, C]: the heads of the second stage, in its units; dropped [n, D]: the others, in
+    those of the first. The first of the C must be above every one of the D by Welch's t test, so
+    the largest p counts; it was picked as the largest of C, so times C (Bonferroni).
+    """
+    if dropped.shape[1] == 0:
+        return 0.0
+    first = confirmed[:, [confirmed.mean(0).argmax()]]  # [n2, 1]
+    p = stats.ttest_ind(first, dropped, equal_var=False, alternative="greater").pvalue  # [D]
+    return min(1.0, float(p.max() * confirmed.shape[1]))
 
 
 def cross_fit(delta: np.ndarray, seed: int, halvings: int = 100) -> np.ndarray:
@@ -749,6 +1106,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass
+class Bench:
+    """An arm, what its measurements need, and what they gave.
+
+    measure    `measure` with its first four arguments given
+    precision  the context of the products
+    mean_z     {layer: [H, K]} means of z over the training split
+    fit_text   tokens and targets [B, T] of the training split, for modes that learn from it
+    cost       seconds that it takes, by the first few sequences
+    seconds    a sequence in the last stage
+    arrays     {name: array} of the .npz, without the name of the run
+    kept       [C] numbers of the heads of the second stage, or none
+    """
+
+    arm: Arm
+    measure: MeasureArm
+    precision: Any
+    mean_z: dict[int, Tensor]
+    fit_text: tuple[Tensor, Tensor]
+    cost: Cost
+    arrays: dict[str, np.ndarray]
+    seconds: float = math.nan
+    kept: np.ndarray | None = None
+
+
 def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Ablates every head of every arm -> the arrays of the .npz, and the facts of its sidecar."""
     keep_memory()
@@ -758,30 +1140,45 @@ def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
     fill_in_sizes(args, reference)
     with rank_0_first():  # it fills the cache
         train, val = open_splits(args, reference)
-    windows = val.spread(args.n_seqs)
+    benches = {name: prepare(arm, train, val, args, autocast) for name, arm in arms.items()}
+    started = time.perf_counter()
+    if args.minutes:
+        plan_first_stage(benches, val, args)
 
     # Every arm on the same sequences
-    losses = {
-        "windows": windows,
-        "documents": val.documents(windows)[:, 0],  # where each begins
-        "unigram": unigram_loss(train, val, windows),
-    }
+    text = choose_windows(args, val)
+    for name, bench in benches.items():
+        announce_cost(name, bench, text, args)
+        first_stage(name, bench, text, args)
+    if has_second_stage(args):
+        seconds_left = 60 * (args.minutes or 0) - (time.perf_counter() - started)
+        most = args.keep or heads_in_time(benches, seconds_left, args)
+        for name, bench in benches.items():
+            choose_heads(name, bench, text, val, most, args)
+        text.fresh = choose_fresh(benches, text, val, seconds_left, args)
+        for name, bench in benches.items():
+            second_stage(name, bench, text, args)
+    if len(text.together):
+        for name, bench in benches.items():
+            measure_together(name, bench, text, val, args)
+
+    # As the .npz holds them
+    losses: dict[str, np.ndarray] = {}
+    parts = {"": text.exact, "split.": text.linear, "confirm.": text.fresh}
+    for prefix, windows in (parts | {"together.": text.together}).items():
+        if len(windows):
+            losses |= about_windows(prefix, train, val, windows)
     about_arms = {}
-    for name, arm in arms.items():
-        arm.model.requires_grad_(False)
-        mean_z = training_means(arm.model, train, args, autocast)
-        measure_arm = functools.partial(measure, arm.model, val, mean_z, args)
-        precision = choose_precision(measure_arm, windows, args, autocast)
-        announce_cost(name, measure_arm, windows, args, arm.model.cfg, precision)
-        of_arm = measure_arm(windows, args.mode, args.layers, precision, name)
-        for array, values in of_arm.items():
+    for name, bench in benches.items():
+        for array, values in bench.arrays.items():
             losses[f"{name}.{array}"] = values
         about_arms[name] = {
-            "seed": arm.checkpoint["seed"],
-            "checkpoint": str(arm.path),
-            "ckpt_sha": sha256(arm.path),
-            "n_heads": arm.model.cfg.n_heads,
-            "dtype": "bfloat16" if is_bfloat16(precision) else "float32",
+            "seed": bench.arm.checkpoint["seed"],
+            "checkpoint": str(bench.arm.path),
+            "ckpt_sha": sha256(bench.arm.path),
+            "n_heads": bench.arm.model.cfg.n_heads,
+            "dtype": "bfloat16" if is_bfloat16(bench.precision) else "float32",
+            "seconds_a_sequence": round(bench.seconds, 4),
         }
     facts = {
         "layers": args.layers,
@@ -795,6 +1192,300 @@ def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
     return losses, facts
 
 
+def prepare(
+    arm: Arm,
+    train: HFWikiTextLoader,
+    val: HFWikiTextLoader,
+    args: argparse.Namespace,
+    autocast: Any,
+) -> Bench:
+    """What an arm needs before it is measured; sets the number of threads."""
+    arm.model.requires_grad_(False)
+    device = arm.model.embedding.weight.device
+    mean_z = training_means(arm.model, train, args, autocast)
+    tokens, targets = train.batch(fit_windows(train))  # [B, T] each
+    measure_arm = functools.partial(measure, arm.model, val, mean_z, args)
+    some_windows = val.spread(args.n_seqs)
+    precision = choose_precision(measure_arm, some_windows, args, autocast)
+    return Bench(
+        arm=arm,
+        measure=measure_arm,
+        precision=precision,
+        mean_z=mean_z,
+        fit_text=(tokens.to(device), targets.to(device)),
+        cost=measure_cost(measure_arm, some_windows, precision, args),
+        arrays={},
+    )
+
+
+def fit_windows(train: HFWikiTextLoader) -> np.ndarray:
+    """Windows of the training split in a random order, for modes that learn; some of them again
+    where it has too few."""
+    order = np.random.default_rng(0).permutation(train.n_windows)
+    return np.resize(order, FIT_CHECK + FIT_STEPS * FIT_BATCH)
+
+
+def first_stage(name: str, bench: Bench, text: Chosen, args: argparse.Namespace) -> None:
+    """All heads: their exact effects on some sequences, their first-order ones on more."""
+    modes = modes_of_stage(1, args)
+    every_head = {layer: list(range(bench.arm.model.cfg.n_heads)) for layer in args.layers}
+    fitted = fit_modes(bench, modes, every_head)
+    given = (modes, args.layers, bench.precision)
+    started = time.perf_counter()
+    bench.arrays |= bench.measure(text.exact, *given, name, replace(EXACT, fitted=fitted))
+    bench.seconds = (time.perf_counter() - started) / len(text.exact)
+    if len(text.linear):
+        label = f"{name}, first order"
+        effects = replace(FIRST_ORDER, fitted=fitted)
+        for array, values in bench.measure(text.linear, *given, label, effects).items():
+            bench.arrays[f"split.{array}"] = values
+
+
+# ---- the second stage: fresh sequences for the heads that may still lead
+
+
+def has_second_stage(args: argparse.Namespace) -> bool:
+    """Whether the heads that may lead get sequences of their own."""
+    return bool(args.confirm or args.minutes)
+
+
+def modes_of_stage(stage: int, args: argparse.Namespace) -> list[str]:
+    """Modes under which heads are ablated. If there is a second stage, it has those that are fitted
+    and the one that ranks the heads; the first stage has all that are not fitted."""
+    if not has_second_stage(args):
+        return args.mode
+    fitted = [mode for mode in args.mode if MODES[mode].fit]
+    others = [mode for mode in args.mode if mode not in fitted]
+    return others if stage == 1 else [others[0], *fitted]
+
+
+@torch.no_grad()
+def fit_modes(
+    bench: Bench, modes: list[str], chosen: dict[int, list[int]]
+) -> dict[str, dict[int, Tensor]]:
+    """{mode: what it learned for the chosen {layer: heads}} of the modes that learn."""
+    fitted = {}
+    for mode in modes:
+        fit = MODES[mode].fit
+        if fit:
+            with bench.precision:
+                fitted[mode] = fit(bench.arm.model, *bench.fit_text, bench.mean_z, chosen)
+    return fitted
+
+
+N_FRESH = 6 * MIN_UNITS  # sequences that a head of the second stage gets at least, in --minutes
+
+
+def heads_in_time(
+    benches: dict[str, Bench], seconds_left: float, args: argparse.Namespace
+) -> int | None:
+    """How many heads the rest of --minutes buys N_FRESH sequences; None: there is no limit."""
+    if not args.minutes:
+        return None
+    n_modes = len(modes_of_stage(2, args))
+    shared = sum(bench.cost.shared for bench in benches.values())
+    of_head = sum(bench.cost.of_layer / bench.arm.model.cfg.n_heads for bench in benches.values())
+    return from_rank_0(max(2, int((seconds_left / N_FRESH - shared) / of_head / n_modes)))
+
+
+def choose_heads(
+    name: str,
+    bench: Bench,
+    text: Chosen,
+    val: HFWikiTextLoader,
+    most: int | None,
+    args: argparse.Namespace,
+) -> None:
+    """Sets the heads that go on, after the first stage, and prints how many: those that may still
+    lead; if there are more than `most`, the likeliest of them."""
+    mode = args.mode[0]
+    arrays = bench.arrays
+    n_heads = len(args.layers) * bench.arm.model.cfg.n_heads
+    effects = arrays[f"{mode}.loss"] - arrays["base"][:, None, None]  # [n, layers, H]
+    exact = effects.reshape(-1, n_heads)  # [n, R]
+    documents = val.documents(text.exact)[:, 0]  # [n]
+    if len(text.linear):
+        linear = arrays[f"{mode}.first_order"].reshape(-1, n_heads)  # [n, R]
+        split = arrays[f"split.{mode}.first_order"].reshape(-1, n_heads)  # [N, R]
+        exact = steady(exact, linear, split.mean(0), documents)
+    candidates = may_lead(units(exact, documents))
+    bench.kept = candidates[:most]
+    found = f"after {len(exact)} sequences {len(candidates)} of {n_heads} heads may still lead"
+    outcome = f"the other {n_heads - len(candidates)} are dropped, the first one among them in at "
+    outcome += f"most {CHANCE_LOST:.0%}"
+    if len(bench.kept) < len(candidates):
+        outcome = f"the {most} likeliest go on"
+    print(f"{name}: {found}; {outcome}", flush=True)
+
+
+def choose_fresh(
+    benches: dict[str, Bench],
+    text: Chosen,
+    val: HFWikiTextLoader,
+    seconds_left: float,
+    args: argparse.Namespace,
+) -> np.ndarray:
+    """Windows of the second stage, of other documents than those of the first: --confirm of them,
+    or as many as the rest of --minutes buys."""
+    windows = np.arange(val.n_windows)
+    is_fresh = second_half(val, windows)
+    fresh = windows[is_fresh]
+    n_wanted = args.confirm
+    if args.minutes:
+        seconds = sum(seconds_of_kept(bench, fresh, args) for bench in benches.values())
+        n_wanted = from_rank_0(max(MIN_UNITS, int(seconds_left / seconds)))
+    chosen = some_of(fresh, n_wanted)
+    again = f"--screen {len(text.exact)} --n_linear {len(text.linear)} --confirm {len(chosen)}"
+    if args.keep or args.minutes:
+        again += f" --keep {max(len(bench.kept) for bench in benches.values())}"
+    print(f"second stage: {len(chosen)} fresh sequences (the same again: {again})", flush=True)
+    return chosen
+
+
+def second_half(val: HFWikiTextLoader, windows: np.ndarray) -> np.ndarray:
+    """Whether each window belongs to the second stage: it begins in every other document."""
+    _, rank = np.unique(val.documents(windows)[:, 0], return_inverse=True)
+    return rank % 2 == 1
+
+
+def seconds_of_kept(bench: Bench, windows: np.ndarray, args: argparse.Namespace) -> float:
+    """Seconds a sequence that the second stage takes, by a quarter of a batch."""
+    _, world = rank_and_world()
+    some_windows = windows[: math.ceil(args.batch_size / 4)]
+    chosen = by_layer(bench, args)
+    effects = replace(EXACT, of_batch=functools.partial(ablate_heads, chosen=chosen))
+    given = (some_windows, args.mode[:1], list(chosen), bench.precision, None, effects)
+    n_modes = len(modes_of_stage(2, args))
+    return n_modes * seconds_of(lambda: bench.measure(*given), n=2) / len(some_windows) / world
+
+
+def from_rank_0(number: int) -> int:
+    """The number that the first process has, in all of them: each measures another time."""
+    rank, _ = rank_and_world()
+    shared = torch.tensor(float(number if rank == 0 else 0))
+    all_sum(shared)
+    return int(shared.item())
+
+
+def by_layer(bench: Bench, args: argparse.Namespace) -> dict[int, list[int]]:
+    """{layer: heads} of the second stage."""
+    n_heads = bench.arm.model.cfg.n_heads
+    chosen: dict[int, list[int]] = {}
+    for number in sorted(bench.kept):
+        chosen.setdefault(args.layers[number // n_heads], []).append(int(number % n_heads))
+    return chosen
+
+
+def second_stage(name: str, bench: Bench, text: Chosen, args: argparse.Namespace) -> None:
+    """Measures the heads that may still lead on fresh sequences; NaN stands for the others."""
+    chosen = by_layer(bench, args)
+    modes = modes_of_stage(2, args)
+    of_batch = functools.partial(ablate_heads, chosen=chosen)
+    effects = replace(EXACT, of_batch=of_batch, fitted=fit_modes(bench, modes, chosen))
+    given = (modes, list(chosen), bench.precision, f"{name}, second stage", effects)
+    started = time.perf_counter()
+    measured = bench.measure(text.fresh, *given)
+    bench.seconds = (time.perf_counter() - started) / len(text.fresh)
+    for array, values in measured.items():
+        if array != "base":
+            found = values  # [n, some layers, H]
+            values = np.full((len(found), len(args.layers), found.shape[2]), math.nan)
+            values[:, [args.layers.index(layer) for layer in chosen]] = found
+        bench.arrays[f"confirm.{array}"] = values
+
+
+def measure_together(
+    name: str, bench: Bench, text: Chosen, val: HFWikiTextLoader, args: argparse.Namespace
+) -> None:
+    """What heads cost when several are removed at once."""
+    model = bench.arm.model
+    tokens, _ = val.batch(text.together[: args.batch_size])
+    size = write_size(model, tokens, bench.mean_z, args.layers)  # [R]
+    kinds, sets = plan_sets(impact_of(bench.arrays, args.mode[0]), size, args.seed)
+    given = (model, val, bench.mean_z, args, text.together, sets, bench.precision, name)
+    bench.arrays["together.kinds"] = np.array(kinds)
+    bench.arrays["together.sets"] = sets
+    bench.arrays["together.loss"] = measure_sets(*given)
+
+
+@dataclass
+class Chosen:
+    """Numbers of windows of the validation split.
+
+    exact     [n] those on which every head is ablated
+    linear    [N] those with first-order effects, among them the exact ones; empty: none
+    together  [W] those on which heads are removed together, which had no part in choosing them
+              where the split has others; empty: none
+    fresh     [n2] those of the second stage; empty: none
+    """
+
+    exact: np.ndarray
+    linear: np.ndarray
+    together: np.ndarray
+    fresh: np.ndarray
+
+
+def choose_windows(args: argparse.Namespace, val: HFWikiTextLoader) -> Chosen:
+    """Evenly spaced windows of the split, for each of the measurements."""
+    sizes = (args.n_seqs, args.n_linear)
+    # 0 is all, so a single 0 takes the whole split
+    needed = 0 if args.plain or min(sizes) == 0 else max(sizes)
+    linear = val.spread(needed)  # [N]
+    first = linear
+    if has_second_stage(args):
+        first = linear[~second_half(val, linear)]
+        if len(first) == len(linear):
+            fact = "the validation split has one document"
+            raise HandoffError(f"{fact}; --confirm and --minutes need fresh ones: use more text")
+    exact = some_of(first, args.n_seqs)  # [n]
+    if args.plain or len(exact) == len(linear):
+        linear = linear[:0]
+    others = np.setdiff1d(np.arange(val.n_windows), exact)
+    fresh = others if len(others) >= args.n_together else exact
+    together = some_of(fresh, args.n_together) if args.n_together else fresh[:0]
+    return Chosen(exact, linear, together, fresh=exact[:0])
+
+
+def some_of(windows: np.ndarray, n: int) -> np.ndarray:
+    """n of the windows, evenly spaced; all if n is 0 or there are no more."""
+    n = min(n or len(windows), len(windows))
+    return windows[np.arange(n) * len(windows) // n]
+
+
+def about_windows(
+    prefix: str, train: HFWikiTextLoader, val: HFWikiTextLoader, windows: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Arrays of the .npz that hold for every model: number, document and unigram loss of each of
+    these windows of the validation split."""
+    return {
+        f"{prefix}windows": windows,
+        f"{prefix}documents": val.documents(windows)[:, 0],  # where each begins
+        f"{prefix}unigram": unigram_loss(train, val, windows),
+    }
+
+
+def impact_of(of_arm: dict[str, np.ndarray], mode: str) -> np.ndarray:
+    """Impact [R] of every head under a mode, by the exact effects alone."""
+    exact = of_arm[f"{mode}.loss"] - of_arm["base"][:, None, None]  # [n, layers, H]
+    return exact.mean(0).reshape(-1)
+
+
+@dataclass
+class Effects:
+    """What is measured of every head: `of_batch`, like `ablate_heads`, returns the arrays `names`.
+
+    most_draws  of a random mode; None: --resample_draws
+    fitted      {mode: what it learned}, as `fit_modes` returns
+    """
+
+    of_batch: Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]
+    names: list[str]
+    most_draws: int | None = None
+    fitted: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+
+
+EXACT = Effects(ablate_heads, [*SCORES, "first_order"])
+FIRST_ORDER = Effects(first_order_heads, ["first_order"], most_draws=1)  # windows are many
 MeasureArm = Callable[..., dict[str, np.ndarray]]  # `measure` with its first four arguments given
 
 
@@ -809,10 +1500,11 @@ def measure(
     layers: list[int],
     autocast: Any,
     bar_label: str | None = None,
+    effects: Effects = EXACT,
 ) -> dict[str, np.ndarray]:
-    """Ablates every head of `layers` on `windows` [n] of the validation split, with a progress bar
-    if it gets a label -> arrays of the .npz: base [n], the loss without ablation, and for each mode
-    <mode>.<score> [n, layers, H] for SCORES and first_order; float64.
+    """Effects of the heads of `layers` on `windows` [n] of the validation split, with a progress
+    bar if it gets a label -> arrays of the .npz: base [n], the loss without ablation, and for each
+    mode <mode>.<name> [n, layers, H] for each of `effects.names`; float64.
 
     Several processes share the batches; each returns all of it.
     """
@@ -820,9 +1512,10 @@ def measure(
     shape = (n_sequences, len(layers), model.cfg.n_heads)
     losses = {"base": np.zeros(n_sequences)}
     for mode in modes:
-        for score in [*SCORES, "first_order"]:
-            losses[f"{mode}.{score}"] = np.zeros(shape)
-    passes = list_passes(modes, args.resample_draws)
+        for name in effects.names:
+            losses[f"{mode}.{name}"] = np.zeros(shape)
+    resample_draws = effects.most_draws or args.resample_draws
+    passes = list_passes(modes, resample_draws)
 
     rank, world = rank_and_world()
     n_steps = n_sequences * len(passes) // world
@@ -837,16 +1530,52 @@ def measure(
             clean = clean_pass(model, tokens.to(device), targets.to(device), layers)
             for mode, draw in passes:
                 batch = Batch(clean.z, mean_z, model, val, windows[rows], args.seed, draw)
+                batch.fitted = effects.fitted.get(mode)
                 substitute = MODES[mode].substitute(batch)  # {layer: [B, T, H, K]}
-                base, effects = ablate_heads(model, clean, substitute)
+                base, found = effects.of_batch(model, clean, substitute)
                 losses["base"][rows] = base
                 # The mean over draws
-                for score, values in effects.items():
-                    losses[f"{mode}.{score}"][rows] += values / n_draws(mode, args.resample_draws)
+                for name, values in found.items():
+                    losses[f"{mode}.{name}"][rows] += values / n_draws(mode, resample_draws)
                 bar.update(len(tokens))
     bar.close()
     # In place; where another process measured, the arrays are still 0
     all_sum(*map(torch.from_numpy, losses.values()))
+    return losses
+
+
+@torch.no_grad()
+def measure_sets(
+    model: NewGPT,
+    val: HFWikiTextLoader,
+    mean_z: dict[int, Tensor],
+    args: argparse.Namespace,
+    windows: np.ndarray,
+    sets: np.ndarray,
+    autocast: Any,
+    name: str,
+) -> np.ndarray:
+    """Loss [W, S] on `windows` without each of the sets [S, R] of heads of args.layers, with a
+    progress bar. Several processes share the batches; each returns all of it."""
+    device = model.embedding.weight.device
+    by_layer = torch.from_numpy(sets).to(device).unflatten(1, (len(args.layers), -1))
+    losses = np.zeros((len(windows), len(sets)))
+    rank, world = rank_and_world()
+    label = f"{name}, together"
+    bar = tqdm(total=len(windows) // world, desc=label, unit="sequence", disable=None)
+    for start in range(rank * args.batch_size, len(windows), world * args.batch_size):
+        rows = slice(start, start + args.batch_size)
+        tokens, targets = val.batch(windows[rows])  # [B, T] each
+        # As many sets at once as a layer has heads, which is what one ablation takes
+        for first in range(0, len(sets), model.cfg.n_heads):
+            some = slice(first, first + model.cfg.n_heads)
+            removed = {layer: by_layer[some, i] for i, layer in enumerate(args.layers)}
+            with autocast:
+                loss = joint_loss(model, tokens.to(device), targets.to(device), mean_z, removed)
+            losses[rows, some] = loss.T.cpu().double().numpy()
+        bar.update(len(tokens))
+    bar.close()
+    all_sum(torch.from_numpy(losses))
     return losses
 
 
@@ -917,34 +1646,82 @@ def bfloat16_will_do(
     return worst <= 0.1
 
 
-def announce_cost(
-    name: str,
-    measure_arm: MeasureArm,
-    windows: np.ndarray,
-    args: argparse.Namespace,
-    cfg: GPTConfig,
-    precision: Any,
-) -> None:
-    """Measures a quarter of a batch under one mode in the middle layer, sets the number of threads,
-    and prints how long all will take."""
+@dataclass
+class Cost:
+    """Seconds a sequence: `shared`, the model without ablation, forward and backward; `of_layer`,
+    all heads of the middle layer under one mode."""
+
+    shared: float
+    of_layer: float
+
+    def of_exact(self, args: argparse.Namespace) -> float:
+        """Seconds a sequence of the first stage."""
+        n_passes = len(list_passes(modes_of_stage(1, args), args.resample_draws))
+        return self.shared + self.of_layer * n_passes * len(args.layers)
+
+
+def measure_cost(
+    measure_arm: MeasureArm, windows: np.ndarray, precision: Any, args: argparse.Namespace
+) -> Cost:
+    """Measures a quarter of a batch under one mode in the middle layer, and sets the number of
+    threads."""
     some_windows = windows[: math.ceil(args.batch_size / 4)]  # all heads: a batch takes seconds
     middle = args.layers[len(args.layers) // 2]
+    mode = [mode for mode in MODES if not MODES[mode].fit][:1]
 
     def part_of_a_batch() -> None:
-        measure_arm(some_windows, args.mode[:1], [middle], precision)
+        measure_arm(some_windows, mode, [middle], precision)
 
     seconds = choose_threads(part_of_a_batch, args.threads, n=2)
     # What all layers and passes share: the model without ablation
     shared = seconds_of(lambda: measure_arm(some_windows, [], [middle], precision), n=2)
-    of_layer = max(0.0, seconds - shared)
-
     _, world = rank_and_world()
-    n_passes = len(list_passes(args.mode, args.resample_draws))
-    n_parts = len(windows) / len(some_windows) / world
-    time_left = duration(n_parts * (shared + of_layer * n_passes * len(args.layers)))
-    heads = f"{len(args.layers) * cfg.n_heads} heads x {n_passes} passes"
-    size = f"{len(windows)} sequences of {cfg.seq_len} tokens"
-    print(f"{name}: {heads} over {size}: about {time_left} here", flush=True)
+    n_each = len(some_windows) * world
+    return Cost(shared / n_each, max(0.0, seconds - shared) / n_each)
+
+
+def announce_cost(name: str, bench: Bench, text: Chosen, args: argparse.Namespace) -> None:
+    """Prints what will be measured, and how long it will take."""
+    cost = bench.cost
+    seconds = cost.of_exact(args) * len(text.exact) + cost.shared * len(text.linear)
+    n_heads = len(args.layers) * bench.arm.model.cfg.n_heads
+    nothing = np.zeros(n_heads)  # of each head
+    n_sets = len(plan_sets(nothing, nothing, args.seed)[0])
+    seconds += cost.shared / 2 * len(text.together) * n_sets
+    n_passes = len(list_passes(modes_of_stage(1, args), args.resample_draws))
+    size = f"{n_heads} heads x {n_passes} passes over {len(text.exact)} sequences of "
+    size += f"{bench.arm.model.cfg.seq_len} tokens"
+    if len(text.linear):
+        size += f", to first order over {len(text.linear):,}"
+    if len(text.together):
+        size += f", {n_sets} sets of heads over {len(text.together)}"
+    last = "; then a second stage" if has_second_stage(args) else ""
+    print(f"{name}: {size}: about {duration(seconds)} here{last}", flush=True)
+    if args.mode != modes_of_stage(1, args) or not any(MODES[mode].fit for mode in args.mode):
+        return
+    # Each step goes forward and back through the layers above, on all of the text for fitting
+    steps = FIT_STEPS * FIT_BATCH * 3
+    fit = duration(cost.of_layer * len(args.layers) * steps)
+    print(f"{name}: besides, fitting takes about {fit}", flush=True)
+
+
+def plan_first_stage(
+    benches: dict[str, Bench], val: HFWikiTextLoader, args: argparse.Namespace
+) -> None:
+    """Sets how many sequences half of --minutes buys; what it buys later is said after it."""
+    seconds = 60 * args.minutes / 2
+    shared = sum(bench.cost.shared for bench in benches.values())
+    exact = sum(bench.cost.of_exact(args) for bench in benches.values())
+    # A third of it for the first-order effects, which all heads share
+    n_linear = min(args.n_linear or val.n_windows, int(seconds / 3 / shared))
+    n_seqs = int((seconds - n_linear * shared) / exact)
+    args.n_linear = from_rank_0(n_linear)
+    args.n_seqs = from_rank_0(min(n_seqs, val.n_windows // 2))
+    if args.n_seqs < 8:
+        # Half of the time, of which a third goes to the first-order effects
+        least = math.ceil(8 * exact * 3 / 60)
+        fact = f"--minutes {args.minutes:g} buy {args.n_seqs} sequences of all heads, expected 8"
+        raise HandoffError(f"{fact}: give --minutes {least}, or fewer --layers")
 
 
 def load_arms(args: argparse.Namespace, device: torch.device) -> dict[str, Arm]:
@@ -1040,8 +1817,15 @@ def write_results(args: argparse.Namespace) -> None:
     npz = named(csv, ".npz")
     losses, facts = read_losses(npz)
     table, summary = summarise(losses, facts, args)
+    frames = {csv: table, named(csv, "_summary.csv"): summary}
+    together = read_together(losses, facts)
+    if together:
+        tables, columns = together_tables(together, args)
+        summary = summary.merge(columns, on="run", how="left")
+        frames |= {named(csv, end): frame for end, frame in tables.items()}
+        frames[named(csv, "_summary.csv")] = summary
     texts = {}
-    for path, frame in {csv: table, named(csv, "_summary.csv"): summary}.items():
+    for path, frame in frames.items():
         texts[path] = frame.to_csv(index=False, float_format="%.10g")
         # What was drawn with other settings is not replaced unasked
         keep = args.redraw and not args.overwrite and path.exists()
@@ -1056,7 +1840,9 @@ def write_results(args: argparse.Namespace) -> None:
     about = {"ranked_by": ranked_by, "bootstrap": args.bootstrap, "seed": args.seed}
     for path in texts:
         write_sidecar(path, CSV_SCHEMA, [npz], **about)
-    tell(summary)
+    tell(summary, facts)
+    if together:
+        tell_together(summary)
     with drawing(list(texts), ["ablation_test.py", "--redraw", csv]):
         draw(csv)
 
@@ -1078,23 +1864,77 @@ PUBLISHED = {  # zero ablation, 24 heads: % of base loss
 
 
 @dataclass
+class Split:
+    """The model without ablation on the windows of the split, out of the .npz.
+
+    base_loss   [N] loss, nats a token
+    linear      [N, R] effect of ablating each head, to first order
+    documents   [N] number of the document of each window
+    unigram     [N] loss of word frequencies
+    """
+
+    base_loss: np.ndarray
+    linear: np.ndarray
+    documents: np.ndarray
+    unigram: np.ndarray
+
+
+@dataclass
 class Ablation:
     """One arm under one mode, out of the .npz.
 
     about       the sidecar's facts of the arm: seed, checkpoint, ckpt_sha, n_heads, dtype
-    run, mode   names
-    base_loss   [sequences] loss without ablation, nats a token
-    score       {each of SCORES, first_order: [sequences, R]}; NaN where the file has no such array
-    layer, head [R] which head of which layer each of the R is
+    run, mode        names
+    stage            1: all heads; 2: fresh sequences for those that may lead
+    base_loss        [sequences] loss without ablation, nats a token
+    score            {each of SCORES, first_order: [sequences, R]}; NaN where the file has none
+    documents        [sequences] number of the document of each
+    unit             what those numbers count: documents, or sequences
+    unigram          [sequences] loss of word frequencies
+    split            its first-order effects are the control variate; or none
+    layer, head      [R] which head of which layer each of the R is
     """
 
     about: dict[str, Any]
     run: str
     mode: str
+    stage: int
     base_loss: np.ndarray
     score: dict[str, np.ndarray]
+    documents: np.ndarray
+    unit: str
+    unigram: np.ndarray
+    split: Split | None
     layer: np.ndarray
     head: np.ndarray
+
+    def exact(self) -> np.ndarray:
+        """What each ablation costs in each sequence [sequences, R], nats a token."""
+        return self.score["loss"] - self.base_loss[:, None]
+
+    def plain(self) -> np.ndarray:
+        """Impact in each document [n, R], its mean the estimate; of the exact effects alone."""
+        return units(self.exact(), self.documents)
+
+    def steadied(self) -> np.ndarray:
+        """The same [n, R] with the control variate, for statements about the split."""
+        if self.split is None:
+            return self.plain()
+        control = self.split.linear.mean(0)  # [R]
+        values = steady(self.exact(), self.score["first_order"], control, self.documents)
+        return units(values, self.documents)
+
+    def elsewhere(self) -> np.ndarray:
+        """The same [documents, R], for statements about other documents."""
+        if self.split is None:
+            return self.plain()
+        linear = self.score["first_order"]
+        known = (self.split.linear, self.documents, self.split.documents)
+        return units_elsewhere(self.exact(), linear, *known)
+
+    def loss(self) -> float:
+        """Loss without ablation, nats a token, of the text that the impact is of."""
+        return (self.base_loss if self.split is None else self.split.base_loss).mean()
 
 
 def summarise(
@@ -1107,61 +1947,200 @@ def summarise(
         npz = args.save_file.with_suffix(".npz")
         held = " ".join(facts["modes"])
         raise HandoffError(f"{npz} holds --mode {held}, not {' '.join(args.mode)}")
-    documents = document_numbers(losses, args)  # [sequences]
-    tables = []
-    rows = []
-    crossfit = {}
+    document_numbers(losses, args)
+    results = []
     for run in facts["runs"]:
-        impact = {}
+        of_run = []
         for mode in modes:
-            ablation = read_ablation(losses, facts, run, mode)
-            delta = ablation.score["loss"] - ablation.base_loss[:, None]  # [sequences, R]
-            delta = units(delta, documents)  # [n, R]
-            statistics = head_statistics(delta, args.bootstrap, args.seed)
-            impact[mode] = statistics.columns["impact"]  # [R]
-            crossfit[run, mode] = statistics.crossfit  # [n]
-            tables.append(head_rows(ablation, statistics, facts["seq_len"]))
-
-            row = summary_row(ablation, statistics, array_of(losses, "unigram").mean())
-            row["unit"] = "documents" if "documents" in losses else "sequences"
-            row["ranked_by"] = modes[0]
-            row |= screen_quality(ablation, impact[mode])
-            row["spearman_ranking_mode"] = stats.spearmanr(impact[mode], impact[modes[0]]).statistic
-            rows.append(row)
-    has_control = len(facts["runs"]) == 2
-    if has_control:
-        one, two = facts["runs"]
-        for row in rows:
-            mode = row["mode"]
-            row |= best_minus_best(crossfit[one, mode], crossfit[two, mode], args)
-    return pd.concat(tables), pd.DataFrame(rows)
+            # Of a mode with a stage alone there is no more than that; of two the second one decides
+            stages = [
+                result_of(ablation, facts, args)
+                for ablation in read_stages(losses, facts, run, mode, args)
+            ]
+            of_run.append(stages[0] if len(stages) == 1 else two_stages(*stages))
+        for result in of_run:
+            result.row["ranked_by"] = modes[0]
+            both = result.heads.merge(of_run[0].heads, on=["layer", "head"])
+            agree = stats.spearmanr(both["impact_x"], both["impact_y"]).statistic
+            result.row["spearman_ranking_mode"] = agree
+        results.append(of_run)
+    if len(results) == 2:
+        for one, two in zip(*results, strict=True):
+            difference = best_minus_best(one.crossfit, two.crossfit, args)
+            one.row |= difference
+            two.row |= difference
+    every = [result for of_run in results for result in of_run]
+    return pd.concat([result.heads for result in every]), pd.DataFrame([r.row for r in every])
 
 
-def document_numbers(losses: dict[str, np.ndarray], args: argparse.Namespace) -> np.ndarray:
-    """The document of each sequence [sequences]; of an older file, a number a sequence."""
+@dataclass
+class Result:
+    """What is said of one run under one mode.
+
+    heads     rows of the CSV, R of them
+    row       the row of the summary
+    crossfit  [n] values of `cross_fit`
+    values    [n, R] steadied effects of the heads in each unit
+    """
+
+    heads: pd.DataFrame
+    row: dict[str, Any]
+    crossfit: np.ndarray
+    values: np.ndarray
+
+
+def result_of(ablation: Ablation, facts: dict[str, Any], args: argparse.Namespace) -> Result:
+    """The statistics of one stage of the measurement."""
+    values = ablation.steadied()  # [n, R]
+    statistics = head_statistics(values, args.bootstrap, args.seed)
+    heads = head_rows(ablation, statistics, facts["seq_len"])
+    row = summary_row(ablation, statistics)
+    row |= steadiness(heads)
+    row |= lead_elsewhere(ablation, statistics, args)
+    # Ahead in this text, and in other documents too
+    row["unique_hero"] = row["unique_hero"] and bool(row["gap_elsewhere_lo"] > 0)
+    row["n_needed"] = sequences_needed(ablation, statistics)
+    row |= screen_quality(ablation, statistics.columns["impact"])
+    return Result(heads, row, statistics.crossfit, values)
+
+
+def sequences_needed(ablation: Ablation, statistics: HeadStatistics) -> float:
+    """How many sequences would tell the first head from the second with 80 % power, if its lead is
+    what was measured; NaN with too few units to say."""
+    if len(statistics.crossfit) == 0:
+        return math.nan
+    values = ablation.steadied()  # [n, R]
+    lead = values[:, [statistics.hero]] - values[:, [statistics.second]]  # [n, 1]
+    t = lead.mean() / standard_error(lead)[0]
+    t_needed = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+    return len(ablation.base_loss) * (t_needed / max(t, 1e-3)) ** 2
+
+
+def two_stages(first: Result, second: Result) -> Result:
+    """The heads that went on as the second stage has them, on its fresh sequences alone, which had
+    no part in choosing them; behind them the others, as the first stage has them. What is said of
+    all heads, such as how unequal they are, is of the first stage."""
+    of_head = ["layer", "head"]
+    gone_on = second.heads[of_head].apply(tuple, axis=1)
+    is_dropped = ~first.heads[of_head].apply(tuple, axis=1).isin(gone_on)
+    dropped = first.heads[is_dropped].sort_values("rank").assign(p_top1=0.0)
+    missed = p_missed(second.values, first.values[:, is_dropped])
+    heads = pd.concat((second.heads.sort_values("rank"), dropped), ignore_index=True)
+    heads["rank"] = np.arange(1, len(heads) + 1)
+    costs = heads["impact"].clip(lower=0)
+    heads["share"] = costs / max(costs.sum(), 1e-300)
+    of_all = [f"{name}{end}" for name in CONCENTRATION for end in ("", "_null")]
+    of_all += [f"effective_heads{end}" for end in ("", "_lo", "_hi")]
+    of_all += ["n_negative", "negative_sum", "spearman_first_order", "recall5_first_order"]
+    row = second.row | {name: first.row[name] for name in of_all}
+    row["n_screen"] = first.row["n_seq"]
+    row["n_dropped"] = len(dropped)
+    row["p_missed"] = missed
+    row["unique_hero"] = row["unique_hero"] and missed < 0.05
+    heads = heads.sort_values(of_head, ignore_index=True)
+    return Result(heads, row, second.crossfit, second.values)
+
+
+def document_numbers(losses: dict[str, np.ndarray], args: argparse.Namespace) -> None:
+    """Of an older file, a number a sequence: puts it where the number of the document stands."""
     if "documents" in losses:
-        return losses["documents"]
+        return
     npz = named(args.save_file, ".npz")
     fact = f"note: {npz} does not say which document each sequence is of"
     print(f"{fact}; here each counts as a unit; for documents measure again: {REMEDY}")
-    return np.arange(len(array_of(losses, "unigram")))
+    losses["documents"] = np.arange(len(array_of(losses, "unigram")))
+    losses["units"] = np.array("sequences")
+
+
+def read_stages(
+    losses: dict[str, np.ndarray],
+    facts: dict[str, Any],
+    run: str,
+    mode: str,
+    args: argparse.Namespace,
+) -> list[Ablation]:
+    """One run and mode: the first stage, all heads; the second, those that went on; or one."""
+    stages = []
+    for stage in ("", "confirm."):
+        if f"{run}.{stage}{mode}.loss" in losses:
+            stages.append(read_ablation(losses, facts, run, mode, stage))
+    if not stages:
+        array_of(losses, f"{run}.{mode}.loss")
+    if args.plain:
+        stages = [replace(ablation, split=None) for ablation in stages]
+    return stages
 
 
 def read_ablation(
-    losses: dict[str, np.ndarray], facts: dict[str, Any], run: str, mode: str
+    losses: dict[str, np.ndarray], facts: dict[str, Any], run: str, mode: str, stage: str
 ) -> Ablation:
-    """The arrays of one run and mode, all heads of all layers side by side."""
+    """The arrays of one run, mode and stage ("", or "confirm."), all heads of all layers side by
+    side; without those that were not measured."""
     about = facts["runs"][run]
-    base_loss = array_of(losses, f"{run}.base")  # [sequences]
+    base_loss = array_of(losses, f"{run}.{stage}base")  # [sequences]
     shape = (len(base_loss), len(facts["layers"]) * about["n_heads"])
+    loss = array_of(losses, f"{run}.{stage}{mode}.loss").reshape(shape)
+    is_measured = ~np.isnan(loss).any(0)  # [R]
     missing = np.full(shape, math.nan)  # of an older file: the column is empty
     score = {}
     for name in [*SCORES, "first_order"]:
-        score[name] = losses.get(f"{run}.{mode}.{name}", missing).reshape(shape)
-    score["loss"] = array_of(losses, f"{run}.{mode}.loss").reshape(shape)
+        values = losses.get(f"{run}.{stage}{mode}.{name}", missing).reshape(shape)
+        score[name] = values[:, is_measured]
+    split = None
+    name = f"{run}.split.{mode}.first_order"
+    # Neither in an older file nor where all of the split was ablated
+    if name in losses and "units" not in losses:
+        split = Split(
+            base_loss=array_of(losses, f"{run}.split.base"),
+            linear=losses[name].reshape(-1, shape[1])[:, is_measured],
+            documents=array_of(losses, "split.documents"),
+            unigram=array_of(losses, "split.unigram"),
+        )
     layer = np.repeat(facts["layers"], about["n_heads"])  # [R]
     head = np.tile(np.arange(about["n_heads"]), len(facts["layers"]))  # [R]
-    return Ablation(about, run, mode, base_loss, score, layer, head)
+    return Ablation(
+        about=about,
+        run=run,
+        mode=mode,
+        stage=2 if stage else 1,
+        base_loss=base_loss,
+        score=score,
+        documents=array_of(losses, f"{stage}documents"),
+        unit="sequences" if "units" in losses else "documents",
+        unigram=array_of(losses, f"{stage}unigram"),
+        split=split,
+        layer=layer[is_measured],
+        head=head[is_measured],
+    )
+
+
+def steadiness_columns(ablation: Ablation) -> dict[str, Any]:
+    """Columns of the CSV that tell what the control variate does: rho, the correlation of exact and
+    first-order effect over sequences; numbers of both; and the standard errors without it, and for
+    other documents than those of the split."""
+    plain = ablation.plain()  # [n, R]
+    has_se = len(plain) >= MIN_UNITS
+    return {
+        "rho": correlation(ablation.exact(), ablation.score["first_order"]),
+        "n_exact": len(ablation.base_loss),
+        "n_linear": 0 if ablation.split is None else len(ablation.split.linear),
+        "se_plain": standard_error(plain) if has_se else math.nan,
+        "se_elsewhere": standard_error(ablation.elsewhere()) if has_se else math.nan,
+    }
+
+
+def steadiness(heads: pd.DataFrame) -> dict[str, Any]:
+    """For the summary: how much smaller standard errors became, and of which heads they did not."""
+    ratio = heads["se_plain"] / heads["se"]
+    grew = heads[(ratio < 1) & (heads["n_linear"] > 0)]
+    names = [f"L{head.layer}H{head.head}" for head in grew.itertuples()]
+    return {
+        "n_linear": heads["n_linear"].iloc[0],
+        "se_ratio": ratio.median(),
+        "se_ratio_lo": ratio.min(),
+        "se_ratio_hi": ratio.max(),
+        "not_steadied": " ".join(names),
+    }
 
 
 def array_of(losses: dict[str, np.ndarray], name: str) -> np.ndarray:
@@ -1173,7 +2152,7 @@ def array_of(losses: dict[str, np.ndarray], name: str) -> np.ndarray:
 
 def head_rows(ablation: Ablation, statistics: HeadStatistics, seq_len: int) -> pd.DataFrame:
     """Rows of the CSV, one a head."""
-    base = ablation.base_loss.mean()
+    base = ablation.loss()
     of_head = statistics.columns
     impact = of_head["impact"]
     n_sequences = len(ablation.base_loss)
@@ -1213,21 +2192,23 @@ def head_rows(ablation: Ablation, statistics: HeadStatistics, seq_len: int) -> p
             "n_tok": n_sequences * seq_len,
             "dtype": ablation.about["dtype"],
             "first_order": np.abs(ablation.score["first_order"]).mean(0),
+            **steadiness_columns(ablation),
+            "stage": ablation.stage,
         }
     )
 
 
-def summary_row(
-    ablation: Ablation, statistics: HeadStatistics, unigram_loss: float
-) -> dict[str, Any]:
+def summary_row(ablation: Ablation, statistics: HeadStatistics) -> dict[str, Any]:
     """What the summary says of one run and mode."""
-    base = ablation.base_loss.mean()
+    base = ablation.loss()
+    unigram_loss = (ablation if ablation.split is None else ablation.split).unigram.mean()
     row = {
         "run": ablation.run,
         "mode": ablation.mode,
         "base_loss": base,
         "n_seq": len(ablation.base_loss),
         "unigram_loss": unigram_loss,
+        "unit": ablation.unit,
         "hero_layer": ablation.layer[statistics.hero],
         "hero_head": ablation.head[statistics.hero],
         "second_layer": ablation.layer[statistics.second],
@@ -1264,11 +2245,158 @@ def best_minus_best(one: np.ndarray, two: np.ndarray, args: argparse.Namespace) 
     return {"difference": difference.mean(), "difference_lo": low, "difference_hi": high}
 
 
-def tell(summary: pd.DataFrame) -> None:
+@dataclass
+class Together:
+    """What the heads of one run cost when several are removed at once, out of the .npz.
+
+    kinds    name of each of S sets, as `plan_sets` says; the first is none
+    sets     [S, R] bool, the heads of each
+    cost     [n, S] rise of the loss in each document, nats a token
+    base     loss without any removed
+    heads    names of the R heads, such as L3H1
+    """
+
+    run: str
+    kinds: list[str]
+    sets: np.ndarray
+    cost: np.ndarray
+    base: float
+    heads: list[str]
+
+    def of_kind(self, kind: str) -> np.ndarray:
+        """Numbers of the sets of a kind."""
+        return np.array([i for i, name in enumerate(self.kinds) if name == kind])
+
+
+def read_together(losses: dict[str, np.ndarray], facts: dict[str, Any]) -> list[Together]:
+    """A Together for each run that has one."""
+    found = []
+    for run, about in facts["runs"].items():
+        if f"{run}.together.loss" not in losses:
+            continue
+        loss = losses[f"{run}.together.loss"]  # [W, S]
+        cost = units(loss - loss[:, :1], losses["together.documents"])  # [n, S]
+        kinds = [str(kind) for kind in losses[f"{run}.together.kinds"]]
+        heads = [f"L{layer}H{h}" for layer in facts["layers"] for h in range(about["n_heads"])]
+        sets = losses[f"{run}.together.sets"]
+        found.append(Together(run, kinds, sets, cost, loss[:, 0].mean(), heads))
+    return found
+
+
+def with_limits(
+    values: np.ndarray, args: argparse.Namespace, together: bool = False
+) -> dict[str, Any]:
+    """Mean of values [n, C] and 95 % interval of each, `together`: of all at once; NaN for the
+    limits with fewer than MIN_UNITS."""
+    low = high = np.full(values.shape[1], math.nan)
+    if len(values) >= MIN_UNITS:
+        t = bootstrap_units(values, args.bootstrap, args.seed).t
+        low, high = interval(values, t, together)
+    return {"value": values.mean(0), "ci_lo": low, "ci_hi": high}
+
+
+def removal_curves(of_run: Together, args: argparse.Namespace) -> pd.DataFrame:
+    """What it costs to remove ever more heads, a row a set: run, order, n_removed, cost in nats a
+    token and in % of the loss with its interval, n."""
+    tables = []
+    orders = [kind for kind in dict.fromkeys(of_run.kinds) if kind not in ("none", "alone", "pair")]
+    for order in orders:
+        own = of_run.of_kind(order)
+        limits = with_limits(of_run.cost[:, own], args)
+        table = pd.DataFrame(limits)
+        table.insert(0, "run", of_run.run)
+        table.insert(1, "order", order)
+        table.insert(2, "n_removed", of_run.sets[own].sum(1))
+        tables.append(table)
+    curves = pd.concat(tables, ignore_index=True).rename(columns={"value": "cost"})
+    curves["pct_cost"] = 100 * curves["cost"] / of_run.base
+    return curves.assign(base_loss=of_run.base, n_unit=len(of_run.cost))
+
+
+def pair_table(of_run: Together, args: argparse.Namespace) -> pd.DataFrame:
+    """The first heads in pairs, a row a pair: what each costs alone, both together, and their
+    interaction with an interval that holds for all pairs at once."""
+    alone = of_run.cost[:, of_run.of_kind("alone")]  # [n, C]
+    both = of_run.cost[:, of_run.of_kind("pair")]  # [n, P]
+    limits = with_limits(interactions(alone, both), args, together=True)
+    first = [of_run.heads[int(of_run.sets[i].argmax())] for i in of_run.of_kind("alone")]
+    pairs = list(itertools.combinations(range(len(first)), 2))
+    return pd.DataFrame(
+        {
+            "run": of_run.run,
+            "head_1": [first[i] for i, _ in pairs],
+            "head_2": [first[j] for _, j in pairs],
+            "alone_1": [alone[:, i].mean() for i, _ in pairs],
+            "alone_2": [alone[:, j].mean() for _, j in pairs],
+            "both": both.mean(0),
+            "interaction": limits["value"],
+            "ci_lo": limits["ci_lo"],
+            "ci_hi": limits["ci_hi"],
+            "n_unit": len(both),
+        }
+    )
+
+
+def together_tables(
+    together: list[Together], args: argparse.Namespace
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """{end of its name: CSV}, and a row a run for the summary."""
+    curves = []
+    pairs = []
+    rows = []
+    for of_run in together:
+        curves.append(removal_curves(of_run, args))
+        pairs.append(pair_table(of_run, args))
+        spare = spare_columns(of_run, args)
+        rows.append({"run": of_run.run} | spare | backup_columns(pairs[-1]))
+    tables = {"_together.csv": pd.concat(curves), "_pairs.csv": pd.concat(pairs)}
+    return tables, pd.DataFrame(rows)
+
+
+SPARE = 0.01  # of the loss: what may be lost with the heads that can go
+
+
+def spare_columns(of_run: Together, args: argparse.Namespace) -> dict[str, float]:
+    """How many heads can go together for less than SPARE of the loss, those of smallest impact
+    first, and those that write least first; 95 % intervals over resamples of the documents."""
+    limit = SPARE * of_run.base
+    columns = {}
+    for name, order in {
+        "heads_to_spare": "smallest first",
+        "quiet_to_spare": "quietest first",
+    }.items():
+        own = of_run.of_kind(order)
+        if not len(own):  # an older file
+            continue
+        cost = of_run.cost[:, own]  # [n, sizes]
+        sizes = of_run.sets[own].sum(1)
+        columns[name] = heads_to_spare(cost.mean(0), sizes, limit)
+        low = high = math.nan
+        if len(cost) >= MIN_UNITS:
+            means = bootstrap_means(cost, args.bootstrap, args.seed)  # [draws, sizes]
+            draws = [heads_to_spare(mean, sizes, limit) for mean in means]
+            low, high = np.quantile(draws, [0.025, 0.975])
+        columns |= {f"{name}_lo": low, f"{name}_hi": high}
+    return columns
+
+
+def backup_columns(pairs: pd.DataFrame) -> dict[str, Any]:
+    """For the summary: the head that stands in most for the first one, if any is told to."""
+    first = pairs["head_1"].iloc[0]
+    own = pairs[(pairs["head_1"] == first) & (pairs["ci_lo"] > 0)]
+    if own.empty:
+        return {"backup": "", "backup_interaction": math.nan}
+    best = own.loc[own["interaction"].idxmax()]
+    return {"backup": best["head_2"], "backup_interaction": best["interaction"]}
+
+
+def tell(summary: pd.DataFrame, facts: dict[str, Any]) -> None:
     """Prints of every run and mode the Hero Head, or that there is none, with its uncertainty; then
     how two runs compare."""
     for _, row in summary.iterrows():
         tell_of_run(row)
+        if row["mode"] == row["ranked_by"] and not row["unique_hero"]:
+            tell_what_it_takes(row, facts)
     if "difference" in summary:
         row = summary.iloc[0]
         one, two = summary["run"].unique()
@@ -1302,13 +2430,68 @@ def tell_of_run(row: pd.Series) -> None:
     lead = f"ahead of {second} by {with_interval(row, 'gap')}"
     draws = f"in front in {row['p_top1']:.1%} of resamples"
     print(f"  {impact}; {fitted}; p (max-T) {row['p_maxT']:.4f}; {lead}; {draws}")
+    if row["n_linear"]:
+        print(f"  {tell_steadiness(row)}")
 
+    if row.get("n_dropped", math.nan) >= 0:
+        n_screen = f"{row['n_screen']:.0f} other sequences"
+        missed = f"that one of them is in truth the first: p {row['p_missed']:.2g}"
+        print(f"  {row['n_dropped']:.0f} heads were dropped after {n_screen}; {missed};")
+        print("  what is said of the first head is of the second stage alone")
     power = f"detects {row['min_detectable']:.5f} nats with 80 % power"
     heads = [row[f"effective_heads{end}"] for end in ("", "_lo", "_hi")]
     shared = f"effective heads {heads[0]:.1f} [{heads[1]:.1f}, {heads[2]:.1f}]"
     if math.isnan(heads[0]):
         shared = "how many heads share the impact is hidden by noise"
     print(f"  {n}: {power}; {shared}; two tied heads make a Hero Head in 5 %")
+
+
+def tell_what_it_takes(row: pd.Series, facts: dict[str, Any]) -> None:
+    """Prints how much more text would tell whether the first head is a Hero Head."""
+    n_needed = row["n_needed"]
+    if math.isnan(n_needed) or n_needed <= row["n_seq"]:
+        return
+    seconds = facts["runs"][row["run"]].get("seconds_a_sequence", math.nan)
+    time_needed = "" if math.isnan(seconds) else f", about {duration(seconds * n_needed)} here"
+    cost = f"{n_needed:,.0f} sequences{time_needed}"
+    print(f"  if its lead is as measured, {cost}, would tell it from the second with 80 % power")
+
+
+def lead_elsewhere(
+    ablation: Ablation, statistics: HeadStatistics, args: argparse.Namespace
+) -> dict[str, float]:
+    """For the summary: 95 % interval of the first head's lead, as a statement about other
+    documents."""
+    delta = ablation.elsewhere()  # [documents, R]
+    if len(statistics.crossfit) == 0:  # too few documents
+        return dict.fromkeys(["gap_elsewhere_lo", "gap_elsewhere_hi"], math.nan)
+    low, high = lead_interval(delta, statistics.hero, args.bootstrap, args.seed)
+    return {"gap_elsewhere_lo": low, "gap_elsewhere_hi": high}
+
+
+def tell_together(summary: pd.DataFrame) -> None:
+    """Prints of every run what its heads do together."""
+    for _, row in summary.drop_duplicates("run").iterrows():
+        ends = f"[{row['heads_to_spare_lo']:.1f}, {row['heads_to_spare_hi']:.1f}]"
+        spare = (
+            f"{row['heads_to_spare']:.1f} {ends} heads can go together for {SPARE:.0%} of the loss"
+        )
+        stands_in = "no head is told to stand in for the first one"
+        if row["backup"]:
+            more = f"{row['backup_interaction']:+.5f} nats more than one by one"
+            stands_in = f"{row['backup']} stands in for the first one: both cost {more}"
+        print(f"{row['run']}: {spare}; {stands_in}")
+
+
+def tell_steadiness(row: pd.Series) -> str:
+    """What the control variate did to the standard errors, in a sentence."""
+    split = f"first-order effects of {row['n_linear']:,} sequences make standard errors"
+    span = f"{row['se_ratio']:.2g} times smaller (median; {row['se_ratio_lo']:.2g} to"
+    grew = str(row["not_steadied"] or "")
+    but = f"; larger: {grew}" if grew else ""
+    lead = f"[{row['gap_elsewhere_lo']:+.5f}, {row['gap_elsewhere_hi']:+.5f}]"
+    scope = f"intervals hold for these sequences; for other documents the lead is in {lead}"
+    return f"{split} {span} {row['se_ratio_hi']:.2g}{but}); {scope}"
 
 
 def with_interval(row: pd.Series, name: str) -> str:
@@ -1329,6 +2512,11 @@ def draw(csv: Path) -> None:
     figures = {"_figure4.png": (figure4, table), "_heatmap.png": (heatmap, ranking)}
     for end, (figure, heads) in figures.items():
         save_figure(functools.partial(figure, heads, summary), named(csv, end))
+    if named(csv, "_together.csv").exists() and named(csv, "_pairs.csv").exists():
+        curves = csv_table(named(csv, "_together.csv"))
+        pairs = csv_table(named(csv, "_pairs.csv"))
+        draw_both = functools.partial(figure_together, curves, pairs)
+        save_figure(draw_both, named(csv, "_together.png"))
 
 
 def read_tables(csv: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -1534,6 +2722,89 @@ def heatmap(ranking: pd.DataFrame, summary: pd.DataFrame, is_stacked: bool = Fal
     return fig
 
 
+ORDERS = {  # of removal: colour, and how it is called
+    "largest first": ("#D55E00", "largest impact first"),
+    "smallest first": ("#0072B2", "smallest impact first"),
+    "quietest first": ("#009E73", "least written first"),
+}
+
+
+def figure_together(
+    curves: pd.DataFrame, pairs: pd.DataFrame, is_stacked: bool = False
+) -> plt.Figure:
+    """What heads cost when several go: two panels a run, the loss against the number removed, and
+    what the first heads in pairs cost beyond what they cost alone."""
+    runs = list(curves["run"].unique())
+    across = 1 if is_stacked else 2
+    down = 2 * len(runs) // across
+    size = (4.5 if is_stacked else 9.5, 3.6 * down)
+    fig, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    for i, run in enumerate(runs):
+        left, right = axes.reshape(-1, 2)[i]
+        draw_removal(left, curves[curves["run"] == run])
+        draw_pairs(right, pairs[pairs["run"] == run])
+    n = curves["n_unit"].iloc[0]
+    note = f"n = {n} documents. Bars: 95 %, each by itself; dotted: {SPARE:.0%} of the loss. "
+    note += f"Grey: {RANDOM_ORDERS} random orders, least to most. "
+    note += "Dot in a square: 95 % interval, for all pairs at once, leaves 0 out."
+    fig.supxlabel(textwrap.fill(note, round(13 * fig.get_figwidth())), fontsize=8.5)
+    return fig
+
+
+def draw_removal(ax: plt.Axes, curves: pd.DataFrame) -> None:
+    """Panel: cost of removing the first heads of each order, in % of the loss."""
+    random_orders = curves[curves["order"].str.startswith("random")]
+    band = random_orders.groupby("n_removed")["pct_cost"].agg(["min", "median", "max"])
+    ax.fill_between(band.index, band["min"], band["max"], color="0.7", alpha=0.5, lw=0)
+    ax.plot(band.index, band["median"], color="0.4", label="random order")
+    for order, (color, label) in ORDERS.items():
+        own = curves[curves["order"] == order].sort_values("n_removed")
+        if own.empty:
+            continue
+        scale = 100 / own["base_loss"]
+        below = scale * (own["cost"] - own["ci_lo"]).fillna(0)
+        above = scale * (own["ci_hi"] - own["cost"]).fillna(0)
+        ax.errorbar(
+            own["n_removed"],
+            own["pct_cost"],
+            [below, above],
+            color=color,
+            marker="o",
+            ms=4,
+            label=label,
+        )
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set_title(f"{as_label(curves['run'].iloc[0])}: heads removed together", fontsize=10)
+    ax.set(xlabel="heads removed", ylabel="rise of the loss (%)")
+    ax.axhline(100 * SPARE, color="black", lw=0.8, ls=":")
+    ax.set_yscale("symlog", linthresh=1)
+    ax.set_ylim(bottom=min(-0.3, 1.2 * curves["pct_cost"].min()))
+    ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    ax.legend(fontsize=8.5, frameon=False)
+
+
+def draw_pairs(ax: plt.Axes, pairs: pd.DataFrame) -> None:
+    """Panel: what each pair costs beyond its two heads, in thousandths of a nat."""
+    names = list(dict.fromkeys([*pairs["head_1"], *pairs["head_2"]]))
+    table = np.full((len(names), len(names)), math.nan)
+    for row in pairs.itertuples():
+        table[names.index(row.head_2), names.index(row.head_1)] = 1000 * row.interaction
+    most = max(np.nanmax(np.abs(table)), 1e-9)
+    image = ax.imshow(table, cmap="RdBu_r", vmin=-most, vmax=most)
+    for row in pairs.itertuples():
+        i, j = names.index(row.head_2), names.index(row.head_1)
+        ink = "#eeeeee" if abs(table[i, j]) > 0.6 * most else "#111111"
+        ax.text(j, i, f"{table[i, j]:+.2g}", ha="center", va="center", fontsize=8, color=ink)
+        if row.ci_lo > 0 or row.ci_hi < 0:
+            ax.plot(j + 0.36, i - 0.34, color=ink, marker="o", ms=2.5)
+    ax.set(xticks=range(len(names) - 1), xticklabels=names[:-1])
+    ax.set(yticks=range(1, len(names)), yticklabels=names[1:], ylim=(len(names) - 0.5, 0.5))
+    ax.set_xlim(-0.5, len(names) - 1.5)
+    ax.tick_params(labelsize=8.5)
+    ax.set_title("both at once, beyond one by one\nred: each stands in for the other", fontsize=10)
+    plt.colorbar(image, ax=ax, label="nats / 1000 a token")
+
+
 def draw_map(
     ax: plt.Axes, heads: pd.DataFrame, row: pd.Series, norm: colors.Normalize, has_numbers: bool
 ) -> Any:
@@ -1620,12 +2891,29 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     mode = "what replaces z; of those given the first in the order above ranks the heads; default: "
     mode += f"{' '.join(DEFAULT_MODES)}; with --redraw: all that the .npz holds"
     n_seqs = "validation sequences, evenly spaced; 0: the whole split"
+    confirm = "two stages: the heads that may still lead after --screen sequences get N fresh ones "
+    confirm += "of other documents, which alone decide on the Hero Head"
+    keep = "heads of the second stage at most; default: all that may still lead, with --minutes as "
+    keep += f"many as it buys {N_FRESH} sequences each"
+    minutes = "the same, with as many sequences in both stages as this time buys"
+    n_linear = "validation sequences of the first-order effects, which steady the exact ones, "
+    n_linear += "evenly spaced; those of --n_seqs are some of them; 0: the whole split"
+    n_together = "validation sequences on which several heads are mean-ablated at once: cumulative "
+    n_together += "curves, pairs of the first heads; 0: none"
+    plain = "without them: the exact effects alone, with larger standard errors"
     n_mean = "training sequences behind the means"
     draws = "draws of a random mode (resample: other sequences of the same split)"
     group.add_argument("--preset", choices=presets, default="auto", help=preset)
     group.add_argument("--layers", type=int, nargs="+", help=layers)
     group.add_argument("--mode", nargs="+", choices=MODES, help=mode)
-    group.add_argument("--n_seqs", type=int, help=n_seqs + by_preset("n_seqs"))
+    n_seqs += by_preset("n_seqs")
+    group.add_argument("--n_seqs", "--screen", type=int, help=n_seqs)
+    group.add_argument("--confirm", type=count, metavar="N", help=confirm)
+    group.add_argument("--keep", type=count, metavar="C", help=keep)
+    group.add_argument("--minutes", type=positive(float), help=minutes)
+    group.add_argument("--n_linear", type=int, help=n_linear + by_preset("n_linear"))
+    group.add_argument("--n_together", type=int, help=n_together + by_preset("n_together"))
+    group.add_argument("--plain", action="store_true", help=plain)
     group.add_argument("--n_mean", type=count, help=n_mean + by_preset("n_mean"))
     group.add_argument("--resample_draws", type=count, help=draws + by_preset("resample_draws"))
     group.add_argument("--bootstrap", type=count, default=10_000, help="bootstrap draws")
@@ -1653,6 +2941,20 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.n_seqs is not None and args.n_seqs < 8 and args.n_seqs != 0:
         expected = "expected at least 8 sequences, or 0 for the whole split"
         parser.error(f"--n_seqs {args.n_seqs}: {expected}")
+    for flag in ("n_linear", "n_together"):
+        if (getattr(args, flag) or 0) < 0:
+            parser.error(f"--{flag} {getattr(args, flag)}: expected 0 or more")
+    if args.minutes and (args.confirm or args.n_seqs is not None):
+        parser.error(
+            "--minutes chooses the numbers of sequences: give it, or --screen and --confirm"
+        )
+    if args.keep == 1 or (args.keep and not has_second_stage(args)):
+        parser.error(f"--keep {args.keep}: expected at least 2, and --confirm or --minutes")
+    if args.confirm and args.confirm < MIN_UNITS:
+        parser.error(f"--confirm {args.confirm}: expected at least {MIN_UNITS} sequences")
+    fitted = [mode for mode in args.mode or [] if MODES[mode].fit]
+    if has_second_stage(args) and fitted == args.mode:
+        parser.error(f"--mode {' '.join(fitted)} needs another mode that chooses its heads")
     if args.bootstrap < 100 or args.seed < 0:
         found = f"--bootstrap {args.bootstrap} and --seed {args.seed}"
         parser.error(f"{found}: expected at least 100 draws, and a seed from 0")
@@ -3155,7 +4457,12 @@ def dataset_key(dataset: str) -> str:
     versions) that it comes from."""
     path = Path(dataset)
     if dataset == "builtin":
-        versions = [version(package) for package in BUILTIN_PACKAGES.values()]
+        try:
+            versions = [version(package) for package in BUILTIN_PACKAGES.values()]
+        except PackageNotFoundError as e:
+            fact = f"--dataset builtin reads the documentation of {e.name}, which is not installed"
+            advice = "pip install -r requirements.txt, or give --dataset PATH"
+            raise HandoffError(f"{fact}: {advice}") from e
         source = repr([BUILTIN_VERSION, platform.python_version(), versions])
     elif dataset in HUB_DATASETS:
         source = HUB_DATASETS[dataset]

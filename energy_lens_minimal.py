@@ -3431,7 +3431,8 @@ def draw_predicted(
                 high = max(ax.get_xlim()[1], ax.get_ylim()[1])
                 ax.plot([low, high], [low, high], color="0.6", linewidth=0.8, zorder=0)
             ax.set(xlabel=predictor.formula, ylabel=ylabel)
-            ax.legend(fontsize=7, frameon=False, loc="best")
+            # Above the panel: inside it there is a point everywhere
+            ax.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
         return figure
 
     save_figure(draw, path)

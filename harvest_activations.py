@@ -2888,7 +2888,12 @@ def dataset_key(dataset: str) -> str:
     versions) that it comes from."""
     path = Path(dataset)
     if dataset == "builtin":
-        versions = [version(package) for package in BUILTIN_PACKAGES.values()]
+        try:
+            versions = [version(package) for package in BUILTIN_PACKAGES.values()]
+        except PackageNotFoundError as e:
+            fact = f"--dataset builtin reads the documentation of {e.name}, which is not installed"
+            advice = "pip install -r requirements.txt, or give --dataset PATH"
+            raise HandoffError(f"{fact}: {advice}") from e
         source = repr([BUILTIN_VERSION, platform.python_version(), versions])
     elif dataset in HUB_DATASETS:
         source = HUB_DATASETS[dataset]

@@ -17,6 +17,7 @@ Reads   --ablation_csv of phase 4: names the checkpoints and the hero (rank 1 un
         there is no SAE section
 Writes  <save_dir>/hero_report.md and .html (one file, no network)
         <save_dir>/hero_*.csv (tidy), hero_*.png and .svg (each from its CSV alone)
+        <save_dir>/head_types.csv, .png, .svg: the scores of every head, not only of the hero
 Quick   python hero_head_analysis.py --ablation_csv results_ablation.csv
         (smoke model: 15 s of one CPU core, 0.7 GB)
 Full    the same command (64 + 64 windows of 512 tokens, some 80 passes over them)
@@ -87,6 +88,7 @@ PHASE_PRESETS = {
 OFFSETS = (1, 2, 8, 64)  # distances at which query-key scores are decoded, tokens
 N_RANDOM = 4  # control heads drawn from the hero's own model
 MIN_DOCUMENTS = 16  # with fewer an interval covers less than it says (test_calibration_hero.py)
+MIN_HEADS = 16  # the same of correlations over heads
 BATCH_NUMBERS = 2**25  # in the largest tensor of a batch: logits or patterns of 128 MB
 
 
@@ -111,10 +113,11 @@ def study_hero(args: argparse.Namespace, inputs: Inputs) -> Study:
     attribution = attribute_next_token(hero, analysed)
     tables["dla"] = attribution_rows(attribution, analysed)
 
-    # 3. What each head attends to.
+    # 3. What each head attends to, and which score finds the heads that do nothing.
     scored = score_models(heads, analysed)
     tables["scores"] = score_table(heads, analysed, scored)
-    tables["heads"] = every_head(scored)
+    tables["head_types"] = head_types(heads, scored)
+    tables["inactive"] = scores_of_inactivity(tables["head_types"], inputs.ranked)
 
     # 4. What the loss loses without each head, and what its weights write and look for.
     for name in ("impact", "ov", "qk_pairs", "qk_bands"):
@@ -422,7 +425,7 @@ class Controls:
 def choose_controls(hero: Head, other_hero: Head | None, held_out: Text) -> Controls:
     """Heads of the hero's model that write about as much and, where there is another run, its head
     that writes most nearly the same, and its own hero."""
-    stride = math.ceil(held_out.idx.numel() / 4096)  # some 4096 positions tell heads apart
+    stride = stride_over(held_out.idx)
     writes = head_writes(hero.model, held_out.idx, stride)  # [N, L, H, K]
     heads = random_controls(hero, writes)
     if other_hero is None:
@@ -454,6 +457,12 @@ def write_basis(model: NewGPT, layer: int) -> Tensor:
     block: Any = model.blocks[layer]
     w_o = block.attn.w_o.weight.unflatten(1, (model.cfg.n_heads, -1))  # [D, H, K]
     return torch.linalg.qr(w_o.transpose(0, 1))[1]
+
+
+def stride_over(idx: Tensor) -> int:
+    """Which positions of idx [n, T] are looked at: every second, or third, ..., so that there are
+    some 4096, which tell heads apart."""
+    return math.ceil(idx.numel() / 4096)
 
 
 def head_writes(model: NewGPT, idx: Tensor, stride: int) -> Tensor:
@@ -734,6 +743,7 @@ class ScoredModel:
 
     real: dict[str, Tensor]
     null: dict[str, Tensor]
+    write_norm: Tensor  # [L, H] how much each head writes
 
 
 def score_models(heads: list[Head], analysed: Text) -> dict[str, ScoredModel]:
@@ -744,7 +754,7 @@ def score_models(heads: list[Head], analysed: Text) -> dict[str, ScoredModel]:
         if head.run not in scored:
             real = score_every_head(head.model, texts, under_null=False)
             null = score_every_head(head.model, texts, under_null=True)
-            scored[head.run] = ScoredModel(real, null)
+            scored[head.run] = ScoredModel(real, null, write_norms(head.model, analysed))
     return scored
 
 
@@ -774,16 +784,85 @@ def score_table(heads: list[Head], analysed: Text, scored: dict[str, ScoredModel
     return rows
 
 
-def every_head(scored: dict[str, ScoredModel]) -> Rows:
-    """The scores of all heads of the models, means over the windows."""
+WRITE_NORM = "write_norm"  # in head_types.csv, beside the scores of attention
+
+
+def write_norms(model: NewGPT, text: Text) -> Tensor:
+    """How much each head says beyond what it says on average [L, H]: the mean over tokens of the
+    norm of (z - mean z) W_O, the mean over the same tokens."""
+    writes = head_writes(model, text.idx, stride_over(text.idx))  # [N, L, H, K]
+    return writes.norm(dim=-1).mean(0).cpu()
+
+
+def head_types(heads: list[Head], scored: dict[str, ScoredModel]) -> Rows:
+    """The scores of all heads of the models, means over the windows, each beside the same on
+    shuffled text; then how much each writes, which has no null. role: as what it is studied."""
+    roles: dict[tuple[str, int, int], list[str]] = {}
+    for head in heads:
+        roles.setdefault((head.run, head.layer, head.head), []).append(head.role)
     rows = []
     for run_name, of_model in scored.items():
-        for name, values in of_model.real.items():
-            by_head = values.nanmean(0).tolist()  # [L][H]
-            for layer, of_layer in enumerate(by_head):
-                for h, value in enumerate(of_layer):
-                    rows.append(dict(run=run_name, layer=layer, head=h, score=name, value=value))
+        values = {name: by_window.nanmean(0) for name, by_window in of_model.real.items()}
+        nulls = {name: by_window.nanmean(0) for name, by_window in of_model.null.items()}
+        values[WRITE_NORM] = of_model.write_norm
+        nulls[WRITE_NORM] = torch.full_like(of_model.write_norm, math.nan)
+        for name, value in values.items():  # [L, H]
+            for layer, h in np.ndindex(*value.shape):
+                row = dict(run=run_name, layer=layer, head=h, score=name)
+                row["value"] = value[layer, h].item()
+                row["null"] = nulls[name][layer, h].item()
+                row["role"] = "; ".join(roles.get((run_name, layer, h), []))
+                rows.append(row)
     return rows
+
+
+FIRST_POSITION = "first position"
+
+
+def scores_of_inactivity(types: Rows, ranked: pd.DataFrame) -> Rows:
+    """Which score finds the heads that do nothing (2504.03889), by run: Spearman's correlation over
+    heads of -|impact| with -write_norm, and with the attention on the first position; then the
+    first less the second. ranked: the impacts, of phase 4.
+
+    The unit is the head. 95 %: heads resampled, the same for all three rows. So an interval is
+    about heads like those of this model, and not about other models.
+    """
+    of_head = ["run", "layer", "head"]
+    table = pd.DataFrame(types).pivot(index=of_head, columns="score", values="value")
+    table = table.reindex(columns=[WRITE_NORM, FIRST_POSITION])
+    # Only the heads that phase 4 measured: it may have left out layers
+    table = table.join(ranked.set_index(of_head)["delta"], how="inner").reset_index()
+    rows = []
+    for run_name in dict.fromkeys(row["run"] for row in types):  # the hero's first
+        heads = table[table["run"] == run_name]
+        if heads.empty:
+            continue
+        # Both with the sign with which they speak for doing nothing
+        idle = -heads["delta"].abs().to_numpy()
+        by_write = resampled_spearman(-heads[WRITE_NORM].to_numpy(), idle)
+        by_first = resampled_spearman(heads[FIRST_POSITION].to_numpy(), idle)
+        # Of the same resamples: the difference is paired
+        found = {WRITE_NORM: by_write, FIRST_POSITION: by_first, "difference": by_write - by_first}
+        for name, correlation in found.items():
+            row = dict(run=run_name, score=name, spearman=correlation[0])
+            row |= dict(ci_low=math.nan, ci_high=math.nan, n=len(heads), unit="head")
+            if len(heads) >= MIN_HEADS:
+                row["ci_low"], row["ci_high"] = np.quantile(correlation[1:], [0.025, 0.975])
+            rows.append(row)
+    return rows
+
+
+def resampled_spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of x [n] with y [n], of all units and then in each resample of them:
+    [1 + draws]."""
+    counts = np.vstack([np.ones(len(x)), resamples(len(x))])  # [1 + draws, n], of each unit
+    # How many are smaller less how many are larger: twice the rank, and 0 on average
+    x_rank = counts @ np.sign(x - x[:, None])  # [1 + draws, n]
+    y_rank = counts @ np.sign(y - y[:, None])  # [1 + draws, n]
+    product = (counts * x_rank * y_rank).sum(1)
+    spread = (counts * x_rank**2).sum(1) * (counts * y_rank**2).sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):  # all alike: there is no correlation
+        return product / np.sqrt(spread)
 
 
 # ---- step 4: impact, and what the weights write and look for
@@ -1571,12 +1650,19 @@ def with_sizes(args: argparse.Namespace, inputs: Inputs) -> argparse.Namespace:
     return args
 
 
+def stem(name: str) -> str:
+    """The file name of a table or figure, without its ending."""
+    return name if name.startswith("head_") else f"hero_{name}"
+
+
 def write_results(
     args: argparse.Namespace, inputs: Inputs, report: Report, data: Row
 ) -> list[Path]:
     """CSVs, reports, figures and their sidecars, which are written last. Returns the reports."""
     # What is left of an earlier analysis is not finished, and its page is not of this one.
-    for pattern in ("hero_*.json", "hero_*.svg", "hero_*.png", "hero_report.html"):
+    stale = ["hero_*.json", "hero_*.svg", "hero_*.png", "hero_report.html", "head_types.*"]
+    stale.append("hero_heads.csv")  # that older versions wrote, instead of head_types.csv
+    for pattern in stale:
         for old in args.save_dir.glob(pattern):
             old.unlink()
 
@@ -1595,7 +1681,7 @@ def write_results(
         for name in names:
             write_sidecar(args.save_dir / name, "janus.hero/2", [args.ablation_csv], **facts)
 
-    tables = {f"hero_{name}.csv": table for name, table in report.tables.items()}
+    tables = {f"{stem(name)}.csv": table for name, table in report.tables.items()}
     for name, table in tables.items():
         write(name, table.to_csv(index=False))
     write("hero_report.md", markdown_report(report))
@@ -1605,7 +1691,7 @@ def write_results(
     try:
         with drawing([args.save_dir / "hero_report.md"], redraw):
             draw_figures(args.save_dir)
-        finish([f"hero_{figure}.png" for figure in FIGURES])
+        finish([f"{stem(figure)}.png" for figure in FIGURES])
     finally:  # with those figures that there are
         page = html_report(report, data, args.save_dir)
         if page:
@@ -1634,6 +1720,11 @@ class Inputs:
     val: HFWikiTextLoader  # everything is measured on windows of this split
     harvested_sae: HarvestedSAE | None  # the SAE of the hero; None where there is none
     no_sae: str  # then the line that says how to make one, else empty
+
+    @property
+    def ranked(self) -> pd.DataFrame:
+        """The CSV's rows of the mode by which it ranks heads."""
+        return self.table[self.table["mode"] == self.top["mode"]]
 
 
 def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
@@ -1957,6 +2048,18 @@ SECTIONS = {  # table: (heading, what it shows), in the order of the reports
         "largest possible. Reading shuffled text keeps positions and loses content: a score that "
         "stays the same is about position.",
     ),
+    "head_types": (
+        "The type of every head",
+        "Every score of every head: the maps are in head_types.png, each with a scale of its own; "
+        "the table has the head with the most of each. A score that stays the same on shuffled "
+        "text is about position.",
+    ),
+    "inactive": (
+        "Which score finds the heads that do nothing",
+        "Spearman's correlation, over the heads of a model, of how little removing a head changes "
+        "the loss with a score: 1 where it puts the heads in that order, 0 where it knows nothing "
+        "of it. Intervals: heads resampled; they are about this model, and not about others.",
+    ),
     "preserving": (
         "What is enough to explain it",
         "How much of its impact is left when it may read only one kind of key, beside as many keys "
@@ -1997,7 +2100,7 @@ SECTIONS = {  # table: (heading, what it shows), in the order of the reports
         "distance between the two.",
     ),
 }
-CLOSED = ["tokens", "impact", "dla", "qk_pairs"]  # sections of the page that one opens
+CLOSED = ["tokens", "impact", "inactive", "dla", "qk_pairs"]  # sections of the page that one opens
 ROWS_SHOWN = 40  # of each table of the report; its CSV has all
 HOW_MEASURED = ["n", "unit", "sequences", "split", "tests"]  # columns of an Interval
 
@@ -2112,10 +2215,31 @@ def does_it_stand_out(standing: Standing) -> str:
         second = f"L{summary['second_layer']:.0f}H{summary['second_head']:.0f}"
         gap = f"{three_digits(summary['gap'])} nats {ends(summary, 'gap_lo', 'gap_hi')}"
         follows = f"; {second} follows {gap} behind"
+    stands_in = has_backup(standing)
     if standing.is_unique:
-        return f"Yes, it is the unique hero: {comes_first}{follows}."
-    resamples = f"in {percent(1 - standing.p_top1)} of resamples of the text another one leads"
-    return f"Not shown to be a unique hero: {comes_first}, but {resamples}{follows}."
+        return f"Yes, it is the unique hero: {comes_first}{follows}.{stands_in}"
+    but = f"in {percent(1 - standing.p_top1)} of resamples of the text another one leads"
+    # Ahead in this text, whose first-order effects are all known, but not told to be in others
+    if summary.get("gap_lo", math.nan) > 0 >= summary.get("gap_elsewhere_lo", math.nan):
+        but = f"in other documents its lead is in {ends(summary, *ELSEWHERE)}, which leaves it open"
+    elif summary.get("gap_lo", math.nan) > 0 and summary.get("p_missed", 0.0) >= 0.05:
+        screen = f"the {summary['n_dropped']:.0f} that phase 4 dropped after {summary['n_screen']:.0f}"
+        but = f"it is not ruled out that one of {screen} sequences is larger"
+    return f"Not shown to be a unique hero: {comes_first}, but {but}{follows}.{stands_in}"
+
+
+ELSEWHERE = ("gap_elsewhere_lo", "gap_elsewhere_hi")  # columns of the summary
+
+
+def has_backup(standing: Standing) -> str:
+    """Whether another head stands in for the first one, where phase 4 removed them together."""
+    if "backup" not in standing.summary.index:
+        return ""
+    backup = standing.summary["backup"]
+    if not isinstance(backup, str) or not backup:
+        return " None of the heads removed together with it is told to stand in for it."
+    more = three_digits(standing.summary["backup_interaction"])
+    return f" {backup} stands in for it: without both a token costs {more} nats more than the sum."
 
 
 COMMON = 0.2  # share of the tokens that need the head most, from which one is worth naming
@@ -2244,6 +2368,24 @@ def what_features_do(features: pd.DataFrame) -> str:
     return f"{number} of the {len(mine)} features {verb} an effect that is told from 0."
 
 
+def what_finds_inactive(inactive: pd.DataFrame) -> str:
+    """Which of two scores better finds the heads of the first run that do nothing."""
+    of_run = inactive[inactive["run"] == inactive["run"].iloc[0]].set_index("score")
+    difference = of_run.loc["difference"]
+    said = {}
+    for name, row in of_run.iterrows():
+        said[name] = f"{three_digits(row['spearman'])} {ends(row)}".removesuffix(" –")
+    measured = f"writing little has {said[WRITE_NORM]}, attention to the first position "
+    measured += f"{said[FIRST_POSITION]}, over {difference['n']:.0f} heads"
+    if math.isnan(difference["ci_low"]):
+        return f"Cannot tell: {measured}, and intervals need {MIN_HEADS} heads."
+    by = f"the difference is {said['difference']}"
+    if not is_told(difference):
+        return f"Not told: {measured}; {by}."
+    better = "Writing little" if difference["spearman"] > 0 else "Attention to the first position"
+    return f"{better} finds them better: {measured}; {by}."
+
+
 def how_sure(standing: Standing, impact: pd.DataFrame) -> str:
     """What the intervals are of, and what they say nothing about."""
     answer = f"Measured on {measured_on(impact.head(1))}, with 95 % intervals."
@@ -2333,6 +2475,45 @@ def scores_for_people(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+SCORES_FOR_PEOPLE = {WRITE_NORM: "norm of what it writes"}  # the others are called what they are
+
+
+def score_for_people(name: str, value: float) -> str:
+    """A score of head_types.csv: a share, or the norm, which is none."""
+    return three_digits(value) if name == WRITE_NORM else percent(value)
+
+
+def types_for_people(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a score and run: the head that has most of it."""
+    rows = []
+    for (name, run_name), of_score in table.groupby(["score", "run"], sort=False):
+        if of_score["value"].isna().all():
+            continue
+        most = of_score.loc[of_score["value"].idxmax()]
+        shown = {
+            "score": SCORES_FOR_PEOPLE.get(name, name),
+            "run": run_name,
+            "head": f"L{most['layer']}H{most['head']}",
+            "value": score_for_people(name, most["value"]),
+            "shuffled": score_for_people(name, most["null"]),
+            "median head": score_for_people(name, of_score["value"].median()),
+        }
+        rows.append(shown)
+    return pd.DataFrame(rows)
+
+
+def inactive_for_people(table: pd.DataFrame) -> pd.DataFrame:
+    names = {WRITE_NORM: "writes little", FIRST_POSITION: "attends to the first position"}
+    columns = {
+        "run": table["run"],
+        "score": table["score"].replace(names),
+        "Spearman": table["spearman"],
+        "95 % interval": [ends(row) for _, row in table.iterrows()],
+        "heads": table["n"],
+    }
+    return pd.DataFrame(columns)
+
+
 def preserving_for_people(table: pd.DataFrame) -> pd.DataFrame:
     """A row a mechanism; what is claimed beside chance."""
     rows = []
@@ -2416,6 +2597,8 @@ def pairs_for_people(table: pd.DataFrame) -> pd.DataFrame:
 FOR_PEOPLE: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
     "impact": impact_for_people,
     "scores": scores_for_people,
+    "head_types": types_for_people,
+    "inactive": inactive_for_people,
     "preserving": preserving_for_people,
     "rebuilt": preserving_for_people,
     "features": features_for_people,
@@ -2431,9 +2614,8 @@ FOR_PEOPLE: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 def importance_table(inputs: Inputs, heads: list[Head]) -> pd.DataFrame:
     """The impact of every head of every run, as phase 4 measured it, and which are studied
     here."""
-    same_mode = inputs.table[inputs.table["mode"] == inputs.top["mode"]]
     columns = ["run", "layer", "head", "delta", "ci_lo", "ci_hi", "rank", "p_maxT", "n_seq"]
-    table = same_mode.reindex(columns=columns)  # files of older versions have no n_seq
+    table = inputs.ranked.reindex(columns=columns)  # files of older versions have no n_seq
     studied = {(head.run, head.layer, head.head) for head in heads}
     places = table[["run", "layer", "head"]].itertuples(index=False, name=None)
     return table.assign(studied=[place in studied for place in places])
@@ -2469,7 +2651,8 @@ def page_data(tables: dict[str, pd.DataFrame], maps: list[AttentionMap], shown: 
         panels.append(dict(name=panel.name, a=attention, w=value_norm))
     ordered = tables["importance"].sort_values(["run", "layer", "head"])
     grid = json.loads(ordered.to_json(orient="records"))  # nan becomes null
-    scores = json.loads(tables["heads"].to_json(orient="records"))
+    types = tables["head_types"][["run", "layer", "head", "score", "value"]]
+    types = types.replace({"score": SCORES_FOR_PEOPLE})
     windows = [piece.for_script() for piece in pieces_of(tables["windows"])]
     hero = tables["impact"].iloc[0]
     return dict(
@@ -2478,7 +2661,8 @@ def page_data(tables: dict[str, pd.DataFrame], maps: list[AttentionMap], shown: 
         tokens=shown.words(0),
         panels=panels,
         grid=grid,
-        scores=scores,
+        scores=json.loads(types.to_json(orient="records")),
+        no_shares=list(SCORES_FOR_PEOPLE.values()),  # the other scores are shown in per cent
         windows=windows,
     )
 
@@ -2544,15 +2728,15 @@ MANY_CELLS = 1500  # of a map: more are drawn as a picture
 
 @contextlib.contextmanager
 def drawable(folder: Path, name: str) -> Iterator[tuple[pd.DataFrame, Path]]:
-    """The table hero_<name>.csv, and where its figure belongs. Within the block, what is wrong with
+    """The table of that name, and where its figure belongs. Within the block, what is wrong with
     the table becomes a HandoffError."""
     import matplotlib
 
     matplotlib.use("Agg")
     try:
-        yield csv_table(folder / f"hero_{name}.csv"), folder / f"hero_{name}.png"
+        yield csv_table(folder / f"{stem(name)}.csv"), folder / f"{stem(name)}.png"
     except (OSError, ValueError, KeyError) as e:
-        fact = f"{folder}/hero_{name}.csv cannot be drawn ({e})"
+        fact = f"{folder}/{stem(name)}.csv cannot be drawn ({e})"
         raise HandoffError(f"{fact}; it is written by: python hero_head_analysis.py") from None
 
 
@@ -2811,11 +2995,128 @@ def draw_kept(ax: Any, table: pd.DataFrame) -> None:
     ax.set_yticklabels([as_label(name.removeprefix("keys: ")) for name in names])
 
 
-FIGURES = {  # hero_<name>.png, each from hero_<name>.csv alone
+def draw_head_types(folder: Path) -> None:
+    """All scores of all heads: a panel a score, with a colour scale of its own, in which the runs
+    stand side by side."""
+    from matplotlib import pyplot as plt
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    with drawable(folder, "head_types") as (table, path):
+        table["role"] = table["role"].fillna("")
+        panels = list(table.groupby("score", sort=False))
+        height = min(3.0, 0.6 + 0.13 * table["layer"].nunique())  # of a panel, inches
+
+        def draw(is_stacked: bool) -> Any:
+            n_columns = 2 if is_stacked else 5
+            n_rows = math.ceil(len(panels) / n_columns)
+            figure, axes = plt.subplots(
+                n_rows,
+                n_columns,
+                figsize=(4.5 if is_stacked else 11, (height + 0.45) * n_rows + 1.4),
+                layout=ConstrainedLayoutEngine(w_pad=0.1),  # wider than the gap between runs
+                squeeze=False,
+            )
+            for i, ax in enumerate(axes.flatten()):
+                if i >= len(panels):
+                    ax.set_axis_off()
+                    continue
+                draw_type(ax, *panels[i])
+                is_left = i % n_columns == 0
+                is_last = i + n_columns >= len(panels)
+                # The same in all panels of a row, or of a column: written once
+                ax.tick_params(axis="y", labelleft=is_left)
+                ax.tick_params(axis="x", which="both", labelbottom=is_last)
+                ax.set_ylabel("layer" if is_left else "", fontsize=8)
+                ax.set_xlabel("head" if is_last else "", fontsize=8)
+            add_keys_of_types(figure, axes, is_stacked)
+            return figure
+
+        save_figure(draw, path)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """How the box of a studied head looks. A wider dark line below it shows it on any colour."""
+
+    label: str
+    width: float  # points
+    color: str  # neither pure black nor white: a page replaces those by its own ink and paper
+
+    def below(self) -> list[Any]:
+        """The dark line, as an effect of the line itself."""
+        from matplotlib.patheffects import withStroke
+
+        return [withStroke(linewidth=self.width + 1.4, foreground="#111111")]
+
+
+HERO_OUTLINE = Outline("the head", 2.0, ORANGE)
+OTHER_OUTLINE = Outline("heads compared with it", 0.9, "#fefefe")
+
+
+def draw_type(ax: Any, score: str, table: pd.DataFrame) -> None:
+    """One score of all heads, a map a run; the scale goes from 0 to the largest of all runs."""
+    from matplotlib.patches import Rectangle
+
+    n_layers = table["layer"].max() + 1
+    every_layer = math.ceil(n_layers / 8)
+    ticks = {}
+    middles = {}
+    maps = []
+    start = 0  # of the run's map, in heads
+    for run_name, of_run in table.groupby("run", sort=False):
+        by_place = of_run.pivot(index="layer", columns="head", values="value")
+        grid = by_place.reindex(range(n_layers)).to_numpy()  # [L, H]
+        n_heads = grid.shape[1]
+        maps += [grid, np.full((n_layers, 1), math.nan)]  # a gap behind it
+        for _, head in of_run[of_run["role"] != ""].iterrows():
+            is_hero = head["role"].split("; ")[0] == "hero"
+            look = HERO_OUTLINE if is_hero else OTHER_OUTLINE
+            corner = (start + head["head"] - 0.5, head["layer"] - 0.5)
+            box = Rectangle(corner, 1, 1, fill=False, clip_on=False, zorder=3 + is_hero)
+            box.set(linewidth=look.width, edgecolor=look.color, path_effects=look.below())
+            ax.add_patch(box)
+        for number in range(0, n_heads, math.ceil(n_heads / 4)):
+            ticks[start + number] = str(number)
+        middles[start + (n_heads - 1) / 2] = as_label(run_name)
+        start += n_heads + 1
+    most = table["value"].max()
+    upper = most if most > 0 else 1
+    # A pixel a cell, which an SVG enlarges without blurring it
+    image = np.hstack(maps[:-1])
+    ax.imshow(image, cmap="viridis", vmin=0, vmax=upper, aspect="auto", interpolation="none")
+    title = as_label(SCORES_FOR_PEOPLE.get(score, score))
+    ax.set_title(f"{title}\n0 to {score_for_people(score, most)}", fontsize=8)
+    ax.set_xticks(list(ticks), list(ticks.values()))
+    ax.set_xticks(list(middles), list(middles.values()), minor=True)
+    ax.set_yticks(range(0, n_layers, every_layer))
+    ax.tick_params(labelsize=7, length=2)
+    ax.tick_params(axis="x", which="minor", labelsize=7, length=0, pad=12)  # below the heads
+    ax.spines[:].set_visible(False)
+
+
+def add_keys_of_types(figure: Any, axes: np.ndarray, is_stacked: bool) -> None:
+    """The colours, from the lower to the upper limit of each panel, and the two outlines."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.patches import Patch
+
+    colours = ScalarMappable(cmap="viridis")
+    shape = dict(shrink=0.4, aspect=30)
+    bar = figure.colorbar(colours, ax=axes, location="bottom", ticks=[0, 1], **shape)
+    bar.ax.set_xticklabels(["0", "upper limit of the panel"], fontsize=8)
+    handles = []
+    for look in (HERO_OUTLINE, OTHER_OUTLINE):
+        line = dict(ec=look.color, lw=look.width, path_effects=look.below())
+        handles.append(Patch(fc="#21918c", label=look.label, **line))
+    columns = 1 if is_stacked else 2
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8)
+
+
+FIGURES = {  # each from the CSV of its name alone
     "attention": draw_attention,
     "importance": draw_importance,
     "scores": draw_scores,
     "preserving": draw_preserving,
+    "head_types": draw_head_types,
 }
 
 
@@ -2874,6 +3175,8 @@ def report_sections(report: Report) -> list[ReportSection]:
         table = tables[name]
         if name == "features":
             about = f"{what_features_do(table)} {about}"
+        if name == "inactive":
+            about = f"{what_finds_inactive(table)} {about}"
         if set(HOW_MEASURED) <= set(table):  # alike in all rows: said once
             about += f" Measured on {measured_on(table)}."
             if table["tests"].max() > 1:
@@ -2882,7 +3185,7 @@ def report_sections(report: Report) -> list[ReportSection]:
         if len(shown) > ROWS_SHOWN:
             about += f" The first {ROWS_SHOWN} of {len(shown):,} rows."
         file = "preserving" if name == "rebuilt" else name
-        about += f" All rows: hero_{file}.csv."
+        about += f" All rows: {stem(file)}.csv."
         sections.append(ReportSection(name, heading, about, shown.head(ROWS_SHOWN)))
     return sections
 
@@ -2911,7 +3214,7 @@ def html_report(report: Report, data: Row, folder: Path) -> str:
     says so, where the folder pages/ is missing."""
     figures = {}
     for name in FIGURES:
-        png = folder / f"hero_{name}.png"
+        png = folder / f"{stem(name)}.png"
         if png.is_file():
             figures[name] = png
     contexts: dict[int, list[str]] = {}  # by feature
@@ -4378,7 +4681,12 @@ def dataset_key(dataset: str) -> str:
     versions) that it comes from."""
     path = Path(dataset)
     if dataset == "builtin":
-        versions = [version(package) for package in BUILTIN_PACKAGES.values()]
+        try:
+            versions = [version(package) for package in BUILTIN_PACKAGES.values()]
+        except PackageNotFoundError as e:
+            fact = f"--dataset builtin reads the documentation of {e.name}, which is not installed"
+            advice = "pip install -r requirements.txt, or give --dataset PATH"
+            raise HandoffError(f"{fact}: {advice}") from e
         source = repr([BUILTIN_VERSION, platform.python_version(), versions])
     elif dataset in HUB_DATASETS:
         source = HUB_DATASETS[dataset]

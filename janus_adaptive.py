@@ -1341,7 +1341,7 @@ def draw_sigma(ax: Any, curves: list[Curve], target: float) -> None:
     for curve in curves:
         floor = curve.table.get("sigma_floor", pd.Series(math.nan)).dropna()
         if len(floor):
-            name = f"least by chance {floor.iloc[-1]:.2g}"
+            name = f"by chance {floor.iloc[-1]:.2g}"
             ax.axhline(floor.iloc[-1], color="0.45", ls=(0, (1, 2)), lw=1.2, label=name)
             break  # the arms are sampled alike
 
@@ -3123,7 +3123,12 @@ def dataset_key(dataset: str) -> str:
     versions) that it comes from."""
     path = Path(dataset)
     if dataset == "builtin":
-        versions = [version(package) for package in BUILTIN_PACKAGES.values()]
+        try:
+            versions = [version(package) for package in BUILTIN_PACKAGES.values()]
+        except PackageNotFoundError as e:
+            fact = f"--dataset builtin reads the documentation of {e.name}, which is not installed"
+            advice = "pip install -r requirements.txt, or give --dataset PATH"
+            raise HandoffError(f"{fact}: {advice}") from e
         source = repr([BUILTIN_VERSION, platform.python_version(), versions])
     elif dataset in HUB_DATASETS:
         source = HUB_DATASETS[dataset]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -195,23 +196,116 @@ def ablation(options: argparse.Namespace) -> list[Row]:
         worst = np.abs(mine - hooked_ablation(net, x, y, heads, False).numpy()).max()
         what = "largest difference to TransformerLens in a sequence's loss"
         rows.append(row("ablation", what, shape, "ours, float32", [worst], "nats", "lower"))
-    return rows + bfloat16_errors(options, at)
+    return rows + equal_errors(options, at) + bfloat16_errors(options, at)
 
 
-def bfloat16_errors(options: argparse.Namespace, at: Any) -> list[Row]:
-    """What bfloat16 changes in the impact of each head of the demo model, on its own text."""
-    tokens = options.run / "activations" / "control" / "tokens.npy"
-    if not tokens.is_file() or not bfloat16_is_fast():
-        needs = f"needs fast bfloat16, and a trained model and its tokens: {tokens} (make demo)"
-        skip("ablation in bfloat16", needs)
-        return []
+def demo_tokens(options: argparse.Namespace) -> Path:
+    """Where the tokens of a trained model lie."""
+    return options.run / "activations" / "control" / "tokens.npy"
+
+
+def demo_model(options: argparse.Namespace, at: Any, n: int) -> tuple[Any, Text]:
+    """The trained control model of the demo, and n sequences of its own text."""
     checkpoint = options.run / "control" / "janus_control_final.pt"
     model, _ = at.load_checkpoint(checkpoint, CPU, False)
     model.requires_grad_(False)
     window = model.cfg.seq_len + 1  # a target is one token further
-    n = 8 if options.quick else 48
-    ids = np.load(tokens, mmap_mode="r")[: n * window].astype(np.int64)
-    text = Text(torch.from_numpy(ids).view(-1, window))
+    ids = np.load(demo_tokens(options), mmap_mode="r")
+    n = min(n, len(ids) // window)
+    rows = ids[: n * window].astype(np.int64)
+    return model, Text(torch.from_numpy(rows).view(-1, window))
+
+
+# Sequences that ours measures exactly in the race below; how many it then needs to first order
+# follows from the correlation of the two effects. Near the cheapest for correlations of .9 to .98
+N_EXACT = 8
+
+
+def variance_with(rho: np.ndarray, n_exact: int, n_linear: int) -> np.ndarray:
+    """Variance of a steadied mean over documents, in variances of one sequence: what the
+    first-order effect explains is averaged over n_linear sequences, the rest over n_exact."""
+    return rho**2 / n_linear + (1 - rho**2) / n_exact
+
+
+def n_linear_for(rho: float, n_plain: int, n_exact: int) -> int:
+    """Sequences to first order that give the variance of a plain mean over n_plain; at most ten
+    times n_plain."""
+    left = 1 / n_plain - (1 - rho**2) / n_exact  # variance that they may have
+    if left <= rho**2 / (10 * n_plain):
+        return 10 * n_plain
+    return max(n_exact, math.ceil(rho**2 / left))
+
+
+def equal_errors(options: argparse.Namespace, at: Any) -> list[Row]:
+    """The race to one standard error: TransformerLens ablates every head of a trained model on n
+    sequences; ours on fewer, steadied by the first-order effects of some more."""
+    if not demo_tokens(options).is_file():
+        skip("ablation to an equal standard error", f"needs {demo_tokens(options)} (make demo)")
+        return []
+    n = 16 if options.quick else 48
+    model, text = demo_model(options, at, 10 * n)
+    cfg = model.cfg
+    layers = list(range(cfg.n_layers))
+    net = hooked(model)
+    if not net:
+        return []
+    zeros = {l: torch.zeros(cfg.n_heads, cfg.d_head) for l in layers}
+    args = argparse.Namespace(seed=0, batch_size=16, resample_draws=0)
+    given = (["zero"], layers, autocast(False))
+
+    def exact(windows: np.ndarray) -> dict[str, np.ndarray]:
+        return at.measure(model, text, zeros, args, windows, *given)
+
+    def linear(windows: np.ndarray) -> dict[str, np.ndarray]:
+        return at.measure(model, text, zeros, args, windows, *given, None, at.FIRST_ORDER)
+
+    # How closely the first-order effect of each head goes with its effect, over n sequences
+    windows = text.spread(n)
+    measured = exact(windows)
+    effects = (measured["zero.loss"] - measured["base"][:, None, None]).reshape(n, -1)  # [n, R]
+    first_order = measured["zero.first_order"].reshape(n, -1)
+    pairs = zip(effects.T, first_order.T, strict=True)
+    rho = np.array([np.corrcoef(effect, own)[0, 1] for effect, own in pairs])  # [R]
+
+    # What ours needs for the standard error of the median head
+    n_linear = n_linear_for(float(np.median(rho)), n, N_EXACT)
+    to_first_order = text.spread(n_linear)
+    few = to_first_order[np.arange(N_EXACT) * n_linear // N_EXACT]  # spread over them
+
+    def ours() -> None:
+        exact(few)
+        linear(to_first_order)
+
+    # Every head costs TransformerLens the same: one a layer stands for all
+    heads = [(l, l % cfg.n_heads) for l in layers]
+    x, y = text.batch(windows)
+    name = "ours, steadied, float32"
+    calls: Calls = {
+        name: ours,
+        "TransformerLens, float32": lambda: hooked_ablation(net, x, y, heads, False),
+    }
+    tokens = n * cfg.seq_len
+    work = dict.fromkeys(calls, len(heads) * tokens)
+    work[name] = rho.size * tokens  # what it is worth in plain sequences
+    what = f"every head to the standard error of {n} sequences (median head), zero ablation"
+    few_and_many = f"ours {len(few)} exact, {n_linear} to first order"
+    shape = f"trained demo model, {rho.size} heads; {few_and_many}"
+    times = race(calls, options.seconds)
+    rows = rates("ablation", what, shape, times, work, "head-tokens/s")
+    gains = 1 / n / variance_with(rho, len(few), n_linear)
+    what = f"variance of {n} sequences, plain over ours, each head"
+    rows.append(row("ablation", what, shape, name, gains, "times", "higher"))
+    return rows
+
+
+def bfloat16_errors(options: argparse.Namespace, at: Any) -> list[Row]:
+    """What bfloat16 changes in the impact of each head of the demo model, on its own text."""
+    tokens = demo_tokens(options)
+    if not tokens.is_file() or not bfloat16_is_fast():
+        needs = f"needs fast bfloat16, and a trained model and its tokens: {tokens} (make demo)"
+        skip("ablation in bfloat16", needs)
+        return []
+    model, text = demo_model(options, at, 8 if options.quick else 48)
 
     def impact(low: bool) -> np.ndarray:
         found = zero_ablation(at, model, text, list(range(model.cfg.n_layers)), 16, low)

@@ -183,13 +183,22 @@ function nameOf(head) {
   return `${head.run} L${head.layer}H${head.head}`;
 }
 
+/** Whether a score is a share (of the attention, or of the largest possible): in per cent. */
+function isShare(name) {
+  return !data.no_shares.includes(name);
+}
+
+function showScore(name, value) {
+  return value != null && isShare(name) ? showPercent(value) : showNumber(value);
+}
+
 /** Says all that is known of a head, and how to study it. */
 function tellHead(head) {
   const interval = `[${showNumber(1000 * head.ci_lo)}, ${showNumber(1000 * head.ci_hi)}]`;
   const impact = `${showNumber(1000 * head.delta)} millinats a token ${interval}, rank ${head.rank}`;
   const scores = data.scores
     .filter((score) => nameOf(score) === nameOf(head))
-    .map((score) => `${score.score} ${score.value == null ? "?" : showPercent(score.value)}`);
+    .map(({ score, value }) => `${score} ${showScore(score, value)}`);
   const flags = `--run ${head.run} --force_layer ${head.layer} --force_head ${head.head}`;
   const tell = document.getElementById("tell_heads");
   tell.textContent = `${nameOf(head)}: ${impact}; ${scores.join(", ")}. Study it with ${flags}.`;
@@ -232,17 +241,20 @@ function addMark(svg, head, x, y) {
 /** Impact of every head against the chosen score. */
 function drawHeads() {
   drawing.replaceChildren();
-  const found = headsWithScore(scoreChoice.value);
+  const name = scoreChoice.value;
+  const found = headsWithScore(name);
   if (!found.length) {
     return;
   }
-  const x = axisOf(found.map(({ value }) => 100 * value));
+  const scale = isShare(name) ? 100 : 1;
+  const label = isShare(name) ? `${name} (%)` : name;
+  const x = axisOf(found.map(({ value }) => scale * value));
   const y = axisOf(found.map(({ head }) => 1000 * head.delta));
   x.place = (v) => LEFT + ((v - x.low) / (x.high - x.low)) * (WIDTH - 8 - LEFT);
   y.place = (v) => HEIGHT - BOTTOM - ((v - y.low) / (y.high - y.low)) * (HEIGHT - BOTTOM - 8);
-  drawAxes(drawing, x, y, { x: `${scoreChoice.value} (%)`, y: "impact (millinats a token)" });
+  drawAxes(drawing, x, y, { x: label, y: "impact (millinats a token)" });
   const marks = found.map(({ head, value }) =>
-    addMark(drawing, head, x.place(100 * value), y.place(1000 * head.delta)),
+    addMark(drawing, head, x.place(scale * value), y.place(1000 * head.delta)),
   );
   // One stop of the Tab key for all: the arrow keys move on, in the order of the score.
   const choose = (place) => {

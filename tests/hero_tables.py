@@ -74,6 +74,16 @@ def features(texts: list[str]):
     return pd.DataFrame(rows)
 
 
+def inactive(run: str = "adaptive", difference: tuple = (0.5, 0.1, 0.9)):
+    """How well two scores find the heads that do nothing; difference: value, low, high."""
+    found = {"write_norm": (0.6, 0.3, 0.8), "first position": (0.1, -0.2, 0.4)}
+    rows = []
+    for score, (value, low, high) in (found | dict(difference=difference)).items():
+        row = dict(run=run, score=score, spearman=value, ci_low=low, ci_high=high)
+        rows.append(row | dict(n=36, unit="head"))
+    return pd.DataFrame(rows)
+
+
 def tables(texts: list[str]) -> dict[str, pd.DataFrame]:
     """Every table of the reports, with these texts wherever a token or a name stands."""
     context = [dict(feature=7, kind="hero", activation=2.0, context=text) for text in texts]
@@ -89,7 +99,7 @@ def tables(texts: list[str]) -> dict[str, pd.DataFrame]:
             row |= dict(delta_nats=0.5, key_1=0, key_token_1=text, attention_1=1.0)
         windows.append(row)
     grid = [dict(run=t, layer=0, head=0, delta=0.1, ci_lo=0.0, ci_hi=0.2) for t in texts]
-    named = [dict(run=t, layer=0, head=0, score=t, value=0.5) for t in texts]
+    named = [dict(run=t, layer=0, head=0, score=t, value=0.5, null=0.1, role="") for t in texts]
     return {
         "impact": impact(),
         "scores": scores(),
@@ -102,7 +112,8 @@ def tables(texts: list[str]) -> dict[str, pd.DataFrame]:
         "dla": pd.DataFrame(parts),
         "windows": pd.DataFrame(windows),
         "importance": pd.DataFrame(grid).assign(rank=1, studied=True),
-        "heads": pd.DataFrame(named),
+        "head_types": pd.DataFrame(named),
+        "inactive": inactive(texts[0]),
     }
 
 

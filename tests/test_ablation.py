@@ -28,6 +28,7 @@ COLUMNS = [  # of the CSV
     *("se", "ci_lo", "ci_hi", "ci_all_lo", "ci_all_hi", "p_maxT", "q_bh"),
     *("delta_ppl", "share", "rank", "p_top1"),
     *("kl_clean_ablated", "top1_flip_rate", "n_seq", "n_tok", "dtype", "first_order"),
+    *("rho", "n_exact", "n_linear", "se_plain", "se_elsewhere", "stage"),
 ]
 FILES = {  # of a finished run
     *("out.csv", "out.csv.json", "out.npz", "out.npz.json", "run.json"),
@@ -189,7 +190,8 @@ def test_nothing_depends_on_the_batch_size_nor_on_which_sequences_are_asked_for(
 
     def measure(batch_size: int, windows: np.ndarray) -> dict[str, np.ndarray]:
         args = SimpleNamespace(**(vars(ARGS) | {"batch_size": batch_size}))
-        return A.measure(model, data, means, args, windows, list(A.MODES), [1], EXACT)
+        modes = [mode for mode in A.MODES if not A.MODES[mode].fit]
+        return A.measure(model, data, means, args, windows, modes, [1], EXACT)
 
     one = measure(2, np.arange(9))
     two = measure(5, np.array([1, 4, 8]))
@@ -499,7 +501,8 @@ def results(planted: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     csv = tmp_path_factory.mktemp("results") / "made" / "here" / "out.csv"
     models = ["--adaptive_model", planted[0], "--control_model", planted[1]]
     flags = ["--bootstrap", 1000, "--dtype", "float32", "--cache_dir", planted[0].parent / "cache"]
-    assert ablate(*models, *flags, "--n_seqs", 72, "--save_file", csv) == 0
+    sizes = ["--n_seqs", 72, "--n_linear", 0]
+    assert ablate(*models, *flags, *sizes, "--save_file", csv) == 0
     return csv
 
 
@@ -512,7 +515,7 @@ def copy(results: Path, tmp_path: Path) -> Path:
 
 def test_planted_hero_is_found_and_a_random_model_has_none(results: Path) -> None:
     summary = pd.read_csv(results.with_name("out_summary.csv")).set_index(["run", "mode"])
-    for mode in A.MODES:
+    for mode in A.DEFAULT_MODES:
         hero = summary.loc["adaptive", mode]
         assert (hero["hero_layer"], hero["hero_head"]) == HERO, mode
         assert hero["unique_hero"] and hero["p_top1"] == 1, mode
@@ -565,8 +568,9 @@ def test_smoke_checkpoints_go_through(
     assert list(table["run"].unique()) == ["adaptive", "control"]
     numbers = table.select_dtypes("number")
     assert len(table) == 2 * 3 * 2 * 3
-    assert np.isfinite(numbers.drop(columns=A.UNCERTAIN_COLUMNS)).all(axis=None)
-    assert table[A.UNCERTAIN_COLUMNS].isna().all(axis=None)  # eight sequences tell nothing of noise
+    uncertain = [*A.UNCERTAIN_COLUMNS, *A.ERRORS_BESIDE]
+    assert np.isfinite(numbers.drop(columns=uncertain)).all(axis=None)
+    assert table[uncertain].isna().all(axis=None)  # eight sequences tell nothing of noise
     assert (table["n_tok"] == 8 * 64).all()
     assert table["ckpt_sha"].iloc[0] == A.sha256(smoke_checkpoint)
 
@@ -576,9 +580,12 @@ def test_few_documents_are_measured_and_nothing_uncertain_is_said(
 ) -> None:
     npz = copy.with_suffix(".npz")
     arrays = dict(np.load(npz))
-    store(npz, arrays | {"documents": arrays["documents"] // 2})
+    again = ["--redraw", copy, "--plain", "--bootstrap", 1000, "--overwrite"]
+    assert ablate(*again) == 0
     before = pd.read_csv(copy)
-    assert ablate("--redraw", copy, "--bootstrap", 1000, "--overwrite") == 0
+    capsys.readouterr()
+    store(npz, arrays | {"documents": arrays["documents"] // 2})
+    assert ablate(*again) == 0
     said = capsys.readouterr().out
     assert "documents of 72 sequences: no interval, no p value and no Hero Head" in said
     assert "nan" not in said and "no unique hero; the first head is L1H2" in said
@@ -670,11 +677,12 @@ def test_an_npz_of_another_version_is_read_for_what_it_holds(
 ) -> None:
     npz = copy.with_suffix(".npz")
     again = ["--redraw", copy, "--bootstrap", 1000, "--overwrite"]
+    assert ablate(*again, "--plain") == 0
     arrays, before = dict(np.load(npz)), pd.read_csv(copy)
     older = {k: v for k, v in arrays.items() if not k.endswith((".kl", ".first_order"))}
     store(npz, older | {"adaptive.mean.of_the_future": np.zeros(3)})
     assert ablate(*again) == 0
-    gone = ["kl_clean_ablated", "first_order"]
+    gone = ["kl_clean_ablated", "first_order", "rho"]
     table = pd.read_csv(copy)
     assert table[gone].isna().all(axis=None)
     pd.testing.assert_frame_equal(table.drop(columns=gone), before.drop(columns=gone))
@@ -692,7 +700,7 @@ def test_an_npz_of_another_version_is_read_for_what_it_holds(
 
     # Without these there is nothing to say
     for needed in ("control.zero.loss", "adaptive.base", "unigram"):
-        store(npz, {k: v for k, v in arrays.items() if k != needed})
+        store(npz, {k: v for k, v in arrays.items() if k != needed and "split." not in k})
         fails(capsys, again, f"no array {needed}")
 
 
@@ -804,3 +812,56 @@ def test_damaged_csvs_are_one_line_on_redraw(
     copy.write_text("run,mode\n")
     fails(capsys, ["--redraw", copy], "out.csv", "ablation_test.py")
     fails(capsys, ["--redraw", copy.with_name("absent.csv")], "does not exist")
+
+
+# ------------------------------------------------------------------------------------ the control variate
+def test_plain_is_a_run_without_it(
+    planted: tuple[Path, Path], results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steadied = pd.read_csv(results)
+    assert (steadied["n_exact"] == 72).all() and (steadied["n_linear"] > 72).all()
+    assert (steadied["rho"].abs() <= 1).all()
+
+    csv = tmp_path / "plain.csv"
+    flags = ["--bootstrap", 1000, "--dtype", "float32", "--cache_dir", planted[0].parent / "cache"]
+    models = ["--adaptive_model", planted[0], "--control_model", planted[1]]
+    assert ablate(*models, *flags, "--n_seqs", 72, "--plain", "--save_file", csv) == 0
+    assert "first-order effects of" not in capsys.readouterr().out
+    plain = pd.read_csv(csv)
+    assert (plain["n_linear"] == 0).all()
+    np.testing.assert_array_equal(plain["se"], plain["se_plain"])
+    # The same from the file of the steadied run, bit for bit
+    again = tmp_path / "again.csv"
+    for end in (".csv", ".npz", "_summary.csv"):
+        A.named(again, end).write_bytes(A.named(results, end).read_bytes())
+    A.sidecar_path(A.named(again, ".npz")).write_bytes(
+        A.sidecar_path(A.named(results, ".npz")).read_bytes()
+    )
+    assert ablate("--redraw", again, "--plain", "--bootstrap", 1000, "--overwrite") == 0
+    pd.testing.assert_frame_equal(pd.read_csv(again), plain, check_exact=True)
+    # What is steadied is the same quantity
+    gap = (steadied["impact"] - plain["impact"]) / plain["se_plain"]
+    assert gap.abs().max() < 3.5
+    np.testing.assert_array_equal(steadied["kl_clean_ablated"], plain["kl_clean_ablated"])
+
+
+def test_of_the_whole_split_there_is_nothing_to_steady(
+    planted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    csv = tmp_path / "all.csv"
+    flags = ["--layers", 1, "--mode", "mean", "--bootstrap", 200, "--dtype", "float32"]
+    flags += ["--cache_dir", planted[0].parent / "cache", "--n_seqs", 0, "--save_file", csv]
+    assert ablate("--adaptive_model", planted[0], *flags) == 0
+    table = pd.read_csv(csv)
+    assert (table["n_linear"] == 0).all() and (table["se"] == table["se_plain"]).all()
+
+
+def test_the_loss_and_its_rise_are_of_the_same_windows(results: Path) -> None:
+    """impact is of the split, and so must be the loss that it is a per cent of."""
+    arrays = np.load(results.with_suffix(".npz"))
+    table = pd.read_csv(results)
+    for run in ("adaptive", "control"):
+        of_run = table[table["run"] == run]
+        np.testing.assert_allclose(of_run["base_loss"], arrays[f"{run}.split.base"].mean())
+    assert (np.diff(arrays["split.windows"]) > 0).all()
+    assert set(arrays["windows"]) <= set(arrays["split.windows"])

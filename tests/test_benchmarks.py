@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +20,8 @@ import ab  # noqa: E402
 import bench  # noqa: E402
 import compare  # noqa: E402
 import harness  # noqa: E402
+import interval_coverage  # noqa: E402
+import race_ablation  # noqa: E402
 import race_training  # noqa: E402
 
 
@@ -163,3 +166,35 @@ def test_the_step_measured_is_the_step_of_the_script(smoke_args, smoke_checkpoin
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, ckpt["model"][name]), name
     assert pressure.state_dict() == ckpt["pressure"]
+
+
+def test_what_a_steadied_mean_needs_for_the_variance_of_a_plain_one():
+    """Against simulated effects of many documents; 20,000 experiments tell a variance to 1 %."""
+    rng = np.random.default_rng(0)
+    rho, n_exact = 0.95, 8
+    n_linear = race_ablation.n_linear_for(rho, n_plain=48, n_exact=n_exact)
+    linear = rng.normal(size=(20_000, n_linear))
+    exact = rho * linear + math.sqrt(1 - rho**2) * rng.normal(size=linear.shape)
+    rest = exact - rho * linear
+    means = rest[:, :n_exact].mean(1) + rho * linear.mean(1)
+    expected = race_ablation.variance_with(rho, n_exact, n_linear)
+    assert means.var() == pytest.approx(expected, rel=0.04)
+    # As sure as 48 plain sequences, and one sequence fewer would not do
+    assert expected <= 1 / 48 < race_ablation.variance_with(rho, n_exact, n_linear - 1)
+    # No number is enough where the exact ones alone are too few
+    assert race_ablation.n_linear_for(0.3, n_plain=48, n_exact=8) == 480
+
+
+def test_coverage_is_judged_by_a_split_that_is_known_in_full():
+    rng = np.random.default_rng(1)
+    linear = rng.normal(size=(600, 3)) + 1
+    rho = np.array([0.95, 0.5, 0.0])
+    exact = rho * linear + np.sqrt(1 - rho**2) * rng.normal(size=linear.shape)
+    table = interval_coverage.table_of_heads(exact, linear, np.arange(600), n=48, n_draws=60)
+    np.testing.assert_allclose(table["truth"], exact.mean(0))
+    for name in ("plain", "steadied"):
+        assert (table[f"{name}_coverage"] > 0.85).all()
+        assert (table[f"{name}_bias"].abs() < 4).all()
+    gain = (table["plain_rmse"] / table["steadied_rmse"]) ** 2
+    # Theory: 1 / (1 - rho^2); an F test bounds what 60 draws may make of it
+    assert gain[0] > 0.5 / (1 - rho[0] ** 2) and 0.8 < gain[2] < 1.25

@@ -40,6 +40,7 @@ SIMULATED = {
         "ci_*": ("hero", "test_a_share_of_the_impact"),
         "impact_*": ("hero", "test_a_mean_over_documents"),
     },
+    "hero_inactive.csv": {"ci_*": ("hero", "test_rank_correlations_over_heads")},
     "seeds_summary.csv": {
         "ci_*": ("seeds", "test_intervals_over_seeds_hold_all_differences_at_once"),
         "p_*": ("seeds", "test_p_values_over_seeds_are_uniform_or_larger"),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from calibration import LONGER, record
@@ -214,3 +215,49 @@ def test_the_share_on_the_worst_tokens(n: int):
         row = hero.share_on_worst(text, heavy_delta(rng, n))
         held += row["on_top_low"] <= truth <= row["on_top_high"]
     check("hero: share on the worst 1 % of tokens", f"{n} documents", {"coverage": held / N_SIM})
+
+
+# ---------------------------------------------------------------------------- correlations over heads
+def planted_heads(rng: np.random.Generator, n: int, write: float, first: float) -> tuple:
+    """Rows of head_types.csv and of phase 4 for n heads, of which the sizes of impact, norm and
+    attention have normal ranks: Pearson `write` and -`first` with the impact's."""
+    chosen = write * first  # no correlation but that through the impact
+    correlation = [[1, write, -first], [write, 1, -chosen], [-first, -chosen, 1]]
+    impact, norm, attention = rng.multivariate_normal(np.zeros(3), correlation, n).T
+    types = []
+    ranked = []
+    for head in range(n):
+        place = dict(run="adaptive", layer=0, head=head)
+        types.append(place | dict(score="write_norm", value=math.exp(norm[head])))
+        types.append(place | dict(score="first position", value=math.exp(attention[head])))
+        ranked.append(place | dict(delta=rng.choice([-1, 1]) * math.exp(impact[head])))
+    return types, pd.DataFrame(ranked)
+
+
+@pytest.mark.parametrize(
+    ("n", "write", "first"),
+    [(16, 0.6, 0.1), (36, 0.0, 0.0), (36, 0.85, 0.6), (72, 0.7, 0.7)],
+)
+def test_rank_correlations_over_heads(n: int, write: float, first: float):
+    """Both correlations and their difference, of which the truth is known: Spearman's is
+    6 / pi asin(r / 2) where ranks are normal."""
+    n_sim = 80 * LONGER
+    rng = np.random.default_rng(n)
+    truth = 6 / math.pi * np.arcsin(np.array([write, first]) / 2)
+    truth = np.append(truth, truth[0] - truth[1])
+    held = np.zeros(3)
+    told = 0
+    for _ in range(n_sim):
+        rows = hero.scores_of_inactivity(*planted_heads(rng, n, write, first))
+        found = pd.DataFrame(rows)
+        held += (found["ci_low"] <= truth) & (truth <= found["ci_high"])
+        told += found["ci_low"][2] > 0 or found["ci_high"][2] < 0
+    coverage = held / n_sim
+    for name, share in zip(("write_norm", "first position", "difference"), coverage, strict=True):
+        setting = f"{n} heads, r {write} and {first}"
+        record("hero: Spearman over heads", f"{setting}: {name}", coverage=share, n_sim=n_sim)
+        assert share >= 0.92 - 3 * standard_error(0.92, n_sim), name
+        assert share <= min(1, 0.98 + 3 * standard_error(0.98, n_sim)), name
+    record("hero: Spearman over heads", f"{n} heads, r {write} and {first}", told=told / n_sim)
+    if write == first:
+        assert told / n_sim <= 0.08 + 3 * standard_error(0.08, n_sim)

@@ -165,6 +165,13 @@ def test_builtin_is_prose_in_a_fixed_order_split_by_document(monkeypatch):
     assert len(parts[0]) > 10 * len(parts[1]) > 0
 
 
+def test_builtin_says_which_package_it_lacks(monkeypatch):
+    packages = {"numpy": "numpy", "absent": "no-such-package"}
+    monkeypatch.setattr(janus, "BUILTIN_PACKAGES", packages)
+    with pytest.raises(janus.HandoffError, match="no-such-package, which is not installed: pip"):
+        janus.dataset_key("builtin")
+
+
 @pytest.mark.parametrize(
     "what", [["--dataset", "wikitext-103-raw-v1"], ["--dataset", "PATH", "--tokenizer", "gpt2"]]
 )

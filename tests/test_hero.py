@@ -834,10 +834,10 @@ def done(study: Path) -> Path:
 
 
 def test_whole_analysis_writes_report_tables_figures_and_sidecars(done: Path):
-    figures = ("attention", "importance", "scores", "preserving")
+    figures = ("attention", "importance", "scores", "preserving", "head_types")
     for name in [
-        *(f"hero_{x}.csv" for x in {*hero.SECTIONS, *figures, "windows", "heads"} - {"rebuilt"}),
-        *(f"hero_{x}.png" for x in figures),
+        *(f"{hero.stem(x)}.csv" for x in {*hero.SECTIONS, *figures, "windows"} - {"rebuilt"}),
+        *(f"{hero.stem(x)}.png" for x in figures),
     ]:
         assert json.loads((done / f"{name}.json").read_text())["sha256"] == hero.sha256(
             done / name
@@ -866,8 +866,8 @@ def test_whole_analysis_writes_report_tables_figures_and_sidecars(done: Path):
     shown = [line.split("|")[1].strip() for line in section.splitlines() if line.startswith("|")][
         2:
     ]
-    heads = pd.read_csv(done / "hero_heads.csv")
-    assert len(heads) == 2 * 12 * len(hero.SCORES)
+    heads = pd.read_csv(done / "head_types.csv")
+    assert len(heads) == 2 * 12 * (len(hero.SCORES) + 1)
     table = pd.read_csv(done / "hero_scores.csv").set_index(["role", "score"])
     for name in ("previous token", "entropy"):  # of the table of all heads, too, and ranked in it
         of_run = heads[(heads["run"] == "adaptive") & (heads["score"] == name)]
@@ -999,9 +999,9 @@ def test_same_command_same_numbers_and_redraw_needs_no_model(study: Path, done: 
         )
         == 0
     )
-    for name in {*hero.SECTIONS} - {"rebuilt"} | {"heads", "windows", "qk_bands"}:
-        assert (done / f"hero_{name}.csv").read_bytes() == (
-            study / "again" / f"hero_{name}.csv"
+    for name in {*hero.SECTIONS} - {"rebuilt"} | {"windows", "qk_bands"}:
+        assert (done / f"{hero.stem(name)}.csv").read_bytes() == (
+            study / "again" / f"{hero.stem(name)}.csv"
         ).read_bytes(), name
     (study / "again" / "hero_attention.png").unlink()
     assert hero.main(["--redraw", "--save_dir", str(study / "again")]) == 0
@@ -1456,6 +1456,29 @@ def test_standing_out_is_what_phase_4_says():
         "Not shown to be a unique hero" in said
         and "L5H2 follows 0.0018 nats [-0.007, 0.016] behind" in said
     )
+    # Ahead in this text, but perhaps not in others
+    elsewhere = dict(gap_lo=0.001, gap_elsewhere_lo=-0.002, gap_elsewhere_hi=0.02)
+    said = say(
+        hero_tables.standing(
+            p_top1=1.0, summary=pd.Series(gap | elsewhere | {"unique_hero": False})
+        )
+    )
+    assert "in other documents its lead is in [-0.002, 0.02], which leaves it open" in said
+    assert "resamples" not in said and "stand in" not in said
+    # Ahead of those that were measured twice, but perhaps not of those that were not
+    dropped = dict(gap_lo=0.001, gap_elsewhere_lo=0.001, p_missed=0.3, n_dropped=254, n_screen=9)
+    summary = pd.Series(gap | dropped | {"unique_hero": False})
+    said = say(hero_tables.standing(p_top1=1.0, summary=summary))
+    assert "not ruled out that one of the 254 that phase 4 dropped after 9 sequences" in said
+    for backup, says in (
+        (
+            "L2H3",
+            "L2H3 stands in for it: without both a token costs 0.0041 nats more than the sum.",
+        ),
+        (math.nan, "None of the heads removed together with it is told to stand in for it."),
+    ):
+        measured = dict(unique_hero=True, backup=backup, backup_interaction=0.0041)
+        assert say(hero_tables.standing(summary=pd.Series(gap | measured))).endswith(says)
     assert say(hero_tables.standing(p_max_t=math.nan)).startswith("Cannot tell")
     assert "chosen with --force_layer" in say(hero_tables.standing(first="L0H0"))
 

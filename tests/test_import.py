@@ -137,7 +137,8 @@ def test_zero_ablation_is_that_of_transformer_lens(source, imported, cache_dir, 
     from transformer_lens.model_bridge import TransformerBridge
 
     argv = ["--adaptive_model", str(imported), "--mode", "zero", "--n_seqs", "8"]
-    argv += ["--bootstrap", "200", "--dtype", "float32", "--cache_dir", str(cache_dir)]
+    # --plain: of these eight sequences, as theirs are
+    argv += ["--bootstrap", "200", "--dtype", "float32", "--plain", "--cache_dir", str(cache_dir)]
     assert ablation_test.main([*argv, "--save_file", str(tmp_path / "r.csv")]) == 0
     table = pd.read_csv(tmp_path / "r.csv").set_index(["layer", "head"])
     bridge = TransformerBridge.boot_transformers(str(source), device="cpu")

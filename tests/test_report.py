@@ -595,6 +595,18 @@ def summary(**change: object) -> pd.DataFrame:
             "it cannot be told from the next, L5H2",
         ),
         (
+            dict(unique_hero=False, gap_elsewhere_lo=-0.01),
+            "cannot tell",
+            "in other documents another could be first",
+            "whether it stands out cannot be told",
+        ),
+        (
+            dict(unique_hero=False, p_missed=0.2, n_dropped=254, n_screen=9),
+            "cannot tell",
+            "one of 254 heads dropped after 9 sequences may be larger",
+            "whether it stands out cannot be told",
+        ),
+        (
             dict(unique_hero=False, unigram_loss=4.0),
             "cannot tell",
             "worse than a unigram",

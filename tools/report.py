@@ -902,6 +902,11 @@ def why_not_unique(arm: Any) -> str:
         return f"{lead}; the model fails: it is worse than a unigram"
     if not arm.gap_lo > 0:
         return f"{lead}, so another could as well be first"
+    if not getattr(arm, "gap_elsewhere_lo", math.inf) > 0:
+        return f"{lead} in this text, but in other documents another could be first"
+    if getattr(arm, "p_missed", 0.0) >= 0.05:
+        dropped = f"one of {arm.n_dropped:.0f} heads dropped after {arm.n_screen:.0f} sequences"
+        return f"{lead}, but {dropped} may be larger"
     return f"{lead}, but its effect is not told from chance among all heads"
 
 
