@@ -111,7 +111,7 @@ PHASE_PRESETS: dict[str, dict[str, int]] = {
         n_seqs=0, n_linear=0, n_together=256, n_mean=256, resample_draws=8, batch_size=4
     ),
     "demo": dict(
-        n_seqs=48, n_linear=480, n_together=40, n_mean=128, resample_draws=1, batch_size=16
+        n_seqs=48, n_linear=384, n_together=48, n_mean=128, resample_draws=1, batch_size=16
     ),
     "smoke": dict(n_seqs=24, n_linear=96, n_together=0, n_mean=24, resample_draws=2, batch_size=12),
 }
@@ -188,9 +188,9 @@ def resample_ablation(batch: Batch) -> dict[int, Tensor]:
 
 
 def optimal_ablation(batch: Batch) -> dict[int, Tensor]:
-    """The constant that hurts least: what is lost with it is what the head says about this text, and
-    no more. Source: Li and Janson 2024, arXiv 2409.09951. In a model that was trained on other text
-    a constant also teaches it what is frequent in this one: then the loss falls."""
+    """The constant that hurts least: what is lost with it is what the head says about this text,
+    and no more. Source: Li and Janson 2024, arXiv 2409.09951. In a model that was trained on other
+    text a constant also teaches it what is frequent in this one: then the loss falls."""
     assert batch.fitted is not None
     return batch.fitted
 
@@ -329,9 +329,11 @@ def log_q_of(tokens: Tensor, log_q: Tensor) -> Tensor:
     return log_q.gather(-1, index)[..., 0]
 
 
-def token_scores(model: NewGPT, final: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def token_scores(
+    model: NewGPT, final: Tensor, targets: Tensor, names: Iterable[str] = SCORES
+) -> dict[str, Tensor]:
     """Last residual streams [1 + R, N, D], the clean one first, and targets [N] -> {score: [1 + R,
-    N]} for SCORES, float32.
+    N]} for `names` of SCORES, float32.
 
     A few tokens at a time: the logits of all variants never exist at once. But 256 rows at least:
     with fewer a product reads all of a large unembedding for next to no work.
@@ -339,11 +341,11 @@ def token_scores(model: NewGPT, final: Tensor, targets: Tensor) -> dict[str, Ten
     n_logits = 1 << (20 if final.device.type == "cpu" else 27)  # at once, about a cache
     n_rows = max(256, n_logits // model.cfg.vocab_size)
     n_tokens = max(1, n_rows // len(final))  # of each variant
-    parts: dict[str, list[Tensor]] = {name: [] for name in SCORES}
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
     for x, y in zip(final.split(n_tokens, dim=1), targets.split(n_tokens), strict=True):
         log_q = model.unembed(x).float().log_softmax(-1)  # [1 + R, n, V]
-        for name, score in SCORES.items():
-            parts[name].append(score(log_q, y))  # [1 + R, n]
+        for name in parts:
+            parts[name].append(SCORES[name](log_q, y))  # [1 + R, n]
     return {name: torch.cat(part, dim=1) for name, part in parts.items()}
 
 
@@ -378,7 +380,8 @@ def clean_pass(model: NewGPT, tokens: Tensor, targets: Tensor, layers: list[int]
         # The weights take no gradient: the embedded tokens are where the graph begins
         x = model.embed(tokens).requires_grad_()  # [B, T, D]
         final = model.run_blocks(x, tap=tap)  # [B, T, D]
-        loss = token_scores(model, final.flatten(0, 1)[None], targets.flatten())["loss"]  # [1, B T]
+        rows = final.flatten(0, 1)[None]  # [1, B T, D]
+        loss = token_scores(model, rows, targets.flatten(), ["loss"])["loss"]  # [1, B T]
         loss_sum = loss.sum() / targets.shape[1]  # over sequences, of their mean loss
         slopes = torch.autograd.grad(loss_sum, [tap[f"z.{layer}"] for layer in layers])
     return CleanPass(
@@ -496,7 +499,7 @@ def joint_loss(
         mid = x + block.write(z)
         x = mid + block.mlp(mid)
     final = x.unflatten(0, (n_sets, n_sequences)).flatten(1, 2)  # [S, B T, D]
-    loss = token_scores(model, final, targets.flatten())["loss"]  # [S, B T]
+    loss = token_scores(model, final, targets.flatten(), ["loss"])["loss"]  # [S, B T]
     return loss.unflatten(1, targets.shape).mean(-1)
 
 
@@ -1612,7 +1615,9 @@ def choose_precision(
     move the results."""
     if args.dtype != "auto" or not is_bfloat16(autocast):
         return autocast
-    if bfloat16_will_do(measure_arm, windows, args.mode[0], args.layers, autocast):
+    # A mode that learns has learned nothing yet
+    mode = next(mode for mode in [*args.mode, *MODES] if not MODES[mode].fit)
+    if bfloat16_will_do(measure_arm, windows, mode, args.layers, autocast):
         return autocast
     print("falling back to float32")
     return torch.autocast(autocast.device, enabled=False)
@@ -1744,13 +1749,13 @@ def load_arms(args: argparse.Namespace, device: torch.device) -> dict[str, Arm]:
         for key, value in expected.items():
             if found[key] != value:
                 fact = f"{args.control_model} has {key} {found[key]}, {args.adaptive_model} {value}"
-                raise HandoffError(f"{fact}: they do not read the same")
+                raise HandoffError(f"{fact}: their heads cannot be compared, sequence by sequence")
     by_arm = {arm.checkpoint["arm"]: arm for arm in by_flag.values()}
     return by_arm if len(by_arm) == len(by_flag) else by_flag
 
 
 def how_it_reads(arm: Arm) -> dict[str, Any]:
-    """What two arms must share to be measured on the same sequences."""
+    """What two arms must share to be compared on the same sequences."""
     config = arm.checkpoint["config"]
     return {
         "n_layers": config["n_layers"],
@@ -1820,7 +1825,7 @@ def write_results(args: argparse.Namespace) -> None:
     frames = {csv: table, named(csv, "_summary.csv"): summary}
     together = read_together(losses, facts)
     if together:
-        tables, columns = together_tables(together, args)
+        tables, columns = together_tables(together, summary, args)
         summary = summary.merge(columns, on="run", how="left")
         frames |= {named(csv, end): frame for end, frame in tables.items()}
         frames[named(csv, "_summary.csv")] = summary
@@ -2338,9 +2343,10 @@ def pair_table(of_run: Together, args: argparse.Namespace) -> pd.DataFrame:
 
 
 def together_tables(
-    together: list[Together], args: argparse.Namespace
+    together: list[Together], summary: pd.DataFrame, args: argparse.Namespace
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
-    """{end of its name: CSV}, and a row a run for the summary."""
+    """{end of its name: CSV}, and a row a run that the summary so far is to have beside its own."""
+    ranking = summary[summary["mode"] == summary["ranked_by"]].set_index("run")
     curves = []
     pairs = []
     rows = []
@@ -2348,7 +2354,9 @@ def together_tables(
         curves.append(removal_curves(of_run, args))
         pairs.append(pair_table(of_run, args))
         spare = spare_columns(of_run, args)
-        rows.append({"run": of_run.run} | spare | backup_columns(pairs[-1]))
+        first = ranking.loc[of_run.run]
+        backup = backup_columns(pairs[-1], f"L{first['hero_layer']}H{first['hero_head']}")
+        rows.append({"run": of_run.run} | spare | backup)
     tables = {"_together.csv": pd.concat(curves), "_pairs.csv": pd.concat(pairs)}
     return tables, pd.DataFrame(rows)
 
@@ -2380,14 +2388,22 @@ def spare_columns(of_run: Together, args: argparse.Namespace) -> dict[str, float
     return columns
 
 
-def backup_columns(pairs: pd.DataFrame) -> dict[str, Any]:
-    """For the summary: the head that stands in most for the first one, if any is told to."""
-    first = pairs["head_1"].iloc[0]
-    own = pairs[(pairs["head_1"] == first) & (pairs["ci_lo"] > 0)]
-    if own.empty:
-        return {"backup": "", "backup_interaction": math.nan}
-    best = own.loc[own["interaction"].idxmax()]
-    return {"backup": best["head_2"], "backup_interaction": best["interaction"]}
+NO_BACKUP = "none"  # an empty column says that there was nothing to tell it by
+
+
+def backup_columns(pairs: pd.DataFrame, hero: str) -> dict[str, Any]:
+    """For the summary: the head that stands in most for the first one, `hero`; "none" where none is
+    told to, and how much may have been missed; empty without intervals."""
+    of_hero = pairs[(pairs["head_1"] == hero) | (pairs["head_2"] == hero)]
+    row = {"backup": "", "backup_interaction": math.nan, "backup_at_most": of_hero["ci_hi"].max()}
+    if of_hero["ci_lo"].isna().all():  # too few documents, or the hero is in no pair
+        return row
+    told = of_hero[of_hero["ci_lo"] > 0]
+    if told.empty:
+        return row | {"backup": NO_BACKUP}
+    best = told.loc[told["interaction"].idxmax()]
+    name = best["head_2"] if best["head_1"] == hero else best["head_1"]
+    return row | {"backup": name, "backup_interaction": best["interaction"]}
 
 
 def tell(summary: pd.DataFrame, facts: dict[str, Any]) -> None:
@@ -2473,14 +2489,23 @@ def tell_together(summary: pd.DataFrame) -> None:
     """Prints of every run what its heads do together."""
     for _, row in summary.drop_duplicates("run").iterrows():
         ends = f"[{row['heads_to_spare_lo']:.1f}, {row['heads_to_spare_hi']:.1f}]"
+        if math.isnan(row["heads_to_spare_lo"]):
+            ends = f"(no interval below {MIN_UNITS} documents)"
         spare = (
             f"{row['heads_to_spare']:.1f} {ends} heads can go together for {SPARE:.0%} of the loss"
         )
-        stands_in = "no head is told to stand in for the first one"
-        if row["backup"]:
-            more = f"{row['backup_interaction']:+.5f} nats more than one by one"
-            stands_in = f"{row['backup']} stands in for the first one: both cost {more}"
-        print(f"{row['run']}: {spare}; {stands_in}")
+        print(f"{row['run']}: {spare}; {tell_backup(row)}")
+
+
+def tell_backup(row: pd.Series) -> str:
+    """Whether a head stands in for the first one; a few words."""
+    if not row["backup"]:
+        return "it cannot be told whether a head stands in for the first one"
+    if row["backup"] == NO_BACKUP:
+        found = "no head is told to stand in for the first one"
+        return f"{found}: both cost at most {row['backup_at_most']:+.5f} nats more than one by one"
+    more = f"{row['backup_interaction']:+.5f} nats more than one by one"
+    return f"{row['backup']} stands in for the first one: both cost {more}"
 
 
 def tell_steadiness(row: pd.Series) -> str:
@@ -2904,15 +2929,15 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     n_mean = "training sequences behind the means"
     draws = "draws of a random mode (resample: other sequences of the same split)"
     group.add_argument("--preset", choices=presets, default="auto", help=preset)
-    group.add_argument("--layers", type=int, nargs="+", help=layers)
+    group.add_argument("--layers", type=integer, nargs="+", help=layers)
     group.add_argument("--mode", nargs="+", choices=MODES, help=mode)
     n_seqs += by_preset("n_seqs")
-    group.add_argument("--n_seqs", "--screen", type=int, help=n_seqs)
+    group.add_argument("--n_seqs", "--screen", type=integer, help=n_seqs)
     group.add_argument("--confirm", type=count, metavar="N", help=confirm)
     group.add_argument("--keep", type=count, metavar="C", help=keep)
     group.add_argument("--minutes", type=positive(float), help=minutes)
-    group.add_argument("--n_linear", type=int, help=n_linear + by_preset("n_linear"))
-    group.add_argument("--n_together", type=int, help=n_together + by_preset("n_together"))
+    group.add_argument("--n_linear", type=integer, help=n_linear + by_preset("n_linear"))
+    group.add_argument("--n_together", type=integer, help=n_together + by_preset("n_together"))
     group.add_argument("--plain", action="store_true", help=plain)
     group.add_argument("--n_mean", type=count, help=n_mean + by_preset("n_mean"))
     group.add_argument("--resample_draws", type=count, help=draws + by_preset("resample_draws"))
@@ -2944,6 +2969,14 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for flag in ("n_linear", "n_together"):
         if (getattr(args, flag) or 0) < 0:
             parser.error(f"--{flag} {getattr(args, flag)}: expected 0 or more")
+    check_stages(parser, args)
+    if args.bootstrap < 100 or args.seed < 0:
+        found = f"--bootstrap {args.bootstrap} and --seed {args.seed}"
+        parser.error(f"{found}: expected at least 100 draws, and a seed from 0")
+
+
+def check_stages(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """The flags of the second stage; exits 2 with one line."""
     if args.minutes and (args.confirm or args.n_seqs is not None):
         parser.error(
             "--minutes chooses the numbers of sequences: give it, or --screen and --confirm"
@@ -2955,9 +2988,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     fitted = [mode for mode in args.mode or [] if MODES[mode].fit]
     if has_second_stage(args) and fitted == args.mode:
         parser.error(f"--mode {' '.join(fitted)} needs another mode that chooses its heads")
-    if args.bootstrap < 100 or args.seed < 0:
-        found = f"--bootstrap {args.bootstrap} and --seed {args.seed}"
-        parser.error(f"{found}: expected at least 100 draws, and a seed from 0")
 
 
 # ----------------------------------------------------------------------------------- shared regions
@@ -2977,6 +3007,17 @@ def positive(kind: type) -> Callable[[str], Any]:
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse names the type in its errors
     return parse
+
+
+def integer(text: str) -> int:
+    """argparse type: a whole number, also written as 1e3."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
 
 
 def finite(text: str) -> float:
@@ -3011,7 +3052,7 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     dtype_help = "of matrix products; auto: bfloat16 if fast"
     probe_help = "do not replay a checkpoint's golden probe (deliberate model variants)"
     group = parser.add_argument_group("runtime")
-    group.add_argument("--seed", type=int, default=42, help="seed of Python, NumPy and torch")
+    group.add_argument("--seed", type=integer, default=42, help="seed of Python, NumPy and torch")
     group.add_argument("--device", choices=devices, default="auto", help="where to compute")
     group.add_argument("--dtype", choices=dtypes, default="auto", help=dtype_help)
     add_threads_flag(group)
@@ -4151,7 +4192,7 @@ HUB_DATASETS = {
     "wikitext-103-raw-v1": "Salesforce/wikitext",
     "wikitext-2-raw-v1": "Salesforce/wikitext",
 }
-TEXT_VERSION = 2  # raise it when reading or cutting changes: it is part of the token cache's names
+TEXT_VERSION = 3  # raise it when reading or cutting changes: it is part of the token cache's names
 # Of a dataset that has no splits: the shares where each begins and ends
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
 
@@ -4283,7 +4324,13 @@ def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
         # Without a token for padding: transformers would give one an id of its own
         return auto.from_pretrained(name, pad_token=None).backend_tokenizer
 
-    return plain_tokenizer(from_hub(f"tokenizer {tokenizer!r}", load))
+    if not Path(name).is_dir():
+        return plain_tokenizer(from_hub(f"tokenizer {tokenizer!r}", load))
+    try:
+        return plain_tokenizer(load())
+    except Exception as e:  # transformers raises many types
+        fact = f"--tokenizer {tokenizer} cannot be read: {first_line(e, 120)}"
+        raise HandoffError(f"{fact}; expected a folder that transformers reads") from None
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -4393,13 +4440,20 @@ def first_texts(texts: list[str]) -> list[int]:
 
 def read_rows(path: Path, split: str) -> tuple[Any, bool]:
     """Column `text` of a local file or saved folder, and whether it is `split` of a folder that
-    has splits (else it is everything)."""
+    has splits (else it is everything, to be cut)."""
     if path.is_dir():
-        saved = import_module("datasets").load_from_disk(str(path))
+        # Without the format that it was saved with, which may hide columns
+        saved = import_module("datasets").load_from_disk(str(path)).with_format(None)
         if not isinstance(saved, dict):
             return saved["text"], False
-        has_split = split in saved
-        return saved[split if has_split else "train"]["text"], has_split
+        if "train" not in saved:
+            raise ValueError(f"it has the splits {', '.join(sorted(saved))}, expected train")
+        if split in saved and (split != "train" or "validation" in saved):
+            return saved[split]["text"], True
+        if split == "test" and "validation" in saved:
+            raise ValueError(f"it has the splits {', '.join(sorted(saved))}, and no test")
+        # Training without validation: both come from what is there, and share nothing
+        return saved["train"]["text"], False
     if path.suffix == ".parquet":  # not through pandas, which has two kinds of nothing
         return import_module("pyarrow.parquet").read_table(path)["text"].to_pylist(), False
     if path.suffix in (".jsonl", ".json"):

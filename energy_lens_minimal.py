@@ -4599,7 +4599,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     count = positive(int)
     real = positive(float)
     layers = "descent steps whose states are analysed"
-    group.add_argument("--energy_layers", type=int, nargs="+", help=layers)
+    group.add_argument("--energy_layers", type=integer, nargs="+", help=layers)
     sequences = "held-out sequences of 32 tokens, one a document: n of every statistic"
     group.add_argument("--sequences", type=count, help=sequences)
     group.add_argument("--sae_dict_size", type=count, help="SAE latents")
@@ -4629,7 +4629,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("runtime")
-    group.add_argument("--seed", type=int, default=42, help="seed of NumPy and torch")
+    group.add_argument("--seed", type=integer, default=42, help="seed of NumPy and torch")
     add_threads_flag(group)
     group.add_argument("--overwrite", action="store_true", help="replace existing output")
     cache = os.environ.get("JANUS_CACHE", "~/.cache/janus_arc")
@@ -4689,6 +4689,17 @@ def positive(kind: type) -> Callable[[str], Any]:
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse names the type in its errors
     return parse
+
+
+def integer(text: str) -> int:
+    """argparse type: a whole number, also written as 1e3."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
 
 
 def finite(text: str) -> float:

@@ -1360,7 +1360,7 @@ def add_method_flags(p: argparse.ArgumentParser) -> None:
     batch = "windows a forward pass; none: by preset"
     g = p.add_argument_group("method")
     g.add_argument("--preset", choices=presets, default="auto", help=preset)
-    g.add_argument("--layers", type=int, nargs="+", help=layers)
+    g.add_argument("--layers", type=integer, nargs="+", help=layers)
     g.add_argument("--site", choices=list(SITES), default="z", help=site)
     g.add_argument("--batch_size", type=positive(int), help=batch)
 
@@ -1410,6 +1410,17 @@ def positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def integer(text: str) -> int:
+    """argparse type: a whole number, also written as 1e3."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
+
+
 def finite(text: str) -> float:
     """argparse type: a float that is not NaN or infinite."""
     number = float(text)
@@ -1442,7 +1453,7 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     dtype_help = "of matrix products; auto: bfloat16 if fast"
     probe_help = "do not replay a checkpoint's golden probe (deliberate model variants)"
     group = parser.add_argument_group("runtime")
-    group.add_argument("--seed", type=int, default=42, help="seed of Python, NumPy and torch")
+    group.add_argument("--seed", type=integer, default=42, help="seed of Python, NumPy and torch")
     group.add_argument("--device", choices=devices, default="auto", help="where to compute")
     group.add_argument("--dtype", choices=dtypes, default="auto", help=dtype_help)
     add_threads_flag(group)
@@ -2582,7 +2593,7 @@ HUB_DATASETS = {
     "wikitext-103-raw-v1": "Salesforce/wikitext",
     "wikitext-2-raw-v1": "Salesforce/wikitext",
 }
-TEXT_VERSION = 2  # raise it when reading or cutting changes: it is part of the token cache's names
+TEXT_VERSION = 3  # raise it when reading or cutting changes: it is part of the token cache's names
 # Of a dataset that has no splits: the shares where each begins and ends
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
 
@@ -2714,7 +2725,13 @@ def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
         # Without a token for padding: transformers would give one an id of its own
         return auto.from_pretrained(name, pad_token=None).backend_tokenizer
 
-    return plain_tokenizer(from_hub(f"tokenizer {tokenizer!r}", load))
+    if not Path(name).is_dir():
+        return plain_tokenizer(from_hub(f"tokenizer {tokenizer!r}", load))
+    try:
+        return plain_tokenizer(load())
+    except Exception as e:  # transformers raises many types
+        fact = f"--tokenizer {tokenizer} cannot be read: {first_line(e, 120)}"
+        raise HandoffError(f"{fact}; expected a folder that transformers reads") from None
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -2824,13 +2841,20 @@ def first_texts(texts: list[str]) -> list[int]:
 
 def read_rows(path: Path, split: str) -> tuple[Any, bool]:
     """Column `text` of a local file or saved folder, and whether it is `split` of a folder that
-    has splits (else it is everything)."""
+    has splits (else it is everything, to be cut)."""
     if path.is_dir():
-        saved = import_module("datasets").load_from_disk(str(path))
+        # Without the format that it was saved with, which may hide columns
+        saved = import_module("datasets").load_from_disk(str(path)).with_format(None)
         if not isinstance(saved, dict):
             return saved["text"], False
-        has_split = split in saved
-        return saved[split if has_split else "train"]["text"], has_split
+        if "train" not in saved:
+            raise ValueError(f"it has the splits {', '.join(sorted(saved))}, expected train")
+        if split in saved and (split != "train" or "validation" in saved):
+            return saved[split]["text"], True
+        if split == "test" and "validation" in saved:
+            raise ValueError(f"it has the splits {', '.join(sorted(saved))}, and no test")
+        # Training without validation: both come from what is there, and share nothing
+        return saved["train"]["text"], False
     if path.suffix == ".parquet":  # not through pandas, which has two kinds of nothing
         return import_module("pyarrow.parquet").read_table(path)["text"].to_pylist(), False
     if path.suffix in (".jsonl", ".json"):

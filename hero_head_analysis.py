@@ -1753,12 +1753,13 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
         fact = f"the validation split of {val.description['dataset']} has {val.n_windows} windows"
         raise HandoffError(f"{fact} of {val.seq_len} tokens, 4 needed; give more text: --dataset")
     shown = read_shown_text(args.text, val, device)
-    harvest = f"python harvest_activations.py --model_path {ckpt['path']} --run_name {run_name}"
+    harvest = f"python harvest_activations.py --model_path {ckpt['path']} "
+    harvest += f"--run_name {name_of_dump(args, hero, ckpt)}"
     harvest += f" --save_dir {args.activations_dir} --layers {hero.layer}"
     harvested_sae = open_hero_sae(args, hero, ckpt, harvest, shown)
     no_sae = ""
     if harvested_sae is None:
-        command = train_command(args, hero)
+        command = train_command(args, hero, ckpt)
         no_sae = f"There is no SAE of layer {hero.layer}; make it with `{harvest}` and `{command}`."
         if args.features:
             raise HandoffError(f"--features: {no_sae}")
@@ -1991,10 +1992,24 @@ def open_sae(path: Path, head: int | None, ckpt: dict[str, Any], remedy: str) ->
         return SAE(cfg["architecture"], head, cfg.get("k"), load_file(path), path.parent)
 
 
-def train_command(args: argparse.Namespace, hero: Head) -> str:
+def train_command(args: argparse.Namespace, hero: Head, ckpt: dict[str, Any]) -> str:
     """The command that makes the SAE of the hero's layer."""
-    train = f"python train_sae.py --runs {hero.run} --layers {hero.layer}"
+    run = name_of_dump(args, hero, ckpt)
+    train = f"python train_sae.py --runs {run} --layers {hero.layer}"
     return f"{train} --activations_dir {args.activations_dir} --save_dir {args.saes_dir}"
+
+
+def name_of_dump(args: argparse.Namespace, hero: Head, ckpt: dict[str, Any]) -> str:
+    """Under which name phase 2 harvested the model: that of its arm, else (--run_name) that of
+    whichever dump of this layer names the same checkpoint."""
+    if (args.activations_dir / hero.run).is_dir():
+        return hero.run
+    for sidecar in sorted(args.activations_dir.glob(f"*/L{hero.layer}.z.npy.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            facts = json.loads(sidecar.read_text(encoding="utf-8"))
+            if facts["checkpoint_sha256"] == ckpt["sha256"]:
+                return sidecar.parent.name
+    return hero.run
 
 
 def open_hero_sae(
@@ -2004,15 +2019,16 @@ def open_hero_sae(
     None where the SAE or z is missing."""
     cfg = hero.model.cfg
     layer = f"L{hero.layer}"
-    dump_path = args.activations_dir / hero.run / f"{layer}.z.npy"
+    run = name_of_dump(args, hero, ckpt)
+    dump_path = args.activations_dir / run / f"{layer}.z.npy"
     head: int | None = None
-    weights = args.saes_dir / hero.run / layer / "sae_weights.safetensors"
+    weights = args.saes_dir / run / layer / "sae_weights.safetensors"
     if not weights.is_file():
         head = hero.head
         weights = weights.parent / f"H{head}" / weights.name
     if not (weights.is_file() and dump_path.is_file()):
         return None
-    sae = open_sae(weights, head, ckpt, train_command(args, hero))
+    sae = open_sae(weights, head, ckpt, train_command(args, hero, ckpt))
     dump = open_dump(dump_path, "janus.activations/1", ckpt, harvest)
     tokens = open_dump(dump_path.with_name("tokens.npy"), "janus.tokens/1", ckpt, harvest)  # [N]
     if dump.shape != (len(tokens), cfg.n_heads * cfg.d_head):
@@ -2223,7 +2239,9 @@ def does_it_stand_out(standing: Standing) -> str:
     if summary.get("gap_lo", math.nan) > 0 >= summary.get("gap_elsewhere_lo", math.nan):
         but = f"in other documents its lead is in {ends(summary, *ELSEWHERE)}, which leaves it open"
     elif summary.get("gap_lo", math.nan) > 0 and summary.get("p_missed", 0.0) >= 0.05:
-        screen = f"the {summary['n_dropped']:.0f} that phase 4 dropped after {summary['n_screen']:.0f}"
+        screen = (
+            f"the {summary['n_dropped']:.0f} that phase 4 dropped after {summary['n_screen']:.0f}"
+        )
         but = f"it is not ruled out that one of {screen} sequences is larger"
     return f"Not shown to be a unique hero: {comes_first}, but {but}{follows}.{stands_in}"
 
@@ -2237,7 +2255,11 @@ def has_backup(standing: Standing) -> str:
         return ""
     backup = standing.summary["backup"]
     if not isinstance(backup, str) or not backup:
-        return " None of the heads removed together with it is told to stand in for it."
+        return " Whether another head stands in for it cannot be told."
+    if backup == "none":
+        most = three_digits(standing.summary["backup_at_most"])
+        missed = f"removing both costs at most {most} nats more than the sum"
+        return f" None of the heads removed together with it is told to stand in for it: {missed}."
     more = three_digits(standing.summary["backup_interaction"])
     return f" {backup} stands in for it: without both a token costs {more} nats more than the sum."
 
@@ -3291,10 +3313,10 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--n_seqs", type=positive(int), help=windows)
     add("--n_features", type=positive(int), help="SAE features to describe; none: by preset")
     page = "numbers of SAE features to draw a page about, hero_features.html"
-    add("--features", type=int, nargs="+", help=page)
+    add("--features", type=integer, nargs="+", help=page)
     layer = "with --force_head: the head to analyse instead of the hero; layer, from 0"
-    add("--force_layer", type=int, help=layer)
-    add("--force_head", type=int, help="head in --force_layer, from 0")
+    add("--force_layer", type=integer, help=layer)
+    add("--force_head", type=integer, help="head in --force_layer, from 0")
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -3330,6 +3352,17 @@ def positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def integer(text: str) -> int:
+    """argparse type: a whole number, also written as 1e3."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
+
+
 def finite(text: str) -> float:
     """argparse type: a float that is not NaN or infinite."""
     number = float(text)
@@ -3362,7 +3395,7 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     dtype_help = "of matrix products; auto: bfloat16 if fast"
     probe_help = "do not replay a checkpoint's golden probe (deliberate model variants)"
     group = parser.add_argument_group("runtime")
-    group.add_argument("--seed", type=int, default=42, help="seed of Python, NumPy and torch")
+    group.add_argument("--seed", type=integer, default=42, help="seed of Python, NumPy and torch")
     group.add_argument("--device", choices=devices, default="auto", help="where to compute")
     group.add_argument("--dtype", choices=dtypes, default="auto", help=dtype_help)
     add_threads_flag(group)
@@ -4375,7 +4408,7 @@ HUB_DATASETS = {
     "wikitext-103-raw-v1": "Salesforce/wikitext",
     "wikitext-2-raw-v1": "Salesforce/wikitext",
 }
-TEXT_VERSION = 2  # raise it when reading or cutting changes: it is part of the token cache's names
+TEXT_VERSION = 3  # raise it when reading or cutting changes: it is part of the token cache's names
 # Of a dataset that has no splits: the shares where each begins and ends
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
 
@@ -4507,7 +4540,13 @@ def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
         # Without a token for padding: transformers would give one an id of its own
         return auto.from_pretrained(name, pad_token=None).backend_tokenizer
 
-    return plain_tokenizer(from_hub(f"tokenizer {tokenizer!r}", load))
+    if not Path(name).is_dir():
+        return plain_tokenizer(from_hub(f"tokenizer {tokenizer!r}", load))
+    try:
+        return plain_tokenizer(load())
+    except Exception as e:  # transformers raises many types
+        fact = f"--tokenizer {tokenizer} cannot be read: {first_line(e, 120)}"
+        raise HandoffError(f"{fact}; expected a folder that transformers reads") from None
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -4617,13 +4656,20 @@ def first_texts(texts: list[str]) -> list[int]:
 
 def read_rows(path: Path, split: str) -> tuple[Any, bool]:
     """Column `text` of a local file or saved folder, and whether it is `split` of a folder that
-    has splits (else it is everything)."""
+    has splits (else it is everything, to be cut)."""
     if path.is_dir():
-        saved = import_module("datasets").load_from_disk(str(path))
+        # Without the format that it was saved with, which may hide columns
+        saved = import_module("datasets").load_from_disk(str(path)).with_format(None)
         if not isinstance(saved, dict):
             return saved["text"], False
-        has_split = split in saved
-        return saved[split if has_split else "train"]["text"], has_split
+        if "train" not in saved:
+            raise ValueError(f"it has the splits {', '.join(sorted(saved))}, expected train")
+        if split in saved and (split != "train" or "validation" in saved):
+            return saved[split]["text"], True
+        if split == "test" and "validation" in saved:
+            raise ValueError(f"it has the splits {', '.join(sorted(saved))}, and no test")
+        # Training without validation: both come from what is there, and share nothing
+        return saved["train"]["text"], False
     if path.suffix == ".parquet":  # not through pandas, which has two kinds of nothing
         return import_module("pyarrow.parquet").read_table(path)["text"].to_pylist(), False
     if path.suffix in (".jsonl", ".json"):

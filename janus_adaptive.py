@@ -1487,7 +1487,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--n_layers", type=count, help="number of blocks")
     add("--d_model", type=count, help="width of the residual stream, dimensions")
     add("--n_heads", type=count, help="heads a layer")
-    add("--n_kv_heads", type=int, default=0, help=shared)
+    add("--n_kv_heads", type=integer, default=0, help=shared)
     add("--d_ff", type=count, help="width of the SwiGLU hidden layer, dimensions")
     add("--seq_len", type=count, help="context, tokens")
     add("--dropout", type=finite, default=0.0, help="dropout probability")
@@ -1525,7 +1525,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--control_interval", type=count, default=10, help="steps between two samples of sigma")
     add("--sample_steps", type=count, default=1, help=sampled)
     add("--filter_beta", type=finite, default=0.9, help=memory)
-    add("--pressure_warmup", type=int, help=ramp)
+    add("--pressure_warmup", type=integer, help=ramp)
     add("--lambda_start", type=finite, default=1.0, help="lambda at the end of the ramp")
     add("--lambda_max", type=real, default=1e4, help=limit)
     add("--per_layer", action="store_true", help="one loop and one lambda a layer")
@@ -1550,7 +1550,7 @@ def add_optimisation_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=count, help="sequences a micro-batch")
     add("--grad_accum", type=count, help="micro-batches a step")
     add("--learning_rate", type=real, help="peak learning rate of AdamW")
-    add("--lr_warmup", type=int, default=-1, help=warmup)
+    add("--lr_warmup", type=integer, default=-1, help=warmup)
     add("--schedule", choices=schedules, default="cosine", help=shapes)
     add("--weight_decay", type=finite, default=0.1, help="AdamW weight decay, of matrices")
     add("--grad_clip", type=real, default=1.0, help=clip)
@@ -1593,10 +1593,17 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         others = "--pressure_warmup, --lambda_start and --weight_decay"
         parser.error(f"gains, {others} must not be negative")
     if args.tokenizer.startswith("train:"):
-        size = args.tokenizer.removeprefix("train:")
-        if not size.isdecimal() or int(size) <= 256:
-            expected = "train:N with N above 256 tokens"
-            parser.error(f"--tokenizer {args.tokenizer}: expected {expected}")
+        args.tokenizer = f"train:{trained_size(parser, args.tokenizer)}"
+
+
+def trained_size(parser: argparse.ArgumentParser, tokenizer: str) -> int:
+    """N of --tokenizer train:N; exits 2 with one line if it is no vocabulary's size."""
+    size = 0
+    with contextlib.suppress(ValueError):
+        size = integer(tokenizer.removeprefix("train:"))
+    if size <= 256:
+        parser.error(f"--tokenizer {tokenizer}: expected train:N with N above 256 tokens")
+    return size
 
 
 def is_pressure(text: str) -> bool:
@@ -1645,6 +1652,17 @@ def positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def integer(text: str) -> int:
+    """argparse type: a whole number, also written as 1e3."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
+
+
 def finite(text: str) -> float:
     """argparse type: a float that is not NaN or infinite."""
     number = float(text)
@@ -1677,7 +1695,7 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     dtype_help = "of matrix products; auto: bfloat16 if fast"
     probe_help = "do not replay a checkpoint's golden probe (deliberate model variants)"
     group = parser.add_argument_group("runtime")
-    group.add_argument("--seed", type=int, default=42, help="seed of Python, NumPy and torch")
+    group.add_argument("--seed", type=integer, default=42, help="seed of Python, NumPy and torch")
     group.add_argument("--device", choices=devices, default="auto", help="where to compute")
     group.add_argument("--dtype", choices=dtypes, default="auto", help=dtype_help)
     add_threads_flag(group)
@@ -2817,7 +2835,7 @@ HUB_DATASETS = {
     "wikitext-103-raw-v1": "Salesforce/wikitext",
     "wikitext-2-raw-v1": "Salesforce/wikitext",
 }
-TEXT_VERSION = 2  # raise it when reading or cutting changes: it is part of the token cache's names
+TEXT_VERSION = 3  # raise it when reading or cutting changes: it is part of the token cache's names
 # Of a dataset that has no splits: the shares where each begins and ends
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
 
@@ -2949,7 +2967,13 @@ def load_tokenizer(tokenizer: str, dataset: str, cache: Path) -> Tokenizer:
         # Without a token for padding: transformers would give one an id of its own
         return auto.from_pretrained(name, pad_token=None).backend_tokenizer
 
-    return plain_tokenizer(from_hub(f"tokenizer {tokenizer!r}", load))
+    if not Path(name).is_dir():
+        return plain_tokenizer(from_hub(f"tokenizer {tokenizer!r}", load))
+    try:
+        return plain_tokenizer(load())
+    except Exception as e:  # transformers raises many types
+        fact = f"--tokenizer {tokenizer} cannot be read: {first_line(e, 120)}"
+        raise HandoffError(f"{fact}; expected a folder that transformers reads") from None
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -3059,13 +3083,20 @@ def first_texts(texts: list[str]) -> list[int]:
 
 def read_rows(path: Path, split: str) -> tuple[Any, bool]:
     """Column `text` of a local file or saved folder, and whether it is `split` of a folder that
-    has splits (else it is everything)."""
+    has splits (else it is everything, to be cut)."""
     if path.is_dir():
-        saved = import_module("datasets").load_from_disk(str(path))
+        # Without the format that it was saved with, which may hide columns
+        saved = import_module("datasets").load_from_disk(str(path)).with_format(None)
         if not isinstance(saved, dict):
             return saved["text"], False
-        has_split = split in saved
-        return saved[split if has_split else "train"]["text"], has_split
+        if "train" not in saved:
+            raise ValueError(f"it has the splits {', '.join(sorted(saved))}, expected train")
+        if split in saved and (split != "train" or "validation" in saved):
+            return saved[split]["text"], True
+        if split == "test" and "validation" in saved:
+            raise ValueError(f"it has the splits {', '.join(sorted(saved))}, and no test")
+        # Training without validation: both come from what is there, and share nothing
+        return saved["train"]["text"], False
     if path.suffix == ".parquet":  # not through pandas, which has two kinds of nothing
         return import_module("pyarrow.parquet").read_table(path)["text"].to_pylist(), False
     if path.suffix in (".jsonl", ".json"):

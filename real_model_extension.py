@@ -65,6 +65,7 @@ from energy_lens_minimal import (
     ReportPart,
     drawing,
     first_line,
+    integer,
     one_line_errors,
     positive,
     provenance,
@@ -1618,7 +1619,7 @@ def add_energy_flags(parser: argparse.ArgumentParser) -> None:
     preset = "sizes of the built-in Energy Transformer"
     add = parser.add_argument_group("method: energy and dictionary").add_argument
     add("--energy", choices=list(ENERGIES), help="; ".join(energies))
-    add("--energy_layers", type=int, nargs="+", help=layers)
+    add("--energy_layers", type=integer, nargs="+", help=layers)
     add("--seq_len", type=count, help="tokens a window, one window a document")
     add("--sae_dict_size", type=count, help="SAE latents")
     add("--sae_iterations", type=count, help="L-BFGS iterations, or 20 Adam steps each")
@@ -1645,7 +1646,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Seed, cache, and what may be replaced."""
     group = parser.add_argument_group("runtime")
     add = group.add_argument
-    add("--seed", type=int, help="seed of NumPy and torch")
+    add("--seed", type=integer, help="seed of NumPy and torch")
     lens.add_threads_flag(group)
     add("--overwrite", action="store_true", help="replace existing output")
     add("--cache_dir", help="folder of the text cache")

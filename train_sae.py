@@ -2401,7 +2401,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("inputs").add_argument
     add("--runs", nargs="+", help=runs_help)
     add("--activations_dir", type=Path, default=dumps, help="where harvest_activations.py wrote")
-    add("--layers", type=int, nargs="+", help=layers_help)
+    add("--layers", type=integer, nargs="+", help=layers_help)
     add("--site", choices=SITES, default="z", help=site_help)
     add("--model_path", type=Path, nargs="+", help=model_help)
     add("--resume", action="store_true", help=resume_help)
@@ -2433,9 +2433,9 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--arch", choices=ARCHITECTURES, default="batchtopk", help=arch_help)
     add("--unit", choices=["layer", "head"], default="layer", help=unit_help)
     add("--plain", action="store_true", help=plain_help)
-    add("--aux_k", type=int, default=-1, help=aux_help)
+    add("--aux_k", type=integer, default=-1, help=aux_help)
     add("--int8", action="store_true", help=int8_help)
-    add("--lr_warmup", type=int, default=50, help=warmup_help)
+    add("--lr_warmup", type=integer, default=50, help=warmup_help)
     add("--lr_decay", type=finite, default=0.2, help=decay_help)
 
 
@@ -2519,6 +2519,17 @@ def positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def integer(text: str) -> int:
+    """argparse type: a whole number, also written as 1e3."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if not number.is_integer():
+            raise
+        return int(number)
+
+
 def finite(text: str) -> float:
     """argparse type: a float that is not NaN or infinite."""
     number = float(text)
@@ -2551,7 +2562,7 @@ def add_runtime_flags(parser: argparse.ArgumentParser) -> None:
     dtype_help = "of matrix products; auto: bfloat16 if fast"
     probe_help = "do not replay a checkpoint's golden probe (deliberate model variants)"
     group = parser.add_argument_group("runtime")
-    group.add_argument("--seed", type=int, default=42, help="seed of Python, NumPy and torch")
+    group.add_argument("--seed", type=integer, default=42, help="seed of Python, NumPy and torch")
     group.add_argument("--device", choices=devices, default="auto", help="where to compute")
     group.add_argument("--dtype", choices=dtypes, default="auto", help=dtype_help)
     add_threads_flag(group)

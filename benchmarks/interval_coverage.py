@@ -98,10 +98,15 @@ def main(argv: list[str] | None = None) -> int:
     wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("npz", type=Path, help="of ablation_test.py --n_seqs 0")
-    parser.add_argument("--n", type=int, default=48, help="windows a draw (default: 48)")
-    parser.add_argument("--draws", type=int, default=20, help="draws (default: 20)")
+    parser.add_argument(
+        "--n", type=at.positive(int), default=48, help="windows a draw (default: 48)"
+    )
+    parser.add_argument("--draws", type=at.positive(int), default=20, help="draws (default: 20)")
     parser.add_argument("--heads", action="store_true", help="print a row a head too")
     options = parser.parse_args(argv)
+    if options.n < at.MIN_UNITS or options.draws < 2:
+        found = f"--n {options.n} --draws {options.draws}"
+        parser.error(f"{found}: expected at least {at.MIN_UNITS} windows and 2 draws")
     try:
         losses, facts = at.read_losses(options.npz)
     except (at.HandoffError, OSError) as error:
@@ -112,10 +117,13 @@ def main(argv: list[str] | None = None) -> int:
             base = losses[f"{run}.base"]  # [N]
             n_windows = len(base)
             # With more windows to first order than exact ones there is no truth
-            if f"{run}.split.{mode}.first_order" in losses or n_windows <= options.n:
-                print(
-                    f"{options.npz} holds {n_windows} windows, not all: --n_seqs 0", file=sys.stderr
-                )
+            if f"{run}.split.{mode}.first_order" in losses:
+                what = "windows, and more to first order; expected all: --n_seqs 0"
+                print(f"{options.npz} holds {n_windows} {what}", file=sys.stderr)
+                return 1
+            if n_windows <= options.n:
+                what = f"expected fewer than the {n_windows} windows of {options.npz}"
+                print(f"--n {options.n}: {what}", file=sys.stderr)
                 return 1
             loss = losses[f"{run}.{mode}.loss"]  # [N, layers, H]
             exact = (loss - base[:, None, None]).reshape(n_windows, -1)

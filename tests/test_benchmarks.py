@@ -198,3 +198,10 @@ def test_coverage_is_judged_by_a_split_that_is_known_in_full():
     gain = (table["plain_rmse"] / table["steadied_rmse"]) ** 2
     # Theory: 1 / (1 - rho^2); an F test bounds what 60 draws may make of it
     assert gain[0] > 0.5 / (1 - rho[0] ** 2) and 0.8 < gain[2] < 1.25
+
+
+@pytest.mark.parametrize("flags", [["--n", "8"], ["--draws", "1"], ["--n", "0"]])
+def test_coverage_needs_draws_that_have_intervals(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        interval_coverage.main([str(tmp_path / "r.npz"), *flags])
+    assert flags[1] in capsys.readouterr().err

@@ -57,6 +57,50 @@ def test_a_dataset_dict_keeps_its_own_splits(tmp_path):
     assert janus.read_documents(str(tmp_path / "saved"), "validation") == ["validation"]
 
 
+def read_saved(folder: Path, split: str) -> list[str]:
+    return janus.read_documents(str(folder), split)
+
+
+@pytest.mark.parametrize("others", [[], ["test"]])
+def test_a_folder_without_validation_does_not_validate_on_what_it_trains_on(others, tmp_path):
+    parts = {"train": datasets.Dataset.from_dict({"text": LINES})}
+    parts |= {name: datasets.Dataset.from_dict({"text": [name]}) for name in others}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "s")
+    train = read_saved(tmp_path / "s", "train")
+    validation = read_saved(tmp_path / "s", "validation")
+    assert train and validation and train + validation == LINES[: len(train) + len(validation)]
+    test = read_saved(tmp_path / "s", "test")
+    assert test == (others or LINES[len(train) + len(validation) :])
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "says"),
+    [
+        (["dev", "eval"], "train", "has the splits dev, eval, expected train"),
+        (["train", "validation"], "test", "has the splits train, validation, and no test"),
+    ],
+)
+def test_a_split_that_is_not_there_is_named(names, split, says, tmp_path):
+    parts = {name: datasets.Dataset.from_dict({"text": LINES}) for name in names}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "s")
+    with pytest.raises(janus.HandoffError, match=says):
+        read_saved(tmp_path / "s", split)
+
+
+def test_the_format_of_a_saved_folder_hides_no_column(tmp_path):
+    saved = datasets.Dataset.from_dict({"text": LINES, "id": list(range(len(LINES)))})
+    saved.with_format("numpy", columns=["id"]).save_to_disk(tmp_path / "s")
+    assert read_saved(tmp_path / "s", "train")[0] == LINES[0]
+
+
+def test_a_damaged_tokenizer_of_a_folder_is_not_blamed_on_the_hub(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(janus.HandoffError, match="cannot be read") as error:
+        janus.load_tokenizer(str(tmp_path), "builtin", tmp_path)
+    assert "hub" not in str(error.value).lower()
+
+
 def test_one_long_line_still_has_three_splits(tmp_path):
     path = tmp_path / "one.txt"
     path.write_text(" ".join(LINES), encoding="utf-8")

@@ -187,3 +187,16 @@ def test_padding_in_the_tokenizer_file_is_not_exported(smoke_checkpoint, tmp_pat
     assert export_hf.main([str(tmp_path / smoke_checkpoint.name), str(tmp_path / "out")]) == 0
     saved = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     assert saved["padding"] is None and saved["truncation"] is None
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_one_line(smoke_checkpoint, tmp_path):
+    for name in (smoke_checkpoint.name, "tokenizer.json"):
+        shutil.copy(smoke_checkpoint.with_name(name), tmp_path / name)
+    for sidecar in smoke_checkpoint.parent.glob(f"{smoke_checkpoint.name}.json"):
+        shutil.copy(sidecar, tmp_path / sidecar.name)
+    tokenizer = janus.read_tokenizer(str(tmp_path / "tokenizer.json"))
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(janus.HandoffError, match="token ids go up to"):
+        export_hf.export(tmp_path / smoke_checkpoint.name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """hero_head_analysis.py against independent computations: naive forwards, hand-set weights, SAELens, an HTML parser."""
 
+import argparse
 import base64
 import functools
 import itertools
@@ -833,6 +834,19 @@ def done(study: Path) -> Path:
     return study / "out"
 
 
+def test_a_dump_under_another_run_name_is_found_by_its_checkpoint(study: Path, tmp_path: Path):
+    dump = tmp_path / "activations" / "mine"
+    shutil.copytree(study / "activations" / "adaptive", dump)
+    args = argparse.Namespace(activations_dir=tmp_path / "activations")
+    model = make_model(vocab_size=len(WORDS) + 1, n_kv_heads=4)
+    head = hero.Head("hero", "adaptive", 1, 2, model)
+    checkpoints = list(study.rglob("*.pt"))
+    ckpt = {"sha256": hero.sha256(next(path for path in checkpoints if "adaptive" in str(path)))}
+    assert hero.name_of_dump(args, head, ckpt) == "mine"
+    # Of another model: the name that the arm would have
+    assert hero.name_of_dump(args, head, {"sha256": "0" * 64}) == "adaptive"
+
+
 def test_whole_analysis_writes_report_tables_figures_and_sidecars(done: Path):
     figures = ("attention", "importance", "scores", "preserving", "head_types")
     for name in [
@@ -1475,9 +1489,15 @@ def test_standing_out_is_what_phase_4_says():
             "L2H3",
             "L2H3 stands in for it: without both a token costs 0.0041 nats more than the sum.",
         ),
-        (math.nan, "None of the heads removed together with it is told to stand in for it."),
+        (
+            "none",
+            "None of the heads removed together with it is told to stand in for it: removing both "
+            "costs at most 0.0052 nats more than the sum.",
+        ),
+        (math.nan, "Whether another head stands in for it cannot be told."),
     ):
         measured = dict(unique_hero=True, backup=backup, backup_interaction=0.0041)
+        measured["backup_at_most"] = 0.0052
         assert say(hero_tables.standing(summary=pd.Series(gap | measured))).endswith(says)
     assert say(hero_tables.standing(p_max_t=math.nan)).startswith("Cannot tell")
     assert "chosen with --force_layer" in say(hero_tables.standing(first="L0H0"))

@@ -143,3 +143,9 @@ def test_wrong_inputs_are_one_line(tmp_path, capsys):
     assert "is not a pair of finished runs" in error and "make seeds" in error
     (tmp_path / "a/control/telemetry.csv").unlink()
     assert "telemetry.csv" in says(a, b)
+
+
+def test_one_arm_alone_is_one_line(tmp_path):
+    (tmp_path / "seeds.csv").write_text("seed,arm,metric,value\n1,adaptive,val_loss,2\n")
+    with pytest.raises(seeds.HandoffError, match="has the arms adaptive; expected"):
+        seeds.redraw(tmp_path)

@@ -87,6 +87,25 @@ def test_an_interaction_is_what_both_cost_beyond_each() -> None:
     np.testing.assert_allclose(A.interactions(alone, both), [[0, 0, 3], [1, -1, 0]])
 
 
+def test_the_backup_of_the_first_head_is_told_or_bounded_or_left_open() -> None:
+    """The first head need not stand first: the pairs are ordered by the exact effects alone."""
+    row = dict(head_1=["L0H1", "L0H1", "L2H3"], head_2=["L2H3", "L1H0", "L1H0"])
+    row |= dict(interaction=[0.03, 0.5, 0.01], ci_lo=[0.02, 0.4, -0.01], ci_hi=[0.04, 0.6, 0.03])
+    pairs = pd.DataFrame(row)
+    found = A.backup_columns(pairs, "L2H3")
+    assert found == {"backup": "L0H1", "backup_interaction": 0.03, "backup_at_most": 0.04}
+    assert "L0H1 stands in" in A.tell_backup(pd.Series(found))
+    found = A.backup_columns(pairs.assign(ci_lo=-0.01), "L2H3")
+    assert found["backup"] == "none" and found["backup_at_most"] == 0.04
+    assert "at most +0.04" in A.tell_backup(pd.Series(found))
+    for left_open in (
+        A.backup_columns(pairs.assign(ci_lo=np.nan, ci_hi=np.nan), "L2H3"),
+        A.backup_columns(pairs, "L5H5"),
+    ):
+        assert left_open["backup"] == "" and np.isnan(left_open["backup_interaction"])
+        assert "cannot be told" in A.tell_backup(pd.Series(left_open))
+
+
 def test_the_interval_of_the_heads_to_spare_holds_the_truth() -> None:
     """Of a straight line with noise that all sizes share."""
     sizes = np.arange(1, 9) * 4

@@ -14,6 +14,21 @@ from test_ablation import random_model, text
 import ablation_test as A
 
 
+def test_a_mode_that_learns_can_be_the_only_one() -> None:
+    """Precision is chosen before anything is learned, so with another mode."""
+    asked = []
+
+    def measure_arm(windows: np.ndarray, modes: list[str], *_: object) -> dict[str, np.ndarray]:
+        asked.extend(modes)
+        effects = np.random.default_rng(0).normal(size=(len(windows), 2, 3))
+        return {"base": np.zeros(len(windows)), f"{modes[0]}.loss": effects}
+
+    low = torch.autocast("cpu", torch.bfloat16)
+    args = A.argparse.Namespace(dtype="auto", mode=["optimal"], layers=[0, 1])
+    assert A.choose_precision(measure_arm, np.arange(16), args, low) is low
+    assert set(asked) == {"mean"}
+
+
 # ----------------------------------------------------------------------------------- who goes on
 def first_stage(rng: np.random.Generator, impact: np.ndarray, n: int) -> np.ndarray:
     """Heads that go on, by n sequences with noise of deviation 1."""

@@ -28,8 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from janus_adaptive import (  # noqa: E402
     HandoffError,
     NewGPT,
+    count_ids,
     load_checkpoint,
     need_disk,
+    need_rows,
     one_line_errors,
     plain_tokenizer,
     sha256,
@@ -248,6 +250,7 @@ def export(path: Path, folder: Path) -> float:
     # load_checkpoint replays the golden probe, so these are the weights that were trained
     model, ckpt = load_checkpoint(path, torch.device("cpu"), False)
     tokenizer = read_tokenizer(path.with_name("tokenizer.json"))
+    need_rows(count_ids(tokenizer), model.cfg.vocab_size, path)
     need_disk(folder.parent, 5 * model.n_params()[0])  # float32, and some room
     # The folder gets its name once it has been checked; an export that died leaves none
     tmp = folder.with_name(f".{os.getpid()}.tmp.{folder.name}")

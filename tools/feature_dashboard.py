@@ -47,6 +47,7 @@ from hero_head_analysis import (  # noqa: E402
     encode,
     find_checkpoint,
     head_share,
+    integer,
     letter_end,
     load_checkpoint,
     need_rows,
@@ -814,7 +815,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     numbers = "numbers of the features; none: those of the hero analysis, else those that are "
     numbers += f"active on {BAND.replace('%', '%%')} of tokens"
-    which.add_argument("--features", type=int, nargs="+", help=numbers)
+    which.add_argument("--features", type=integer, nargs="+", help=numbers)
     which.add_argument("--top", type=positive(int), default=50, help="at most how many of those")
     sparse = "those that are active on so many tokens, also where there is a hero analysis"
     add("--sparse", action="store_true", help=sparse)

@@ -40,6 +40,7 @@ from janus_adaptive import (  # noqa: E402
     first_line,
     from_hub,
     golden_probe,
+    integer,
     need_disk,
     need_rows,
     one_line_errors,
@@ -287,7 +288,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("folder", type=Path, help="folder to write the checkpoint to")
     p.add_argument(
         "--seq_len",
-        type=int,
+        type=integer,
         help="context that the later phases use, tokens; none: the model's own, at most 512",
     )
     p.add_argument(

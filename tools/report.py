@@ -897,17 +897,21 @@ def why_not_unique(arm: Any) -> str:
     lead = f"{arm.gap:+.4f} [{arm.gap_lo:+.4f}, {arm.gap_hi:+.4f}] ahead of {second}"
     if arm.unique_hero:
         return lead
-    # In the order in which one would ask
+    return f"{lead}{what_fails(arm)}"
+
+
+def what_fails(arm: Any) -> str:
+    """The condition of a Hero Head that fails first, in the order in which one would ask."""
     if not arm.base_loss < arm.unigram_loss:
-        return f"{lead}; the model fails: it is worse than a unigram"
+        return "; the model fails: it is worse than a unigram"
     if not arm.gap_lo > 0:
-        return f"{lead}, so another could as well be first"
+        return ", so another could as well be first"
     if not getattr(arm, "gap_elsewhere_lo", math.inf) > 0:
-        return f"{lead} in this text, but in other documents another could be first"
+        return " in this text, but in other documents another could be first"
     if getattr(arm, "p_missed", 0.0) >= 0.05:
         dropped = f"one of {arm.n_dropped:.0f} heads dropped after {arm.n_screen:.0f} sequences"
-        return f"{lead}, but {dropped} may be larger"
-    return f"{lead}, but its effect is not told from chance among all heads"
+        return f", but {dropped} may be larger"
+    return ", but its effect is not told from chance among all heads"
 
 
 def judge_alignment(run: Run) -> list[Verdict]:

@@ -721,6 +721,10 @@ def redraw(folder: Path) -> int:
     of_arms = folder / "seeds.csv"
     if of_arms.is_file():
         rows = read_csv(of_arms, {"seed", "arm", "metric", "value"})
+        if set(rows["arm"]) != {"adaptive", "control"}:
+            found = ", ".join(sorted(map(str, set(rows["arm"]))))
+            fact = f"{of_arms} has the arms {found}; expected adaptive and control"
+            raise HandoffError(f"{fact}; make it with: make seeds")
         wanted = {"metric", "n_seeds", "difference", "ci_lo", "ci_hi"}
         summary = read_csv(folder / "seeds_summary.csv", wanted)
         drawn.append(of_arms.with_suffix(".png"))
