@@ -83,7 +83,8 @@ $(RUN)/results_ablation.csv.json: $(MODELS) ablation_test.py
 	$(ONE) ablation_test.py --adaptive_model $(basename $(word 1,$^)) --control_model $(basename $(word 2,$^)) --save_file $(basename $@) --overwrite
 
 hero: $(RUN)/hero_analysis/hero_report.html.json
-$(RUN)/hero_analysis/hero_report.html.json: $(RUN)/results_ablation.csv.json $(SAES) hero_head_analysis.py
+# Of the SAEs it reads those of the adaptive model alone, and can begin while the others train.
+$(RUN)/hero_analysis/hero_report.html.json: $(RUN)/results_ablation.csv.json $(filter $(RUN)/saes/adaptive/%,$(SAES)) hero_head_analysis.py
 	$(ONE) hero_head_analysis.py --ablation_csv $(basename $<) --saes_dir $(RUN)/saes --activations_dir $(RUN)/activations \
 	  --save_dir $(RUN)/hero_analysis --text "$(TEXT)" --overwrite
 

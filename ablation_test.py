@@ -484,13 +484,17 @@ def joint_loss(
 ) -> Tensor:
     """Loss of each sequence [S, B], nats a token, when all heads of a set are replaced by their
     means at once. tokens, targets [B, T]; removed {layer: [S, H] bool}, a row a set."""
+    n_layers = len(model.blocks)
     n_sets = len(next(iter(removed.values())))
     n_sequences, n_tokens = tokens.shape
     cos = model.rope_cos[:n_tokens]
     sin = model.rope_sin[:n_tokens]
-    # All sets as one batch; each head reads what the model without its set has written so far
-    x = model.embed(tokens).repeat(n_sets, 1, 1)  # [S B, T, D]
-    for layer in range(len(model.blocks)):
+    # Up to the first layer of which something is removed all sets are one, the clean model
+    first = min([layer for layer in removed if removed[layer].any()], default=n_layers)
+    clean = model.run_blocks(model.embed(tokens), stop=first)  # [B, T, D]
+    # Then all sets are one batch; each head reads what the model without its set has written so far
+    x = clean.repeat(n_sets, 1, 1)  # [S B, T, D]
+    for layer in range(first, n_layers):
         block: Any = model.blocks[layer]
         z, _ = block.attn(block.norm_attn(x), cos, sin)  # [S B, T, H, K]
         if layer in removed:
@@ -1562,6 +1566,10 @@ def measure_sets(
     progress bar. Several processes share the batches; each returns all of it."""
     device = model.embedding.weight.device
     by_layer = torch.from_numpy(sets).to(device).unflatten(1, (len(args.layers), -1))
+    # Sets that begin in the same layer together: what comes before it is computed once
+    n_heads = sets.shape[1]
+    first_head = np.where(sets.any(1), sets.argmax(1), n_heads)  # [S], layer after layer
+    by_start = np.argsort(first_head, kind="stable")
     losses = np.zeros((len(windows), len(sets)))
     rank, world = rank_and_world()
     label = f"{name}, together"
@@ -1571,11 +1579,11 @@ def measure_sets(
         tokens, targets = val.batch(windows[rows])  # [B, T] each
         # As many sets at once as a layer has heads, which is what one ablation takes
         for first in range(0, len(sets), model.cfg.n_heads):
-            some = slice(first, first + model.cfg.n_heads)
+            some = by_start[first : first + model.cfg.n_heads]
             removed = {layer: by_layer[some, i] for i, layer in enumerate(args.layers)}
             with autocast:
                 loss = joint_loss(model, tokens.to(device), targets.to(device), mean_z, removed)
-            losses[rows, some] = loss.T.cpu().double().numpy()
+            losses[rows, some] = loss.T.cpu().double().numpy()  # [B, S]
         bar.update(len(tokens))
     bar.close()
     all_sum(torch.from_numpy(losses))
