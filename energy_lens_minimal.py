@@ -3076,6 +3076,11 @@ def markdown_table(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def as_code(name: str) -> str:
+    """A user's name in a sentence: as code nothing in it is markup, but a backtick would end it."""
+    return f"`{name.replace('`', chr(39))}`"
+
+
 def markdown_block(kind: str, value: Any) -> str:
     """A block of the report as Markdown, in which nothing is closed."""
     if kind in ("h", "closed"):
@@ -3433,6 +3438,11 @@ def draw_predicted(
             ax.set(xlabel=predictor.formula, ylabel=ylabel)
             # Above the panel: inside it there is a point everywhere
             ax.legend(fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+        # One quantity, one scale: the diagonal stretches that of its own panel
+        low = min(ax.get_ylim()[0] for ax in axes)
+        high = max(ax.get_ylim()[1] for ax in axes)
+        for ax in axes:
+            ax.set_ylim(low, high)
         return figure
 
     save_figure(draw, path)

@@ -583,8 +583,10 @@ def look_at_block(
     ablate = ablation_of(lm, layer, block.gradient, test)
     removed = ablate(block.sae, chosen, n_seq=LOOKED_AT_SEQUENCES, steps=0, doses=(1.0,))
     index = torch.tensor(chosen.feature.to_numpy())  # [n]
-    f = block.sae.encode(test.h[layer][:, INNER], index)  # [S, T-2, n]
-    return lens.look_at(chosen, f, test.ids[:, INNER], lm.spell, removed)
+    # The first and the last token belong to the text that is shown: a letter may begin there
+    f = torch.zeros(*test.ids.shape, len(index))  # [S, T, n]
+    f[:, INNER] = block.sae.encode(test.h[layer][:, INNER], index)
+    return lens.look_at(chosen, f, test.ids, lm.spell, removed)
 
 
 # ---- texts: five types, and those that were given
@@ -1406,7 +1408,7 @@ def introduction(results: LensResults, cfg: EnergyLensConfig) -> list[ReportPart
     layers = results.tables["layers"]
     quantity = ENERGIES[cfg.energy].quantity
     what = (
-        f"Model `{Path(results.model).name}`, energy `{cfg.energy}` ({quantity}), "
+        f"Model {lens.as_code(Path(results.model).name)}, energy `{cfg.energy}` ({quantity}), "
         f"{int(layers.n_seq.iloc[0])} sequences of {cfg.seq_len} tokens of `{cfg.corpus}`, one a "
         f"document (the unit of every test), {int(layers.n_tokens.iloc[0]):,} tokens; one SAE seed "
         f"({cfg.seed}). {results.facts['cost']}. A feed-forward model has no attractors or basins, "
@@ -1547,7 +1549,7 @@ def text_blocks(results: LensResults, quantity: str = "energy") -> list[ReportPa
     ranked = active.assign(size=active.attribution.abs()).sort_values("size", ascending=False)
     strongest = ranked.groupby(["text", "layer"]).head(3).drop(columns="size")
     n_tokens = tables["text_energy"].groupby("text").position.max().add(1)
-    lengths = ", ".join(f"`{name}` has {n} tokens" for name, n in n_tokens.items())
+    lengths = ", ".join(f"{lens.as_code(name)} has {n} tokens" for name, n in n_tokens.items())
     caution = (
         f"Descriptive only: {lengths}. No test is possible on so few; the features and their EFAS "
         f"come from the corpus. Attribution: of the {quantity}."

@@ -637,7 +637,14 @@ def test_a_predictor_is_one_function_and_one_entry(et, field_and_state, monkeypa
         scores[scores.predictor != "gradient_norm"].reset_index(drop=True), before[1]
     )
     assert set(scores[scores.predictor == "gradient_norm"].scale) == {"absolute"}
+    drawn = []
+    save_figure = lens.save_figure
+    monkeypatch.setattr(
+        lens, "save_figure", lambda draw, path: [drawn.append(draw(False)), save_figure(draw, path)]
+    )
     lens.draw_predicted(points, scores, tmp_path / "p.png")
+    # The same quantity stands on the y axis of all panels
+    assert len({ax.get_ylim() for ax in drawn[0].axes}) == 1 < len(drawn[0].axes)
     assert "|dE/dx|" in (tmp_path / "p.svg").read_text()  # a panel of its own
 
 

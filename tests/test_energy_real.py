@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -366,3 +368,24 @@ def test_lines_of_texts_end_at_line_ends(tmp_path):
     named = tmp_path / "texts.json"
     named.write_bytes('\ufeff{"a": "one\u2028still one"}'.encode())
     assert real.read_texts(named) == {"a": "one\u2028still one"}
+
+
+def test_a_letter_that_begins_in_the_first_token_is_shown_whole(monkeypatch):
+    """Activations of the first and last token are left out, their text is not."""
+    test = SimpleNamespace(ids=torch.arange(12).view(2, 6), h={3: torch.ones(2, 6, 4)})
+    block = SimpleNamespace(gradient=None, sae=SimpleNamespace(encode=lambda h, _: h[..., :1] * 2))
+    monkeypatch.setattr(real, "ablation_of", lambda *_: lambda *_, **__: None)
+    shown = {}
+
+    def look_at(chosen, f, ids, spell, removed):  # noqa: ARG001
+        shown.update(f=f, ids=ids)
+
+    monkeypatch.setattr(real.lens, "look_at", look_at)
+    chosen = pd.DataFrame({"layer": [3], "feature": [0]})
+    real.look_at_block(SimpleNamespace(spell=None), chosen, block, test)
+    assert torch.equal(shown["ids"], test.ids)
+    assert torch.equal(shown["f"][..., 0], torch.tensor([[0.0, 2, 2, 2, 2, 0]] * 2))
+
+
+def test_no_name_ends_the_code_that_it_stands_in():
+    assert real.lens.as_code("f_$x^$`<i>") == "`f_$x^$'<i>`"
