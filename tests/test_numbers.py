@@ -63,6 +63,8 @@ def write_ablation(folder: Path, runs: list[str]) -> None:
                     "delta": 0.04 if mode == "mean" else 9.0, "p_maxT": 0.01,
                     "crossfit": 0.03, "crossfit_lo": 0.021, "crossfit_hi": 0.039,
                     "difference": 0.004, "difference_lo": -0.011, "difference_hi": 0.019,
+                    "n_linear": 480, "se_ratio": 3.0, "se_ratio_lo": 1.25, "se_ratio_hi": 5.0,
+                    "n_screen": 9, "n_dropped": 240, "p_missed": 0.013, "n_needed": 1234,
                 }
             )  # fmt: skip
     write_csv(folder / number_blocks.ABLATION, rows)

@@ -347,6 +347,25 @@ def first_heads(kept: Kept, source: str) -> str:
     return markdown(header, rows)
 
 
+def demo_steadied(kept: Kept) -> str:
+    """By what factor the first-order effects make standard errors smaller, mode by mode."""
+    columns = ["run", "mode", "n_seq", "n_linear", "se_ratio", "se_ratio_lo", "se_ratio_hi"]
+    rows = []
+    for _, row in kept.table("demo", ABLATION, columns).iterrows():
+        spread = bounds(row["se_ratio_lo"], row["se_ratio_hi"], ".2f")
+        rows.append(
+            [
+                row["run"],
+                row["mode"],
+                f"{row['n_seq']:.0f}, {row['n_linear']:,.0f} to first order",
+                f"{row['se_ratio']:.2f} {spread}",
+                f"{row['se_ratio'] ** 2:.1f}",
+            ]
+        )
+    smaller = "standard error smaller by, median [least, most] over heads"
+    return markdown(["run", "ablation", "sequences", smaller, "median of squares"], rows)
+
+
 def demo_hero(kept: Kept) -> str:
     """The first head of both arms, and whether one is stronger."""
     columns = ["mode", "ranked_by", "difference", "difference_lo", "difference_hi"]
@@ -416,8 +435,20 @@ def demo_mechanism(kept: Kept) -> str:
 
 
 def smollm2_hero(kept: Kept) -> str:
-    """The first head of SmolLM2."""
-    return first_heads(kept, "smollm2")
+    """The first head of SmolLM2, and what the first of the two stages left out."""
+    columns = ["mode", "ranked_by", "n_screen", "n_dropped", "p_missed", "n_needed"]
+    table = kept.table("smollm2", ABLATION, columns)
+    row = table[table["mode"] == table["ranked_by"]].iloc[0]
+    sentences = [
+        f"{row['n_dropped']:.0f} heads went out after {row['n_screen']:.0f} other sequences; "
+        f"p that one of them is in truth the first: {row['p_missed']:.2g}."
+    ]
+    if row["n_needed"] > 0:  # empty with too few documents
+        sentences.append(
+            "To tell the first head from the second with 80 % power, if its lead is as measured: "
+            f"{row['n_needed']:,.0f} sequences."
+        )
+    return f"{first_heads(kept, 'smollm2')}\n\n{' '.join(sentences)}"
 
 
 # -------------------------------------------------------------------------------------------- seeds
@@ -862,6 +893,7 @@ BLOCKS = {
     "demo-topology": Block(RESULTS, demo_topology),
     "demo-saes": Block(RESULTS, demo_saes),
     "demo-hero": Block(RESULTS, demo_hero),
+    "demo-steadied": Block(RESULTS, demo_steadied),
     "demo-ranking": Block(RESULTS, demo_ranking),
     "demo-mechanism": Block(RESULTS, demo_mechanism),
     "energy-models": Block(RESULTS, energy_models),
