@@ -2827,7 +2827,9 @@ def draw_pairs(ax: plt.Axes, pairs: pd.DataFrame) -> None:
     for row in pairs.itertuples():
         i, j = names.index(row.head_2), names.index(row.head_1)
         ink = "#eeeeee" if abs(table[i, j]) > 0.6 * most else "#111111"
-        ax.text(j, i, f"{table[i, j]:+.2g}", ha="center", va="center", fontsize=8, color=ink)
+        value = table[i, j]
+        shown = f"{value:+.2g}" if abs(value) >= 0.1 else f"{value:+.1f}"  # as wide as its square
+        ax.text(j, i, shown, ha="center", va="center", fontsize=8, color=ink)
         if row.ci_lo > 0 or row.ci_hi < 0:
             ax.plot(j + 0.36, i - 0.34, color=ink, marker="o", ms=2.5)
     ax.set(xticks=range(len(names) - 1), xticklabels=names[:-1])
