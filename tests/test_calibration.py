@@ -1,6 +1,6 @@
 """Which simulation stands behind each p value and interval that is printed. A statistic without one is not printed.
 
-The simulations are in tests/test_calibration_*.py, a file a script. JANUS_LONG_CALIBRATION=1 makes them ten times as long.
+The simulations are in tests/test_calibration_*.py, a file a script, or in the tests of what they are about. JANUS_LONG_CALIBRATION=1 makes them ten times as long.
 """
 
 import ast
@@ -32,6 +32,9 @@ SIMULATED = {
         "difference_*": ("ablation", "test_intervals_of_the_first_head_hold_the_truth_in_95_percent"),
         "effective_heads_*": ("ablation", "test_effective_heads_count_equal_heads_of_many"),
         "p_maxT": ("ablation", "test_without_an_effect_errors_are_as_rare_as_promised"),
+        "p_missed": ("two_stages", "test_that_a_dropped_head_leads_is_ruled_out_no_more_often_than_is_said"),
+        "heads_to_spare_*": ("together", "test_the_interval_of_the_heads_to_spare_holds_the_truth"),
+        "quiet_to_spare_*": ("together", "test_the_interval_of_the_heads_to_spare_holds_the_truth"),
     },
     "results_ablation_table3.csv": dict.fromkeys(
         ["ci_all_*", "p_maxT"], ("ablation", "test_without_an_effect_errors_are_as_rare_as_promised")
@@ -67,6 +70,8 @@ DESCRIPTIVE = {
     "gini_null": "the same",
     "exp_entropy_null": "the same",
     "robust_z_null": "the same",
+    "se_ratio_lo": "the least over heads, no interval",
+    "se_ratio_hi": "the most over heads, no interval",
 }
 
 
@@ -90,7 +95,9 @@ def test_every_kept_interval_and_p_value_was_simulated(csv):
 def test_every_simulation_that_is_named_exists():
     for csv, columns in SIMULATED.items():
         for column, (file, name) in columns.items():
-            source = (TESTS / f"test_calibration_{file}.py").read_text(encoding="utf-8")
+            places = [TESTS / f"test_calibration_{file}.py", TESTS / f"test_{file}.py"]
+            place = next(path for path in places if path.exists())
+            source = place.read_text(encoding="utf-8")
             names = {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}  # fmt: skip
             assert name in names, (csv, column)
 
