@@ -469,17 +469,23 @@ def plant(model: A.NewGPT, words: int) -> None:
         attn.w_o.weight[(3 * word + 1) % words, h * 16 + word] = 0.4
 
 
-@pytest.fixture(scope="session")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two checkpoints on the random walk: `adaptive`, in which one head knows it, and `control`, at
-    its random initialisation."""
-    folder, words = tmp_path_factory.mktemp("planted"), 8
+def write_walk(folder: Path, words: int) -> Path:
+    """A text of a random walk over so many words; its tokenizer lies beside it."""
     data = folder / "walk.txt"
     data.write_text(random_walk(words))
     vocabulary = {f"w{i}": i for i in range(words)} | {"?": words}
     tokenizer = Tokenizer(token_models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
+    return data
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two checkpoints on the random walk: `adaptive`, in which one head knows it, and `control`, at
+    its random initialisation."""
+    folder, words = tmp_path_factory.mktemp("planted"), 8
+    data = write_walk(folder, words)
 
     heads = dict(n_heads=4, n_kv_heads=4, d_head=16)
     sizes = dict(vocab_size=9, n_layers=3, d_model=64, d_ff=32, seq_len=32, tied=False, **heads)

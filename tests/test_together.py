@@ -13,14 +13,11 @@ from test_ablation import (
     EXACT,
     ablate,
     random_model,
-    random_walk,
     save_checkpoint,
     text,
     token_loss,
+    write_walk,
 )
-from tokenizers import Tokenizer
-from tokenizers import models as token_models
-from tokenizers import pre_tokenizers as pre
 
 import ablation_test as A
 
@@ -155,12 +152,7 @@ COPIES = ["L1H2", "L1H3"]
 def copies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in which two heads write the next word, each loud enough for both."""
     folder, words = tmp_path_factory.mktemp("copies"), 8
-    data = folder / "walk.txt"
-    data.write_text(random_walk(words))
-    vocabulary = {f"w{i}": i for i in range(words)} | {"?": words}
-    tokenizer = Tokenizer(token_models.WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = pre.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    data = write_walk(folder, words)
     heads = dict(n_heads=4, n_kv_heads=4, d_head=16)
     sizes = dict(vocab_size=9, n_layers=3, d_model=64, d_ff=32, seq_len=32, tied=False, **heads)
     torch.manual_seed(0)
