@@ -82,6 +82,7 @@ def tell(run: str, mode: str, n_windows: int, n: int, table: pd.DataFrame) -> No
     print(f"{run}, {mode} ablation: {len(table)} heads, {n} of {n_windows:,} windows")
     for name in ("plain", "steadied"):
         coverage = table[f"{name}_coverage"]
+        # Heads share their draws: the mean is worth fewer than draws times heads
         bias = table[f"{name}_bias"].abs().max()
         print(
             f"  {name}: the 95 % interval holds the truth in {coverage.mean():.1%} "
@@ -125,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
                 what = f"expected fewer than the {n_windows} windows of {options.npz}"
                 print(f"--n {options.n}: {what}", file=sys.stderr)
                 return 1
+            # The effect of a head, and what the gradient says of it
             loss = losses[f"{run}.{mode}.loss"]  # [N, layers, H]
             exact = (loss - base[:, None, None]).reshape(n_windows, -1)
             linear = losses[f"{run}.{mode}.first_order"].reshape(n_windows, -1)

@@ -236,6 +236,16 @@ def n_linear_for(rho: float, n_plain: int, n_exact: int) -> int:
     return max(n_exact, math.ceil(rho**2 / left))
 
 
+def correlations(measured: dict[str, np.ndarray]) -> np.ndarray:
+    """How closely the first-order effect of each head goes with its effect, over sequences [R];
+    `measured`: zero ablations of every head."""
+    n = len(measured["base"])
+    effects = (measured["zero.loss"] - measured["base"][:, None, None]).reshape(n, -1)  # [n, R]
+    first_order = measured["zero.first_order"].reshape(n, -1)
+    pairs = zip(effects.T, first_order.T, strict=True)
+    return np.array([np.corrcoef(effect, own)[0, 1] for effect, own in pairs])
+
+
 def equal_errors(options: argparse.Namespace, at: Any) -> list[Row]:
     """The race to one standard error: TransformerLens ablates every head of a trained model on n
     sequences; ours on fewer, steadied by the first-order effects of some more."""
@@ -259,13 +269,8 @@ def equal_errors(options: argparse.Namespace, at: Any) -> list[Row]:
     def linear(windows: np.ndarray) -> dict[str, np.ndarray]:
         return at.measure(model, text, zeros, args, windows, *given, None, at.FIRST_ORDER)
 
-    # How closely the first-order effect of each head goes with its effect, over n sequences
     windows = text.spread(n)
-    measured = exact(windows)
-    effects = (measured["zero.loss"] - measured["base"][:, None, None]).reshape(n, -1)  # [n, R]
-    first_order = measured["zero.first_order"].reshape(n, -1)
-    pairs = zip(effects.T, first_order.T, strict=True)
-    rho = np.array([np.corrcoef(effect, own)[0, 1] for effect, own in pairs])  # [R]
+    rho = correlations(exact(windows))  # [R], from a pilot whose time is not counted
 
     # What ours needs for the standard error of the median head
     n_linear = n_linear_for(float(np.median(rho)), n, N_EXACT)

@@ -226,6 +226,7 @@ def demo_phases(kept: Kept) -> str:
     # A phase of both arms has two runs, and perhaps two times
     for script, about in PHASES.items():
         own = runs[runs["script"] == script]
+        # A phase that make did not need to run again left no record
         if len(own):
             minutes = span(own["seconds"] / 60, ".1f")
             rows.append([about, f"{minutes} min", f"{own['threads'].max():.0f}"])
@@ -329,6 +330,7 @@ def first_heads(kept: Kept, source: str) -> str:
         interval = bounds(arm["crossfit_lo"], arm["crossfit_hi"], "+.4f")
         # Picked on one half of the documents, measured on the other
         fitted = f"{arm['crossfit']:+.4f} {interval}"
+        # Corrected for the number of heads among which it was the first
         p = f"{arm['p_maxT']:.3g}"
         if math.isnan(arm["crossfit"]):
             fitted = p = "none: too few documents"
@@ -351,6 +353,7 @@ def demo_steadied(kept: Kept) -> str:
     """By what factor the first-order effects make standard errors smaller, mode by mode."""
     columns = ["run", "mode", "n_seq", "n_linear", "se_ratio", "se_ratio_lo", "se_ratio_hi"]
     rows = []
+    # The square says how many more sequences would have done the same
     for _, row in kept.table("demo", ABLATION, columns).iterrows():
         spread = bounds(row["se_ratio_lo"], row["se_ratio_hi"], ".2f")
         rows.append(
@@ -385,6 +388,7 @@ def demo_hero(kept: Kept) -> str:
 
 def direction(low: float, high: float, published: float, where: str) -> str:
     """What a 95 % interval says of a published, positive difference; `where`: it was measured."""
+    # Its lower end alone decides what is shown, its upper end what is excluded
     if low > 0:
         return f"shown {where}"
     if high < 0:
@@ -438,6 +442,7 @@ def smollm2_hero(kept: Kept) -> str:
     """The first head of SmolLM2, and what the first of the two stages left out."""
     columns = ["mode", "ranked_by", "n_screen", "n_dropped", "p_missed", "n_needed"]
     table = kept.table("smollm2", ABLATION, columns)
+    # A head that went out early may still be the first: the reader gets the chance of that
     row = table[table["mode"] == table["ranked_by"]].iloc[0]
     sentences = [
         f"{row['n_dropped']:.0f} heads went out after {row['n_screen']:.0f} other sequences; "
@@ -468,6 +473,7 @@ def seeds_summary(kept: Kept) -> str:
     columns += ["difference", "ci_lo", "ci_hi", "relative_percent", "p_t"]
     table = kept.table("seeds", "results/seeds_summary.csv", columns)
     rows = []
+    # Intervals are over seeds: what one run says of its documents does not enter
     for _, found in table.iterrows():
         interval = bounds(found["ci_lo"], found["ci_hi"], "+.3g")
         rows.append(
@@ -547,6 +553,7 @@ def loop_table(kept: Kept, source: str) -> str:
     columns = ["seed", "settled_step", "n", "share", "raw_share", "noise_share", "mean", "sd"]
     table = kept.table(source, "loops.csv", columns)
     rows = []
+    # Beside what was held, what noise alone would leave: 100 % cannot be reached
     for _, loop in table.iterrows():
         rows.append(
             [
@@ -560,6 +567,7 @@ def loop_table(kept: Kept, source: str) -> str:
         )
     header = ["seed", "settled at step", "filtered, within 10 % (n)", "unfiltered"]
     header += ["noise alone, filtered", "mean +- sd, of setpoint"]
+    # Counted as seeds_loops() does
     n_held = (table["share"] >= 0.9).sum()
     held = f"At least 90 % of the filtered samples within 10 %: on {n_held} of {len(table)} seeds."
     return f"{markdown(header, rows)}\n\n{held}"
@@ -579,6 +587,7 @@ def loops_steps(kept: Kept) -> str:
     """How the loop followed a step of its setpoint."""
     columns = ["seed", "step", "before", "after", "settles_after", "share", "overshoot"]
     rows = []
+    # Seeds are the unit, so no mean hides one that was slow
     for _, moved in kept.table("loops", "setpoint_steps.csv", columns).iterrows():
         rows.append(
             [
