@@ -508,8 +508,8 @@ def joint_loss(
 
 
 RANDOM_ORDERS = 10
-STEPS = 8  # in which all heads are removed, largest or smallest impact first
-RANDOM_STEPS = 4  # in a random order, the last of which removes all and is left out
+STEPS = 6  # in which all heads are removed, largest or smallest impact first
+RANDOM_STEPS = 3  # in a random order, the last of which removes all and is left out
 PAIRED = 6  # heads of largest impact whose pairs are measured
 LOUD = 2  # further ones that write most: of two copies of a head neither has an impact alone
 
