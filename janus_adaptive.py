@@ -59,6 +59,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -2231,29 +2232,54 @@ class GPTConfig:
     norm_eps: float = 1e-5
     tied: bool = True  # unembedding = embedding
     dropout: float = 0.0
+    # What other families compute (tools/import_hf.py sets it); the defaults are Llama's
+    biases: tuple[str, ...] = ()  # of qkv, o, up, down, norm (the last one), unembedding
+    centred: bool = False  # residual streams have mean 0, of which LayerNorm is the RMSNorm
+    embedding_scale: float = 1.0
+    learned_positions: bool = False  # added to the embedding
+    # [2, K/2] radians a position, of layers that see all tokens and of those with a window
+    rope_frequency: tuple[tuple[float, ...], ...] = ()  # none: by rope_theta
+    rope_scale: float = 1.0  # of rotated queries and keys
+    windows: tuple[int, ...] = ()  # [L], tokens that a layer sees, its own included; 0: all
+    qk_norm: str = ""  # RMSNorm of queries and of keys, over each "head" or over "all" heads
+    score_cap: float = 0.0  # cap * tanh(score / cap); 0: none
+    logit_cap: float = 0.0
+    activation: str = "silu"  # silu, gelu, gelu_tanh, relu
+    gated: bool = True  # the activation multiplies a second product
+    parallel: bool = False  # the MLP reads what attention reads
+    norm_before: bool = True  # an RMSNorm of what attention and the MLP read
+    norm_after: bool = False  # one of what they write
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in float32 (Zhang & Sennrich 2019)."""
+    """x / rms(x) * weight over the last axis, computed in float32 (Zhang & Sennrich 2019), and
+    + bias if it has one."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()
         inverse_rms = torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return (h * inverse_rms * self.weight).type_as(x)
+        h = h * inverse_rms * self.weight
+        if self.bias is not None:
+            h = h + self.bias
+        return h.type_as(x)
 
 
-def rope_tables(seq_len: int, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, K/2] of the rotary angles, float32; frequency i turns by theta^(-2i/K) a
-    position (Su et al. 2021)."""
-    frequency = theta ** (-torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)  # [K/2]
-    position = torch.arange(seq_len, dtype=torch.float32)  # [T]
-    angle = torch.outer(position, frequency)  # [T, K/2]
-    return angle.cos(), angle.sin()
+def rope_tables(cfg: GPTConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin [2, T, K/2] of the rotary angles, float32, of layers that see all tokens and of
+    those with a window; frequency i turns by theta^(-2i/K) a position (Su et al. 2021)."""
+    index = torch.arange(0, cfg.d_head, 2, dtype=torch.float32)
+    frequency = (cfg.rope_theta ** (-index / cfg.d_head)).expand(2, -1)  # [2, K/2]
+    if cfg.rope_frequency:
+        frequency = torch.tensor(cfg.rope_frequency)
+    position = torch.arange(cfg.seq_len, dtype=torch.float32)  # [T]
+    angle = position[:, None] * frequency[:, None]  # [2, T, K/2]
+    return angle.cos() * cfg.rope_scale, angle.sin() * cfg.rope_scale
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -2266,15 +2292,21 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention that hands out z, the heads' outputs before the output projection."""
 
-    def __init__(self, cfg: GPTConfig) -> None:
+    def __init__(self, cfg: GPTConfig, window: int) -> None:
         super().__init__()
         self.n_heads = cfg.n_heads
         self.n_kv = cfg.n_kv_heads
         self.d_head = cfg.d_head
         self.dropout = cfg.dropout
+        self.window = window
+        self.cfg = cfg
         n_columns = (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head
-        self.w_qkv = nn.Linear(cfg.d_model, n_columns, bias=False)
-        self.w_o = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=False)
+        self.w_qkv = nn.Linear(cfg.d_model, n_columns, bias="qkv" in cfg.biases)
+        self.w_o = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias="o" in cfg.biases)
+        if cfg.qk_norm:
+            n_q, n_k = (1, 1) if cfg.qk_norm == "head" else (cfg.n_heads, cfg.n_kv_heads)
+            self.norm_q = RMSNorm(n_q * cfg.d_head, cfg.norm_eps)
+            self.norm_k = RMSNorm(n_k * cfg.d_head, cfg.norm_eps)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, want_pattern: bool = False
@@ -2283,7 +2315,9 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, cos, sin)  # [B, H, T, K] each
         dropout = self.dropout if self.training else 0.0
         with torch.autocast(x.device.type, enabled=False):  # in the type that `qkv` chose
-            if self.by_rows(x):
+            if self.window or self.cfg.score_cap:  # which no kernel has
+                z = self.pattern(q, k).to(v.dtype) @ v
+            elif self.by_rows(x):
                 z = self.attention_by_rows(q, k, v)
             else:
                 z = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
@@ -2294,6 +2328,8 @@ class Attention(nn.Module):
         """x [B, T, D] (normed) -> q, k, v [B, H, T, K], q and k rotated; grouped keys and
         values are repeated."""
         heads = self.w_qkv(x).unflatten(-1, (-1, self.d_head))  # [B, T, H + 2 H_kv, K]
+        if self.cfg.qk_norm:
+            heads = self.normed(heads)
         heads = heads.transpose(1, 2)  # [B, H + 2 H_kv, T, K]
         q, k, v = heads.split((self.n_heads, self.n_kv, self.n_kv), dim=1)
         # On a CPU in float32: the backward pass of bfloat16 attention takes three times as long.
@@ -2308,13 +2344,25 @@ class Attention(nn.Module):
             v = v.repeat_interleave(repeats, dim=1)  # [B, H, T, K]
         return q, k, v
 
-    @staticmethod
-    def pattern(q: Tensor, k: Tensor) -> Tensor:
+    def normed(self, heads: Tensor) -> Tensor:
+        """Queries, keys and values [B, T, H + 2 H_kv, K] with queries and keys normed."""
+        q, k, v = heads.split((self.n_heads, self.n_kv, self.n_kv), dim=2)
+        # One length a head, or one for all heads together: as many as the gains
+        q = self.norm_q(q.reshape(*q.shape[:2], -1, len(self.norm_q.weight))).reshape(q.shape)
+        k = self.norm_k(k.reshape(*k.shape[:2], -1, len(self.norm_k.weight))).reshape(k.shape)
+        return torch.cat((q, k, v), dim=2)  # [B, T, H + 2 H_kv, K]
+
+    def pattern(self, q: Tensor, k: Tensor) -> Tensor:
         """Attention probabilities [B, H, T, T] in float32; only formed when somebody wants
         them."""
         score = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])  # [B, H, T, T]
-        later = torch.ones_like(score, dtype=torch.bool).triu(1)
-        return score.masked_fill(later, -math.inf).softmax(-1)
+        if self.cfg.score_cap:
+            score = self.cfg.score_cap * torch.tanh(score / self.cfg.score_cap)
+        ones = torch.ones_like(score, dtype=torch.bool)
+        hidden = ones.triu(1)  # what comes later
+        if self.window:
+            hidden = hidden | ones.tril(-self.window)  # and what is too far back
+        return score.masked_fill(hidden, -math.inf).softmax(-1)
 
     def by_rows(self, x: Tensor) -> bool:
         """Whether `attention_by_rows` pays: compiled for a CPU it takes two thirds of the time
@@ -2343,17 +2391,33 @@ class Attention(nn.Module):
         return torch.cat(outputs, 2)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
 class Block(nn.Module):
     """x + attention, then + SwiGLU (Shazeer 2020), each after an RMSNorm."""
 
-    def __init__(self, cfg: GPTConfig) -> None:
+    def __init__(self, cfg: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.norm_attn = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.attn = Attention(cfg)
-        self.norm_mlp = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.w_gate_up = nn.Linear(cfg.d_model, 2 * cfg.d_ff, bias=False)
-        self.w_down = nn.Linear(cfg.d_ff, cfg.d_model, bias=False)
+
+        def norm(wanted: bool) -> nn.Module:
+            return RMSNorm(cfg.d_model, cfg.norm_eps) if wanted else nn.Identity()
+
+        self.norm_attn = norm(cfg.norm_before)
+        self.attn = Attention(cfg, cfg.windows[layer] if cfg.windows else 0)
+        self.norm_attn_out = norm(cfg.norm_after)
+        self.norm_mlp = norm(cfg.norm_before)
+        n_up = 2 * cfg.d_ff if cfg.gated else cfg.d_ff
+        self.w_gate_up = nn.Linear(cfg.d_model, n_up, bias="up" in cfg.biases)
+        self.w_down = nn.Linear(cfg.d_ff, cfg.d_model, bias="down" in cfg.biases)
+        self.norm_mlp_out = norm(cfg.norm_after)
         self.drop = nn.Dropout(cfg.dropout)
+        self.cfg = cfg
 
     def forward(
         self,
@@ -2370,7 +2434,7 @@ class Block(nn.Module):
             z = z * scale.to(z.dtype)[:, None]
         attn_out = self.write(z)
         mid = x + self.drop(attn_out)
-        mlp_out = self.mlp(mid)
+        mlp_out = self.mlp(x if self.cfg.parallel else mid)
         out = mid + self.drop(mlp_out)
         seen = {
             "resid_pre": x,
@@ -2386,12 +2450,23 @@ class Block(nn.Module):
     def write(self, z: Tensor) -> Tensor:
         """z [B, T, H, K] -> what the heads together add to the residual stream, attn_out [B, T,
         D]."""
-        return self.attn.w_o(z.flatten(2))
+        return self.norm_attn_out(self.attn.w_o(z.flatten(2)))
 
     def mlp(self, x: Tensor) -> Tensor:
-        """Residual stream after attention [B, T, D] -> mlp_out [B, T, D]."""
-        gate, up = self.w_gate_up(self.norm_mlp(x)).chunk(2, dim=-1)  # [B, T, d_ff] each
-        return self.w_down(F.silu(gate) * up)
+        """Residual stream that the MLP reads [B, T, D] -> mlp_out [B, T, D]."""
+        hidden = self.w_gate_up(self.norm_mlp(x))
+        activation = ACTIVATIONS[self.cfg.activation]
+        if self.cfg.gated:
+            gate, up = hidden.chunk(2, dim=-1)  # [B, T, d_ff] each
+            hidden = activation(gate) * up
+        else:
+            hidden = activation(hidden)
+        return self.norm_mlp_out(self.w_down(hidden))
+
+    def after_mlp(self, x: Tensor, mid: Tensor) -> Tensor:
+        """Residual stream before the block and after its attention [B, T, D] each -> after its
+        MLP. What was changed in attention reaches a parallel MLP only in the next block."""
+        return mid + self.mlp(x if self.cfg.parallel else mid)
 
 
 class TokenLoss(nn.Module):
@@ -2404,7 +2479,7 @@ class TokenLoss(nn.Module):
 
 class NewGPT(nn.Module):
     """A decoder-only transformer with exactly Llama's computation: pre-RMSNorm, SwiGLU, RoPE, no
-    biases.
+    biases. Options of `GPTConfig` make it that of another family.
 
     `tap` is a dict whose keys name the activations wanted, "<site>.<layer>"; the forward pass
     fills in the values: resid_pre, attn_out, resid_mid, mlp_out, resid_post [B, T, D], z [B, T,
@@ -2416,15 +2491,17 @@ class NewGPT(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
-        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.unembedding = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.positions = nn.Embedding(cfg.seq_len, cfg.d_model) if cfg.learned_positions else None
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layers))
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps, bias="norm" in cfg.biases)
+        has_bias = "unembedding" in cfg.biases
+        self.unembedding = nn.Linear(cfg.d_model, cfg.vocab_size, bias=has_bias)
         self.drop = nn.Dropout(cfg.dropout)
         self.loss = TokenLoss()
         self.initialise()
         if cfg.tied:
             self.unembedding.weight = self.embedding.weight
-        cos, sin = rope_tables(cfg.seq_len, cfg.d_head, cfg.rope_theta)
+        cos, sin = rope_tables(cfg)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
 
@@ -2455,7 +2532,17 @@ class NewGPT(nn.Module):
 
     def embed(self, idx: Tensor) -> Tensor:
         """Token ids [B, T] -> residual stream before block 0 [B, T, D]."""
-        return self.drop(self.embedding(idx))
+        x = self.embedding(idx) * self.cfg.embedding_scale
+        if self.positions is not None:
+            x = x + self.positions.weight[: idx.shape[1]]
+        if self.cfg.centred:
+            x = x - x.mean(-1, keepdim=True)
+        return self.drop(x)
+
+    def rotary(self, layer: int, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, K/2] by which a layer rotates the queries and keys of n_tokens."""
+        is_local = int(self.blocks[layer].attn.window > 0)
+        return self.rope_cos[is_local, :n_tokens], self.rope_sin[is_local, :n_tokens]
 
     def run_blocks(
         self,
@@ -2469,14 +2556,12 @@ class NewGPT(nn.Module):
         """Residual stream x [B, T, D] through blocks start..stop-1; a caller may run just a
         prefix or a suffix of the model."""
         stop = len(self.blocks) if stop is None else stop
-        n_tokens = x.shape[1]
-        cos = self.rope_cos[:n_tokens]
-        sin = self.rope_sin[:n_tokens]
         wanted = list(tap or ())
         for l in range(start, stop):
             end = f".{l}"
             keep = tuple(name.removesuffix(end) for name in wanted if name.endswith(end))
             scale = None if head_scale is None else head_scale[l]
+            cos, sin = self.rotary(l, x.shape[1])
             x, seen = self.blocks[l](x, cos, sin, scale, keep)
             if tap is not None:
                 tap.update({f"{site}.{l}": value for site, value in seen.items()})
@@ -2484,13 +2569,17 @@ class NewGPT(nn.Module):
 
     def unembed(self, x: Tensor) -> Tensor:
         """Residual stream after the last block [B, T, D] -> logits [B, T, V]."""
-        return self.unembedding(self.norm(x))
+        logits = self.unembedding(self.norm(x))
+        if self.cfg.logit_cap:
+            logits = self.cfg.logit_cap * torch.tanh(logits / self.cfg.logit_cap)
+        return logits
 
     def n_params(self) -> tuple[int, int]:
         """Number of parameters: all (a tied embedding counted once), and without embeddings."""
         total = sum(parameter.numel() for parameter in self.parameters())
-        n_embeddings = 1 if self.cfg.tied else 2
-        return total, total - n_embeddings * self.embedding.weight.numel()
+        n_rows = self.cfg.vocab_size * (1 if self.cfg.tied else 2)
+        n_rows += self.cfg.seq_len if self.cfg.learned_positions else 0
+        return total, total - n_rows * self.cfg.d_model
 
 
 def golden_probe(model: NewGPT) -> dict[str, Any]:
