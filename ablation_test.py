@@ -3613,7 +3613,6 @@ class GPTConfig:
     learned_positions: bool = False  # added to the embedding
     # [2, K/2] radians a position, of layers that see all tokens and of those with a window
     rope_frequency: tuple[tuple[float, ...], ...] = ()  # none: by rope_theta
-    rope_scale: float = 1.0  # of rotated queries and keys
     windows: tuple[int, ...] = ()  # [L], tokens that a layer sees, its own included; 0: all
     qk_norm: str = ""  # RMSNorm of queries and of keys, over each "head" or over "all" heads
     score_cap: float = 0.0  # cap * tanh(score / cap); 0: none
@@ -3653,7 +3652,7 @@ def rope_tables(cfg: GPTConfig) -> tuple[Tensor, Tensor]:
         frequency = torch.tensor(cfg.rope_frequency)
     position = torch.arange(cfg.seq_len, dtype=torch.float32)  # [T]
     angle = position[:, None] * frequency[:, None]  # [2, T, K/2]
-    return angle.cos() * cfg.rope_scale, angle.sin() * cfg.rope_scale
+    return angle.cos(), angle.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

