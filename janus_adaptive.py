@@ -595,8 +595,21 @@ def update_weights(training: Training, step: int, loss: float) -> float:
     norm = nn.utils.clip_grad_norm_(training.model.parameters(), training.args.grad_clip).item()
     refuse_divergence(step, loss, norm, training.args)
     training.optimizer.step()
+    if training.model.cfg.centred:
+        keep_centred(training.model)
     training.optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+@torch.no_grad()
+def keep_centred(model: NewGPT) -> None:
+    """Takes the mean over the residual stream's dimensions out of whatever writes to it: where
+    LayerNorms were folded, they did."""
+    for block in model.blocks:
+        for writer in (block.attn.w_o, block.w_down):
+            writer.weight -= writer.weight.mean(0)  # [D, inputs]
+            if writer.bias is not None:
+                writer.bias -= writer.bias.mean()
 
 
 def is_sampled(step: int, args: argparse.Namespace) -> bool:
@@ -925,25 +938,31 @@ def is_finished(final: Path, args: argparse.Namespace) -> bool:
 
 
 # ---- set-up
-def start_from(args: argparse.Namespace) -> NewGPT:
-    """--init_from -> that model with this run's context and dropout. Sets its sizes and tokenizer
-    in `args`.
+def start_from(args: argparse.Namespace) -> tuple[NewGPT, dict[str, Any]]:
+    """--init_from -> that model with this run's context and dropout, and what its checkpoint says
+    of where it came from. Sets its sizes and tokenizer in `args`.
 
-    Raises HandoffError if it cannot be read or has one head.
+    Raises HandoffError if it cannot be read, has one head, or no positions for the context.
     """
     with rank_0_first():
         args.init_from = str(as_checkpoint(args.init_from, args.cache_dir, args.dataset))
-    saved, _ = load_checkpoint(args.init_from, torch.device("cpu"), args.skip_probe)
+    saved, ckpt = load_checkpoint(args.init_from, torch.device("cpu"), args.skip_probe)
     if saved.cfg.n_heads < 2:
         expected = "expected at least 2, between which sigma is measured"
         raise HandoffError(f"{args.init_from} has one head a layer; {expected}")
     model = NewGPT(replace(saved.cfg, seq_len=args.seq_len, dropout=args.dropout))
-    model.load_state_dict(saved.state_dict())
+    weights = saved.state_dict()
+    if saved.cfg.learned_positions:  # as many as the context has
+        if args.seq_len > saved.cfg.seq_len:
+            fact = f"--seq_len {args.seq_len}: {args.init_from} has {saved.cfg.seq_len} positions"
+            raise HandoffError(f"{fact}; expected no more")
+        weights["positions.weight"] = weights["positions.weight"][: args.seq_len]
+    model.load_state_dict(weights)
     # The flags of sizes say what is trained, and the tokenizer must be the model's own
     for size in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "tied"):
         setattr(args, size, getattr(saved.cfg, size))
     args.tokenizer = str(Path(args.init_from).resolve().with_name("tokenizer.json"))
-    return model
+    return model, {name: ckpt[name] for name in ("pretrained",) if name in ckpt}
 
 
 def new_model(args: argparse.Namespace, vocab_size: int) -> NewGPT:
@@ -981,7 +1000,7 @@ def prepare(args: argparse.Namespace) -> Training:
     keep_memory()
     device, autocast = set_up(args)
     # A pretrained model brings its tokenizer, so it is opened before the text
-    model = start_from(args) if args.init_from else None
+    model, origin = start_from(args) if args.init_from else (None, {})
     with rank_0_first():  # it fills the cache
         source = (args.dataset, args.tokenizer, args.seq_len)
         train = HFWikiTextLoader(*source, "train", args.cache_dir)
@@ -999,6 +1018,7 @@ def prepare(args: argparse.Namespace) -> Training:
         "data": train.description,
         "arguments": trajectory(args),
         "contents": contents(args, train.description),
+        **origin,
     }
     optimizer = new_optimizer(model, args)
     return Training(args, model, optimizer, pressure, train, validation, device, autocast, facts)

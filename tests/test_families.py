@@ -1,6 +1,7 @@
 """Every family of decoders as NewGPT: tiny random models of transformers, whose logits, losses,
 greedy text, heads' outputs and ablations must be theirs."""
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import harvest_activations
 import janus_adaptive as janus
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import export_hf  # noqa: E402
 import import_hf  # noqa: E402
 from families import FAMILIES  # noqa: E402
 
@@ -274,3 +276,23 @@ def test_zero_ablation_of_every_head(pair):
 def test_every_family_has_two_cases():
     for family in FAMILIES:
         assert sum(case.family == family for case in CASES) >= 2, family
+
+
+def test_exported_again(pair, tmp_path):
+    """The same logits from a folder of the same family, after its weights have changed."""
+    model = copy.deepcopy(pair.ours)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=generator)
+    if model.cfg.centred:
+        janus.keep_centred(model)
+    family = pair.theirs.config.model_type
+    pretrained = {"family": family, "config": pair.theirs.config.to_json_string()}
+    export_hf.family_model(model, pretrained).save_pretrained(tmp_path)
+    theirs = hf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(theirs) is type(pair.theirs)
+    with torch.no_grad():
+        expected = model(pair.idx)[0]
+        found = theirs(pair.idx, use_cache=False).logits
+    assert (found - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max())

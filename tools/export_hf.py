@@ -7,13 +7,15 @@ Reads   <checkpoint> and tokenizer.json beside it
 Writes  <folder>/  model.safetensors, config.json, generation_config.json, tokenizer files,
                    README.md (the model card)
 
-NewGPT is Llama's computation with the query, key and value matrices packed into one, gate and up
-into another; so the export only splits them. Before the folder appears, transformers loads it and
-must give the checkpoint's logits on the golden probe's tokens within 1e-4 (float32, CPU).
+A model that was trained here is a Llama: the packed matrices are split. One that was imported
+(tools/import_hf.py), and perhaps trained on, becomes a folder of its own family again. Before the
+folder appears, transformers loads it and must give the checkpoint's logits on the golden probe's
+tokens within 1e-4 (float32, CPU).
 Shapes: D d_model, H heads, G key/value heads, K d_head, F d_ff.
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -25,6 +27,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from families import FAMILIES  # noqa: E402
+from import_hf import Source, head_coordinates, in_order  # noqa: E402
+
 from janus_adaptive import (  # noqa: E402
     HandoffError,
     NewGPT,
@@ -103,6 +108,121 @@ def llama_weights(model: NewGPT) -> dict[str, Tensor]:
     return {name: weight.detach().float().contiguous() for name, weight in weights.items()}
 
 
+# ------------------------------------------------------------------- method: a model of another family
+def family_config(model: NewGPT, pretrained: dict[str, Any]) -> Any:
+    """The config that the imported model came with, as far as `model` is still as it says."""
+    from transformers import AutoConfig
+
+    cfg = model.cfg
+    config = AutoConfig.for_model(pretrained["family"])
+    config = config.from_dict(json.loads(pretrained["config"]))
+    config.tie_word_embeddings = cfg.tied
+    if cfg.learned_positions:
+        config.max_position_embeddings = cfg.seq_len
+    # Where a norm had a bias, the matrix behind it has one now
+    for option, layers in {"attention_bias": {"qkv", "o"}, "mlp_bias": {"up", "down"}}.items():
+        if getattr(config, option, None) is False:
+            setattr(config, option, bool(layers & set(cfg.biases)))
+    if getattr(config, "enable_bias", None) is False:  # of OPT, for all of them
+        config.enable_bias = bool({"qkv", "o", "up", "down"} & set(cfg.biases))
+    return config
+
+
+@torch.no_grad()
+def family_model(model: NewGPT, pretrained: dict[str, Any]) -> Any:
+    """transformers' model of the family with the weights of `model`: tools/import_hf.py, part by
+    part, backwards."""
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_config(family_config(model, pretrained))
+    family = FAMILIES[pretrained["family"]]
+    source = Source(net, family)
+    net.get_submodule(family.embedding).weight.copy_(model.embedding.weight)
+    if family.positions:
+        positions = net.get_submodule(family.positions).weight
+        positions[family.first_position :] = model.positions.weight
+    if not model.cfg.tied:
+        put_linear([net.get_output_embeddings()], model.unembedding.weight, model.unembedding.bias)
+    put_norm(source, net.get_submodule(family.norm), model.norm.weight, model.norm.bias)
+    for layer in range(model.cfg.n_layers):
+        put_block(source, model, layer)
+    return net.eval()
+
+
+def put_block(source: Source, model: NewGPT, layer: int) -> None:
+    """Copies the weights of a block into those of transformers."""
+    family = source.family
+    cfg = model.cfg
+    block: Any = model.blocks[layer]
+
+    def modules(*names: str) -> list[Any]:
+        return [source.in_block(layer, name) for name in names]
+
+    # What reads the residual stream. Of two that share a norm, each keeps its gain in its matrix
+    shared = family.norm_attn == family.norm_mlp
+    for norm, name in ((block.norm_attn, family.norm_attn), (block.norm_mlp, family.norm_mlp)):
+        if name:
+            gain = torch.ones_like(norm.weight) if shared else norm.weight
+            put_norm(source, *modules(name), gain)
+    gain_attn = block.norm_attn.weight if shared and family.norm_attn else 1.0
+    gain_mlp = block.norm_mlp.weight if shared and family.norm_mlp else 1.0
+
+    # Queries and keys in transformers' order again
+    weight = block.attn.w_qkv.weight * gain_attn  # [(H + 2 G) K, D]
+    bias = block.attn.w_qkv.bias
+    heads = head_coordinates(source, cfg, layer).inverse()
+    if family.norm_q:
+        norm_q, norm_k = block.attn.norm_q.weight, block.attn.norm_k.weight
+        put_norm(source, *modules(family.norm_q), in_order(norm_q, heads.of_queries, heads.order))
+        put_norm(source, *modules(family.norm_k), in_order(norm_k, heads.of_keys, heads.order))
+        heads = heads.without_factors()
+    weight = heads.arrange(weight, cfg)
+    bias = None if bias is None else heads.arrange(bias, cfg)
+    if family.qkv_by_head:
+        weight = heads_apart(weight, cfg.n_heads)
+        bias = None if bias is None else heads_apart(bias, cfg.n_heads)
+    put_linear(modules(*family.qkv), weight, bias)
+
+    put_linear(modules(*family.up), block.w_gate_up.weight * gain_mlp, block.w_gate_up.bias)
+    put_linear(modules(family.o), block.attn.w_o.weight, block.attn.w_o.bias)
+    put_linear(modules(family.down), block.w_down.weight, block.w_down.bias)
+    if cfg.norm_after:
+        put_norm(source, *modules(family.norm_attn_out), block.norm_attn_out.weight)
+        put_norm(source, *modules(family.norm_mlp_out), block.norm_mlp_out.weight)
+
+
+def put_linear(modules: list[Any], weight: Tensor, bias: Tensor | None) -> None:
+    """Rows of weight [outputs, inputs] and bias [outputs] into modules, one after the other."""
+    first = 0
+    for module in modules:
+        is_transposed = type(module).__name__ == "Conv1D"  # GPT-2 stores [inputs, outputs]
+        n_rows = module.weight.shape[1 if is_transposed else 0]
+        rows = weight[first : first + n_rows]
+        module.weight.copy_(rows.T if is_transposed else rows)
+        if module.bias is not None:
+            module.bias.copy_(0.0 * rows[:, 0] if bias is None else bias[first : first + n_rows])
+        first += n_rows
+    assert first == len(weight), "all rows of it"
+
+
+def put_norm(source: Source, norm: Any, gain: Tensor, bias: Tensor | None = None) -> None:
+    """Gain [D] and bias [D] into a norm."""
+    if norm.weight is None:  # OPT may have none
+        assert torch.equal(gain, torch.ones_like(gain)), "it would need a gain"
+    else:
+        norm.weight.copy_(gain - source.family.gain_offset)
+    if getattr(norm, "bias", None) is not None:
+        norm.bias.copy_(torch.zeros_like(gain) if bias is None else bias)
+
+
+def heads_apart(rows: Tensor, n_heads: int) -> Tensor:
+    """Rows of all queries, then of all keys, then of all values -> those of q, k, v of the first
+    head, then of the second, ..."""
+    by_kind = rows.unflatten(0, (3, n_heads, -1))  # [3, H, K, ...]
+    return by_kind.transpose(0, 1).flatten(0, 2)
+
+
+# ---------------------------------------------------------------------------------------- the check
 @torch.inference_mode()
 def largest_difference(folder: Path, model: NewGPT) -> float:
     """Of the logits of `model` and of the folder as transformers loads it, on the golden probe."""
@@ -221,19 +341,31 @@ def read_tokenizer(path: Path) -> Tokenizer:
         raise HandoffError(f"{path} cannot be read ({e}); {advice}") from None
 
 
-def save_llama(folder: Path, model: NewGPT, tokenizer: Tokenizer) -> None:
-    """Writes weights, configuration and tokenizer as transformers' own classes do."""
-    from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+def as_llama(model: NewGPT) -> Any:
+    """transformers' Llama with the weights of `model`."""
+    from transformers import LlamaForCausalLM
 
-    seq_len = model.cfg.seq_len
     llama = LlamaForCausalLM(llama_config(model))
     # Tied, the head is the embedding under another name, which the weights do not hold
     llama.load_state_dict(llama_weights(model), strict=not model.cfg.tied)
-    llama.generation_config = GenerationConfig(max_length=seq_len)
-    llama.save_pretrained(folder)
+    return llama
+
+
+def save(folder: Path, model: NewGPT, tokenizer: Tokenizer, pretrained: dict[str, Any]) -> None:
+    """Writes weights, configuration and tokenizer as transformers' own classes do. pretrained: the
+    family and the config that an imported model came with, empty for one that was trained here."""
+    from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+    seq_len = model.cfg.seq_len
+    net = family_model(model, pretrained) if pretrained else as_llama(model)
+    net.generation_config = GenerationConfig(max_length=seq_len)
+    net.save_pretrained(folder)
     # Cleaning up would join " ." to ".", so that decoding gave another text than was encoded
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=seq_len, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        model_max_length=seq_len,
+        clean_up_tokenization_spaces=False,
+        **pretrained.get("special_tokens", {}),
     )
     fast.save_pretrained(folder)
 
@@ -255,7 +387,7 @@ def export(path: Path, folder: Path) -> float:
     # The folder gets its name once it has been checked; an export that died leaves none
     tmp = folder.with_name(f".{os.getpid()}.tmp.{folder.name}")
     try:
-        save_llama(tmp, model, tokenizer)
+        save(tmp, model, tokenizer, ckpt.get("pretrained") or {})
         (tmp / "README.md").write_text(model_card(path, model, ckpt), encoding="utf-8")
         gap = largest_difference(tmp, model)
         if not gap <= TOLERANCE:  # NaN is no pass

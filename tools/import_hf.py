@@ -306,8 +306,7 @@ def read_attention(source: Source, cfg: GPTConfig, layer: int) -> dict[str, Tens
         gain_k, _ = source.norm(layer, family.norm_k)
         found["attn.norm_q.weight"] = in_order(gain_q, heads.of_queries, heads.order)
         found["attn.norm_k.weight"] = in_order(gain_k, heads.of_keys, heads.order)
-        ones = torch.ones_like(heads.of_keys)
-        of_weights = HeadCoordinates(heads.order, ones, ones)
+        of_weights = heads.without_factors()
     found["attn.w_qkv.weight"] = of_weights.arrange(weight, cfg)
     found["attn.w_qkv.bias"] = None if bias is None else of_weights.arrange(bias, cfg)
     return found
@@ -364,6 +363,16 @@ class HeadCoordinates:
     order: Tensor  # [K], as rotary_order() says
     of_queries: Tensor  # [K], their factors
     of_keys: Tensor  # [K]
+
+    def inverse(self) -> "HeadCoordinates":
+        """From NewGPT's to transformers'."""
+        back = self.order.argsort()
+        return HeadCoordinates(back, 1 / self.of_queries[self.order], 1 / self.of_keys[self.order])
+
+    def without_factors(self) -> "HeadCoordinates":
+        """The order alone."""
+        ones = torch.ones_like(self.of_keys)
+        return HeadCoordinates(self.order, ones, ones)
 
     def arrange(self, rows: Tensor, cfg: GPTConfig) -> Tensor:
         """Rows [(H + 2 G) K, ...] of queries, keys and values, those of queries and keys
@@ -506,6 +515,12 @@ def bos_of(tokenizer: Any) -> int | None:
     return first if first == tokenizer.bos_token_id else None
 
 
+def special_tokens(tokenizer: Any) -> dict[str, str]:
+    """{bos_token, eos_token, ...: text} of those that have a name."""
+    named = tokenizer.special_tokens_map
+    return {name: str(token) for name, token in named.items() if isinstance(token, str)}
+
+
 def save_imported(path: Path, model: NewGPT, facts: dict[str, Any]) -> None:
     """Writes the checkpoint, of a run without a step, and its sidecar."""
     ckpt = {
@@ -556,7 +571,11 @@ def run(args: argparse.Namespace) -> int:
         "arguments": {"pressure": "pretrained", "init_from": args.model},
         "bos": bos_of(tokenizer),
         # What tools/export_hf.py needs to write a folder of the same family
-        "pretrained": {"family": net.config.model_type, "config": net.config.to_json_string()},
+        "pretrained": {
+            "family": net.config.model_type,
+            "config": net.config.to_json_string(),
+            "special_tokens": special_tokens(tokenizer),
+        },
     }
     save_imported(path, model, facts)
     shape = f"{model.cfg.n_layers} layers x {model.cfg.n_heads} heads"
