@@ -2904,7 +2904,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
     """Models and text."""
     group = parser.add_argument_group("inputs")
-    adaptive = "checkpoint (.pt), or a pretrained Llama: folder, hub name, .gguf; not for --redraw"
+    adaptive = "checkpoint (.pt), or a pretrained model: folder, hub name, .gguf; not for --redraw"
     control = "another checkpoint, measured on the same sequences"
     redraw = "no model: all but the .npz again from CSV's .npz (without it: figures)"
     dataset = "text, as for janus_adaptive.py; default: that of the checkpoint"
@@ -4037,7 +4037,7 @@ def checkpoint_remedy(path: Path) -> str:
         command = f"the command in {path.parent / 'run.json'} and --resume"
         return f"{command}, which goes on from {others[-1].name}"
     train = "python janus_adaptive.py --save_dir DIR"
-    return f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
+    return f"{train}, or from a pretrained model with: python tools/import_hf.py MODEL DIR"
 
 
 # <<< shared: model
@@ -4063,7 +4063,7 @@ def run_tool(name: str, *argv: object) -> None:
 
 # >>> shared: pretrained ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
 def as_checkpoint(path: str | Path, cache_dir: str | Path, dataset: str | None = None) -> Path:
-    """A Janus checkpoint (.pt) as it is; a pretrained Llama (folder, hub name, .gguf file or
+    """A Janus checkpoint (.pt) as it is; a pretrained model (folder, hub name, .gguf file or
     smollm2) is made into one in `cache_dir`.
 
     tools/import_hf.py does that, once for each state of the files. Raises HandoffError with its
@@ -4075,7 +4075,7 @@ def as_checkpoint(path: str | Path, cache_dir: str | Path, dataset: str | None =
         return here
     is_local = is_gguf or str(path).startswith(("/", ".", "~")) or len(here.parts) > 2
     if is_local and not here.exists():
-        kinds = "a checkpoint (.pt), a folder, hub name or .gguf file of a Llama model, or smollm2"
+        kinds = "a checkpoint (.pt), a pretrained model: folder, hub name or .gguf file, or smollm2"
         raise HandoffError(f"{path} does not exist; give {kinds}")
     if here.is_dir() and not (here / "config.json").is_file():
         advice = "make a checkpoint with: python janus_adaptive.py --save_dir DIR"

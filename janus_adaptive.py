@@ -1478,7 +1478,7 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
     count = positive(int)
     data = "WikiText, builtin, or a .txt/.parquet/.jsonl file or saved folder"
     tokens = "gpt2, a hub name, folder or tokenizer.json, or train:N; auto: gpt2 or train:4096"
-    init = "start from a checkpoint or pretrained Llama, with its sizes"
+    init = "start from a checkpoint or pretrained model, with its sizes"
     again = "continue from the newest checkpoint in --save_dir; equals an uninterrupted run"
     redraw = "only redraw training.png in --save_dir from these telemetry files"
     board = "also log to <save_dir>/tensorboard (needs the package tensorboard)"
@@ -2683,7 +2683,7 @@ def checkpoint_remedy(path: Path) -> str:
         command = f"the command in {path.parent / 'run.json'} and --resume"
         return f"{command}, which goes on from {others[-1].name}"
     train = "python janus_adaptive.py --save_dir DIR"
-    return f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
+    return f"{train}, or from a pretrained model with: python tools/import_hf.py MODEL DIR"
 
 
 # <<< shared: model
@@ -2709,7 +2709,7 @@ def run_tool(name: str, *argv: object) -> None:
 
 # >>> shared: pretrained ---- edit in janus_adaptive.py, then: python tools/check_copies.py --fix
 def as_checkpoint(path: str | Path, cache_dir: str | Path, dataset: str | None = None) -> Path:
-    """A Janus checkpoint (.pt) as it is; a pretrained Llama (folder, hub name, .gguf file or
+    """A Janus checkpoint (.pt) as it is; a pretrained model (folder, hub name, .gguf file or
     smollm2) is made into one in `cache_dir`.
 
     tools/import_hf.py does that, once for each state of the files. Raises HandoffError with its
@@ -2721,7 +2721,7 @@ def as_checkpoint(path: str | Path, cache_dir: str | Path, dataset: str | None =
         return here
     is_local = is_gguf or str(path).startswith(("/", ".", "~")) or len(here.parts) > 2
     if is_local and not here.exists():
-        kinds = "a checkpoint (.pt), a folder, hub name or .gguf file of a Llama model, or smollm2"
+        kinds = "a checkpoint (.pt), a pretrained model: folder, hub name or .gguf file, or smollm2"
         raise HandoffError(f"{path} does not exist; give {kinds}")
     if here.is_dir() and not (here / "config.json").is_file():
         advice = "make a checkpoint with: python janus_adaptive.py --save_dir DIR"

@@ -3530,7 +3530,7 @@ def checkpoint_remedy(path: Path) -> str:
         command = f"the command in {path.parent / 'run.json'} and --resume"
         return f"{command}, which goes on from {others[-1].name}"
     train = "python janus_adaptive.py --save_dir DIR"
-    return f"{train}, or from a pretrained Llama with: python tools/import_hf.py MODEL DIR"
+    return f"{train}, or from a pretrained model with: python tools/import_hf.py MODEL DIR"
 
 
 # <<< shared: model

@@ -26,7 +26,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+TOOLS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TOOLS.parent), str(TOOLS)]
 from families import FAMILIES  # noqa: E402
 from import_hf import Source, head_coordinates, in_order  # noqa: E402
 
@@ -108,7 +109,7 @@ def llama_weights(model: NewGPT) -> dict[str, Tensor]:
     return {name: weight.detach().float().contiguous() for name, weight in weights.items()}
 
 
-# ------------------------------------------------------------------- method: a model of another family
+# ----------------------------------------------------------------- method: a model of another family
 def family_config(model: NewGPT, pretrained: dict[str, Any]) -> Any:
     """The config that the imported model came with, as far as `model` is still as it says."""
     from transformers import AutoConfig
