@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Export a Janus checkpoint as a Llama for transformers, TransformerLens, evaluation harnesses.
+"""Export a Janus checkpoint for transformers, TransformerLens and evaluation harnesses.
 
     python tools/export_hf.py checkpoints/v1/janus_adaptive_final.pt exported/janus-adaptive
 
@@ -109,7 +109,7 @@ def llama_weights(model: NewGPT) -> dict[str, Tensor]:
     return {name: weight.detach().float().contiguous() for name, weight in weights.items()}
 
 
-# ----------------------------------------------------------------- method: a model of another family
+# ---------------------------------------------------------------- method: a model of another family
 def family_config(model: NewGPT, pretrained: dict[str, Any]) -> Any:
     """The config that the imported model came with, as far as `model` is still as it says."""
     from transformers import AutoConfig
@@ -242,15 +242,13 @@ CARD = """---
 license: mit
 library_name: transformers
 pipeline_tag: text-generation
-tags: [janus-arc, interpretability, llama]
+tags: [janus-arc, interpretability, {family}]
 ---
 
 # Janus Arc, {arm} arm, step {step}
 
 A {total:.2f}M-parameter language model ({inner:.2f}M without embeddings; {sizes}) for
-research on attention heads. It computes exactly what transformers' Llama computes. \
-It is small and trained on little text: it is an
-object of study, not a writer. It was never trained with a token that begins or ends a text.
+research on attention heads. {about_model}
 
 * Arm: `--pressure {pressure}` ({about_arm}).
 * Training data: {dataset} ({dataset_key}), {tokens}.
@@ -276,6 +274,17 @@ see the README of Janus Arc.
 
 Code and weights: MIT. Text: {licence}
 """
+
+
+ABOUT_OWN = (
+    "It computes exactly what transformers' Llama computes. It is small and trained on little text: "
+    "it is an object of study, not a writer. It was never trained with a token that begins or ends "
+    "a text."
+)
+ABOUT_PRETRAINED = (
+    "It began as the pretrained model `{origin}` and computes what transformers' {family} computes. "
+    "It is an object of study, not a writer."
+)
 
 
 def telemetry_table(rows: list[dict[str, Any]]) -> str:
@@ -310,8 +319,16 @@ def model_card(path: Path, model: NewGPT, ckpt: dict[str, Any]) -> str:
     tokens = f"{n_seen:,} tokens seen of {data['n_tokens']:,}, tokenizer {data['tokenizer_hash']}"
     # What was left to its default and has none is no flag
     flags = [f"--{flag} {value}" for flag, value in ckpt["arguments"].items() if value is not None]
+    family = "llama"
+    about_model = ABOUT_OWN
+    if ckpt.get("pretrained"):
+        family = ckpt["pretrained"]["family"]
+        origin = ckpt["arguments"]["init_from"]
+        about_model = ABOUT_PRETRAINED.format(origin=origin, family=family)
     return CARD.format(
         arm=ckpt["arm"],
+        family=family,
+        about_model=about_model,
         step=ckpt["step"],
         total=total / 1e6,
         inner=inner / 1e6,
