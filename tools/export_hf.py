@@ -277,13 +277,13 @@ Code and weights: MIT. Text: {licence}
 
 
 ABOUT_OWN = (
-    "It computes exactly what transformers' Llama computes. It is small and trained on little text: "
-    "it is an object of study, not a writer. It was never trained with a token that begins or ends "
-    "a text."
+    "It computes exactly what transformers' Llama computes. It is small and trained on little "
+    "text: it is an object of study, not a writer. It was never trained with a token that begins "
+    "or ends a text."
 )
 ABOUT_PRETRAINED = (
-    "It began as the pretrained model `{origin}` and computes what transformers' {family} computes. "
-    "It is an object of study, not a writer."
+    "It began as the pretrained model `{origin}` and computes what transformers' {family} "
+    "computes. It is an object of study, not a writer."
 )
 
 
