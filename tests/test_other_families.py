@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 import ablation_test
@@ -225,14 +226,17 @@ def test_files_that_do_not_fit_are_refused(gpt2, tokenizer, tmp_path, says):
     assert "tokenizer" in says(mute)
 
 
-def test_the_file_decides_whether_the_head_is_the_embedding(gpt2, tokenizer, text_flags, tmp_path):
-    """A config that claims tied weights over a file with a head of its own."""
+def test_the_file_decides_whether_the_head_is_the_embedding(
+    tokenizer, text_flags, tmp_path, capsys
+):
+    """A config that claims tied weights over a file with a head of its own: one line says so."""
     folder = build("gpt_neox", tmp_path / "in", tokenizer, tie_word_embeddings=False)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     out = tmp_path / "out"
     assert import_hf.main([str(folder), str(out), "--seq_len", "32", *text_flags]) == 0
+    assert "its file has an output head of its own: untied" in capsys.readouterr().out
     model, _ = janus.load_checkpoint(out / "janus_pretrained_final.pt", CPU, False)
-    theirs = hf.AutoModelForCausalLM.from_pretrained(folder)
-    same = torch.equal(theirs.get_output_embeddings().weight, theirs.get_input_embeddings().weight)
-    assert model.cfg.tied is same
+    assert not model.cfg.tied
+    head = load_file(folder / "model.safetensors")["embed_out.weight"]
+    assert torch.equal(model.unembedding.weight, head)

@@ -582,6 +582,8 @@ def run(args: argparse.Namespace) -> int:
     shape = f"{model.cfg.n_layers} layers x {model.cfg.n_heads} heads"
     size = f"{total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings"
     print(f"{path}: {size}, {shape}")
+    if net.config.tie_word_embeddings and not model.cfg.tied:
+        print("note: its config says tied weights, its file has an output head of its own: untied")
     windows = sorted(set(model.cfg.windows) - {0})
     if windows:
         n_local = sum(window > 0 for window in model.cfg.windows)
