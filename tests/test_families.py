@@ -176,7 +176,7 @@ class Pair(NamedTuple):
 def pair(request) -> Pair:
     net = build(request.param)
     family = import_hf.family_of("it", net.config)
-    ours = import_hf.as_newgpt(net, family, N_TOKENS)
+    ours = import_hf.as_newgpt(net, N_TOKENS)
     ours.requires_grad_(False)
     idx = torch.randint(
         SIZES["vocab_size"], (2, N_TOKENS), generator=torch.Generator().manual_seed(1)
@@ -213,8 +213,7 @@ def test_logits_and_loss(pair):
 
 def test_greedy_text(pair):
     """With the frequencies of the text's length: some rules depend on it."""
-    family = FAMILIES[pair.theirs.config.model_type]
-    ours = import_hf.as_newgpt(pair.theirs, family, 28)
+    ours = import_hf.as_newgpt(pair.theirs, 28)
     prompt = pair.idx[:1, :8]
     expected = pair.theirs.generate(
         prompt,

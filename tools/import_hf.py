@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 TOOLS = Path(__file__).resolve().parent
@@ -50,6 +51,7 @@ from janus_adaptive import (  # noqa: E402
     need_rows,
     one_line_errors,
     plain_tokenizer,
+    read_tokenizer,
     refuse_overwrite,
     sidecar_path,
     write_sidecar,
@@ -409,8 +411,9 @@ def in_order(rows: Tensor, factor: Tensor, order: Tensor) -> Tensor:
     return (by_head * factor)[:, order].flatten(0, 1)
 
 
-def as_newgpt(net: Any, family: Family, seq_len: int) -> NewGPT:
+def as_newgpt(net: Any, seq_len: int) -> NewGPT:
     """The same model as NewGPT, float32, eval mode."""
+    family = FAMILIES[net.config.model_type]
     source = Source(net, family)
     # Tied, NewGPT's head is its embedding: the same tensor under both names. Looked up in the
     # weights that transformers computes with: the flag of a file may say something else
@@ -510,6 +513,19 @@ def choose_seq_len(wanted: int | None, longest: int, name: str) -> int:
     return wanted
 
 
+def tokens_of(name: str, tokenizer: Any) -> Tokenizer:
+    """The tokenizer of a model as its file has it. Raises HandoffError if it has none."""
+    # transformers adds what it thinks the family should have, and makes one up where there is none
+    file = Path(name) / "tokenizer.json"
+    if file.is_file():
+        return read_tokenizer(file)
+    backend = plain_tokenizer(tokenizer.backend_tokenizer)
+    if not backend.encode(TEXT, add_special_tokens=False).ids:
+        fact = f"{name} has no tokenizer: it has no token for {TEXT[:21]!r}"
+        raise HandoffError(f"{fact}; expected tokenizer.json, or what transformers makes it from")
+    return backend
+
+
 def bos_of(tokenizer: Any) -> int | None:
     """The token that begins every text of the model's tokenizer; None if none does."""
     first = tokenizer("a").input_ids[0]
@@ -545,10 +561,10 @@ def run(args: argparse.Namespace) -> int:
 
     # The weights, and the same numbers out
     net, tokenizer = load_pretrained(args.model)
-    backend = plain_tokenizer(tokenizer.backend_tokenizer)
+    backend = tokens_of(args.model, tokenizer)
     need_rows(count_ids(backend), net.config.vocab_size, args.model)
     seq_len = choose_seq_len(args.seq_len, net.config.max_position_embeddings, args.model)
-    model = as_newgpt(net, family_of(args.model, net.config), seq_len)
+    model = as_newgpt(net, seq_len)
     total, inner = model.n_params()
     need_disk(args.folder, 4.2 * total)  # float32
     ids = backend.encode(TEXT, add_special_tokens=False).ids
