@@ -277,7 +277,8 @@ class Heads:
 
     Leading axes "...": none for the heads as they are, [10,000] draws for the null.
     cosines_z: cosine of z of each pair of heads [..., P]
-    cosines_o: cosine of o of each pair [..., P]; o_h is what head h writes to the residual stream
+    cosines_o: cosine of o of each pair [..., P]; o_h is what head h writes to the residual stream,
+        before a norm that may follow attention, and without the bias, which is no head's
     cka: linear CKA of z of each pair [P]; of the null [1], the same for all pairs
     singular_values: of Z [N, H*K], all heads side by side, not centred [H*K]
     """
@@ -352,9 +353,9 @@ def gram_of_z(zz: Tensor, n_heads: int) -> Tensor:
 def gram_of_o(zz: Tensor, w_o: Tensor, n_heads: int) -> Tensor:
     """<o_i, o_j> over all tokens [H, H], from Z^T Z [H*K, H*K] and w_o [D, H*K].
 
-    o_h = z_h W_O,h is what head h writes to the residual stream; it is not formed:
-    <o_i, o_j> = tr(z_i^T z_j W_O,j W_O,i^T). Unlike z, it does not depend on the basis that a head
-    happens to use for its values.
+    o_h = z_h W_O,h is what head h writes to the residual stream, before a norm that may follow
+    attention; it is not formed: <o_i, o_j> = tr(z_i^T z_j W_O,j W_O,i^T). Unlike z, it does not
+    depend on the basis that a head happens to use for its values.
     """
     write_products = w_o.T @ w_o  # [H*K, H*K], W_O,i W_O,j^T of every pair
     return sum_by_pair(zz * write_products, n_heads)

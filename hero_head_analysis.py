@@ -33,6 +33,7 @@ import ast
 import base64
 import codecs
 import contextlib
+import copy
 import errno
 import functools
 import gc
@@ -55,7 +56,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from importlib import import_module
@@ -186,9 +187,11 @@ class Text:
     say: Say
     split: str  # which split of the dataset they are of, or where else they come from
     documents: np.ndarray  # [n] number of the document that each begins in: the unit of replication
+    # Tokens that a query sees, its own included, in the layer that reads; 0: all before it
+    sees: int = 0
 
     def __getitem__(self, windows: slice) -> Text:
-        return Text(self.idx[windows], self.say, self.split, self.documents[windows])
+        return replace(self, idx=self.idx[windows], documents=self.documents[windows])
 
     def __len__(self) -> int:
         return len(self.idx)
@@ -287,12 +290,16 @@ def read_batches(
 # ---- a head
 @dataclass
 class HeadWeights:
-    """W_Q, W_K, W_V [K, D], the gain of the norm before attention folded in, and W_O [D, K]."""
+    """W_Q, W_K, W_V [K, D] and W_O [D, K], with the gains of the norms before and after attention
+    folded in where a family has them; the biases of queries, keys and values [K], or 0 []."""
 
     w_q: Tensor
     w_k: Tensor
     w_v: Tensor
     w_o: Tensor
+    b_q: Tensor
+    b_k: Tensor
+    b_v: Tensor
 
 
 @dataclass
@@ -333,37 +340,79 @@ class Head:
         """A row of a table: which head this is, and facts about it."""
         return dict(role=self.role, run=self.run, layer=self.layer, head=self.head, **facts)
 
+    @property
+    def key_head(self) -> int:
+        """Where the head's keys lie among the H + 2 H_kv heads of w_qkv; its values are H_kv
+        further."""
+        cfg = self.model.cfg
+        return cfg.n_heads + self.head * cfg.n_kv_heads // cfg.n_heads  # grouped queries
+
     def weights(self) -> HeadWeights:
         cfg = self.model.cfg
         attn = self.block.attn
-        w_qkv = attn.w_qkv.weight * self.block.norm_attn.weight
+        w_qkv = attn.w_qkv.weight
+        if cfg.norm_before:
+            w_qkv = w_qkv * self.block.norm_attn.weight
         by_head = w_qkv.unflatten(0, (-1, cfg.d_head))  # [H + 2 H_kv, K, D]
-        key_head = cfg.n_heads + self.head * cfg.n_kv_heads // cfg.n_heads  # grouped queries
-        w_o = attn.w_o.weight.unflatten(1, (cfg.n_heads, -1))  # [D, H, K]
+        biases = w_qkv.new_zeros(len(by_head))  # [H + 2 H_kv] of nothing
+        if "qkv" in cfg.biases:
+            biases = attn.w_qkv.bias.unflatten(0, (-1, cfg.d_head))  # [H + 2 H_kv, K]
+        value_head = self.key_head + cfg.n_kv_heads
         return HeadWeights(
             w_q=by_head[self.head],
-            w_k=by_head[key_head],
-            w_v=by_head[key_head + cfg.n_kv_heads],
-            w_o=w_o[:, self.head],
+            w_k=by_head[self.key_head],
+            w_v=by_head[value_head],
+            w_o=write_weights(self.model, self.layer)[:, self.head],
+            b_q=biases[self.head],
+            b_k=biases[self.key_head],
+            b_v=biases[value_head],
         )
 
-    def token_inputs(self, ids: Tensor) -> Tensor:
-        """What the head reads from bare tokens [n] -> [n, D] of unit rms: the embedding in
-        layer 0, else the effective embedding, the residual stream after block 0 of the token
-        alone."""
+    def queries_and_keys(self, x_query: Tensor, x_key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [n, K] and keys [m, K] of the head before they are rotated, from what
+        `token_inputs` gives, [n, D] and [m, D]."""
+        weights = self.weights()
+        q = x_query @ weights.w_q.T + weights.b_q
+        k = x_key @ weights.w_k.T + weights.b_k
+        if self.model.cfg.qk_norm:
+            q = self.normed_heads(x_query)[:, self.head]
+            k = self.normed_heads(x_key)[:, self.key_head]
+        return q, k
+
+    def normed_heads(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of all heads of the layer, those of the first two normed, from
+        what `token_inputs` gives: [n, D] -> [n, H + 2 H_kv, K]. All, because the norm may be of all
+        heads together."""
+        attn = self.block.attn
+        if self.model.cfg.norm_before:
+            x = x * self.block.norm_attn.weight
+        heads = attn.w_qkv(x).unflatten(-1, (-1, attn.d_head))  # [n, H + 2 H_kv, K]
+        return attn.normed(heads[:, None])[:, 0]
+
+    def token_inputs(self, ids: Tensor, position: int | None = None) -> Tensor:
+        """What the head reads from bare tokens [n] -> [n, D], of unit rms where a norm stands
+        before attention: the embedding in layer 0, else the effective embedding, the residual
+        stream after block 0 of the token alone. position: at which learned positions have the
+        token stand, if the model has them; None: in the middle of the context."""
+        cfg = self.model.cfg
         n_blocks = min(self.layer, 1)
         batches = []
         for some in ids.split(4096):
-            embedded = self.model.embed(some[:, None])  # [n, 1, D]
+            embedded = self.model.embed(some[:, None])  # [n, 1, D], at position 0
+            if cfg.learned_positions:
+                of_position = position_inputs(self.model, cfg.seq_len)  # [T, D]
+                place = cfg.seq_len // 2 if position is None else position
+                embedded = embedded - of_position[0] + of_position[place]
             batches.append(self.model.run_blocks(embedded, 0, n_blocks)[:, 0])
         x = torch.cat(batches)  # [n, D]
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.model.cfg.norm_eps)
+        if not cfg.norm_before:
+            return x
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + cfg.norm_eps)
 
     def look(self, text: Text) -> Seen:
         """What the head's layer does with a text."""
-        n_tokens = text.idx.shape[1]
-        cos = self.model.rope_cos[:n_tokens]
-        sin = self.model.rope_sin[:n_tokens]
+        text = replace(text, sees=self.block.attn.window)
+        cos, sin = self.model.rotary(self.layer, text.idx.shape[1])
         batches: dict[str, list[Tensor]] = {"x": [], "z": [], "attention": [], "value": []}
         sites = ["resid_pre", "z", "pattern"]
         for batch in read_batches(self.model, text.idx, sites, [self.layer]):
@@ -387,8 +436,9 @@ class Head:
             idx = seen.text.idx[windows]
             z = seen.z[windows].clone()  # [B, T, H, K]
             z[:, :, self.head] = new_z[windows]
-            mid = seen.x[windows] + self.block.write(z)  # [B, T, D]
-            end = self.model.run_blocks(mid + self.block.mlp(mid), self.layer + 1)
+            x = seen.x[windows]  # [B, T, D]
+            mid = x + self.block.write(z)  # through the norm after attention, if there is one
+            end = self.model.run_blocks(self.block.after_mlp(x, mid), self.layer + 1)
             logits = self.model.unembed(end)[:, :-1]  # [B, T-1, V]
             targets = idx[:, 1:].flatten()
             loss = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
@@ -401,6 +451,33 @@ class Head:
         nothing is mean ablation."""
         rest = held.head_z - part(held)  # [n, T, K]
         return self.loss(seen, part(seen) + rest.mean((0, 1)))
+
+
+def position_inputs(model: NewGPT, n_tokens: int) -> Tensor:
+    """What learned positions add to the embedding [T, D]."""
+    added = model.positions.weight[:n_tokens]
+    if model.cfg.centred:
+        added = added - added.mean(-1, keepdim=True)
+    return added
+
+
+def write_weights(model: NewGPT, layer: int) -> Tensor:
+    """W_O of all heads of a layer [D, H, K], the gain of a norm that follows attention folded
+    in."""
+    block: Any = model.blocks[layer]
+    w_o = block.attn.w_o.weight.unflatten(1, (model.cfg.n_heads, -1))  # [D, H, K]
+    if model.cfg.norm_after:
+        w_o = w_o * block.norm_attn_out.weight[:, None, None]
+    return w_o
+
+
+def write_rms(block: Any, z: Tensor) -> Tensor:
+    """By what a norm that follows attention divides what all heads of a block write together, from
+    their z [B, T, H, K]: [B, T, 1]; 1 where no norm follows. A head writes z W_O over this."""
+    if not block.cfg.norm_after:
+        return torch.ones_like(z[..., 0, :1])
+    written = block.attn.w_o(z.flatten(2))  # [B, T, D]
+    return (written.square().mean(-1, keepdim=True) + block.cfg.norm_eps).sqrt()
 
 
 # ---- step 1: heads to compare with
@@ -455,8 +532,7 @@ def random_controls(hero: Head, writes: Tensor) -> list[Head]:
 def write_basis(model: NewGPT, layer: int) -> Tensor:
     """R [H, K, K] with ||z R^T|| = ||z W_O|| and the same inner products (QR of W_O): the residual
     write of a head in K numbers instead of D."""
-    block: Any = model.blocks[layer]
-    w_o = block.attn.w_o.weight.unflatten(1, (model.cfg.n_heads, -1))  # [D, H, K]
+    w_o = write_weights(model, layer)  # [D, H, K]
     return torch.linalg.qr(w_o.transpose(0, 1))[1]
 
 
@@ -468,12 +544,16 @@ def stride_over(idx: Tensor) -> int:
 
 def head_writes(model: NewGPT, idx: Tensor, stride: int) -> Tensor:
     """Residual writes of all heads at every stride-th position of idx [n, T], centred, isometric
-    to z W_O: [N, L, H, K]."""
+    to z W_O, over the rms of a norm that may follow attention: [N, L, H, K]."""
     layers = range(model.cfg.n_layers)
     basis = torch.stack([write_basis(model, layer) for layer in layers])  # [L, H, K, K]
     batches = []
     for batch in read_batches(model, idx, ["z"], layers):
-        by_layer = [z[:, ::stride].flatten(0, 1) for z in batch.sites["z"]]  # [tokens, H, K] each
+        by_layer = []
+        for block, z in zip(model.blocks, batch.sites["z"], strict=True):
+            strided = z[:, ::stride]
+            strided = strided / write_rms(block, strided)[..., None]
+            by_layer.append(strided.flatten(0, 1))  # [tokens, H, K]
         batches.append(torch.stack(by_layer, 1))
     z = torch.cat(batches)  # [N, L, H, K]
     writes = torch.einsum("nlhk,lhjk->nlhj", z, basis)  # [N, L, H, K]
@@ -499,10 +579,10 @@ def match_by_function(mine: Tensor, others: Tensor) -> Match:
 # ---- step 2: direct logit attribution
 @dataclass
 class Attribution:
-    """What each component adds to the logit of the right next token."""
+    """What each component adds to the logit of the right next token, before a cap on logits."""
 
     run: str  # whose model
-    components: list[str]  # [C] names: the embedding, then by layer its heads and its MLP
+    components: list[str]  # [C] names, see `component_names`
     parts: Tensor  # [n, T-1, C]; the parts of a token sum to its logit
     rms: Tensor  # [n, T-1] of the last residual stream
     gap: float  # largest difference found between a sum of parts and the model's logit
@@ -519,9 +599,36 @@ def unembedding(model: NewGPT) -> Tensor:
     return w_u - w_u.mean(0)
 
 
+def component_names(model: NewGPT) -> list[str]:
+    """Names [C] of the parts of a logit: the embedding, then by layer its heads and its MLP;
+    learned positions and the biases that a family has are parts of their own."""
+    cfg = model.cfg
+    names = ["embedding"]
+    if cfg.learned_positions:
+        names.append("positions")
+    for layer in range(cfg.n_layers):
+        names += [f"L{layer} H{h}" for h in range(cfg.n_heads)]
+        if "o" in cfg.biases:
+            names.append(f"L{layer} attention bias")
+        names.append(f"L{layer} MLP")
+    return [*names, *constant_logits(model)]
+
+
+def constant_logits(model: NewGPT) -> dict[str, Tensor]:
+    """What biases behind the last residual stream add to every logit [V], the mean over the
+    vocabulary taken out, by name."""
+    constants = {}
+    if "norm" in model.cfg.biases:
+        constants["final norm's bias"] = model.unembedding.weight @ model.norm.bias
+    if "unembedding" in model.cfg.biases:
+        constants["unembedding's bias"] = model.unembedding.bias
+    return {name: logits - logits.mean() for name, logits in constants.items()}
+
+
 def direct_attribution(model: NewGPT, idx: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids [n, T] and rows of `unembedding` [n, T, D] -> what each component adds to that
-    logit [n, T, 1 + L*(H+1)], and the final rms [n, T], which is held constant."""
+    """Token ids [n, T] and rows of `unembedding` [n, T, D] -> what each component of the residual
+    stream adds to that logit [n, T, components], and the final rms [n, T], which is held constant.
+    So is the rms of a norm that follows attention."""
     cfg = model.cfg
     blocks: list[Any] = list(model.blocks)
     all_parts = []
@@ -529,10 +636,20 @@ def direct_attribution(model: NewGPT, idx: Tensor, direction: Tensor) -> tuple[T
     for batch in read_batches(model, idx, ["z", "mlp_out"], range(cfg.n_layers)):
         towards = direction[batch.windows]  # [B, T, D]
         embedded = model.embed(idx[batch.windows])
-        parts = [(embedded * towards).sum(-1, keepdim=True)]  # [B, T, 1]
+        of_position = []
+        if cfg.learned_positions:
+            added = position_inputs(model, idx.shape[1])  # [T, D]
+            of_position = [(added * towards).sum(-1, keepdim=True)]  # [B, T, 1]
+            embedded = embedded - added
+        parts = [(embedded * towards).sum(-1, keepdim=True), *of_position]  # [B, T, 1] each
         for block, z, mlp_out in zip(blocks, batch.sites["z"], batch.sites["mlp_out"], strict=True):
-            towards_z = (towards @ block.attn.w_o.weight).unflatten(-1, (cfg.n_heads, -1))
+            towards_written = towards  # [B, T, D], as seen from before a norm after attention
+            if cfg.norm_after:
+                towards_written = towards * block.norm_attn_out.weight / write_rms(block, z)
+            towards_z = (towards_written @ block.attn.w_o.weight).unflatten(-1, (cfg.n_heads, -1))
             parts.append((z * towards_z).sum(-1))  # [B, T, H]
+            if "o" in cfg.biases:
+                parts.append((towards_written @ block.attn.w_o.bias)[..., None])  # [B, T, 1]
             parts.append((mlp_out * towards).sum(-1, keepdim=True))  # [B, T, 1]
         rms = (batch.end.square().mean(-1) + cfg.norm_eps).sqrt()  # [B, T]
         all_rms.append(rms)
@@ -547,21 +664,26 @@ def attribute_next_token(hero: Head, text: Text) -> Attribution:
     context = text.idx[:, :-1]  # [n, T-1]
     right = text.idx[:, 1:]  # [n, T-1]
     parts, rms = direct_attribution(model, context, unembedding(model)[right])
+    for constant in constant_logits(model).values():
+        parts = torch.cat((parts, constant[right][..., None]), -1)  # [n, T-1, C]
 
     # The identity, on two windows: only an edited model can break it.
-    logits = model(context[:2])[0]  # [2, T-1, V]
+    logits = without_cap(model)(context[:2])[0]  # [2, T-1, V]
     centred = logits - logits.mean(-1, keepdim=True)
     wanted = centred.gather(-1, right[:2, :, None])[..., 0]  # [2, T-1]
     gap = (parts[:2].sum(-1) - wanted).abs().max().item()
     if gap > 1e-4 * max(1.0, logits.abs().max().item()):
         fact = f"the direct logit attribution misses the logits by {gap:.1e} (allowed 1e-4)"
         raise HandoffError(f"{fact}: only the model was edited")
+    return Attribution(hero.run, component_names(model), parts, rms, gap)
 
-    components = ["embedding"]
-    for layer in range(model.cfg.n_layers):
-        components += [f"L{layer} H{h}" for h in range(model.cfg.n_heads)]
-        components.append(f"L{layer} MLP")
-    return Attribution(hero.run, components, parts, rms, gap)
+
+def without_cap(model: NewGPT) -> NewGPT:
+    """The same model, with the same weights, but its logits as they are before a cap: a cap is not
+    linear, so no parts sum to what it gives."""
+    twin = copy.copy(model)
+    twin.cfg = replace(model.cfg, logit_cap=0.0)
+    return twin
 
 
 def attribution_rows(attribution: Attribution, text: Text) -> Rows:
@@ -575,7 +697,8 @@ def attribution_rows(attribution: Attribution, text: Text) -> Rows:
 
 # ---- step 3: what heads attend to
 # A kind of key is a function from a text to the mask [B, T, T] (query, key) of where such keys lie,
-# never later than their query. Scores and mechanisms are both made of kinds of keys.
+# never later than their query. Scores and mechanisms are both made of kinds of keys, and count
+# only those that the layer sees.
 KindOfKey = Callable[[Text], Tensor]
 
 
@@ -584,6 +707,12 @@ def tokens_back(text: Text) -> Tensor:
     position = torch.arange(text.idx.shape[1], device=text.idx.device)
     back = position[:, None] - position  # [T, T]
     return back.expand(len(text), -1, -1)
+
+
+def seen_keys(text: Text) -> Tensor:
+    """The keys that a query sees: none that come later, and none beyond a local window."""
+    back = tokens_back(text)
+    return (back >= 0) & (back < (text.sees or text.idx.shape[1]))
 
 
 def first_position(text: Text) -> Tensor:
@@ -622,11 +751,11 @@ Measure = Callable[[Tensor, Text], Tensor]  # attention [B, H, T, T] and its tex
 
 
 def mass_on(kind: KindOfKey) -> Measure:
-    """The attention mass on one kind of key, mean over the queries after the first that have such
-    a key; nan where no query has one."""
+    """The attention mass on one kind of key, mean over the queries after the first that see such
+    a key; nan where no query sees one."""
 
     def mass(attention: Tensor, text: Text) -> Tensor:
-        keys = kind(text)  # [B, T, T]
+        keys = kind(text) & seen_keys(text)  # [B, T, T]
         counted = keys.any(-1)  # [B, T], the queries
         counted[:, 0] = False
         by_query = torch.einsum("bhts,bts->bht", attention, keys.to(attention.dtype))
@@ -635,11 +764,13 @@ def mass_on(kind: KindOfKey) -> Measure:
     return mass
 
 
-def relative_entropy(attention: Tensor, _text: Text) -> Tensor:
-    """Entropy of the attention over its largest value ln(t + 1), mean over queries t > 0."""
+def relative_entropy(attention: Tensor, text: Text) -> Tensor:
+    """Entropy of the attention over its largest value, the logarithm of the number of keys that
+    the query sees (ln(t + 1) without a local window), mean over queries t > 0."""
     terms = attention * attention.clamp_min(1e-12).log()
     entropy = -terms.sum(-1)[..., 1:]  # [B, H, T-1]
     n_keys = torch.arange(2, attention.shape[-1] + 1, device=attention.device)  # [T-1]
+    n_keys = n_keys.clamp_max(text.sees or attention.shape[-1])
     return (entropy / n_keys.to(attention.dtype).log()).mean(-1)
 
 
@@ -712,15 +843,22 @@ def score_texts(analysed: Text, vocab_size: int) -> dict[Reads, ScoredText]:
     }
 
 
-def score_batch(batch: Batch, text: Text, scores: list[Score]) -> dict[str, Tensor]:
-    """Some scores of every head on the windows of a batch: name -> [B, L, H]."""
+def score_batch(
+    batch: Batch, text: Text, scores: list[Score], sees: list[int]
+) -> dict[str, Tensor]:
+    """Some scores of every head on the windows of a batch: name -> [B, L, H]. sees [L]: of each
+    layer, the tokens that it sees, its own included; 0: all."""
     patterns = batch.sites["pattern"]
-    attention = torch.cat(patterns, 1)  # [B, L H, T, T]
-    values = {}
-    for score in scores:
-        by_head = score.measure(attention, text)  # [B, L H]
-        values[score.name] = by_head.unflatten(1, (len(patterns), -1)).cpu()
-    return values
+    by_layer: dict[str, list[Any]] = {score.name: [None] * len(patterns) for score in scores}
+    for n_seen in sorted(set(sees)):  # layers that see equally far, together
+        layers = [layer for layer, n in enumerate(sees) if n == n_seen]
+        attention = torch.cat([patterns[layer] for layer in layers], 1)  # [B, layers H, T, T]
+        for score in scores:
+            by_head = score.measure(attention, replace(text, sees=n_seen))  # [B, layers H]
+            values = by_head.unflatten(1, (len(layers), -1)).cpu().unbind(1)  # [B, H] each
+            for layer, value in zip(layers, values, strict=True):
+                by_layer[score.name][layer] = value
+    return {name: torch.stack(values, 1) for name, values in by_layer.items()}
 
 
 def score_every_head(
@@ -728,12 +866,14 @@ def score_every_head(
 ) -> dict[str, Tensor]:
     """Every score of every head of a model: name -> [n, L, H]."""
     by_batch: dict[str, list[Tensor]] = {score.name: [] for score in SCORES}
+    blocks: list[Any] = list(model.blocks)
+    sees = [block.attn.window for block in blocks]  # [L]
     for reads, scored in texts.items():
         scores = [score for score in SCORES if score.reads is reads]
         idx = scored.shuffled if under_null else scored.text.idx
         for batch in read_batches(model, idx, ["pattern"], range(model.cfg.n_layers)):
             text = scored.text[batch.windows]
-            for name, value in score_batch(batch, text, scores).items():
+            for name, value in score_batch(batch, text, scores, sees).items():
                 by_batch[name].append(value)
     return {name: torch.cat(values) for name, values in by_batch.items()}
 
@@ -790,7 +930,8 @@ WRITE_NORM = "write_norm"  # in head_types.csv, beside the scores of attention
 
 def write_norms(model: NewGPT, text: Text) -> Tensor:
     """How much each head says beyond what it says on average [L, H]: the mean over tokens of the
-    norm of (z - mean z) W_O, the mean over the same tokens."""
+    norm of (z - mean z) W_O, the mean over the same tokens; of what a norm that follows attention
+    leaves of z W_O, where there is one."""
     writes = head_writes(model, text.idx, stride_over(text.idx))  # [N, L, H, K]
     return writes.norm(dim=-1).mean(0).cpu()
 
@@ -908,7 +1049,8 @@ def add_head_rows(
     tokens whose query-key scores are decoded; n_heads: how many heads are compared."""
     say = ablation.seen.text.say
     tables["impact"].append(impact_row(head, ablation, attribution, n_heads))
-    circuit = ov_circuit(head, attribution.rms.mean().item())
+    rms = attribution.rms.mean().item() * write_rms(head.block, ablation.seen.z).mean().item()
+    circuit = ov_circuit(head, rms)
     tables["scores"].append(copying_score(head, circuit))
     sources = attended_most(head, ablation.seen)
     tables["ov"] += written_tokens(head, circuit, sources, say)
@@ -968,15 +1110,18 @@ class OVCircuit:
     """What a head writes to the logits when it attends fully to token s: values[s] @ logits.T."""
 
     values: Tensor  # [V, K] of every token
-    logits: Tensor  # [V, K] what a unit of z adds to every logit, the final rms held constant
+    logits: Tensor  # [V, K] what a unit of z adds to every logit, with each rms held constant
 
 
 def ov_circuit(head: Head, rms: float) -> OVCircuit:
-    """The head's output-value circuit; rms: of the last residual stream."""
+    """The head's output-value circuit; rms: of the last residual stream, times that of a norm that
+    follows attention."""
     weights = head.weights()
     logits = unembedding(head.model) @ weights.w_o / rms  # [V, K]
     vocabulary = torch.arange(len(logits), device=logits.device)
-    return OVCircuit(head.token_inputs(vocabulary) @ weights.w_v.T, logits)
+    # The bias of values adds to every token's logits alike, and nothing to the copying score
+    values = head.token_inputs(vocabulary) @ weights.w_v.T + weights.b_v  # [V, K]
+    return OVCircuit(values, logits)
 
 
 def written_tokens(head: Head, circuit: OVCircuit, sources: Tensor, say: Say) -> Rows:
@@ -1024,30 +1169,50 @@ def copying_score(head: Head, circuit: OVCircuit) -> Row:
 def qk_by_band(head: Head, x_query: Tensor, x_key: Tensor, offset: int) -> Tensor:
     """Attention logits q^T R_offset k / sqrt(K) of inputs [n, D] and [m, D], split over rotary
     frequencies [n, m, K/2]; their sum is the model's logit when the query stands `offset` tokens
-    after the key."""
+    after the key, before a cap on scores."""
     model = head.model
-    weights = head.weights()
-    cos = model.rope_cos[offset]
-    sin = model.rope_sin[offset]
-    q = apply_rope(x_query @ weights.w_q.T, cos, sin).unflatten(-1, (2, -1))  # [n, 2, K/2]
-    k = (x_key @ weights.w_k.T).unflatten(-1, (2, -1))  # [m, 2, K/2]
+    cos, sin = model.rotary(head.layer, offset + 1)  # [offset + 1, K/2]
+    q, k = head.queries_and_keys(x_query, x_key)
+    q = apply_rope(q, cos[offset], sin[offset]).unflatten(-1, (2, -1))  # [n, 2, K/2]
+    k = apply_rope(k, cos[0], sin[0]).unflatten(-1, (2, -1))  # [m, 2, K/2]
     return torch.einsum("qci,kci->qki", q, k) / math.sqrt(model.cfg.d_head)
+
+
+def wavelengths(head: Head) -> list[float]:
+    """Of each rotary frequency of the head [K/2], in tokens; infinite where it does not rotate."""
+    cfg = head.model.cfg
+    if not cfg.rope_frequency:
+        return [
+            2 * math.pi * cfg.rope_theta ** (2 * i / cfg.d_head) for i in range(cfg.d_head // 2)
+        ]
+    is_local = int(head.block.attn.window > 0)
+    frequencies = cfg.rope_frequency[is_local]  # [K/2] radians a position
+    return [2 * math.pi / abs(f) if f else math.inf for f in frequencies]
 
 
 def decode_qk(head: Head, ids: Tensor, say: Say) -> tuple[Rows, Rows]:
     """By offset, the strongest (query, key) pairs among tokens [n], and the share of each rotary
-    band in the variance of the scores (covariance with their sum: the shares add up to 1). The
-    mean over keys, which softmax ignores, is taken out of each query."""
+    band in the variance of the scores (covariance with their sum: the shares add up to 1; what is
+    not rotated is one band). The mean over keys, which softmax ignores, is taken out of each query.
+    A cap on scores is in the pairs, but not in the bands, which it would mix."""
     cfg = head.model.cfg
-    x = head.token_inputs(ids)  # [n, D]
+    farthest = head.block.attn.window or cfg.seq_len
     pairs = []
     bands = []
     for offset in OFFSETS:
-        if offset >= cfg.seq_len:
+        if offset >= min(farthest, cfg.seq_len):
             continue
-        by_band = qk_by_band(head, x, x, offset)  # [n, n, K/2]
-        by_band = by_band - by_band.mean(1, keepdim=True)
-        score = by_band.sum(-1)  # [n, n], query and key
+        # Only learned positions see where the two stand
+        query_position = max(cfg.seq_len // 2, offset)
+        x_query = head.token_inputs(ids, query_position)  # [n, D]
+        x_key = head.token_inputs(ids, query_position - offset)  # [n, D]
+        raw_bands = qk_by_band(head, x_query, x_key, offset)  # [n, n, K/2]
+        by_band = raw_bands - raw_bands.mean(1, keepdim=True)
+        uncapped = by_band.sum(-1)  # [n, n], query and key
+        score = uncapped
+        if cfg.score_cap:
+            capped = cfg.score_cap * torch.tanh(raw_bands.sum(-1) / cfg.score_cap)
+            score = capped - capped.mean(1, keepdim=True)
 
         for place in score.flatten().topk(10).indices.tolist():
             query, key = divmod(place, len(ids))
@@ -1060,11 +1225,12 @@ def decode_qk(head: Head, ids: Tensor, say: Say) -> tuple[Rows, Rows]:
             )
             pairs.append(pair)
 
-        shares = torch.einsum("qki,qk->i", by_band, score) / score.square().sum()  # [K/2]
-        for i, share in enumerate(shares.tolist()):
-            wavelength = 2 * math.pi * cfg.rope_theta ** (2 * i / cfg.d_head)
-            band = head.row(offset=offset, wavelength_tokens=wavelength, share=share)
-            bands.append(band)
+        shares = torch.einsum("qki,qk->i", by_band, uncapped) / uncapped.square().sum()  # [K/2]
+        by_wavelength: dict[float, float] = {}
+        for wavelength, share in zip(wavelengths(head), shares.tolist(), strict=True):
+            by_wavelength[wavelength] = by_wavelength.get(wavelength, 0.0) + share
+        for wavelength, share in by_wavelength.items():
+            bands.append(head.row(offset=offset, wavelength_tokens=wavelength, share=share))
     return pairs, bands
 
 
@@ -1485,12 +1651,13 @@ def z_from_keys(seen: Seen, kind: KindOfKey) -> Tensor:
 
 
 def z_from_random_keys(seen: Seen, kind: KindOfKey) -> Tensor:
-    """The part [n, T, K] of z that comes from as many keys a query, drawn at random."""
-    n_keys = kind(seen.text).sum(-1, keepdim=True)  # [n, T, 1]
+    """The part [n, T, K] of z that comes from as many keys a query, drawn at random from those
+    that it sees."""
+    is_seen = seen_keys(seen.text)  # [n, T, T]
+    n_keys = (kind(seen.text) & is_seen).sum(-1, keepdim=True)  # [n, T, 1]
     rng = torch.Generator().manual_seed(1)
     luck = torch.rand(seen.attention.shape, generator=rng).to(seen.attention.device)
-    later = torch.ones_like(luck, dtype=torch.bool).triu(1)
-    rank = luck.masked_fill(later, 2.0).argsort(-1).argsort(-1)  # of each key, from 0
+    rank = luck.masked_fill(~is_seen, 2.0).argsort(-1).argsort(-1)  # of each key, from 0
     return (seen.attention * (rank < n_keys)) @ seen.value
 
 
@@ -1579,7 +1746,7 @@ class AttentionMap:
     query: np.ndarray  # [cells] positions
     key: np.ndarray  # [cells] positions
     attention: Tensor  # [cells] probability
-    value_norm: Tensor  # [T] length of what each key's value writes
+    value_norm: Tensor  # [T] length of what each key's value writes, before a norm divides it
 
 
 def attention_map(head: Head, shown: Text) -> AttentionMap:
@@ -2444,6 +2611,7 @@ def how_measured(args: argparse.Namespace, inputs: Inputs, study: Study) -> list
         "Intervals: 95 % over documents (Fieller's, by the bootstrap-t or Student's t, whichever "
         "is further), Bonferroni-corrected where a table says so.",
         f"Direct attribution adds up to the logits within {study.gap:.1e}.",
+        *what_this_family_changes(hero),
     ]
     if study.match is not None and inputs.other_hero is not None:
         match = study.match
@@ -2451,6 +2619,49 @@ def how_measured(args: argparse.Namespace, inputs: Inputs, study: Study) -> list
             1,
             f"Match in {inputs.other_hero.run}: L{match.layer}H{match.head}, CKA of the residual "
             f"writes {match.cka:.3f} (best under the null {match.null:.3f}).",
+        )
+    return notes
+
+
+def what_this_family_changes(hero: Head) -> list[str]:
+    """What the numbers mean where the model is not Llama's computation, a sentence an option."""
+    cfg = hero.model.cfg
+    notes = []
+    if cfg.logit_cap:
+        notes.append(
+            f"Logits are capped at ±{cfg.logit_cap:g}, which no parts sum to: direct attribution "
+            "is of the logits before the cap."
+        )
+    if cfg.norm_after:
+        notes.append(
+            "A norm follows attention: what a head writes, and its direct attribution, is what "
+            "that norm leaves of it, the norm's rms held constant; ablation goes through the norm "
+            "anew."
+        )
+    if cfg.learned_positions:
+        notes.append(
+            "Positions are learned, and a part of direct attribution: weights are decoded as if "
+            f"tokens stood in the middle of the context of {cfg.seq_len}."
+        )
+    if all(math.isinf(wavelength) for wavelength in wavelengths(hero)):
+        notes.append(
+            "Nothing is rotated by position in this head: which rotary frequency carries its "
+            "query-key scores is a question without meaning."
+        )
+    if cfg.score_cap:
+        notes.append(
+            f"Query-key scores are capped at ±{cfg.score_cap:g}: the shares of rotary frequencies "
+            "are of the scores before the cap, the largest pairs are capped."
+        )
+    local = []
+    for layer, sees in enumerate(cfg.windows):
+        if 0 < sees < cfg.seq_len:
+            local.append(f"{layer} ({sees})")
+    if local:
+        notes.append(
+            f"Layers that see only so many tokens, their own included: {', '.join(local)}. There "
+            "scores and mechanisms count only keys that are seen, and entropy is of the largest "
+            "possible with those; distance stays a share of the whole window."
         )
     return notes
 

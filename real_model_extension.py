@@ -980,6 +980,8 @@ class LanguageModel:
     def unembed(self, h: Tensor) -> Tensor:
         """The logit lens: residual stream [..., D] -> logits [..., V], with the final norm's
         statistics taken afresh."""
+        if isinstance(self.model, NewGPT):  # which may cap its logits
+            return self.model.unembed(h)
         return self.unembedding(self.norm(h))
 
     def run(

@@ -197,9 +197,8 @@ def planted_induction() -> hero.NewGPT:
         block.attn.w_o.weight[:, :k] = 0
     w, every = model.blocks[0].attn.w_qkv.weight, torch.full((1, k), 3.0)
     w[key, -1] = every[0]
-    w[q, -1] = hero.apply_rope(every, model.rope_cos[1], -model.rope_sin[1])[
-        0
-    ]  # largest at offset 1
+    cos, sin = model.rotary(0, 2)
+    w[q, -1] = hero.apply_rope(every, cos[1], -sin[1])[0]  # largest at offset 1
     w[value, :v][:v] = torch.eye(v)
     model.blocks[0].attn.w_o.weight[v : 2 * v, :v] = torch.eye(v)
     w, slow = (

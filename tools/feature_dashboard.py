@@ -63,6 +63,7 @@ from hero_head_analysis import (  # noqa: E402
     token_texts,
     unembedding,
     write_basis,
+    write_weights,
 )
 
 SPARSE_FROM = 0.001  # of tokens: a feature that is active on fewer has few contexts
@@ -312,7 +313,9 @@ class Survey:
     """All features of the SAE on the tokens looked at."""
 
     frequency: Tensor  # [F], share of tokens on which each is active
-    written: Tensor  # [F], what it writes to the residual stream: mean activation x norm(W_dec W_O)
+    # [F], what it writes to the residual stream: mean activation x norm(W_dec W_O), before a norm
+    # that follows attention divides it by its rms
+    written: Tensor
     mean_active: float  # features a token
 
     def is_sparse(self) -> Tensor:
@@ -399,7 +402,7 @@ def sources(source: Source, feature: int, window: int, position: int) -> Tensor:
     model.run_blocks(model.embed(idx), stop=layer + 1, tap=tap)
     residual = block.norm_attn(tap[f"resid_pre.{layer}"])  # [1, keys, D]
     attention = tap[f"pattern.{layer}"][0, :, position]  # [H, keys]
-    value = block.attn.qkv(residual, model.rope_cos[:n_keys], model.rope_sin[:n_keys])[2]
+    value = block.attn.qkv(residual, *model.rotary(layer, n_keys))[2]  # [1, H, keys, K]
     read = torch.einsum("hsk,hk->hs", value[0], source.encoder(feature))  # [H, keys]
     return attention * read
 
@@ -611,8 +614,7 @@ def describe(source: Source, features: list[int], study: HeroStudy = NO_STUDY) -
     activations = source.activations(features)  # [N, T, features]
     decoder = source.decoder()  # [F, H, K]
     share = head_share(decoder[features], write_basis(source.model, source.layer))  # [features, H]
-    block: Any = source.model.blocks[source.layer]
-    w_o = block.attn.w_o.weight.unflatten(1, decoder.shape[1:])  # [D, H, K]
+    w_o = write_weights(source.model, source.layer)  # [D, H, K]
     w_u = unembedding(source.model)  # [V, D]
     described = []
     for column, feature in enumerate(features):

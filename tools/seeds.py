@@ -49,6 +49,7 @@ from hero_head_analysis import (  # noqa: E402
     match_by_function,
     read_batches,
     write_basis,
+    write_rms,
 )
 from janus_adaptive import (  # noqa: E402
     HandoffError,
@@ -271,8 +272,8 @@ def own_size(writes: Tensor) -> Tensor:
 
 
 def head_inputs(model: NewGPT, idx: Tensor) -> list[Tensor]:
-    """What the heads of each layer read of idx [n, T]: the normed residual stream, [n, T, D]
-    each."""
+    """What the heads of each layer read of idx [n, T]: the residual stream, normed where a norm
+    stands before attention, [n, T, D] each."""
     layers = range(model.cfg.n_layers)
     batches: list[list[Tensor]] = [[] for _ in layers]
     for batch in read_batches(model, idx, ["resid_pre"], layers):
@@ -287,17 +288,18 @@ def random_writes(model: NewGPT, inputs: list[Tensor], stride: int, seed: int) -
     and read `inputs` [n, T, D] turned at random: as sharp and of as many dimensions as those that
     were trained, on the same text and stream, but nothing was learned about what to read."""
     generator = torch.Generator().manual_seed(seed)
-    n_tokens = inputs[0].shape[1]
-    cos = model.rope_cos[:n_tokens]
-    sin = model.rope_sin[:n_tokens]
     by_layer = []
     for layer, x in enumerate(inputs):
-        attention: Any = model.blocks[layer].attn
+        block: Any = model.blocks[layer]
+        attention = block.attn
+        cos, sin = model.rotary(layer, x.shape[1])
         turn = random_rotation(x.shape[-1], generator).to(x)  # [D, D]
         # x turned, then read, is x read by turned weights
         turned = {"w_qkv.weight": attention.w_qkv.weight @ turn}
         z, _ = torch.func.functional_call(attention, turned, (x, cos, sin))  # [n, T, H, K]
-        isometric = torch.einsum("nthk,hjk->nthj", z[:, ::stride], write_basis(model, layer))
+        z = z[:, ::stride]
+        isometric = torch.einsum("nthk,hjk->nthj", z, write_basis(model, layer))
+        isometric = isometric / write_rms(block, z)[..., None]
         by_layer.append(isometric.flatten(0, 1))  # [N, H, K]
     writes = torch.stack(by_layer, 1)  # [N, L, H, K]
     return writes - writes.mean(0)
