@@ -455,6 +455,7 @@ class Head:
 
 def position_inputs(model: NewGPT, n_tokens: int) -> Tensor:
     """What learned positions add to the embedding [T, D]."""
+    assert model.positions is not None, "only of models with learned positions"
     added = model.positions.weight[:n_tokens]
     if model.cfg.centred:
         added = added - added.mean(-1, keepdim=True)
@@ -918,9 +919,10 @@ def score_table(heads: list[Head], analysed: Text, scored: dict[str, ScoredModel
             row["above_null_low"] = above.ci_low
             row["above_null_high"] = above.ci_high
             of_all = of_model.real[score.name].nanmean(0)  # [L, H]
-            larger = of_all > of_all[head.layer, head.head]
-            row["rank"] = 1 + int(larger.sum())
-            row["n_heads"] = of_all.numel()
+            own = of_all[head.layer, head.head]
+            # A layer with a local window may see no such key: then its heads have no score
+            row["rank"] = math.nan if own.isnan() else 1 + int((of_all > own).sum())
+            row["n_heads"] = int((~of_all.isnan()).sum())
             rows.append(row)
     return rows
 
@@ -3156,6 +3158,8 @@ def draw_scores_of(ax: Any, table: pd.DataFrame, unit: Unit) -> None:
     bounds = [*value, *null]
     if "null_max" in table:
         bounds += [*hero["null_max"].dropna(), *-hero["null_max"].dropna()]
+    # Not those of a head that has no such score, because its layer sees none of the keys
+    bounds = [bound for bound in bounds if not math.isnan(bound)] or [0.0]
     margin = 0.05 * (max(bounds) - min(bounds)) + 1e-9
     ax.set_xlim(min(0, min(bounds) - margin), max(bounds) + margin)
     ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5), xlabel=unit.label)
