@@ -141,7 +141,8 @@ def test_tapped_activations_satisfy_their_definitions():
             t = {s: tap[f"{s}.{l}"] for s in sites}
             assert (t["pattern"] - theirs.attentions[l]).abs().max() < 1e-5
             assert (t["resid_pre"] - theirs.hidden_states[l]).abs().max() < 1e-4
-            _, _, v = block.attn.qkv(block.norm_attn(t["resid_pre"]), net.rope_cos, net.rope_sin)
+            cos, sin = net.rotary(l, x.shape[1])
+            _, _, v = block.attn.qkv(block.norm_attn(t["resid_pre"]), cos, sin)
             assert (t["z"] - (t["pattern"] @ v).transpose(1, 2)).abs().max() < 1e-5
             per_head = [
                 t["z"][:, :, h] @ block.attn.w_o.weight[:, h * 8 : (h + 1) * 8].T for h in range(6)
