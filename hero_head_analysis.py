@@ -1176,7 +1176,7 @@ def qk_by_band(head: Head, x_query: Tensor, x_key: Tensor, offset: int) -> Tenso
     cos, sin = model.rotary(head.layer, offset + 1)  # [offset + 1, K/2]
     q, k = head.queries_and_keys(x_query, x_key)
     q = apply_rope(q, cos[offset], sin[offset]).unflatten(-1, (2, -1))  # [n, 2, K/2]
-    k = apply_rope(k, cos[0], sin[0]).unflatten(-1, (2, -1))  # [m, 2, K/2]
+    k = k.unflatten(-1, (2, -1))  # [m, 2, K/2]
     return torch.einsum("qci,kci->qki", q, k) / math.sqrt(model.cfg.d_head)
 
 

@@ -59,11 +59,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         activation="gelu_tanh",
         norm_after=True,
     ),
-    "gemma3": dict(  # a rotary table for each kind of layer, and one scaled as YaRN does
+    "gemma3": dict(  # a rotary table for each kind of layer
         n_kv_heads=1,
         windows=(5, 0, 5),
         rope_frequency=((0.5, 0.1, 0.02), (1.0, 0.3, 0.1)),
-        rope_scale=1.2,
         qk_norm="head",
         norm_after=True,
     ),
