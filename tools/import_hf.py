@@ -75,6 +75,7 @@ ACTIVATIONS = {  # of transformers -> of NewGPT
 # ------------------------------------------------------------ method: a pretrained model as NewGPT
 def family_of(name: str, config: Any) -> Family:
     """Raises HandoffError for what NewGPT does not compute."""
+    # By the name of the architecture first: another one has more than one fault
     family = FAMILIES.get(config.model_type)
     if family is None:
         kinds = f"expected one of: {', '.join(FAMILIES)}"
@@ -96,6 +97,7 @@ def family_of(name: str, config: Any) -> Family:
 
 def activation_name(config: Any) -> str:
     """The activation of the MLP, as transformers calls it."""
+    # In this order: Gemma 2 has both of the first, and computes the first
     for option in ("hidden_activation", "hidden_act", "activation_function"):
         name = getattr(config, option, None)
         if name:
@@ -267,7 +269,7 @@ def read_weights(source: Source, cfg: GPTConfig) -> dict[str, Tensor]:
         "unembedding.weight": embedding if cfg.tied else head.weight.detach(),
         "unembedding.bias": None if head.bias is None else head.bias.detach(),
     }
-    if family.positions:
+    if family.positions:  # of a longer context the first ones
         first = family.first_position
         rows = net.get_submodule(family.positions).weight.detach()
         ours["positions.weight"] = rows[first : first + cfg.seq_len]  # [T, D]
@@ -323,6 +325,7 @@ def read_mlp(source: Source, layer: int) -> dict[str, Tensor | None]:
     if family.norm_mlp:
         found["norm_mlp.weight"], shift = source.norm(layer, family.norm_mlp)
         bias = passed_through(weight, bias, shift)
+    # With a gate, its rows come first in both
     found["w_gate_up.weight"] = weight
     found["w_gate_up.bias"] = bias
     return found
@@ -334,6 +337,7 @@ def read_writers(source: Source, cfg: GPTConfig, layer: int) -> dict[str, Tensor
     found: dict[str, Tensor | None] = {}
     for ours, theirs in {"attn.w_o": family.o, "w_down": family.down}.items():
         weight, bias = source.linear(layer, theirs)  # [D, inputs]
+        # A LayerNorm takes the mean out of what it reads; here nothing puts one in
         if cfg.centred:
             weight = weight - weight.mean(0)
             bias = None if bias is None else bias - bias.mean()
@@ -405,6 +409,7 @@ def head_coordinates(source: Source, cfg: GPTConfig, layer: int) -> HeadCoordina
 
 def in_order(rows: Tensor, factor: Tensor, order: Tensor) -> Tensor:
     """Rows [n K, ...] of n heads, each multiplied by `factor` [K] and put in `order` [K]."""
+    # Every head alike
     by_head = rows.unflatten(0, (-1, len(order)))  # [n, K, ...]
     while factor.dim() < by_head.dim() - 1:
         factor = factor[:, None]
@@ -528,8 +533,9 @@ def tokens_of(name: str, tokenizer: Any) -> Tokenizer:
 
 def bos_of(tokenizer: Any) -> int | None:
     """The token that begins every text of the model's tokenizer; None if none does."""
-    first = tokenizer("a").input_ids[0]
-    return first if first == tokenizer.bos_token_id else None
+    ids = tokenizer("a").input_ids
+    begins_texts = ids[:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id if begins_texts else None
 
 
 def special_tokens(tokenizer: Any) -> dict[str, str]:
@@ -565,8 +571,7 @@ def run(args: argparse.Namespace) -> int:
     need_rows(count_ids(backend), net.config.vocab_size, args.model)
     seq_len = choose_seq_len(args.seq_len, net.config.max_position_embeddings, args.model)
     model = as_newgpt(net, seq_len)
-    total, inner = model.n_params()
-    need_disk(args.folder, 4.2 * total)  # float32
+    need_disk(args.folder, 4.2 * model.n_params()[0])  # float32
     ids = backend.encode(TEXT, add_special_tokens=False).ids
     ours, theirs = compare(args.model, model, net, ids)
 
@@ -595,18 +600,25 @@ def run(args: argparse.Namespace) -> int:
         },
     }
     save_imported(path, model, facts)
-    shape = f"{model.cfg.n_layers} layers x {model.cfg.n_heads} heads"
-    size = f"{total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings"
-    print(f"{path}: {size}, {shape}")
+    print(f"{path}: {about_model(model)}")
     if net.config.tie_word_embeddings and not model.cfg.tied:
         print("note: its config says tied weights, its file has an output head of its own: untied")
-    windows = sorted(set(model.cfg.windows) - {0})
-    if windows:
-        n_local = sum(window > 0 for window in model.cfg.windows)
-        print(f"{n_local} layers see {' or '.join(map(str, windows))} tokens back, not all")
     agreement = f"{ours:.5f} nats a token, transformers {theirs:.5f}"
     print(f"on a text of {len(TEXT)} letters: {agreement}")
     return 0
+
+
+def about_model(model: NewGPT) -> str:
+    """Its size, and what its layers do not see."""
+    total, inner = model.n_params()
+    size = f"{total / 1e6:.1f}M parameters, {inner / 1e6:.1f}M without embeddings"
+    about = f"{size}, {model.cfg.n_layers} layers x {model.cfg.n_heads} heads"
+    # A window as long as the context hides nothing
+    local = [window for window in model.cfg.windows if 0 < window < model.cfg.seq_len]
+    if local:
+        windows = " or ".join(map(str, sorted(set(local))))
+        about += f"; {len(local)} layers see {windows} tokens, not all"
+    return about
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -618,7 +630,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument(
         "model",
-        help="folder or hub name of a decoder (families: see above), a .gguf file, or smollm2",
+        help=f"folder or hub name of a decoder ({', '.join(FAMILIES)}), .gguf file, or smollm2",
     )
     p.add_argument("folder", type=Path, help="folder to write the checkpoint to")
     p.add_argument(
