@@ -1202,6 +1202,7 @@ def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
         "modes": args.mode,
         "seq_len": val.seq_len,
         "data": val.description,
+        "bos": val.bos,
         "runs": about_arms,
     }
     return losses, facts
@@ -1758,6 +1759,7 @@ def load_arms(args: argparse.Namespace, device: torch.device) -> dict[str, Arm]:
     by_flag = {}
     for flag, path in paths.items():
         model, checkpoint = load_checkpoint(path, device, args.skip_probe)
+        checkpoint["bos"] = window_bos(args.bos, checkpoint, path)  # as it is read here
         by_flag[flag] = Arm(model, checkpoint, path)
     if "control" in by_flag:
         expected = how_it_reads(by_flag["adaptive"])
@@ -1778,6 +1780,7 @@ def how_it_reads(arm: Arm) -> dict[str, Any]:
         "seq_len": config["seq_len"],
         "vocab_size": config["vocab_size"],
         "tokenizer": arm.checkpoint["data"]["tokenizer_hash"],
+        "BOS token": arm.checkpoint["bos"],
     }
 
 
@@ -1807,8 +1810,9 @@ def open_splits(args: argparse.Namespace, arm: Arm) -> tuple[HFWikiTextLoader, H
     dataset = args.dataset or find_text(arm.checkpoint, arm.path)
     tokenizer = args.tokenizer or str(arm.path.parent / "tokenizer.json")
     seq_len = arm.checkpoint["config"]["seq_len"]
-    train = HFWikiTextLoader(dataset, tokenizer, seq_len, "train", args.cache_dir)
-    val = HFWikiTextLoader(dataset, tokenizer, seq_len, "validation", args.cache_dir)
+    bos = arm.checkpoint["bos"]
+    train = HFWikiTextLoader(dataset, tokenizer, seq_len, "train", args.cache_dir, bos)
+    val = HFWikiTextLoader(dataset, tokenizer, seq_len, "validation", args.cache_dir, bos)
     need_rows(count_ids(train.tokenizer), arm.checkpoint["config"]["vocab_size"], arm.path)
     here = train.description
     trained = arm.checkpoint["data"]
@@ -1859,6 +1863,7 @@ def write_results(args: argparse.Namespace) -> None:
         save(path, text)
     ranked_by = summary["ranked_by"][0]
     about = {"ranked_by": ranked_by, "bootstrap": args.bootstrap, "seed": args.seed}
+    about["bos"] = facts.get("bos")  # an older .npz has none
     for path in texts:
         write_sidecar(path, CSV_SCHEMA, [npz], **about)
     tell(summary, facts)
@@ -2914,6 +2919,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--redraw", type=Path, metavar="CSV", help=redraw)
     group.add_argument("--dataset", help=dataset)
     group.add_argument("--tokenizer", help=tokenizer)
+    add_bos_flag(group)
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
@@ -4306,6 +4312,9 @@ class HFWikiTextLoader:
     """One split of a text dataset as a flat, memory-mapped token stream, cut into windows of
     `seq_len` tokens.
 
+    `bos`: the token (BOS) that every window begins with; None: none. A window has seq_len inputs
+    and as many targets either way: with BOS the first token of its text is predicted, too.
+
     Tokenised once, with all cores, and cached in <cache_dir> as
     <dataset>-<TEXT_VERSION>-<tokenizer>-<split>.npy (uint16 or uint32), with <...>.documents.npy
     beside it. Attributes: tokenizer, tokens [n],
@@ -4314,10 +4323,17 @@ class HFWikiTextLoader:
     """
 
     def __init__(
-        self, dataset: str, tokenizer: str, seq_len: int, split: str, cache_dir: str | Path
+        self,
+        dataset: str,
+        tokenizer: str,
+        seq_len: int,
+        split: str,
+        cache_dir: str | Path,
+        bos: int | None = None,
     ) -> None:
         cache = Path(cache_dir).expanduser()
         self.seq_len = seq_len
+        self.bos = bos
         self.tokenizer = load_tokenizer(tokenizer, dataset, cache)
         serialised = self.tokenizer.to_str().encode()
         tokenizer_hash = hashlib.sha256(serialised).hexdigest()[:12]
@@ -4333,7 +4349,8 @@ class HFWikiTextLoader:
                 np.save(temporary, tokens)
         self.tokens = np.load(path, mmap_mode="r")  # [n]
         self.document_starts = np.load(starts_path)  # [documents]
-        self.n_windows = (len(self.tokens) - 1) // seq_len  # the last token has no target
+        n_targets = len(self.tokens) - (bos is None)  # without BOS nothing predicts the first
+        self.n_windows = n_targets // seq_len
         self.description = {
             "dataset": dataset,
             "dataset_key": key,
@@ -4344,6 +4361,10 @@ class HFWikiTextLoader:
         if self.n_windows < 1:
             found = f"{split} split of {dataset}: {len(self.tokens)} tokens"
             raise HandoffError(f"{found}, expected more than --seq_len {seq_len}; use more text")
+        n_ids = count_ids(self.tokenizer)
+        if bos is not None and not 0 <= bos < n_ids:
+            fact = f"windows of text should begin with token {bos} (BOS)"
+            raise HandoffError(f"{fact}, the tokenizer has 0 to {n_ids - 1}; pass --bos no")
 
     def tokenise(self, texts: list[str], split: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [n] of all texts, one after the other, an empty line between two; and where
@@ -4366,17 +4387,24 @@ class HFWikiTextLoader:
         return np.arange(n) * self.n_windows // n
 
     def documents(self, windows: np.ndarray) -> np.ndarray:
-        """Number of the document of each token of these windows [B] -> [B, T]."""
+        """Number of the document of each input of these windows [B] -> [B, T]; BOS has that of the
+        token after it."""
         first = np.asarray(windows)[:, None] * self.seq_len  # [B, 1]
-        places = first + np.arange(self.seq_len)  # [B, T], in the stream
+        within = np.arange(self.seq_len)  # [T]
+        if self.bos is not None:
+            within = (within - 1).clip(0)
+        places = first + within  # [B, T], in the stream
         return np.searchsorted(self.document_starts, places, side="right") - 1
 
     def batch(self, windows: np.ndarray, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Windows by number [B] -> inputs and targets, both int64 [B, T]; `offset` shifts all
         windows, in tokens."""
         starts = np.asarray(windows) * self.seq_len + offset
-        rows = [self.tokens[start : start + self.seq_len + 1] for start in starts]
-        ids = torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T + 1]
+        n_read = self.seq_len + (self.bos is None)  # of the stream
+        rows = [self.tokens[start : start + n_read] for start in starts]
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T + 1], with BOS [B, T]
+        if self.bos is not None:
+            ids = F.pad(ids, (1, 0), value=self.bos)  # [B, T + 1]
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def shuffled(self, first: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -4592,6 +4620,22 @@ def json_line(line: str, number: int) -> Any:
         return json.loads(line)
     except ValueError as e:
         raise ValueError(f"line {number}: {e}") from None
+
+
+def add_bos_flag(group: Any) -> None:
+    """Adds --bos to a parser, or to a group of its flags."""
+    text = "whether windows of text begin with the model's BOS token; auto: as the checkpoint says"
+    group.add_argument("--bos", choices=["auto", "yes", "no"], default="auto", help=text)
+
+
+def window_bos(choice: str, ckpt: dict[str, Any], checkpoint: object) -> int | None:
+    """The token that windows of text begin with, by --bos and the checkpoint; None: none. Raises
+    HandoffError where the checkpoint has none to begin with."""
+    bos = ckpt.get("bos")
+    if choice == "yes" and bos is None:
+        fact = f"--bos yes: {checkpoint} names no BOS token"
+        raise HandoffError(f"{fact}, its model reads text from the first word on; leave --bos out")
+    return None if choice == "no" else bos
 
 
 def find_text(ckpt: dict[str, Any], checkpoint: Path) -> str:

@@ -16,9 +16,9 @@ Writes  <save_dir>/<run_name>/
                              figure1_head_cosines.png
         run.json, and a sidecar <file>.json beside each file
 Rows are whole windows, spread evenly over the split: its first windows alone would be those of a
-few documents. tokens.reshape(-1, T) are the model's inputs. A killed harvest goes on when its
-command is given again, to the same bytes. Layers asked for later are added; --overwrite begins the
-run's folder anew.
+few documents. tokens.reshape(-1, T) are the model's inputs, each window with its BOS token where
+the checkpoint has one (--bos). A killed harvest goes on when its command is given again, to the
+same bytes. Layers asked for later are added; --overwrite begins the run's folder anew.
 
 Quick   python harvest_activations.py --model_path DIR/janus_adaptive_final.pt
         (smoke preset: 20,000 tokens x 12 layers; 23 MB, 0.5 GB of memory, 7 s on one core of a
@@ -96,7 +96,15 @@ PAIRS_CSV = "head_cosines.csv"
 PROGRESS = "progress.partial.json"  # which harvest an unfinished folder belongs to
 WINDOWS = "spread over the split"  # which windows a sidecar describes; older ones: the first
 # What all files of a run share
-IDENTITY = ("checkpoint_sha256", "dataset_key", "tokenizer_hash", "split", "windows", "n_tokens")
+IDENTITY = (
+    "checkpoint_sha256",
+    "dataset_key",
+    "tokenizer_hash",
+    "split",
+    "windows",
+    "bos",  # older sidecars have none, and no BOS
+    "n_tokens",
+)
 
 N_BLOCKS = 20  # of neighbouring documents: the unit of the jackknife, and of going on after a kill
 N_HALVINGS = 12  # of the blocks, each into two halves
@@ -553,7 +561,8 @@ def run(args: argparse.Namespace) -> int:
 
     # The text, in whole windows, and in blocks of whole documents
     with rank_0_first():  # it fills the cache
-        data, n_windows = load_text(args, ckpt["data"], model.cfg)
+        bos = window_bos(args.bos, ckpt, args.model_path)
+        data, n_windows = load_text(args, ckpt["data"], model.cfg, bos)
     documents = data.documents(data.spread(n_windows))[:, 0]  # [n], of the first token of a window
     facts = run_facts(args, ckpt, model.cfg, data, documents)
     bounds = block_bounds(documents)  # block b: places bounds[b] to bounds[b + 1]
@@ -600,14 +609,15 @@ def resolve(args: argparse.Namespace, ckpt: dict[str, Any], autocast: Any) -> No
 
 
 def load_text(
-    args: argparse.Namespace, trained: dict[str, Any], cfg: GPTConfig
+    args: argparse.Namespace, trained: dict[str, Any], cfg: GPTConfig, bos: int | None
 ) -> tuple[HFWikiTextLoader, int]:
-    """The split to harvest, and how many of its windows. `trained` describes the checkpoint's text.
+    """The split to harvest, in windows that begin with the token `bos` (None: with their text), and
+    how many of them. `trained` describes the checkpoint's text.
 
     Raises HandoffError if the tokenizer is not the checkpoint's.
     """
     seq_len = cfg.seq_len
-    data = HFWikiTextLoader(args.dataset, args.tokenizer, seq_len, args.split, args.cache_dir)
+    data = HFWikiTextLoader(args.dataset, args.tokenizer, seq_len, args.split, args.cache_dir, bos)
     # Ids of another tokenizer would be other words; another text is a question one may ask
     need_rows(count_ids(data.tokenizer), cfg.vocab_size, args.model_path)
     found = data.description
@@ -648,6 +658,7 @@ def run_facts(
         "dataset_key": text["dataset_key"],
         "split": text["split"],
         "windows": WINDOWS,
+        "bos": data.bos,
         "n_windows": n_windows,
         "split_windows": data.n_windows,
         "n_documents": len(np.unique(documents)),
@@ -951,16 +962,24 @@ def finish(
 
     windows = data.spread(facts["n_windows"])  # [n]
     position = np.arange(data.seq_len, dtype=np.uint32)  # [T]
-    places = windows[:, None] * data.seq_len + position  # [n, T], in the split
     documents = data.documents(windows).astype(np.uint32)  # [n, T]
     positions = np.tile(position, len(windows))  # [N]
-    publish_tokens(args, "tokens", data.tokens[places].flatten(), "token id", facts)
+    publish_tokens(args, "tokens", inputs_of(data, windows), "token id", facts)
     publish_tokens(args, "positions", positions, "tokens into the window", facts)
     number = "number of the document in the split"
     publish_tokens(args, "documents", documents.flatten(), number, facts, DOCUMENTS_SCHEMA)
     for l in job["todo"]:
         publish_dump(args, l, moments[l], facts)
     remove_partial(args)
+
+
+def inputs_of(data: HFWikiTextLoader, windows: np.ndarray) -> np.ndarray:
+    """Token ids [N] that the model saw in these windows, BOS included; as the split stores them."""
+    parts = []
+    for some in np.array_split(windows, math.ceil(len(windows) / 4096)):  # ids are int64 on the way
+        inputs, _ = data.batch(some)  # [n, T]
+        parts.append(inputs.flatten().numpy().astype(data.tokens.dtype))
+    return np.concatenate(parts)
 
 
 def layer_report(
@@ -1345,6 +1364,7 @@ def add_data_flags(p: argparse.ArgumentParser) -> None:
     g.add_argument("--dataset", help=dataset)
     g.add_argument("--tokenizer", help=tokenizer)
     g.add_argument("--split", choices=list(SPLITS), default="train", help="split of the dataset")
+    add_bos_flag(g)
     g.add_argument("--tokens", type=positive(int), help=tokens)
 
 
@@ -2685,6 +2705,9 @@ class HFWikiTextLoader:
     """One split of a text dataset as a flat, memory-mapped token stream, cut into windows of
     `seq_len` tokens.
 
+    `bos`: the token (BOS) that every window begins with; None: none. A window has seq_len inputs
+    and as many targets either way: with BOS the first token of its text is predicted, too.
+
     Tokenised once, with all cores, and cached in <cache_dir> as
     <dataset>-<TEXT_VERSION>-<tokenizer>-<split>.npy (uint16 or uint32), with <...>.documents.npy
     beside it. Attributes: tokenizer, tokens [n],
@@ -2693,10 +2716,17 @@ class HFWikiTextLoader:
     """
 
     def __init__(
-        self, dataset: str, tokenizer: str, seq_len: int, split: str, cache_dir: str | Path
+        self,
+        dataset: str,
+        tokenizer: str,
+        seq_len: int,
+        split: str,
+        cache_dir: str | Path,
+        bos: int | None = None,
     ) -> None:
         cache = Path(cache_dir).expanduser()
         self.seq_len = seq_len
+        self.bos = bos
         self.tokenizer = load_tokenizer(tokenizer, dataset, cache)
         serialised = self.tokenizer.to_str().encode()
         tokenizer_hash = hashlib.sha256(serialised).hexdigest()[:12]
@@ -2712,7 +2742,8 @@ class HFWikiTextLoader:
                 np.save(temporary, tokens)
         self.tokens = np.load(path, mmap_mode="r")  # [n]
         self.document_starts = np.load(starts_path)  # [documents]
-        self.n_windows = (len(self.tokens) - 1) // seq_len  # the last token has no target
+        n_targets = len(self.tokens) - (bos is None)  # without BOS nothing predicts the first
+        self.n_windows = n_targets // seq_len
         self.description = {
             "dataset": dataset,
             "dataset_key": key,
@@ -2723,6 +2754,10 @@ class HFWikiTextLoader:
         if self.n_windows < 1:
             found = f"{split} split of {dataset}: {len(self.tokens)} tokens"
             raise HandoffError(f"{found}, expected more than --seq_len {seq_len}; use more text")
+        n_ids = count_ids(self.tokenizer)
+        if bos is not None and not 0 <= bos < n_ids:
+            fact = f"windows of text should begin with token {bos} (BOS)"
+            raise HandoffError(f"{fact}, the tokenizer has 0 to {n_ids - 1}; pass --bos no")
 
     def tokenise(self, texts: list[str], split: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [n] of all texts, one after the other, an empty line between two; and where
@@ -2745,17 +2780,24 @@ class HFWikiTextLoader:
         return np.arange(n) * self.n_windows // n
 
     def documents(self, windows: np.ndarray) -> np.ndarray:
-        """Number of the document of each token of these windows [B] -> [B, T]."""
+        """Number of the document of each input of these windows [B] -> [B, T]; BOS has that of the
+        token after it."""
         first = np.asarray(windows)[:, None] * self.seq_len  # [B, 1]
-        places = first + np.arange(self.seq_len)  # [B, T], in the stream
+        within = np.arange(self.seq_len)  # [T]
+        if self.bos is not None:
+            within = (within - 1).clip(0)
+        places = first + within  # [B, T], in the stream
         return np.searchsorted(self.document_starts, places, side="right") - 1
 
     def batch(self, windows: np.ndarray, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Windows by number [B] -> inputs and targets, both int64 [B, T]; `offset` shifts all
         windows, in tokens."""
         starts = np.asarray(windows) * self.seq_len + offset
-        rows = [self.tokens[start : start + self.seq_len + 1] for start in starts]
-        ids = torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T + 1]
+        n_read = self.seq_len + (self.bos is None)  # of the stream
+        rows = [self.tokens[start : start + n_read] for start in starts]
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T + 1], with BOS [B, T]
+        if self.bos is not None:
+            ids = F.pad(ids, (1, 0), value=self.bos)  # [B, T + 1]
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def shuffled(self, first: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -2971,6 +3013,22 @@ def json_line(line: str, number: int) -> Any:
         return json.loads(line)
     except ValueError as e:
         raise ValueError(f"line {number}: {e}") from None
+
+
+def add_bos_flag(group: Any) -> None:
+    """Adds --bos to a parser, or to a group of its flags."""
+    text = "whether windows of text begin with the model's BOS token; auto: as the checkpoint says"
+    group.add_argument("--bos", choices=["auto", "yes", "no"], default="auto", help=text)
+
+
+def window_bos(choice: str, ckpt: dict[str, Any], checkpoint: object) -> int | None:
+    """The token that windows of text begin with, by --bos and the checkpoint; None: none. Raises
+    HandoffError where the checkpoint has none to begin with."""
+    bos = ckpt.get("bos")
+    if choice == "yes" and bos is None:
+        fact = f"--bos yes: {checkpoint} names no BOS token"
+        raise HandoffError(f"{fact}, its model reads text from the first word on; leave --bos out")
+    return None if choice == "no" else bos
 
 
 def find_text(ckpt: dict[str, Any], checkpoint: Path) -> str:

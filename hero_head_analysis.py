@@ -189,9 +189,16 @@ class Text:
     documents: np.ndarray  # [n] number of the document that each begins in: the unit of replication
     # Tokens that a query sees, its own included, in the layer that reads; 0: all before it
     sees: int = 0
+    bos: int | None = None  # the token that every window begins with, which is no word of the text
 
     def __getitem__(self, windows: slice) -> Text:
         return replace(self, idx=self.idx[windows], documents=self.documents[windows])
+
+    @property
+    def first_word(self) -> int:
+        """Position of the first word of the text in every window: after BOS, where there is
+        one."""
+        return 0 if self.bos is None else 1
 
     def __len__(self) -> int:
         return len(self.idx)
@@ -216,7 +223,8 @@ def spread_over(split: HFWikiTextLoader, n: int, like: Text) -> Text:
     windows = split.spread(n)
     idx, _ = split.batch(windows)  # [n, T]
     documents = split.documents(windows)[:, 0]  # [n]
-    return Text(idx.to(like.idx.device), like.say, split.description["split"], documents)
+    name = split.description["split"]
+    return Text(idx.to(like.idx.device), like.say, name, documents, bos=split.bos)
 
 
 @dataclass
@@ -716,8 +724,14 @@ def seen_keys(text: Text) -> Tensor:
     return (back >= 0) & (back < (text.sees or text.idx.shape[1]))
 
 
+def words_of(text: Text) -> Tensor:
+    """Which keys [T] are words of the text: BOS is none."""
+    key = torch.arange(text.idx.shape[1], device=text.idx.device)
+    return key >= text.first_word
+
+
 def first_position(text: Text) -> Tensor:
-    """The first key of the window."""
+    """The first key of the window: BOS, where windows begin with it."""
     key = torch.arange(text.idx.shape[1], device=text.idx.device)
     return (key == 0) & (tokens_back(text) >= 0)
 
@@ -727,23 +741,29 @@ def current_token(text: Text) -> Tensor:
 
 
 def previous_token(text: Text) -> Tensor:
-    return tokens_back(text) == 1
+    return (tokens_back(text) == 1) & words_of(text)
 
 
 def up_to_5_back(text: Text) -> Tensor:
     back = tokens_back(text)
-    return (back >= 0) & (back <= 5)
+    is_earlier_word = (back > 0) & (back <= 5) & words_of(text)
+    return is_earlier_word | (back == 0)
+
+
+def copies(text: Text) -> Tensor:
+    """Keys that are the same word as the query's, wherever they are."""
+    same = text.idx[:, :, None] == text.idx[:, None, :]  # [B, T, T]
+    return same & words_of(text)
 
 
 def duplicate_token(text: Text) -> Tensor:
     """Earlier copies of the query's token."""
-    same = text.idx[:, :, None] == text.idx[:, None, :]  # [B, T, T]
-    return same & (tokens_back(text) > 0)
+    return copies(text) & (tokens_back(text) > 0)
 
 
 def after_duplicate(text: Text) -> Tensor:
     """Keys that follow an earlier copy of the query's token: what an induction head looks for."""
-    same = text.idx[:, :, None] == text.idx[:, None, :]  # [B, T, T]
+    same = copies(text)  # [B, T, T]
     after_same = F.pad(same[:, :, :-1], (1, 0))
     return after_same & (tokens_back(text) > 0)
 
@@ -788,6 +808,7 @@ class Reads(Enum):
 
     ANALYSED = "the analysed windows; null: each with its tokens shuffled"
     REPEATED = "[x, r, r], r random without repeats (Olsson 2022); null: the second r shuffled"
+    # Where windows begin with BOS, so do these: it is not shuffled, and it is the x
 
 
 @dataclass(frozen=True)
@@ -826,18 +847,23 @@ def score_texts(analysed: Text, vocab_size: int) -> dict[Reads, ScoredText]:
     idx = analysed.idx
     rng = torch.Generator().manual_seed(0)
     half = min((idx.shape[1] - 1) // 2, vocab_size - 1)  # length of r, which has no repeats
-    pool = idx.unique().cpu()
+    bos = analysed.bos
+    pool = idx[:, analysed.first_word :].unique().cpu()
     if len(pool) <= half:
         pool = torch.arange(vocab_size)
     drawn = [pool[torch.randperm(len(pool), generator=rng)[: half + 1]] for _ in idx]
     x_and_r = torch.stack(drawn)  # [n, 1 + half]
+    if bos is not None:
+        x_and_r[:, 0] = bos
     order = torch.randperm(half, generator=rng)
     r = x_and_r[:, 1:]
     repeated = torch.cat((x_and_r, r), 1).to(idx.device)  # [n, 1 + 2 half]
     not_repeated = torch.cat((x_and_r, r[:, order]), 1).to(idx.device)
     apart = np.arange(len(idx))  # each is a document of its own
-    repeated_text = Text(repeated, analysed.say, "random tokens", apart)
-    new_places = torch.rand(idx.shape, generator=rng).argsort(1).to(idx.device)
+    repeated_text = Text(repeated, analysed.say, "random tokens", apart, bos=bos)
+    luck = torch.rand(idx.shape, generator=rng)  # [n, T]
+    luck[:, : analysed.first_word] = -1  # BOS stays the first
+    new_places = luck.argsort(1).to(idx.device)
     return {
         Reads.ANALYSED: ScoredText(analysed, idx.gather(1, new_places)),
         Reads.REPEATED: ScoredText(repeated_text, not_repeated),
@@ -1095,15 +1121,18 @@ def share_on_worst(text: Text, delta: np.ndarray) -> Row:
 def commonest_tokens(model: NewGPT, text: Text) -> Tensor:
     """The ids of the 256 tokens that are most frequent in a text."""
     n_vocab = model.cfg.vocab_size
-    counts = torch.bincount(text.idx.flatten(), minlength=n_vocab)  # [V]
+    words = text.idx[:, text.first_word :]
+    counts = torch.bincount(words.flatten(), minlength=n_vocab)  # [V]
     return counts.topk(min(256, n_vocab)).indices
 
 
 def attended_most(head: Head, seen: Seen) -> Tensor:
-    """The ids of the 12 tokens that the head gives most attention to, over the whole text."""
-    by_key = seen.attention.sum(1)  # [n, T]
+    """The ids of the 12 words that the head gives most attention to, over the whole text."""
+    first = seen.text.first_word
+    words = seen.text.idx[:, first:]
+    by_key = seen.attention.sum(1)[:, first:]  # [n, T], without BOS
     n_vocab = head.model.cfg.vocab_size
-    mass = torch.bincount(seen.text.idx.flatten(), by_key.flatten(), minlength=n_vocab)  # [V]
+    mass = torch.bincount(words.flatten(), by_key.flatten(), minlength=n_vocab)  # [V]
     return mass.topk(12).indices
 
 
@@ -1844,6 +1873,7 @@ def write_results(
         checkpoint_sha256=inputs.ckpt["sha256"],
         seed=args.seed,
         data=inputs.val.description,
+        bos=inputs.val.bos,
         n_seqs=args.n_seqs,
     )
 
@@ -1901,6 +1931,7 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
     """Opens and checks everything: CSV, checkpoints, tokenizer, texts, SAE. Raises HandoffError
     before any work."""
     table = read_ablation_csv(args.ablation_csv)
+    measured_with = read_sidecar(args.ablation_csv, "janus.ablation/1", "")
     runs = list(table["run"].unique())
     run_name = args.run or ("adaptive" if "adaptive" in runs else runs[0])
     if run_name not in runs:
@@ -1916,6 +1947,9 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
         need_same_text(mine, other)
     hero = mine.hero
     ckpt = mine.ckpt
+    flag = "" if args.bos == "auto" else f" --bos {args.bos}"
+    measure = f"python ablation_test.py --adaptive_model {ckpt['path']}{flag}"
+    need_same_bos(args.ablation_csv, measured_with, ckpt, measure)
 
     train = open_split("train", args, ckpt)
     val = open_split("validation", args, ckpt)
@@ -1925,7 +1959,7 @@ def read_inputs(args: argparse.Namespace, device: torch.device) -> Inputs:
     shown = read_shown_text(args.text, val, device)
     harvest = f"python harvest_activations.py --model_path {ckpt['path']} "
     harvest += f"--run_name {name_of_dump(args, hero, ckpt)}"
-    harvest += f" --save_dir {args.activations_dir} --layers {hero.layer}"
+    harvest += f" --save_dir {args.activations_dir} --layers {hero.layer}{flag}"
     harvested_sae = open_hero_sae(args, hero, ckpt, harvest, shown)
     no_sae = ""
     if harvested_sae is None:
@@ -1998,6 +2032,7 @@ def open_run(
     need_in_range("head", h, model.cfg.n_heads, path)
     ckpt["path"] = path
     ckpt["sha256"] = found_sha
+    ckpt["bos"] = window_bos(args.bos, ckpt, path)  # as it is read here
     return OpenedRun(Head(role, run_name, layer, h, model.requires_grad_(False)), ckpt, top)
 
 
@@ -2056,9 +2091,20 @@ def need_same_text(mine: OpenedRun, other: OpenedRun) -> None:
     """Raises HandoffError where two models cannot read the same windows."""
     same_length = other.hero.model.cfg.seq_len == mine.hero.model.cfg.seq_len
     same_tokens = other.ckpt["data"]["tokenizer_hash"] == mine.ckpt["data"]["tokenizer_hash"]
-    if not (same_length and same_tokens):
-        fact = f"{other.ckpt['path']} and {mine.ckpt['path']} differ in tokenizer or context"
+    same_start = other.ckpt["bos"] == mine.ckpt["bos"]
+    if not (same_length and same_tokens and same_start):
+        fact = f"{other.ckpt['path']} and {mine.ckpt['path']} differ in tokenizer, context or BOS"
         raise HandoffError(f"{fact}: they cannot read the same text")
+
+
+def need_same_bos(path: Path, side: dict[str, Any], ckpt: dict[str, Any], remedy: str) -> None:
+    """Raises HandoffError unless a file, described by `side`, was made from windows that begin as
+    they do here: with BOS, or with their text."""
+    if side.get("bos") != ckpt["bos"]:
+        kinds = {bos: f"BOS token {bos}" for bos in (side.get("bos"), ckpt["bos"])}
+        kinds[None] = "their text, without BOS"
+        fact = f"{path} was made from windows that begin with {kinds[side.get('bos')]}"
+        raise HandoffError(f"{fact}, expected {kinds[ckpt['bos']]}; remake it with: {remedy}")
 
 
 def open_split(name: str, args: argparse.Namespace, ckpt: dict[str, Any]) -> HFWikiTextLoader:
@@ -2071,7 +2117,8 @@ def open_split(name: str, args: argparse.Namespace, ckpt: dict[str, Any]) -> HFW
         fact = f"{dataset}, the text that {path} was trained on, is not there"
         raise HandoffError(f"{fact}; say where it is, or name another text, with --dataset")
     tokenizer = args.tokenizer or str(path.with_name("tokenizer.json"))
-    split = HFWikiTextLoader(dataset, tokenizer, ckpt["config"]["seq_len"], name, args.cache_dir)
+    source = (dataset, tokenizer, ckpt["config"]["seq_len"])
+    split = HFWikiTextLoader(*source, name, args.cache_dir, ckpt["bos"])
     need_rows(count_ids(split.tokenizer), ckpt["config"]["vocab_size"], path)
     found = split.description
     trained = ckpt["data"]
@@ -2086,18 +2133,21 @@ def open_split(name: str, args: argparse.Namespace, ckpt: dict[str, Any]) -> HFW
 
 
 def read_shown_text(text: str, split: HFWikiTextLoader, device: torch.device) -> Text:
-    """--text as one window, cut at the context of the model."""
+    """--text as one window, which begins as those of `split` do, cut at the context of the
+    model."""
     text.encode()  # raises UnicodeEncodeError if the argument was not UTF-8
     tokenizer = split.tokenizer
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     if not ids:
         raise HandoffError(f"--text {text!r} has no tokens under the tokenizer of the checkpoint")
-    if len(ids) > split.seq_len:
-        used = f"only the first {split.seq_len}, the context of the model, are used"
+    start = [] if split.bos is None else [split.bos]
+    room = split.seq_len - len(start)
+    if len(ids) > room:
+        used = f"only the first {room}, the context of the model, are used"
         print(f"--text has {len(ids)} tokens; {used}")
     say = functools.partial(visible_texts, tokenizer)
-    idx = torch.tensor([ids[: split.seq_len]], device=device)  # [1, tokens]
-    return Text(idx, say, "--text", np.zeros(1, int))
+    idx = torch.tensor([start + ids[:room]], device=device)  # [1, tokens]
+    return Text(idx, say, "--text", np.zeros(1, int), bos=split.bos)
 
 
 # White space and control characters become signs that can be seen
@@ -2120,11 +2170,13 @@ def whole_windows(tokens: np.ndarray, cfg: GPTConfig, shown: Text, harvest: str)
         fact = f"{len(idx)} windows of {cfg.seq_len} harvested tokens, token {largest}"
         raise HandoffError(f"{fact} of {cfg.vocab_size}; harvest with: {harvest}")
     # Nothing is resampled here, so each may stand for itself.
-    return Text(idx.to(shown.idx.device), shown.say, "harvested tokens", np.arange(len(idx)))
+    apart = np.arange(len(idx))
+    return Text(idx.to(shown.idx.device), shown.say, "harvested tokens", apart, bos=shown.bos)
 
 
 def need_made_from(path: Path, schema: str, ckpt: dict[str, Any], remedy: str) -> None:
-    """Raises HandoffError unless the file is complete and was made from z of this checkpoint."""
+    """Raises HandoffError unless the file is complete and was made from z of this checkpoint, on
+    windows that begin as they do here."""
     side = read_sidecar(path, schema, remedy)
     site = side.get("site", "z")
     sha = side.get("checkpoint_sha256")
@@ -2133,6 +2185,7 @@ def need_made_from(path: Path, schema: str, ckpt: dict[str, Any], remedy: str) -
         expected = f"site z of checkpoint {ckpt['sha256'][:12]} ({ckpt['path']})"
         fact = f"{path} was made from {found}, expected {expected}"
         raise HandoffError(f"{fact}; remake it with: {remedy}")
+    need_same_bos(path, side, ckpt, remedy)
 
 
 @contextlib.contextmanager
@@ -2198,12 +2251,12 @@ def open_hero_sae(
         weights = weights.parent / f"H{head}" / weights.name
     if not (weights.is_file() and dump_path.is_file()):
         return None
-    sae = open_sae(weights, head, ckpt, train_command(args, hero, ckpt))
     dump = open_dump(dump_path, "janus.activations/1", ckpt, harvest)
     tokens = open_dump(dump_path.with_name("tokens.npy"), "janus.tokens/1", ckpt, harvest)  # [N]
     if dump.shape != (len(tokens), cfg.n_heads * cfg.d_head):
         fact = f"{dump_path} has shape {dump.shape}, not that of tokens.npy ({len(tokens)} rows)"
         raise HandoffError(f"{fact}; remake both with: {harvest}")
+    sae = open_sae(weights, head, ckpt, train_command(args, hero, ckpt))
     for feature in args.features or []:
         if not 0 <= feature < sae.n_features:
             fact = f"{sae.folder} has features 0 to {sae.n_features - 1}"
@@ -2621,6 +2674,13 @@ def how_measured(args: argparse.Namespace, inputs: Inputs, study: Study) -> list
             1,
             f"Match in {inputs.other_hero.run}: L{match.layer}H{match.head}, CKA of the residual "
             f"writes {match.cka:.3f} (best under the null {match.null:.3f}).",
+        )
+    if inputs.shown.bos is not None:
+        token = alone(inputs.shown.say, inputs.shown.bos)
+        notes.append(
+            f"Every window begins with the model's BOS token, {token}: it is the first position. "
+            "It is no word of the text: not a previous or a duplicate token, nor among the "
+            "commonest ones."
         )
     return notes
 
@@ -3495,7 +3555,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("inputs").add_argument
+    inputs = parser.add_argument_group("inputs")
+    add = inputs.add_argument
     csv = "results of ablation_test.py; required unless --redraw"
     add("--ablation_csv", type=Path, help=csv)
     fox = "The quick brown fox jumps over the lazy dog because of complex physics."
@@ -3505,6 +3566,7 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     add("--dataset", help=dataset)
     tokenizer = "as for janus_adaptive.py; none: tokenizer.json beside the checkpoint"
     add("--tokenizer", help=tokenizer)
+    add_bos_flag(inputs)
     model = "checkpoints of the runs of the CSV, in any order, where they are not where it says"
     add("--model_path", type=Path, nargs="+", help=model)
     run_help = "run of the CSV whose hero is analysed; none: adaptive, else the first"
@@ -4720,6 +4782,9 @@ class HFWikiTextLoader:
     """One split of a text dataset as a flat, memory-mapped token stream, cut into windows of
     `seq_len` tokens.
 
+    `bos`: the token (BOS) that every window begins with; None: none. A window has seq_len inputs
+    and as many targets either way: with BOS the first token of its text is predicted, too.
+
     Tokenised once, with all cores, and cached in <cache_dir> as
     <dataset>-<TEXT_VERSION>-<tokenizer>-<split>.npy (uint16 or uint32), with <...>.documents.npy
     beside it. Attributes: tokenizer, tokens [n],
@@ -4728,10 +4793,17 @@ class HFWikiTextLoader:
     """
 
     def __init__(
-        self, dataset: str, tokenizer: str, seq_len: int, split: str, cache_dir: str | Path
+        self,
+        dataset: str,
+        tokenizer: str,
+        seq_len: int,
+        split: str,
+        cache_dir: str | Path,
+        bos: int | None = None,
     ) -> None:
         cache = Path(cache_dir).expanduser()
         self.seq_len = seq_len
+        self.bos = bos
         self.tokenizer = load_tokenizer(tokenizer, dataset, cache)
         serialised = self.tokenizer.to_str().encode()
         tokenizer_hash = hashlib.sha256(serialised).hexdigest()[:12]
@@ -4747,7 +4819,8 @@ class HFWikiTextLoader:
                 np.save(temporary, tokens)
         self.tokens = np.load(path, mmap_mode="r")  # [n]
         self.document_starts = np.load(starts_path)  # [documents]
-        self.n_windows = (len(self.tokens) - 1) // seq_len  # the last token has no target
+        n_targets = len(self.tokens) - (bos is None)  # without BOS nothing predicts the first
+        self.n_windows = n_targets // seq_len
         self.description = {
             "dataset": dataset,
             "dataset_key": key,
@@ -4758,6 +4831,10 @@ class HFWikiTextLoader:
         if self.n_windows < 1:
             found = f"{split} split of {dataset}: {len(self.tokens)} tokens"
             raise HandoffError(f"{found}, expected more than --seq_len {seq_len}; use more text")
+        n_ids = count_ids(self.tokenizer)
+        if bos is not None and not 0 <= bos < n_ids:
+            fact = f"windows of text should begin with token {bos} (BOS)"
+            raise HandoffError(f"{fact}, the tokenizer has 0 to {n_ids - 1}; pass --bos no")
 
     def tokenise(self, texts: list[str], split: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [n] of all texts, one after the other, an empty line between two; and where
@@ -4780,17 +4857,24 @@ class HFWikiTextLoader:
         return np.arange(n) * self.n_windows // n
 
     def documents(self, windows: np.ndarray) -> np.ndarray:
-        """Number of the document of each token of these windows [B] -> [B, T]."""
+        """Number of the document of each input of these windows [B] -> [B, T]; BOS has that of the
+        token after it."""
         first = np.asarray(windows)[:, None] * self.seq_len  # [B, 1]
-        places = first + np.arange(self.seq_len)  # [B, T], in the stream
+        within = np.arange(self.seq_len)  # [T]
+        if self.bos is not None:
+            within = (within - 1).clip(0)
+        places = first + within  # [B, T], in the stream
         return np.searchsorted(self.document_starts, places, side="right") - 1
 
     def batch(self, windows: np.ndarray, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Windows by number [B] -> inputs and targets, both int64 [B, T]; `offset` shifts all
         windows, in tokens."""
         starts = np.asarray(windows) * self.seq_len + offset
-        rows = [self.tokens[start : start + self.seq_len + 1] for start in starts]
-        ids = torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T + 1]
+        n_read = self.seq_len + (self.bos is None)  # of the stream
+        rows = [self.tokens[start : start + n_read] for start in starts]
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T + 1], with BOS [B, T]
+        if self.bos is not None:
+            ids = F.pad(ids, (1, 0), value=self.bos)  # [B, T + 1]
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def shuffled(self, first: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -5006,6 +5090,22 @@ def json_line(line: str, number: int) -> Any:
         return json.loads(line)
     except ValueError as e:
         raise ValueError(f"line {number}: {e}") from None
+
+
+def add_bos_flag(group: Any) -> None:
+    """Adds --bos to a parser, or to a group of its flags."""
+    text = "whether windows of text begin with the model's BOS token; auto: as the checkpoint says"
+    group.add_argument("--bos", choices=["auto", "yes", "no"], default="auto", help=text)
+
+
+def window_bos(choice: str, ckpt: dict[str, Any], checkpoint: object) -> int | None:
+    """The token that windows of text begin with, by --bos and the checkpoint; None: none. Raises
+    HandoffError where the checkpoint has none to begin with."""
+    bos = ckpt.get("bos")
+    if choice == "yes" and bos is None:
+        fact = f"--bos yes: {checkpoint} names no BOS token"
+        raise HandoffError(f"{fact}, its model reads text from the first word on; leave --bos out")
+    return None if choice == "no" else bos
 
 
 def find_text(ckpt: dict[str, Any], checkpoint: Path) -> str:

@@ -868,6 +868,11 @@ def refuse_change(training: Training, ckpt: dict[str, Any]) -> None:
     if n_tokens != known["n_tokens"]:
         fact = f"--resume: n_tokens was {known['n_tokens']}, is {n_tokens}: the tokens are others"
         raise HandoffError(f"{fact} than it was trained on; start anew, in another --save_dir")
+    # So may the same model, imported anew
+    bos = training.train.bos
+    if bos != ckpt.get("bos"):
+        fact = f"--resume: windows began with BOS token {ckpt.get('bos')}, now with {bos}"
+        raise HandoffError(f"{fact}; start anew, in another --save_dir")
 
 
 def newest_readable(args: argparse.Namespace) -> tuple[Path, NewGPT, dict[str, Any]] | None:
@@ -940,13 +945,16 @@ def is_finished(final: Path, args: argparse.Namespace) -> bool:
 # ---- set-up
 def start_from(args: argparse.Namespace) -> tuple[NewGPT, dict[str, Any]]:
     """--init_from -> that model with this run's context and dropout, and what its checkpoint says
-    of where it came from. Sets its sizes and tokenizer in `args`.
+    of where it came from, and of the token that windows begin with, by --bos. Sets its sizes and
+    tokenizer in `args`.
 
-    Raises HandoffError if it cannot be read, has one head, or no positions for the context.
+    Raises HandoffError if it cannot be read, has one head, no positions for the context, or no BOS
+    token for --bos yes.
     """
     with rank_0_first():
         args.init_from = str(as_checkpoint(args.init_from, args.cache_dir, args.dataset))
     saved, ckpt = load_checkpoint(args.init_from, torch.device("cpu"), args.skip_probe)
+    bos = window_bos(args.bos, ckpt, args.init_from)
     if saved.cfg.n_heads < 2:
         expected = "expected at least 2, between which sigma is measured"
         raise HandoffError(f"{args.init_from} has one head a layer; {expected}")
@@ -962,7 +970,8 @@ def start_from(args: argparse.Namespace) -> tuple[NewGPT, dict[str, Any]]:
     for size in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "tied"):
         setattr(args, size, getattr(saved.cfg, size))
     args.tokenizer = str(Path(args.init_from).resolve().with_name("tokenizer.json"))
-    return model, {name: ckpt[name] for name in ("pretrained",) if name in ckpt}
+    origin = {name: ckpt[name] for name in ("pretrained",) if name in ckpt}
+    return model, origin | {"bos": bos}
 
 
 def new_model(args: argparse.Namespace, vocab_size: int) -> NewGPT:
@@ -1000,11 +1009,12 @@ def prepare(args: argparse.Namespace) -> Training:
     keep_memory()
     device, autocast = set_up(args)
     # A pretrained model brings its tokenizer, so it is opened before the text
-    model, origin = start_from(args) if args.init_from else (None, {})
+    model, origin = start_from(args) if args.init_from else (None, {"bos": None})
+    bos = origin["bos"]
     with rank_0_first():  # it fills the cache
         source = (args.dataset, args.tokenizer, args.seq_len)
-        train = HFWikiTextLoader(*source, "train", args.cache_dir)
-        validation = HFWikiTextLoader(*source, "validation", args.cache_dir)
+        train = HFWikiTextLoader(*source, "train", args.cache_dir, bos)
+        validation = HFWikiTextLoader(*source, "validation", args.cache_dir, bos)
     if model is None:
         model = new_model(args, count_ids(train.tokenizer))
     need_rows(count_ids(train.tokenizer), model.cfg.vocab_size, args.init_from)
@@ -1483,10 +1493,12 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
     redraw = "only redraw training.png in --save_dir from these telemetry files"
     board = "also log to <save_dir>/tensorboard (needs the package tensorboard)"
     folder = Path("checkpoints/v1")
-    add = parser.add_argument_group("inputs").add_argument
+    inputs = parser.add_argument_group("inputs")
+    add = inputs.add_argument
     add("--dataset", default="wikitext-103-raw-v1", help=data)
     add("--tokenizer", default="auto", help=tokens)
     add("--init_from", metavar="MODEL", help=init)
+    add_bos_flag(inputs)
     add("--resume", action="store_true", help=again)
     add("--redraw", nargs="+", metavar="CSV", help=redraw)
     add = parser.add_argument_group("outputs").add_argument
@@ -1613,6 +1625,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if not min(*gains, args.pressure_warmup, args.lambda_start, args.weight_decay) >= 0:
         others = "--pressure_warmup, --lambda_start and --weight_decay"
         parser.error(f"gains, {others} must not be negative")
+    if args.bos != "auto" and not args.init_from:
+        parser.error(f"--bos {args.bos} needs --init_from: a fresh model has no BOS token")
     if args.tokenizer.startswith("train:"):
         args.tokenizer = f"train:{trained_size(parser, args.tokenizer)}"
 
@@ -2952,6 +2966,9 @@ class HFWikiTextLoader:
     """One split of a text dataset as a flat, memory-mapped token stream, cut into windows of
     `seq_len` tokens.
 
+    `bos`: the token (BOS) that every window begins with; None: none. A window has seq_len inputs
+    and as many targets either way: with BOS the first token of its text is predicted, too.
+
     Tokenised once, with all cores, and cached in <cache_dir> as
     <dataset>-<TEXT_VERSION>-<tokenizer>-<split>.npy (uint16 or uint32), with <...>.documents.npy
     beside it. Attributes: tokenizer, tokens [n],
@@ -2960,10 +2977,17 @@ class HFWikiTextLoader:
     """
 
     def __init__(
-        self, dataset: str, tokenizer: str, seq_len: int, split: str, cache_dir: str | Path
+        self,
+        dataset: str,
+        tokenizer: str,
+        seq_len: int,
+        split: str,
+        cache_dir: str | Path,
+        bos: int | None = None,
     ) -> None:
         cache = Path(cache_dir).expanduser()
         self.seq_len = seq_len
+        self.bos = bos
         self.tokenizer = load_tokenizer(tokenizer, dataset, cache)
         serialised = self.tokenizer.to_str().encode()
         tokenizer_hash = hashlib.sha256(serialised).hexdigest()[:12]
@@ -2979,7 +3003,8 @@ class HFWikiTextLoader:
                 np.save(temporary, tokens)
         self.tokens = np.load(path, mmap_mode="r")  # [n]
         self.document_starts = np.load(starts_path)  # [documents]
-        self.n_windows = (len(self.tokens) - 1) // seq_len  # the last token has no target
+        n_targets = len(self.tokens) - (bos is None)  # without BOS nothing predicts the first
+        self.n_windows = n_targets // seq_len
         self.description = {
             "dataset": dataset,
             "dataset_key": key,
@@ -2990,6 +3015,10 @@ class HFWikiTextLoader:
         if self.n_windows < 1:
             found = f"{split} split of {dataset}: {len(self.tokens)} tokens"
             raise HandoffError(f"{found}, expected more than --seq_len {seq_len}; use more text")
+        n_ids = count_ids(self.tokenizer)
+        if bos is not None and not 0 <= bos < n_ids:
+            fact = f"windows of text should begin with token {bos} (BOS)"
+            raise HandoffError(f"{fact}, the tokenizer has 0 to {n_ids - 1}; pass --bos no")
 
     def tokenise(self, texts: list[str], split: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [n] of all texts, one after the other, an empty line between two; and where
@@ -3012,17 +3041,24 @@ class HFWikiTextLoader:
         return np.arange(n) * self.n_windows // n
 
     def documents(self, windows: np.ndarray) -> np.ndarray:
-        """Number of the document of each token of these windows [B] -> [B, T]."""
+        """Number of the document of each input of these windows [B] -> [B, T]; BOS has that of the
+        token after it."""
         first = np.asarray(windows)[:, None] * self.seq_len  # [B, 1]
-        places = first + np.arange(self.seq_len)  # [B, T], in the stream
+        within = np.arange(self.seq_len)  # [T]
+        if self.bos is not None:
+            within = (within - 1).clip(0)
+        places = first + within  # [B, T], in the stream
         return np.searchsorted(self.document_starts, places, side="right") - 1
 
     def batch(self, windows: np.ndarray, offset: int = 0) -> tuple[Tensor, Tensor]:
         """Windows by number [B] -> inputs and targets, both int64 [B, T]; `offset` shifts all
         windows, in tokens."""
         starts = np.asarray(windows) * self.seq_len + offset
-        rows = [self.tokens[start : start + self.seq_len + 1] for start in starts]
-        ids = torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T + 1]
+        n_read = self.seq_len + (self.bos is None)  # of the stream
+        rows = [self.tokens[start : start + n_read] for start in starts]
+        ids = torch.from_numpy(np.stack(rows).astype(np.int64))  # [B, T + 1], with BOS [B, T]
+        if self.bos is not None:
+            ids = F.pad(ids, (1, 0), value=self.bos)  # [B, T + 1]
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def shuffled(self, first: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -3238,6 +3274,22 @@ def json_line(line: str, number: int) -> Any:
         return json.loads(line)
     except ValueError as e:
         raise ValueError(f"line {number}: {e}") from None
+
+
+def add_bos_flag(group: Any) -> None:
+    """Adds --bos to a parser, or to a group of its flags."""
+    text = "whether windows of text begin with the model's BOS token; auto: as the checkpoint says"
+    group.add_argument("--bos", choices=["auto", "yes", "no"], default="auto", help=text)
+
+
+def window_bos(choice: str, ckpt: dict[str, Any], checkpoint: object) -> int | None:
+    """The token that windows of text begin with, by --bos and the checkpoint; None: none. Raises
+    HandoffError where the checkpoint has none to begin with."""
+    bos = ckpt.get("bos")
+    if choice == "yes" and bos is None:
+        fact = f"--bos yes: {checkpoint} names no BOS token"
+        raise HandoffError(f"{fact}, its model reads text from the first word on; leave --bos out")
+    return None if choice == "no" else bos
 
 
 def find_text(ckpt: dict[str, Any], checkpoint: Path) -> str:

@@ -358,23 +358,27 @@ def validity(
     return pd.DataFrame(rows)
 
 
-def unigram_nats(ids: Tensor) -> Tensor:
+def unigram_nats(ids: Tensor, begins_with_bos: bool = False) -> Tensor:
     """What knowing only the frequencies of tokens leaves of each next token: ids [S, T] ->
     [S, T-1] nats. The frequencies are those of the other sequences, one added for every token id
-    that occurs at all, so that none has met what it is asked for."""
-    _, ids = ids.unique(return_inverse=True)  # [S, T], from 0
-    counts = torch.bincount(ids.flatten()).double()  # [V']
+    that occurs at all, so that none has met what it is asked for. BOS is no word to count."""
+    words = ids[:, 1:] if begins_with_bos else ids
+    _, words = words.unique(return_inverse=True)  # [S, T], with BOS [S, T-1]; from 0
+    counts = torch.bincount(words.flatten()).double()  # [V']
     nats = []
-    for own in ids:
+    for own in words:
         others = counts - torch.bincount(own, minlength=len(counts)) + 1  # [V']
-        nats.append(-(others[own[1:]] / others.sum()).log())
+        targets = own if begins_with_bos else own[1:]  # [T-1]
+        nats.append(-(others[targets] / others.sum()).log())
     return torch.stack(nats)  # [S, T-1]
 
 
-def worth_table(name: str, loss: Tensor, ids: Tensor) -> pd.DataFrame:
+def worth_table(
+    name: str, loss: Tensor, ids: Tensor, begins_with_bos: bool = False
+) -> pd.DataFrame:
     """What the model is worth: its loss [S, T-1] beside that of unigram, over sequences ids
     [S, T], as `compare_models` of energy_lens_minimal.py has it of the Energy Transformer."""
-    losses = {"unigram": unigram_nats(ids), Path(name).name: loss.double()}
+    losses = {"unigram": unigram_nats(ids, begins_with_bos), Path(name).name: loss.double()}
     rows = []
     for model, nats in losses.items():
         difference = (nats - losses["unigram"]).sum(1)  # [S]
@@ -822,7 +826,7 @@ class EnergyLensAnalyzer:
         tables["sae"] = pd.concat([block.quality for block in found], ignore_index=True)
         tables["efas_distribution"] = lens.histogram_table(tables["features"], efas, cfg.seed)
         tables["z_distribution"] = lens.z_table(tables["features"], efas)
-        tables["models"] = worth_table(lm.name, test.loss, test.ids)
+        tables["models"] = worth_table(lm.name, test.loss, test.ids, lm.bos is not None)
 
         # Does alignment predict what an ablation does?
         self._say("ablations")
@@ -950,7 +954,7 @@ class LanguageModel:
 
     Blocks are hooked, because transformers' hidden_states[-1] is already normed. A block may
     return a tensor or a tuple. encode: text -> token ids; spell: token ids -> text of each where
-    it stands; context: the most tokens at once.
+    it stands; context: the most tokens at once; bos: the token that `encode` puts in front.
     """
 
     def __init__(
@@ -963,6 +967,7 @@ class LanguageModel:
         encode: Callable,
         spell: Callable,
         context: int,
+        bos: int | None = None,
     ) -> None:
         self.name = name
         self.model = model.eval().requires_grad_(False)
@@ -972,6 +977,7 @@ class LanguageModel:
         self.encode = encode
         self.spell = spell
         self.context = context
+        self.bos = bos
         # Else every number that follows would be NaN, without a word.
         for parameter, weight in model.named_parameters():
             if not weight.isfinite().all():
@@ -1084,8 +1090,9 @@ def load_language_model(name: str) -> LanguageModel:
 
 
 def load_janus_model(path: str) -> LanguageModel:
-    """A Janus checkpoint, with the tokenizer that lies beside it."""
-    model, _ = load_checkpoint(path, torch.device("cpu"), False)
+    """A Janus checkpoint, with the tokenizer that lies beside it. Texts begin with BOS if it says
+    so."""
+    model, ckpt = load_checkpoint(path, torch.device("cpu"), False)
     tokenizer_path = Path(path).parent / "tokenizer.json"
     if not tokenizer_path.is_file():
         fact = f"{tokenizer_path} does not exist"
@@ -1093,8 +1100,11 @@ def load_janus_model(path: str) -> LanguageModel:
     tokenizer = read_tokenizer(tokenizer_path)
     need_rows(count_ids(tokenizer), model.cfg.vocab_size, path)
 
+    bos = ckpt.get("bos")
+    start = [] if bos is None else [bos]
+
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return start + tokenizer.encode(text, add_special_tokens=False).ids
 
     return LanguageModel(
         path,
@@ -1105,6 +1115,7 @@ def load_janus_model(path: str) -> LanguageModel:
         encode,
         partial(token_texts, tokenizer),
         model.cfg.seq_len,
+        bos,
     )
 
 

@@ -1862,7 +1862,7 @@ def saelens_metadata(job: Job, trainer: Trainer) -> dict[str, Any]:
         "model_name": f"janus/{dump.run}",
         "hook_head_index": dump.head,
         "context_size": dump.seq_len,
-        "prepend_bos": False,
+        "prepend_bos": dump.side.get("bos") is not None,
         "dataset_path": dump.side.get("dataset"),
         "training_architecture": a.arch,
         "training_tokens": trainer.step_count * a.batch_size,
@@ -1985,7 +1985,7 @@ def facts_of(job: Job, trainer: Trainer) -> dict[str, Any]:
     """What the sidecar says of an SAE beside its names and metrics."""
     a, dump = job.args, job.dump
     inherited = ["checkpoint", "checkpoint_sha256", "arm", "seq_len", "n_heads", "d_head"]
-    inherited += ["tokenizer_hash", "dataset", "split", "windows"]
+    inherited += ["tokenizer_hash", "dataset", "split", "windows", "bos"]
     facts = {key: dump.side.get(key) for key in inherited}
     mean = np.asarray(dump.side["mean"], float)[dump.columns]  # [D]
     variance = np.asarray(dump.side["variance"], float)[dump.columns]

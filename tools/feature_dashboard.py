@@ -145,6 +145,7 @@ def open_source(
     model, ckpt = load_checkpoint(path, torch.device("cpu"), False)
     ckpt["path"] = path
     ckpt["sha256"] = sha256(path)
+    ckpt["bos"] = side.get("bos")  # what the SAE's windows begin with
 
     harvest = f"python harvest_activations.py --model_path {path} --run_name {run_name}"
     harvest += f" --layers {layer}"

@@ -508,7 +508,8 @@ def read_models(folders: list[Path], arm: str, cache_dir: str) -> tuple[list[Tra
     path, ckpt = next(iter(texts.values()))
     tokenizer = str(path.with_name("tokenizer.json"))
     seq_len = ckpt["config"]["seq_len"]
-    val = HFWikiTextLoader(find_text(ckpt, path), tokenizer, seq_len, "validation", cache_dir)
+    where = (seq_len, "validation", cache_dir, ckpt.get("bos"))
+    val = HFWikiTextLoader(find_text(ckpt, path), tokenizer, *where)
     windows = val.spread(max(N_WINDOWS, math.ceil(N_POSITIONS / seq_len)))
     idx, _ = val.batch(windows)  # [n, T]
     return runs, idx.to(device)
