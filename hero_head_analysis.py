@@ -4792,6 +4792,8 @@ class HFWikiTextLoader:
     `description` (dataset, its key, tokenizer hash, ...) for sidecars.
     """
 
+    bos: int | None = None
+
     def __init__(
         self,
         dataset: str,

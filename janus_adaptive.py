@@ -2976,6 +2976,8 @@ class HFWikiTextLoader:
     `description` (dataset, its key, tokenizer hash, ...) for sidecars.
     """
 
+    bos: int | None = None
+
     def __init__(
         self,
         dataset: str,
