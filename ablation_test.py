@@ -679,7 +679,8 @@ def units_elsewhere(
     rest = exact - slope * linear  # [sequences, R], what first-order effects do not know
     known = slope * split_linear  # [N, R], what they know
     # By how much each document moves the estimate, through either part
-    numbers, split_unit = np.unique(split_documents, return_inverse=True)
+    numbers = np.union1d(split_documents, documents)  # a few windows may miss some documents
+    split_unit = np.searchsorted(numbers, split_documents)
     unit = np.searchsorted(numbers, documents)
     moves = np.zeros((len(numbers), exact.shape[1]))
     np.add.at(moves, unit, (rest - rest.mean(0)) / len(rest))

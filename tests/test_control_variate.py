@@ -99,6 +99,20 @@ def test_for_other_documents_the_interval_is_wider_and_holds_their_mean() -> Non
     assert np.mean(held["split"], axis=0)[0] < 0.9
 
 
+def test_documents_that_only_the_exact_effects_know_are_units_too() -> None:
+    """Few windows to first order may miss a document: the estimate is what the formula says, and
+    the document has a value of its own."""
+    rng = np.random.default_rng(3)
+    exact = rng.normal(size=(6, 2))
+    linear = exact + 0.1 * rng.normal(size=(6, 2))
+    shared = rng.normal(size=(4, 2))
+    delta = A.units_elsewhere(exact, linear, shared, np.arange(6), np.array([0, 1, 1, 4]))
+    assert delta.shape == (6, 2)
+    slope = [np.polyfit(linear[:, r], exact[:, r], 1)[0] for r in range(2)]
+    expected = exact.mean(0) + slope * (shared.mean(0) - linear.mean(0))
+    assert np.allclose(delta.mean(0), expected)
+
+
 # --------------------------------------------------------------------------------------- the arrays
 def test_the_first_order_pass_says_what_the_exact_pass_says() -> None:
     model = random_model()
