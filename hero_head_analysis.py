@@ -627,7 +627,7 @@ def constant_logits(model: NewGPT) -> dict[str, Tensor]:
     """What biases behind the last residual stream add to every logit [V], the mean over the
     vocabulary taken out, by name."""
     constants = {}
-    if "norm" in model.cfg.biases:
+    if model.norm.bias is not None:
         constants["final norm's bias"] = model.unembedding.weight @ model.norm.bias
     if "unembedding" in model.cfg.biases:
         constants["unembedding's bias"] = model.unembedding.bias
