@@ -970,8 +970,7 @@ def start_from(args: argparse.Namespace) -> tuple[NewGPT, dict[str, Any]]:
     for size in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "tied"):
         setattr(args, size, getattr(saved.cfg, size))
     args.tokenizer = str(Path(args.init_from).resolve().with_name("tokenizer.json"))
-    origin = {name: ckpt[name] for name in ("pretrained",) if name in ckpt}
-    return model, origin | {"bos": bos}
+    return model, {"pretrained": ckpt.get("pretrained"), "bos": bos}
 
 
 def new_model(args: argparse.Namespace, vocab_size: int) -> NewGPT:
