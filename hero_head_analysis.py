@@ -4432,7 +4432,8 @@ class NewGPT(nn.Module):
 
     def rotary(self, layer: int, n_tokens: int) -> tuple[Tensor, Tensor]:
         """cos and sin [T, K/2] by which a layer rotates the queries and keys of n_tokens."""
-        is_local = int(self.blocks[layer].attn.window > 0)
+        block: Any = self.blocks[layer]
+        is_local = int(block.attn.window > 0)
         return self.rope_cos[is_local, :n_tokens], self.rope_sin[is_local, :n_tokens]
 
     def run_blocks(
