@@ -64,7 +64,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -2163,12 +2162,11 @@ class Attention(nn.Module):
         return torch.cat(outputs, 2)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
+def activate(name: str, x: Tensor) -> Tensor:
+    """silu, gelu and relu as torch calls them; gelu_tanh approximates gelu."""
+    if name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    return getattr(F, name)(x)
 
 
 class Block(nn.Module):
@@ -2227,12 +2225,11 @@ class Block(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         """Residual stream that the MLP reads [B, T, D] -> mlp_out [B, T, D]."""
         hidden = self.w_gate_up(self.norm_mlp(x))
-        activation = ACTIVATIONS[self.cfg.activation]
         if self.cfg.gated:
             gate, up = hidden.chunk(2, dim=-1)  # [B, T, d_ff] each
-            hidden = activation(gate) * up
+            hidden = activate(self.cfg.activation, gate) * up
         else:
-            hidden = activation(hidden)
+            hidden = activate(self.cfg.activation, hidden)
         return self.norm_mlp_out(self.w_down(hidden))
 
     def after_mlp(self, x: Tensor, mid: Tensor) -> Tensor:
