@@ -604,7 +604,8 @@ def update_weights(training: Training, step: int, loss: float) -> float:
 def keep_centred(model: NewGPT) -> None:
     """Takes the mean over the residual stream's dimensions out of whatever writes to it: where
     LayerNorms were folded, they did."""
-    for block in model.blocks:
+    blocks: list[Any] = list(model.blocks)
+    for block in blocks:
         for writer in (block.attn.w_o, block.w_down):
             writer.weight -= writer.weight.mean(0)  # [D, inputs]
             if writer.bias is not None:
