@@ -4205,7 +4205,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, cos, sin)  # [B, H, T, K] each
         dropout = self.dropout if self.training else 0.0
         with torch.autocast(x.device.type, enabled=False):  # in the type that `qkv` chose
-            if self.window or self.cfg.score_cap:  # which no kernel has
+            if 0 < self.window < x.shape[1] or self.cfg.score_cap:  # which no kernel has
                 z = self.pattern(q, k).to(v.dtype) @ v
             elif self.by_rows(x):
                 z = self.attention_by_rows(q, k, v)

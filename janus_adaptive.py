@@ -958,12 +958,10 @@ def start_from(args: argparse.Namespace) -> tuple[NewGPT, dict[str, Any]]:
     if saved.cfg.n_heads < 2:
         expected = "expected at least 2, between which sigma is measured"
         raise HandoffError(f"{args.init_from} has one head a layer; {expected}")
+    need_positions(args, saved.cfg, ckpt)
     model = NewGPT(replace(saved.cfg, seq_len=args.seq_len, dropout=args.dropout))
     weights = saved.state_dict()
     if saved.cfg.learned_positions:  # as many as the context has
-        if args.seq_len > saved.cfg.seq_len:
-            fact = f"--seq_len {args.seq_len}: {args.init_from} has {saved.cfg.seq_len} positions"
-            raise HandoffError(f"{fact}; expected no more")
         weights["positions.weight"] = weights["positions.weight"][: args.seq_len]
     model.load_state_dict(weights)
     # The flags of sizes say what is trained, and the tokenizer must be the model's own
@@ -971,6 +969,19 @@ def start_from(args: argparse.Namespace) -> tuple[NewGPT, dict[str, Any]]:
         setattr(args, size, getattr(saved.cfg, size))
     args.tokenizer = str(Path(args.init_from).resolve().with_name("tokenizer.json"))
     return model, {"pretrained": ckpt.get("pretrained"), "bos": bos}
+
+
+def need_positions(args: argparse.Namespace, cfg: GPTConfig, ckpt: dict[str, Any]) -> None:
+    """Raises HandoffError if the model of --init_from is none of a context of --seq_len tokens."""
+    pretrained = ckpt.get("pretrained") or {}  # of tools/import_hf.py
+    fact = f"--seq_len {args.seq_len}: {args.init_from}"
+    longest = cfg.seq_len if cfg.learned_positions else pretrained.get("longest", args.seq_len)
+    advice = "import it with the context that you want: python tools/import_hf.py MODEL DIR"
+    if args.seq_len > longest:
+        raise HandoffError(f"{fact} has {longest} positions, expected no more; or {advice}")
+    if pretrained.get("length_dependent") and args.seq_len != cfg.seq_len:
+        expected = f"rotates by what belongs to a context of {cfg.seq_len}, expected that"
+        raise HandoffError(f"{fact} {expected}; or {advice}")
 
 
 def new_model(args: argparse.Namespace, vocab_size: int) -> NewGPT:
@@ -2347,7 +2358,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x, cos, sin)  # [B, H, T, K] each
         dropout = self.dropout if self.training else 0.0
         with torch.autocast(x.device.type, enabled=False):  # in the type that `qkv` chose
-            if self.window or self.cfg.score_cap:  # which no kernel has
+            if 0 < self.window < x.shape[1] or self.cfg.score_cap:  # which no kernel has
                 z = self.pattern(q, k).to(v.dtype) @ v
             elif self.by_rows(x):
                 z = self.attention_by_rows(q, k, v)

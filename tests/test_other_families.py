@@ -4,8 +4,10 @@ Homeostat and back into transformers, the README's commands, and what is refused
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 
 import ablation_test
@@ -224,6 +226,106 @@ def test_files_that_do_not_fit_are_refused(gpt2, tokenizer, tmp_path, says):
     for name in ("config.json", "model.safetensors"):
         (mute / name).write_bytes((gpt2 / name).read_bytes())
     assert "tokenizer" in says(mute)
+
+
+def test_a_weight_that_the_file_lacks_is_never_made_up(gpt2, tokenizer, tmp_path, says, capsys):
+    """transformers draws it at random, and would then agree with itself."""
+    for name, change in {
+        "short": lambda key: None if key.endswith("h.1.mlp.c_fc.weight") else key,
+        "prefix": lambda key: f"module.{key}",
+    }.items():
+        folder = tmp_path / name
+        shutil.copytree(gpt2, folder)
+        weights = load_file(folder / "model.safetensors")
+        renamed = {change(key): weight for key, weight in weights.items() if change(key)}
+        save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+        assert " of the weights that its config asks for (" in says(folder)
+    # One that the config does not ask for is said
+    folder = tmp_path / "shallow"
+    shutil.copytree(gpt2, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+    flags = ["--seq_len", "32", "--dataset", str(tmp_path / "none")]
+    assert import_hf.main([str(folder), str(tmp_path / "less"), *flags]) == 1
+    assert "are not of the model that its config describes: left out" in capsys.readouterr().out
+    # And what failed at the text has left no tokenizer
+    assert not (tmp_path / "less" / "tokenizer.json").exists()
+
+
+def test_nothing_of_others_is_replaced(gpt2, smoke_checkpoint, text_flags, tmp_path, says, capsys):
+    beside = tmp_path / "out"
+    beside.mkdir()
+    tokenizer = beside / "tokenizer.json"
+    tokenizer.write_bytes(smoke_checkpoint.with_name("tokenizer.json").read_bytes() + b"\n")
+    before = tokenizer.read_bytes()
+    assert "tokenizer.json exists; pass --overwrite" in says(gpt2)
+    assert tokenizer.read_bytes() == before
+
+    original = tmp_path / "original"
+    shutil.copytree(gpt2, original)
+    assert export_hf.main([str(smoke_checkpoint), str(original), "--overwrite"]) == 1
+    assert "was not written by this tool" in capsys.readouterr().err
+    assert (original / "model.safetensors").read_bytes() == (
+        gpt2 / "model.safetensors"
+    ).read_bytes()
+
+
+def test_sizes_that_are_none_of_a_model(gpt2, tokenizer, tmp_path, says):
+    odd = build("gpt2", tmp_path / "odd", tokenizer, hidden_size=36)
+    assert "has heads of 9 dimensions" in says(odd)
+    config = json.loads((gpt2 / "config.json").read_text())
+    flat = tmp_path / "flat"
+    shutil.copytree(gpt2, flat)
+    (flat / "config.json").write_text(json.dumps(config | {"n_layer": 0}))
+    assert "has 0 layers, 4 heads" in says(flat)
+    empty = tmp_path / "empty"
+    shutil.copytree(gpt2, empty)
+    words = json.loads((empty / "tokenizer.json").read_text())
+    words["model"] |= {"vocab": {}, "merges": []}
+    (empty / "tokenizer.json").write_text(json.dumps(words | {"added_tokens": []}))
+    assert "it makes 0 tokens of 'The attention heads o'" in says(empty)
+    infinite = tmp_path / "infinite"
+    shutil.copytree(gpt2, infinite)
+    net = hf.AutoModelForCausalLM.from_pretrained(gpt2)
+    unseen = set(range(512)) - set(net_ids(infinite))
+    net.transformer.wte.weight.data[max(unseen), 0] = float("inf")
+    net.save_pretrained(infinite)
+    assert "holds NaN or infinity" in says(infinite)
+
+
+def net_ids(folder: Path) -> list[int]:
+    """The token ids that the import looks at."""
+    return import_hf.encode_probe("it", janus.read_tokenizer(folder / "tokenizer.json"))
+
+
+def test_training_goes_on_only_in_a_context_that_the_model_has(
+    gpt2, tokenizer, text_flags, tmp_path, capsys
+):
+    factors = [1.0, 1.5, 2.0, 3.0]
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": factors, "long_factor": [2 * factor for factor in factors]}
+    sizes = {"intermediate_size": 48, "num_key_value_heads": 2, "rope_parameters": rope}
+    long = build("llama", tmp_path / "long", tokenizer, **sizes)
+    mistral = {"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 20}
+    local = build("mistral", tmp_path / "local", tokenizer, **mistral)
+    cases = {"gpt2": (gpt2, 32, 48), "long": (long, 32, 48), "local": (local, 16, 65)}
+    for name, (folder, imported, wanted) in cases.items():
+        out = tmp_path / f"imported_{name}"
+        argv = [str(folder), str(out), "--seq_len", str(imported), *text_flags]
+        assert import_hf.main(argv) == 0
+        run = ["--init_from", str(out / "janus_pretrained_final.pt"), "--preset", "smoke"]
+        run += ["--seq_len", str(wanted), "--save_dir", str(tmp_path / "run"), *text_flags]
+        assert janus.main(run) == 1
+        assert f"--seq_len {wanted}: " in capsys.readouterr().err
+    # A window that was longer than the context of the import is still there in a longer one
+    model, _ = janus.load_checkpoint(out / "janus_pretrained_final.pt", CPU, False)
+    twin = janus.NewGPT(replace(model.cfg, seq_len=48))
+    twin.load_state_dict(model.state_dict())
+    idx = torch.randint(512, (1, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = hf.AutoModelForCausalLM.from_pretrained(local).eval()(idx).logits
+        found = twin.eval()(idx)[0]
+    assert (found - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max())
 
 
 def test_the_file_decides_whether_the_head_is_the_embedding(

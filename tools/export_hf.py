@@ -44,6 +44,7 @@ from janus_adaptive import (  # noqa: E402
 )
 
 TOLERANCE = 1e-4  # of the logits
+MADE_BY = "by tools/export_hf.py"  # by which this tool knows a folder of its own
 LICENCES = {  # of the text; the weights come under the licence of this code, as far as it allows
     "wikitext": "WikiText is extracted from Wikipedia: CC BY-SA 3.0 and GFDL.",
     "builtin": "`builtin` is documentation of Python and of open-source packages, "
@@ -121,11 +122,9 @@ def family_config(model: NewGPT, pretrained: dict[str, Any]) -> Any:
     if cfg.learned_positions:
         config.max_position_embeddings = cfg.seq_len
     # Where a norm had a bias, the matrix behind it has one now
-    for option, layers in {"attention_bias": {"qkv", "o"}, "mlp_bias": {"up", "down"}}.items():
+    for option, layers in FAMILIES[pretrained["family"]].bias_options.items():
         if getattr(config, option, None) is False:
-            setattr(config, option, bool(layers & set(cfg.biases)))
-    if getattr(config, "enable_bias", None) is False:  # of OPT, for all of them
-        config.enable_bias = bool({"qkv", "o", "up", "down"} & set(cfg.biases))
+            setattr(config, option, bool(set(layers) & set(cfg.biases)))
     return config
 
 
@@ -200,8 +199,12 @@ def put_linear(modules: list[Any], weight: Tensor, bias: Tensor | None) -> None:
         n_rows = module.weight.shape[1 if is_transposed else 0]
         rows = weight[first : first + n_rows]
         module.weight.copy_(rows.T if is_transposed else rows)
+        own = torch.zeros(n_rows) if bias is None else bias[first : first + n_rows]
         if module.bias is not None:
-            module.bias.copy_(0.0 * rows[:, 0] if bias is None else bias[first : first + n_rows])
+            module.bias.copy_(own)
+        elif own.any():
+            fact = f"a matrix {tuple(module.weight.shape)} of this family has no bias"
+            raise HandoffError(f"{fact}, NewGPT's has; expected an option in tools/families.py")
         first += n_rows
     assert first == len(weight), "all rows of it"
 
@@ -253,7 +256,7 @@ research on attention heads. {about_model}
 * Arm: `--pressure {pressure}` ({about_arm}).
 * Training data: {dataset} ({dataset_key}), {tokens}.
 * Validation loss: {val_loss:.4f} nats a token. One training seed ({seed}).
-* Made from `{checkpoint}`, sha256 {hash}, by tools/export_hf.py.
+* Made from `{checkpoint}`, sha256 {hash}, {made_by}.
 
 ## How sigma went
 
@@ -342,6 +345,7 @@ def model_card(path: Path, model: NewGPT, ckpt: dict[str, Any]) -> str:
         val_loss=last_validation_loss(rows),
         seed=ckpt["seed"],
         checkpoint=path.name,
+        made_by=MADE_BY,
         hash=sha256(path)[:16],
         telemetry=telemetry_table(rows),
         arguments=" ".join(flags),
@@ -355,7 +359,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return plain_tokenizer(Tokenizer.from_file(str(path)))
     except Exception as e:  # the library raises bare Exception
-        advice = "janus_adaptive.py writes it beside the checkpoint"
+        advice = "janus_adaptive.py and tools/import_hf.py write it beside the checkpoint"
         raise HandoffError(f"{path} cannot be read ({e}); {advice}") from None
 
 
@@ -424,8 +428,9 @@ def refuse_folder(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         advice = "pass --overwrite to replace it, or name another folder"
         raise HandoffError(f"{folder} exists; {advice}")
-    if not (folder / "config.json").is_file():
-        reason = "was not written by this tool (it has no config.json)"
+    card = folder / "README.md"
+    if not card.is_file() or MADE_BY not in card.read_text(encoding="utf-8", errors="replace"):
+        reason = f"was not written by this tool (no README.md says {MADE_BY!r})"
         raise HandoffError(f"{folder} {reason}; name another folder")
 
 

@@ -1,18 +1,22 @@
 """Where transformers keeps what NewGPT needs, family by family; tools/import_hf.py reads by it,
 tools/export_hf.py writes by it.
 
-A family more is an entry in FAMILIES: the names of its modules, where they are not Llama's. What
-only some models of a family do is read from the model itself, in tools/import_hf.py.
+A family more is an entry in FAMILIES: the names of its modules, where they are not Llama's, the
+options of its config that give them biases, and those that NewGPT does not compute; two cases in
+tests/test_families.py, and its name in README. What only some models of a family do is read from
+the model itself, in tools/import_hf.py: sizes, windows, frequencies, norms, scales of scores.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
+LLAMA_BIASES = {"attention_bias": ("qkv", "o"), "mlp_bias": ("up", "down")}
+
 
 @dataclass(frozen=True)
 class Family:
     """Names of transformers' modules; empty where the family has none. Those of a block are below
-    `block`. Several names are matrices whose rows NewGPT stacks."""
+    `block`. Several names are matrices whose rows NewGPT stacks, a gate's first."""
 
     embedding: str = "model.embed_tokens"
     positions: str = ""  # learned ones
@@ -37,9 +41,13 @@ class Family:
     norm_mlp_out: str = ""
     # What the modules do with their weights
     gated: bool = True
-    parallel: bool = False  # attention and MLP read the same residual stream
-    qkv_by_head: bool = False  # rows: q, k, v of the first head, then of the second, ...
+    # Attention and MLP read the same residual stream; a config's use_parallel_residual decides
+    parallel: bool = False
+    qkv_by_head: bool = False  # rows: q, k, v of the first head, then of the second, ...; all full
     gain_offset: float = 0.0  # a norm multiplies by this + weight
+    # Of the config: an option that gives modules a bias -> which of NewGPT's (GPTConfig.biases).
+    # A LayerNorm's bias is folded into what reads it, which must be able to have one
+    bias_options: dict[str, tuple[str, ...]] = field(default_factory=lambda: dict(LLAMA_BIASES))
     # Of the config: what NewGPT computes; another value is refused in these words
     needs: dict[str, tuple[bool, str]] = field(default_factory=dict)
 
@@ -121,6 +129,7 @@ FAMILIES = {  # model_type of the config -> Family
         up=("fc1",),
         down="fc2",
         gated=False,
+        bias_options={"enable_bias": ("qkv", "o", "up", "down")},
         needs={
             "do_layer_norm_before": (True, "norms after the residual sum"),
             "_remove_final_layer_norm": (False, "no last norm"),

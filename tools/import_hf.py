@@ -88,11 +88,25 @@ def family_of(name: str, config: Any) -> Family:
     if getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         fact = f"{name} projects its embeddings ({config.word_embed_proj_dim} dimensions"
         raise HandoffError(f"{fact} to {config.hidden_size}), which NewGPT does not compute")
+    need_sizes(name, config)
     activation = activation_name(config)
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise HandoffError(f"{name} has the activation {activation!r}, expected one of: {known}")
     return family
+
+
+def need_sizes(name: str, config: Any) -> None:
+    """Raises HandoffError if the numbers of layers and heads are none of a model."""
+    n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
+    n_kv = getattr(config, "num_key_value_heads", None) or n_heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // max(1, n_heads)
+    if n_layers < 1 or n_heads < 1 or n_heads % n_kv:
+        found = f"{n_layers} layers, {n_heads} heads and {n_kv} of keys and values"
+        raise HandoffError(f"{name} has {found}; expected at least one, and heads a multiple")
+    if d_head % 2:
+        fact = f"{name} has heads of {d_head} dimensions"
+        raise HandoffError(f"{fact}, which NewGPT does not compute; expected an even number")
 
 
 def activation_name(config: Any) -> str:
@@ -174,15 +188,14 @@ class Source:
         scale = getattr(module, f"{kind}_attention_scaling")
         return getattr(module, f"{kind}_inv_freq"), float(scale)
 
-    def windows(self, seq_len: int) -> tuple[int, ...]:
+    def windows(self) -> tuple[int, ...]:
         """How many tokens each layer sees [L], 0: all of the context."""
         windows = []
         of_all = getattr(self.config, "sliding_window", None)
         for layer in range(self.n_layers):
             attention = self.in_block(layer, self.family.attention)
             window = getattr(attention, "sliding_window", of_all) or 0
-            # A longer one hides nothing, but may have frequencies of its own
-            windows.append(window if window < seq_len or self.has_local_rotary() else 0)
+            windows.append(window)
         return tuple(windows) if any(windows) else ()
 
     def has_local_rotary(self) -> bool:
@@ -241,7 +254,7 @@ def newgpt_config(source: Source, seq_len: int, tied: bool) -> GPTConfig:
         tied=tied,
         centred=source.centred,
         embedding_scale=getattr(embedding, "scalar_embed_scale", 1.0),
-        windows=source.windows(seq_len),
+        windows=source.windows(),
         qk_norm=qk_norm,
         score_cap=getattr(config, "attn_logit_softcapping", None) or 0.0,
         logit_cap=getattr(config, "final_logit_softcapping", None) or 0.0,
@@ -490,7 +503,10 @@ def load_pretrained(name: str) -> tuple[Any, Any]:
         hf.utils.logging.disable_progress_bar()
         # Before the weights, which may be gigabytes
         family_of(shown, hf.AutoConfig.from_pretrained(name, **options))
-        model = hf.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+        model, loading = hf.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **options
+        )
+        need_all_weights(shown, loading)
         # Without a token for padding: transformers would give one an id of its own
         return model.eval(), hf.AutoTokenizer.from_pretrained(name, pad_token=None, **options)
 
@@ -504,6 +520,19 @@ def load_pretrained(name: str) -> tuple[Any, Any]:
     except Exception as e:  # transformers, gguf, tokenizers and safetensors raise many types
         problem = f"{shown} cannot be loaded as a decoder with a tokenizer"
         raise HandoffError(f"{problem}: {first_line(e, 140)}") from None
+
+
+def need_all_weights(name: str, loading: dict[str, Any]) -> None:
+    """Raises HandoffError if transformers made up a weight that the file lacks; says which ones of
+    the file it did not use."""
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        fact = f"{name} lacks {len(missing)} of the weights that its config asks for"
+        raise HandoffError(f"{fact} ({missing[0]}); expected all: are the two of one model?")
+    unused = sorted(loading["unexpected_keys"])
+    if unused:
+        which = f"{len(unused)} weights of the file ({unused[0]})"
+        print(f"note: {which} are not of the model that its config describes: left out")
 
 
 def choose_seq_len(wanted: int | None, longest: int, name: str) -> int:
@@ -524,11 +553,35 @@ def tokens_of(name: str, tokenizer: Any) -> Tokenizer:
     file = Path(name) / "tokenizer.json"
     if file.is_file():
         return read_tokenizer(file)
-    backend = plain_tokenizer(tokenizer.backend_tokenizer)
-    if not backend.encode(TEXT, add_special_tokens=False).ids:
-        fact = f"{name} has no tokenizer: it has no token for {TEXT[:21]!r}"
+    return plain_tokenizer(tokenizer.backend_tokenizer)
+
+
+def encode_probe(name: str, backend: Tokenizer) -> list[int]:
+    """Token ids of the probe text. Raises HandoffError if they are none to compare models on."""
+    try:
+        ids = backend.encode(TEXT, add_special_tokens=False).ids
+    except Exception as e:  # the library raises bare Exception
+        raise HandoffError(
+            f"the tokenizer of {name} cannot read a text: {first_line(e, 100)}"
+        ) from None
+    if len(ids) < 2:
+        fact = f"{name} has no tokenizer for a text: it makes {len(ids)} tokens of {TEXT[:21]!r}..."
         raise HandoffError(f"{fact}; expected tokenizer.json, or what transformers makes it from")
-    return backend
+    return ids
+
+
+def need_finite(name: str, net: Any) -> None:
+    """Raises HandoffError if a weight holds NaN or infinity, also where no text met it."""
+    for key, weight in net.state_dict().items():
+        if not weight.isfinite().all():
+            raise HandoffError(f"{name}: its weight {key} holds NaN or infinity; expected numbers")
+
+
+def rope_types(config: Any) -> set[str]:
+    """The rules by which a model rotates, of all kinds of its layers."""
+    rules = getattr(config, "rope_parameters", None) or {}
+    kinds = [rules, *(rule for rule in rules.values() if isinstance(rule, dict))]
+    return {kind["rope_type"] for kind in kinds if "rope_type" in kind}
 
 
 def bos_of(tokenizer: Any) -> int | None:
@@ -563,7 +616,7 @@ def save_imported(path: Path, model: NewGPT, facts: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     path = args.folder / "janus_pretrained_final.pt"
     vocabulary = args.folder / "tokenizer.json"
-    refuse_overwrite([path], args.overwrite)
+    refuse_overwrite([path, vocabulary], args.overwrite)
 
     # The weights, and the same numbers out
     net, tokenizer = load_pretrained(args.model)
@@ -572,16 +625,16 @@ def run(args: argparse.Namespace) -> int:
     seq_len = choose_seq_len(args.seq_len, net.config.max_position_embeddings, args.model)
     model = as_newgpt(net, seq_len)
     need_disk(args.folder, 4.2 * model.n_params()[0])  # float32
-    ids = backend.encode(TEXT, add_special_tokens=False).ids
-    ours, theirs = compare(args.model, model, net, ids)
+    ours, theirs = compare(args.model, model, net, encode_probe(args.model, backend))
+    need_finite(args.model, net)
 
     # The text that the later phases read, in this model's tokens
-    with atomic(vocabulary) as tmp:
-        backend.save(str(tmp))
     dataset = args.dataset
     if Path(dataset).exists():
         dataset = str(Path(dataset).resolve())
-    data = HFWikiTextLoader(dataset, str(vocabulary), seq_len, "train", args.cache_dir)
+    with atomic(vocabulary) as tmp:  # in its place once the text could be read with it
+        tmp.write_text(backend.to_str(pretty=True), encoding="utf-8")
+        data = HFWikiTextLoader(dataset, str(tmp), seq_len, "train", args.cache_dir)
 
     facts = {
         "arm": "pretrained",
@@ -597,6 +650,8 @@ def run(args: argparse.Namespace) -> int:
             "family": net.config.model_type,
             "config": net.config.to_json_string(),
             "special_tokens": special_tokens(tokenizer),
+            "longest": net.config.max_position_embeddings,
+            "length_dependent": "longrope" in rope_types(net.config),
         },
     }
     save_imported(path, model, facts)
