@@ -1507,7 +1507,7 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
     add = inputs.add_argument
     add("--dataset", default="wikitext-103-raw-v1", help=data)
     add("--tokenizer", default="auto", help=tokens)
-    add("--init_from", metavar="MODEL", help=init)
+    add("--init_from", type=model_name, metavar="MODEL", help=init)
     add_bos_flag(inputs)
     add("--resume", action="store_true", help=again)
     add("--redraw", nargs="+", metavar="CSV", help=redraw)
@@ -1639,6 +1639,13 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(f"--bos {args.bos} needs --init_from: a fresh model has no BOS token")
     if args.tokenizer.startswith("train:"):
         args.tokenizer = f"train:{trained_size(parser, args.tokenizer)}"
+
+
+def model_name(text: str) -> str:
+    """A name that is not empty: `--init_from "$MODEL"` must not train a fresh model."""
+    if not text:
+        raise argparse.ArgumentTypeError("'': expected a checkpoint, a hub name or a folder")
+    return text
 
 
 def trained_size(parser: argparse.ArgumentParser, tokenizer: str) -> int:

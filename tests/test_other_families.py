@@ -17,6 +17,9 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 
 import ablation_test
@@ -146,6 +149,43 @@ def test_pressed_gpt2_is_a_gpt2_again(gpt2, text_flags, tmp_path):
         assert block.attn.w_o.bias.mean().abs() <= 1e-6
     card = (exported / "README.md").read_text()
     assert "gpt2" in card and "adaptive arm, step 20" in card
+
+
+def test_a_special_token_that_no_embedding_has_is_not_exported(gpt2, tmp_path):
+    """transformers would add it to the exported tokenizer, with an id beyond the last row."""
+    folder = shutil.copytree(gpt2, tmp_path / "model")
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sep_token": "[NEVER]"}))
+    imported, exported = tmp_path / "imported", tmp_path / "exported"
+    assert import_hf.main([str(folder), str(imported), "--seq_len", "32"]) == 0
+    checkpoint = imported / "janus_pretrained_final.pt"
+    assert janus.load_checkpoint(checkpoint, CPU, False)[1]["pretrained"]["special_tokens"]
+    assert export_hf.main([str(checkpoint), str(exported)]) == 0
+    rows = hf.AutoConfig.from_pretrained(exported).vocab_size
+    assert len(hf.AutoTokenizer.from_pretrained(exported)) <= rows
+
+
+@pytest.mark.parametrize("name", ["bos_token", "cls_token"])
+def test_what_begins_a_text_is_found_whatever_it_is_called(name):
+    words = Tokenizer(WordLevel({"<s>": 0, "a": 1, "</s>": 2}, unk_token="a"))
+    fast = {name: "<s>", "unk_token": "a"}
+    plain = hf.PreTrainedTokenizerFast(tokenizer_object=words, **fast)
+    assert import_hf.bos_of(plain) is None
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    ends = hf.PreTrainedTokenizerFast(tokenizer_object=words, **fast)
+    assert import_hf.bos_of(ends) is None
+    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    begins = hf.PreTrainedTokenizerFast(tokenizer_object=words, **fast)
+    assert import_hf.bos_of(begins) == 0
+
+
+def test_an_empty_name_is_no_fresh_model(text_flags, tmp_path, capsys):
+    argv = ["--init_from", "", "--preset", "smoke", "--steps", "2", "--compile", "off"]
+    with pytest.raises(SystemExit) as stopped:
+        janus.main([*argv, "--save_dir", str(tmp_path / "run"), *text_flags])
+    assert stopped.value.code == 2
+    assert "--init_from: '': expected a checkpoint" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def readme_commands() -> list[list[str]]:

@@ -382,12 +382,15 @@ def save(folder: Path, model: NewGPT, tokenizer: Tokenizer, pretrained: dict[str
     net = family_model(model, pretrained) if pretrained else as_llama(model)
     net.generation_config = GenerationConfig(max_length=seq_len)
     net.save_pretrained(folder)
+    # transformers adds a special token that a tokenizer lacks, with an id that no embedding has
+    named = pretrained.get("special_tokens", {}).items()
+    special = {name: token for name, token in named if tokenizer.token_to_id(token) is not None}
     # Cleaning up would join " ." to ".", so that decoding gave another text than was encoded
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=seq_len,
         clean_up_tokenization_spaces=False,
-        **pretrained.get("special_tokens", {}),
+        **special,
     )
     fast.save_pretrained(folder)
 

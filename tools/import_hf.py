@@ -587,8 +587,9 @@ def rope_types(config: Any) -> set[str]:
 def bos_of(tokenizer: Any) -> int | None:
     """The token that begins every text of the model's tokenizer; None if none does."""
     ids = tokenizer("a").input_ids
-    begins_texts = ids[:1] == [tokenizer.bos_token_id]
-    return tokenizer.bos_token_id if begins_texts else None
+    letter = tokenizer("a", add_special_tokens=False).input_ids
+    # Compared, not looked up: what begins a text need not be called bos_token
+    return ids[0] if ids[:1] != letter[:1] else None
 
 
 def special_tokens(tokenizer: Any) -> dict[str, str]:
