@@ -13,7 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from harness import CPU, Calls, Row, autocast, bfloat16_is_fast, peer, race, rates, row, skip
+from harness import (
+    CPU,
+    Calls,
+    Row,
+    autocast,
+    bfloat16_is_fast,
+    peer,
+    race,
+    rates,
+    row,
+    seconds_of,
+    skip,
+)
 from torch import Tensor
 
 
@@ -216,24 +228,42 @@ def demo_model(options: argparse.Namespace, at: Any, n: int) -> tuple[Any, Text]
     return model, Text(torch.from_numpy(rows).view(-1, window))
 
 
-# Sequences that ours measures exactly in the race below; how many it then needs to first order
-# follows from the correlation of the two effects. Near the cheapest for correlations of .9 to .98
-N_EXACT = 8
+FEWEST_EXACT = 6  # sequences: a slope is fitted on them
 
 
-def variance_with(rho: np.ndarray, n_exact: int, n_linear: int) -> np.ndarray:
+def variance_with(rho: Any, n_exact: int, n_linear: int) -> Any:
     """Variance of a steadied mean over documents, in variances of one sequence: what the
-    first-order effect explains is averaged over n_linear sequences, the rest over n_exact."""
-    return rho**2 / n_linear + (1 - rho**2) / n_exact
+    first-order effect explains is averaged over n_linear sequences, the rest over n_exact. rho: the
+    correlation of both effects, of a head or an array."""
+    return rho**2 / n_linear + variance_of_rest(rho, n_exact)
+
+
+def variance_of_rest(rho: Any, n_exact: int) -> Any:
+    """What is left of it with endless first-order effects. The slope is an estimate, too: that of
+    two normal variables makes it 1 + 1 / (n - 3) times as large."""
+    return (1 - rho**2) / n_exact * (1 + 1 / (n_exact - 3))
 
 
 def n_linear_for(rho: float, n_plain: int, n_exact: int) -> int:
     """Sequences to first order that give the variance of a plain mean over n_plain; at most ten
     times n_plain."""
-    left = 1 / n_plain - (1 - rho**2) / n_exact  # variance that they may have
+    left = 1 / n_plain - variance_of_rest(rho, n_exact)  # variance that they may have
     if left <= rho**2 / (10 * n_plain):
         return 10 * n_plain
     return max(n_exact, math.ceil(rho**2 / left))
+
+
+def cheapest(rho: float, n_plain: int, cost_exact: float, cost_linear: float) -> tuple[int, int]:
+    """Sequences to measure exactly, and in all to first order, that give the variance of a plain
+    mean over n_plain for the least cost; the costs are those of as many sequences."""
+
+    def cost(sizes: tuple[int, int]) -> float:
+        n_exact, n_linear = sizes
+        # the exact ones know their first-order effects
+        return n_exact * cost_exact + (n_linear - n_exact) * cost_linear
+
+    possible = range(FEWEST_EXACT, n_plain + 1)
+    return min(((n, n_linear_for(rho, n_plain, n)) for n in possible), key=cost)
 
 
 def correlations(measured: dict[str, np.ndarray]) -> np.ndarray:
@@ -269,17 +299,20 @@ def equal_errors(options: argparse.Namespace, at: Any) -> list[Row]:
     def linear(windows: np.ndarray) -> dict[str, np.ndarray]:
         return at.measure(model, text, zeros, args, windows, *given, None, at.FIRST_ORDER)
 
+    # What ours needs for the standard error of the median head, by a pilot that is not counted
     windows = text.spread(n)
-    rho = correlations(exact(windows))  # [R], from a pilot whose time is not counted
-
-    # What ours needs for the standard error of the median head
-    n_linear = n_linear_for(float(np.median(rho)), n, N_EXACT)
+    rho = correlations(exact(windows))  # [R]
+    pilot = windows[: n // 2]
+    cost_exact = seconds_of(lambda: exact(pilot))
+    cost_linear = seconds_of(lambda: linear(pilot))
+    n_exact, n_linear = cheapest(float(np.median(rho)), n, cost_exact, cost_linear)
     to_first_order = text.spread(n_linear)
-    few = to_first_order[np.arange(N_EXACT) * n_linear // N_EXACT]  # spread over them
+    few = to_first_order[np.arange(n_exact) * n_linear // n_exact]  # spread over them
+    others = np.setdiff1d(to_first_order, few)
 
     def ours() -> None:
-        exact(few)
-        linear(to_first_order)
+        exact(few)  # with their first-order effects
+        linear(others)
 
     # Every head costs TransformerLens the same: one a layer stands for all
     heads = [(l, l % cfg.n_heads) for l in layers]

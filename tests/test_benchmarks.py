@@ -169,20 +169,34 @@ def test_the_step_measured_is_the_step_of_the_script(smoke_args, smoke_checkpoin
 
 
 def test_what_a_steadied_mean_needs_for_the_variance_of_a_plain_one():
-    """Against simulated effects of many documents; 20,000 experiments tell a variance to 1 %."""
+    """Against simulated effects of many documents, with a slope fitted on the exact ones; 20,000
+    experiments tell a variance to 1 %."""
     rng = np.random.default_rng(0)
-    rho, n_exact = 0.95, 8
+    rho, n_exact = 0.95, 10
     n_linear = race_ablation.n_linear_for(rho, n_plain=48, n_exact=n_exact)
     linear = rng.normal(size=(20_000, n_linear))
     exact = rho * linear + math.sqrt(1 - rho**2) * rng.normal(size=linear.shape)
-    rest = exact - rho * linear
-    means = rest[:, :n_exact].mean(1) + rho * linear.mean(1)
+    x, y = linear[:, :n_exact], exact[:, :n_exact]
+    x_centred = x - x.mean(1, keepdims=True)
+    slope = (x_centred * y).sum(1) / (x_centred**2).sum(1)
+    means = y.mean(1) + slope * (linear.mean(1) - x.mean(1))
     expected = race_ablation.variance_with(rho, n_exact, n_linear)
     assert means.var() == pytest.approx(expected, rel=0.04)
     # As sure as 48 plain sequences, and one sequence fewer would not do
     assert expected <= 1 / 48 < race_ablation.variance_with(rho, n_exact, n_linear - 1)
     # No number is enough where the exact ones alone are too few
     assert race_ablation.n_linear_for(0.3, n_plain=48, n_exact=8) == 480
+
+
+def test_the_cheapest_sizes_are_those_of_a_search_over_all():
+    for rho, ratio in ((0.9, 10.0), (0.98, 12.0), (0.98, 3.0), (0.5, 12.0)):
+        n_exact, n_linear = race_ablation.cheapest(rho, 48, ratio, 1.0)
+        found = n_exact * ratio + n_linear - n_exact
+        for other in range(race_ablation.FEWEST_EXACT, 49):
+            for many in range(other, 480):
+                if race_ablation.variance_with(rho, other, many) <= 1 / 48:
+                    assert found <= other * ratio + many - other
+                    break
 
 
 def test_coverage_is_judged_by_a_split_that_is_known_in_full():
