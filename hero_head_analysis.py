@@ -2456,16 +2456,28 @@ def does_it_stand_out(standing: Standing) -> str:
     stands_in = has_backup(standing)
     if standing.is_unique:
         return f"Yes, it is the unique hero: {comes_first}{follows}.{stands_in}"
-    but = f"in {percent(1 - standing.p_top1)} of resamples of the text another one leads"
+    but = f"{comes_first}, but {why_not(standing)}{follows}"
+    return f"Not shown to be a unique hero: {but}.{stands_in}"
+
+
+def why_not(standing: Standing) -> str:
+    """What keeps the first head from being a unique hero: the gravest that phase 4 found."""
+    summary = standing.summary
+    if not summary.get("base_loss", -math.inf) < summary.get("unigram_loss", math.inf):
+        return "the model does not beat word frequencies, so that none of its heads can be one"
+    if not standing.p_max_t < 0.05:
+        return "its impact cannot be told from 0"
     # Ahead in this text, whose first-order effects are all known, but not told to be in others
-    if summary.get("gap_lo", math.nan) > 0 >= summary.get("gap_elsewhere_lo", math.nan):
-        but = f"in other documents its lead is in {ends(summary, *ELSEWHERE)}, which leaves it open"
-    elif summary.get("gap_lo", math.nan) > 0 and summary.get("p_missed", 0.0) >= 0.05:
-        screen = (
-            f"the {summary['n_dropped']:.0f} that phase 4 dropped after {summary['n_screen']:.0f}"
+    leads_here = summary.get("gap_lo", math.nan) > 0
+    if leads_here and summary.get("gap_elsewhere_lo", math.nan) <= 0:
+        return (
+            f"in other documents its lead is in {ends(summary, *ELSEWHERE)}, which leaves it open"
         )
-        but = f"it is not ruled out that one of {screen} sequences is larger"
-    return f"Not shown to be a unique hero: {comes_first}, but {but}{follows}.{stands_in}"
+    if leads_here and summary.get("p_missed", 0.0) >= 0.05:
+        dropped = f"the {summary['n_dropped']:.0f} that phase 4 dropped"
+        few = f"{summary['n_screen']:.0f} sequences"
+        return f"it is not ruled out that one of {dropped} after {few} is larger"
+    return f"in {percent(1 - standing.p_top1)} of resamples of the text another one leads"
 
 
 ELSEWHERE = ("gap_elsewhere_lo", "gap_elsewhere_hi")  # columns of the summary

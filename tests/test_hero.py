@@ -1483,6 +1483,13 @@ def test_standing_out_is_what_phase_4_says():
     summary = pd.Series(gap | dropped | {"unique_hero": False})
     said = say(hero_tables.standing(p_top1=1.0, summary=summary))
     assert "not ruled out that one of the 254 that phase 4 dropped after 9 sequences" in said
+    # Far ahead, but of no use to a model that knows less than word frequencies
+    worse = dict(gap_lo=0.001, base_loss=9.03, unigram_loss=6.7, unique_hero=False)
+    said = say(hero_tables.standing(p_top1=1.0, summary=pd.Series(gap | worse)))
+    assert "comes first of 36 heads, but the model does not beat word frequencies" in said
+    assert "resamples" not in said
+    said = say(hero_tables.standing(p_top1=1.0, p_max_t=0.3))
+    assert "comes first of 36 heads, but its impact cannot be told from 0" in said
     for backup, says in (
         (
             "L2H3",
