@@ -290,7 +290,8 @@ def equal_errors(options: argparse.Namespace, at: Any) -> list[Row]:
     if not net:
         return []
     zeros = {l: torch.zeros(cfg.n_heads, cfg.d_head) for l in layers}
-    args = argparse.Namespace(seed=0, batch_size=16, resample_draws=0)
+    # As many sequences at once as TransformerLens gets
+    args = argparse.Namespace(seed=0, batch_size=n, resample_draws=0)
     given = (["zero"], layers, autocast(False))
 
     def exact(windows: np.ndarray) -> dict[str, np.ndarray]:
