@@ -454,7 +454,8 @@ def read_impacts(folder: Path) -> pd.DataFrame:
     """The heads of both arms in the mode that ranks them. Raises HandoffError if unreadable."""
     path = folder / "results_ablation.csv"
     try:
-        heads = csv_table(path)
+        # A name and a hash are text, though they may look like a number
+        heads = csv_table(path, {"checkpoint": str, "ckpt_sha": str})
         summary = csv_table(folder / "results_ablation_summary.csv")
         # One ablation ranks the heads, others are beside it
         ranked_by = summary.groupby("run")["ranked_by"].first()
