@@ -665,6 +665,8 @@ def run_facts(
         "run_name": args.run_name,
         "preset": ckpt["preset"],
         "arm": ckpt["arm"],
+        "step": ckpt.get("step"),
+        "initial": ckpt.get("initial"),
         "seed": args.seed,
         "checkpoint": args.model_path,
         "checkpoint_sha256": sha256(args.model_path),

@@ -11,7 +11,7 @@ Writes  saes/<run>/L<layer>/ (--unit layer), saes/<run>/L<layer>/H<head>/ (--uni
           cfg.json, sae_weights.safetensors   float32, folded: takes and gives raw activations
           training_state.pt                   for --resume
           ae.pt, config.json, sae.safetensors --arch topk: for dictionary_learning, eai-sparsify
-          training.csv, latent_frequencies.csv
+          training.csv, latent_frequencies.csv, errors.csv (a held-out document a row)
           sae_weights.safetensors.json        the sidecar: last, with all metrics
         saes/: sae_metrics.csv, table2.csv, table2.md, figure2_l0_by_depth.png and
         figure3_activation_frequency.png, of every finished SAE
@@ -46,6 +46,7 @@ import functools
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -79,7 +80,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from scipy import stats
+from scipy import optimize, stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -93,7 +94,7 @@ HELD_OUT = 0.05  # share of the windows, at least
 FIRING_TOKENS = 100_000  # at least, on which is counted how often latents fire: rare ones need many
 LEAST_DOCUMENTS = 16  # below, no interval over documents is right about 95 times in 100
 CE_GAP = 0.02  # nats; where ablation costs less, "CE recovered" divides noise by noise
-GROUP = ["run", "unit", "arch", "site", "layer"]  # what a row of table 2 stands for
+GROUP = ["run", "unit", "arch", "setting", "seed", "site", "layer"]  # what a row of table 2 is of
 # fmt: off
 PHASE_PRESETS: dict[str, dict[str, Any]] = {
     "full": dict(
@@ -469,8 +470,10 @@ class Trainer:
     sae: its Weights; scale, mean [D]: x = scale * (raw - mean)
     idle: [F] int64, tokens since each latent fired
     cut: [], moving average of Output.cut
-    history: a dict every 50 steps, the rows of training.csv
+    history: a dict every 50 steps, the rows of training.csv; board: a tensorboard for them
     """
+
+    board: Any = None
 
     def __init__(
         self,
@@ -538,19 +541,8 @@ class Trainer:
         if self.step_count == 1 and self.architecture.begin:
             self.architecture.begin(x, self.sae, self.now())
         mse, fired = self.gradients(x)
-
-        # what may move, and how far
         self.set_learning_rates()
-        if self.architecture.clip:
-            torch.nn.utils.clip_grad_norm_(self.params, CLIP / len(self.mean))
-        self.keep_decoder_gradient_on_sphere()
-        self.stop_resting_latents()
-
-        # Adam, and back to where weights are allowed
-        self.optimizer.step()
-        self.sae.W_dec /= self.sae.W_dec.norm(dim=1, keepdim=True)
-        if self.architecture.constrain:
-            self.architecture.constrain(self.sae)
+        self.move()
 
         # a latent that fired on any token of the batch is alive
         self.idle = torch.where(fired > 0, 0, self.idle + len(raw))
@@ -560,6 +552,19 @@ class Trainer:
         if self.step_count % 50 == 0 or self.step_count == self.args.steps:
             self.note_progress(mse, fired.sum() / len(raw))
 
+    def move(self) -> None:
+        """Follows the gradients, and brings weights back to where they are allowed."""
+        if self.args.null == "decoder":
+            self.sae.W_dec.grad.zero_()  # random directions as they were drawn
+        if self.architecture.clip:
+            torch.nn.utils.clip_grad_norm_(self.params, CLIP / len(self.mean))
+        self.keep_decoder_gradient_on_sphere()
+        self.stop_resting_latents()
+        self.optimizer.step()
+        self.sae.W_dec /= self.sae.W_dec.norm(dim=1, keepdim=True)
+        if self.architecture.constrain:
+            self.architecture.constrain(self.sae)
+
     def set_learning_rates(self) -> None:
         """Linear warm-up over --lr_warmup steps, linear fall to 0 over the last --lr_decay."""
         a = self.args
@@ -567,10 +572,15 @@ class Trainer:
         decay = 1.0
         if a.lr_decay:
             decay = (a.steps + 1 - self.step_count) / (a.lr_decay * a.steps)
+        self.set_rates(min(1.0, warmup, decay))
+
+    def set_rates(self, share: float) -> None:
+        """Of the peak rates."""
+        peak = self.args.learning_rate
         # the extra parameters of the architecture are the second group
-        rates = [a.learning_rate, self.architecture.extra_rate * a.learning_rate]
+        rates = [peak, self.architecture.extra_rate * peak]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
-            group["lr"] = rate * min(1.0, warmup, decay)
+            group["lr"] = rate * share
 
     def keep_decoder_gradient_on_sphere(self) -> None:
         """Takes out what would only change the norm of W_dec's rows."""
@@ -605,6 +615,11 @@ class Trainer:
             "threshold": self.cut.item(),
         }
         self.history.append(row)
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, self.step_count)
+            self.board.add_histogram("tokens since a latent fired", self.idle, self.step_count)
+            self.board.flush()
 
     def weights(self, scale: float = 1.0, mean: Tensor | float = 0.0) -> dict[str, Tensor]:
         """The weights under the names of the export, W_enc [D, F]. With the trainer's scale and
@@ -1191,6 +1206,7 @@ class Dump:
         self.array = whole[:, self.columns]
         self.hold_out(self.read_documents())
         self.pool: tuple[Any, Tensor] = (None, torch.empty(0))  # the last one, and what it is
+        self.found: tuple[Tensor, float] | None = None  # its moments
 
     def read_documents(self) -> np.ndarray:
         """Number of the document of each token [W, T]. HandoffError if they are not known, as in a
@@ -1288,7 +1304,14 @@ class Dump:
 
     def moments(self) -> tuple[Tensor, float]:
         """Mean [D] and E||raw - mean|| of the training rows, the latter from a sample of them.
-        Reads every row that is used once, so that a bad one is found before training."""
+        Reads every row that is used once, so that a bad one is found before training; remembers
+        what it found."""
+        if self.found is None:
+            self.found = self.measure()
+        return self.found
+
+    def measure(self) -> tuple[Tensor, float]:
+        """The moments, anew."""
         total = torch.zeros(self.array.shape[1], dtype=torch.float64)
         for rows in self.windows(self.trained):
             total += rows.sum(0, dtype=torch.float64)
@@ -1342,6 +1365,35 @@ class Dump:
         return pool[torch.from_numpy(order)]
 
 
+class GaussianDump(Dump):
+    """Rows of the normal distribution that has mean and covariance of a dump's training rows, in
+    its windows and documents: what an SAE makes of them, low rank alone explains."""
+
+    def __init__(self, dump: Dump) -> None:
+        vars(self).update(vars(dump))
+        self.pool = (None, torch.empty(0))
+        self.found = None
+        self.centre, _ = dump.moments()  # [D]
+        covariance = torch.zeros(len(self.centre), len(self.centre), dtype=torch.float64)
+        for rows in dump.windows(dump.trained):
+            x = rows - self.centre  # [n, D]
+            covariance += x.T @ x / dump.n_train
+        variances, axes = torch.linalg.eigh(covariance)  # [D], [D, D]
+        self.root = (axes * variances.clamp(min=0).sqrt()).T.float()  # [D, D]
+        self.dtype = dump.rows(np.arange(1)).dtype
+
+    def rows(self, numbers: np.ndarray) -> Tensor:
+        """These rows [n, D]: each the same whenever it is asked for."""
+        blocks, place = np.unique(numbers // BLOCK, return_inverse=True)
+        drawn = []
+        for block in blocks:
+            generator = torch.Generator().manual_seed(int(block))
+            drawn.append(torch.randn(BLOCK, len(self.centre), generator=generator))
+        chosen = torch.from_numpy(place * BLOCK + numbers % BLOCK)
+        normal = torch.cat(drawn)[chosen]  # [n, D]
+        return (self.centre + normal @ self.root).to(self.dtype)
+
+
 # ---- measures, all of raw activations
 def ratio_interval(
     name: str, top: np.ndarray, bottom: np.ndarray | float, documents: np.ndarray
@@ -1364,8 +1416,11 @@ def ratio_interval(
 
 
 @torch.no_grad()
-def evaluate(sae: SparseAutoencoder, dump: Dump, chosen: np.ndarray) -> dict[str, Any]:
-    """L0 and reconstruction error on the windows `chosen`."""
+def evaluate(
+    sae: SparseAutoencoder, dump: Dump, chosen: np.ndarray
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """L0 and reconstruction error on the windows `chosen`; and the sums of each document, of the
+    squared error and of the squared distance from the mean."""
     device = sae.weights["W_dec"].device
     total = torch.zeros(dump.array.shape[1], dtype=torch.float64)
     for rows in dump.windows(chosen):
@@ -1394,7 +1449,8 @@ def evaluate(sae: SparseAutoencoder, dump: Dump, chosen: np.ndarray) -> dict[str
     metrics["n_documents"] = len(np.unique(documents))
     metrics["n_windows"] = len(l0)
     metrics["n_rows"] = l0.size
-    return metrics
+    sums = {"document": documents, "error": error.sum(1), "variance": variance.sum(1)}
+    return metrics, pd.DataFrame(sums).groupby("document", as_index=False).sum()
 
 
 @torch.no_grad()
@@ -1427,49 +1483,61 @@ def spliced(
 
 
 @torch.no_grad()
-def ce_recovered(
+def losses_with(
     model: NewGPT,
-    sae: SparseAutoencoder,
+    saes: list[SparseAutoencoder],
     dump: Dump,
     tokens: np.ndarray,
     mean: Tensor,
     chosen: np.ndarray,
-) -> dict[str, Any]:
-    """What the model loses (nats a token) when the reconstruction replaces the activation, against
-    zero and mean ablation, on the windows `chosen`.
-
-    recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean); KL is KL(clean || edited). Float32;
-    `mean` [D] is that of the training rows.
-    """
+) -> dict[str, EditedLoss]:
+    """What the model loses on the windows `chosen` as it is ("clean"), with the activation at zero
+    or at its `mean` [D] over the training rows ("zero", "mean"), and with the reconstruction of
+    each SAE in its place ("sae0", "sae1", ...). Float32."""
     edits: dict[str, Callable[[Tensor], Tensor]] = {
         "clean": lambda raw: raw,
-        "sae": lambda raw: sae.decode(sae.encode(raw)),
         "zero": torch.zeros_like,
         "mean": lambda raw: 0 * raw + mean,
     }
-    ce: dict[str, list[float]] = {name: [] for name in edits}  # by window
-    kl: dict[str, list[float]] = {name: [] for name in edits}
+    for i, sae in enumerate(saes):
+        edits[f"sae{i}"] = functools.partial(reconstruct, sae)
+    losses = {name: EditedLoss([], []) for name in edits}
     at_once = max(1, (1 << 24) // (dump.seq_len * model.cfg.vocab_size))
     for i in range(0, len(chosen), at_once):
         starts = [w * dump.seq_len for w in chosen[i : i + at_once]]
         windows = np.stack([tokens[start : start + dump.seq_len] for start in starts])
         idx = torch.from_numpy(windows.astype(np.int64)).to(mean.device)  # [B, T]
         for name, loss in edited_losses(model, dump, idx, edits).items():
-            ce[name] += loss.ce
-            kl[name] += loss.kl
+            losses[name].ce.extend(loss.ce)
+            losses[name].kl.extend(loss.kl)
+    return losses
 
-    losses = {name: np.array(values) for name, values in ce.items()}  # [W] each
-    metrics: dict[str, Any] = {f"ce_{name}": losses[name].mean() for name in edits}
+
+def reconstruct(sae: SparseAutoencoder, raw: Tensor) -> Tensor:
+    """raw [N, D] through the SAE and back."""
+    return sae.decode(sae.encode(raw))
+
+
+def ce_recovered(
+    losses: dict[str, EditedLoss], sae: str, documents: np.ndarray
+) -> dict[str, float | bool]:
+    """How much of the loss the SAE named `sae` in losses_with keeps, against zero and mean
+    ablation; `documents` [W] of its windows.
+
+    recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean); KL is KL(clean || edited).
+    """
+    names = {"clean": "clean", "sae": sae, "zero": "zero", "mean": "mean"}
+    ce = {name: np.array(losses[key].ce) for name, key in names.items()}  # [W] each
+    metrics: dict[str, Any] = {f"ce_{name}": ce[name].mean() for name in names}
     for name in ("sae", "zero", "mean"):
-        metrics[f"kl_{name}"] = np.mean(kl[name])
-    documents = dump.documents[chosen]  # [W]
+        metrics[f"kl_{name}"] = np.mean(losses[names[name]].kl)
     for base in ("zero", "mean"):
-        kept = losses[base] - losses["sae"]
-        lost = losses[base] - losses["clean"]
+        kept = ce[base] - ce["sae"]
+        lost = ce[base] - ce["clean"]
         metrics |= ratio_interval(f"ce_recovered_{base}", kept, lost, documents)
     metrics["ce_informative"] = bool(metrics["ce_mean"] - metrics["ce_clean"] >= CE_GAP)
     metrics["n_ce_documents"] = len(np.unique(documents))
-    metrics["n_ce_windows"] = len(chosen)
+    metrics["n_ce_windows"] = len(documents)
     return metrics
 
 
@@ -1510,7 +1578,67 @@ def on_columns(edit: Callable[[Tensor], Tensor], columns: slice) -> Callable[[Te
     return replace
 
 
+# ---- the last steps, on what the model makes of the reconstruction
+FINISH_RATE = 0.1  # learning rate at their start, over that of training
+
+
+def finish_on_kl(trainer: Trainer, dump: Dump, origin: Origin) -> None:
+    """Trains on --finish_kl more tokens with the model in the loop: the reconstruction takes the
+    place of the activation, and KL(model || spliced) at every token is added to the loss of the
+    architecture, weighed to be as large (Karvonen 2025, arXiv 2503.17272).
+
+    In float32 by autograd, at a rate that falls from FINISH_RATE of the training's to 0; the model
+    is held. On windows of the training documents.
+    """
+    a = trainer.args
+    n_windows = max(1, a.batch_size // dump.seq_len)  # a step
+    n_steps = math.ceil(a.finish_kl / (n_windows * dump.seq_len))
+    rng = np.random.default_rng([a.seed % 2**32, n_steps])
+    for step in tqdm(range(n_steps), "finish", unit="step", disable=None):
+        chosen = np.sort(rng.choice(dump.trained, n_windows))
+        places = chosen[:, None] * dump.seq_len + np.arange(dump.seq_len)  # [W, T]
+        idx = torch.from_numpy(origin.tokens[places].astype(np.int64)).to(trainer.mean.device)
+        left = 1 - step / n_steps
+        trainer.set_rates(FINISH_RATE * left)
+        for name, gradient in kl_gradients(trainer, dump, origin.model, idx).items():
+            getattr(trainer.sae, name).grad = gradient
+        trainer.move()
+
+
+def kl_gradients(trainer: Trainer, dump: Dump, model: NewGPT, idx: Tensor) -> dict[str, Tensor]:
+    """Gradients by the SAE's weights of KL(model || spliced) + the loss of the architecture, on
+    idx [B, T]."""
+    leaves = {name: w.detach().requires_grad_() for name, w in vars(trainer.sae).items()}
+    outputs: list[Output] = []
+
+    def replace(raw: Tensor) -> Tensor:  # [B, T, D]
+        x = (raw.flatten(0, 1) - trainer.mean) * trainer.scale  # [N, D], trained units
+        outputs.append(trainer.architecture.forward(x, Weights(**leaves), trainer.now()))
+        return (outputs[-1].reconstruction / trainer.scale + trainer.mean).view_as(raw)
+
+    with torch.no_grad():
+        resid = model.run_blocks(model.embed(idx), 0, dump.layer)  # [B, T, D]
+        clean = spliced(model, resid, dump.layer, dump.site, lambda z: z).log_softmax(-1)
+    logits = spliced(model, resid, dump.layer, dump.site, on_columns(replace, dump.columns))
+    kl = (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1).mean()
+    own = outputs[0].loss
+    # as large as the loss that Adam remembers
+    weight = own.detach() / kl.detach().clamp(min=1e-9)
+    loss = own + weight * kl
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))
+
+
 # ---- what there is to do
+# A flag that takes several values -> the argument that has one of them, and how its folder begins
+VARIED = {
+    "k": ("k", "k"),
+    "target_l0": ("target_l0", "l0_"),
+    "l1": ("l1", "l1_"),
+    "seeds": ("seed", "seed"),
+}
+
+
 class Origin(NamedTuple):
     """Where a dump comes from."""
 
@@ -1554,6 +1682,7 @@ MAY_DIFFER = [
     "save_dir", "save_interval", "tensorboard", "overwrite", "resume", "redraw", "cache_dir",
     "device", "threads", "int8",  # dtype says int8, too
     "preset", "tokens", "epochs",  # the sizes and steps that they stand for are there
+    "nulls",  # whether there are others beside it
 ]
 # fmt: on
 
@@ -1612,18 +1741,45 @@ def dumped_layers(folder: Path, site: str) -> list[int]:
     return sorted(layers)
 
 
-def jobs_of_layer(args: argparse.Namespace, folder: Path, layer: int) -> list[Job]:
-    """One job, or one a head."""
-    dump = Dump(folder, layer, args.site)
+def jobs_of_layer(args: argparse.Namespace, dumps: Path, layer: int) -> list[Job]:
+    """One job, or one a head; of each as many as `variants` asks for, and its nulls."""
+    dump = Dump(dumps, layer, args.site)
     name = f"L{layer}" if args.site == "z" else f"L{layer}.{args.site}"
     out = args.save_dir / dump.run / name
-    if args.unit == "layer":
-        return [Job(fill_in(args, dump), dump, out)]
+    places = {out: dump}
+    if args.unit == "head":
+        heads = range(dump.array.shape[1] // dump.d_head)
+        places = {out / f"H{head}": Dump(dumps, layer, args.site, head) for head in heads}
     jobs = []
-    for head in range(dump.array.shape[1] // dump.d_head):
-        part = Dump(folder, layer, args.site, head)
-        jobs.append(Job(fill_in(args, part), part, out / f"H{head}"))
+    for place, part in places.items():
+        trained_on = {"": part}
+        if args.nulls:
+            trained_on |= {"gaussian": GaussianDump(part), "decoder": part}
+        for below, chosen in variants(args):
+            for null, rows in trained_on.items():
+                filled = fill_in(chosen, rows)
+                filled.null = null
+                folder = place / below
+                if null:
+                    folder /= f"null_{null}"
+                jobs.append(Job(filled, rows, folder))
     return jobs
+
+
+def variants(args: argparse.Namespace) -> Iterator[tuple[Path, argparse.Namespace]]:
+    """Every combination of the values of VARIED, as arguments with one value each, and the folder
+    of its SAE: below the layer's, named by the flags that have several values."""
+    given = {flag: values for flag, values in vars(args).items() if flag in VARIED and values}
+    for values in itertools.product(*given.values()):
+        chosen = argparse.Namespace(**vars(args))
+        below = Path()
+        for flag, value in zip(given, values, strict=True):
+            delattr(chosen, flag)
+            argument, start = VARIED[flag]
+            setattr(chosen, argument, value)
+            if len(given[flag]) > 1:
+                below /= f"{start}{value:g}"
+        yield below, chosen
 
 
 def fill_in(args: argparse.Namespace, dump: Dump) -> argparse.Namespace:
@@ -1642,6 +1798,7 @@ def fill_in(args: argparse.Namespace, dump: Dump) -> argparse.Namespace:
     flag = ARCHITECTURES[a.arch].l0_flag
     if flag and flag not in a:  # --target_l0, which no preset has
         setattr(a, flag, a.k)
+    a.null = ""
     return a
 
 
@@ -1742,44 +1899,53 @@ def held_out_of(dump: Dump) -> str:
     return f"held out: {windows} of {text}, and {beside:,} windows that share one are not used"
 
 
-# ---- one SAE
-def run_training(job: Job, device: torch.device, stop: list[int]) -> Trainer | None:
-    """Trains one SAE, or goes on with it; None if it is finished already, or if a signal (in
-    `stop`) ended it."""
-    a, dump = job.args, job.dump
-    folder = job.folder
+# ---- the SAEs of a dump
+def groups_of(jobs: list[Job]) -> list[list[Job]]:
+    """Jobs that are trained on the same batches, and so together."""
+    groups: dict[Any, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((id(job.dump), job.args.seed), []).append(job)
+    return list(groups.values())
+
+
+def train_group(group: list[Job], device: torch.device, stop: list[int]) -> list[Trainer | None]:
+    """Trains the SAEs of a group, or goes on with them -> a trainer each, None where it is finished
+    already. A signal (in `stop`) ends it after the step."""
+    a, dump = group[0].args, group[0].dump
+    trainers = [begin(job, device) for job in group]
+    busy = [(job, trainer) for job, trainer in zip(group, trainers, strict=True) if trainer]
+    done = min((trainer.step_count for _, trainer in busy), default=a.steps)
+    folder = group[0].folder
+    name = "/".join(folder.parts[-3:]) + (f" and {len(busy) - 1} more" if len(busy) > 1 else "")
+    steps = range(done, a.steps)
+    for step in tqdm(steps, name, initial=done, total=a.steps, unit="step", disable=None):
+        raw = dump.batch(step, a.batch_size, a.seed)
+        is_saved = (step + 1) % a.save_interval == 0 or step + 1 == a.steps
+        for _, trainer in busy:
+            if trainer.step_count == step:  # not if it was stopped later than the others
+                trainer.step(raw)
+        if stop or is_saved:
+            for job, trainer in busy:
+                save_sae(job, trainer)
+        if stop:
+            break
+    return trainers
+
+
+def begin(job: Job, device: torch.device) -> Trainer | None:
+    """A new trainer, or as training_state.pt left it; None if the SAE is finished."""
+    a, folder = job.args, job.folder
     trainer = resume_sae(job, device) if a.resume else None
     if trainer is None:
-        mean, norm = dump.moments()
+        mean, norm = job.dump.moments()
         trainer = Trainer(a, mean, norm, device, a.plain)
     if trainer.step_count >= a.steps and sidecar_path(folder / WEIGHTS).exists():
         print(f"{folder} is finished; there is nothing to resume")
         return None
-    board = None
     if a.tensorboard:
         module = import_module("torch.utils.tensorboard")
-        board = module.SummaryWriter(str(folder / "tensorboard"))
-    done = trainer.step_count
-    name = "/".join(folder.parts[-3:])  # run, layer, head
-    steps = range(done, a.steps)
-    for step in tqdm(steps, name, initial=done, total=a.steps, unit="step", disable=None):
-        trainer.step(dump.batch(step, a.batch_size, a.seed))
-        # the history has a row every 50 steps
-        if board and trainer.history and trainer.history[-1]["step"] == step + 1:
-            show_progress(board, trainer)
-        if stop or (step + 1) % a.save_interval == 0 or step + 1 == a.steps:
-            save_sae(job, trainer)
-        if stop:
-            return None
+        trainer.board = module.SummaryWriter(str(folder / "tensorboard"))
     return trainer
-
-
-def show_progress(board: Any, trainer: Trainer) -> None:
-    """The last row of the history in tensorboard."""
-    for name, value in trainer.history[-1].items():
-        board.add_scalar(name, value, trainer.step_count)
-    board.add_histogram("tokens since a latent fired", trainer.idle, trainer.step_count)
-    board.flush()
 
 
 def save_sae(job: Job, trainer: Trainer) -> None:
@@ -1919,44 +2085,95 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.history = state["history"]
 
 
-def finish_sae(job: Job, trainer: Trainer, origin: Origin | None) -> str:
-    """Reads the export back, compares it with what was trained, measures it, writes the sidecar ->
-    one line for the user."""
+def finish_group(
+    group: list[Job], trainers: list[Trainer | None], origin: Origin | None
+) -> Iterator[str]:
+    """Reads each export back, compares it with what was trained, measures it, writes the sidecar ->
+    a line each for the user."""
+    finished = [(job, t) for job, t in zip(group, trainers, strict=True) if t]
+    if not finished:
+        return
+    job, trainer = finished[0]
+    dump = job.dump
+    if isinstance(dump, GaussianDump):  # whose rows are no model's
+        origin = None
+    few = dump.evaluation(job.args.eval_tokens // 6)
+    documents = dump.documents[few]
+
+    def losses_now(saes: list[SparseAutoencoder]) -> dict[str, EditedLoss]:
+        return losses_with(origin.model, saes, dump, origin.tokens, trainer.mean, few)
+
+    saes = [load_sae(job.folder, trainer.mean.device) for job, _ in finished]
+    before: dict[str, EditedLoss] = {}
+    if job.args.finish_kl and origin:
+        before = losses_now(saes)
+        for job, trainer in finished:
+            finish_on_kl(trainer, dump, origin)
+            save_sae(job, trainer)
+        saes = [load_sae(job.folder, trainer.mean.device) for job, _ in finished]
+    losses = losses_now(saes) if origin else {}
+    for i, ((job, trainer), sae) in enumerate(zip(finished, saes, strict=True)):
+        chosen = dump.evaluation(job.args.eval_tokens)
+        check_export(job, trainer, sae, next(dump.windows(chosen)))
+        metrics, errors = evaluate(sae, dump, chosen)
+        write_csv(job.folder / "errors.csv", errors)
+        metrics |= count_firings_of(job, trainer, sae)
+        if losses:
+            metrics |= ce_recovered(losses, f"sae{i}", documents)
+        if before:
+            metrics |= finish_gain(before, losses, f"sae{i}", documents)
+        facts = names_of(job) | facts_of(job, trainer)
+        inputs = [dump.path, dump.path.with_name("documents.npy")]
+        write_sidecar(job.folder / WEIGHTS, SAE_SCHEMA, inputs, **facts, metrics=metrics)
+        yield summary(job, metrics)
+
+
+def finish_gain(
+    before: dict[str, EditedLoss], after: dict[str, EditedLoss], sae: str, documents: np.ndarray
+) -> dict[str, float]:
+    """What --finish_kl changed: the KL that is left of what it was, and by how much more of the
+    loss is recovered, against mean ablation."""
+    was, now = before[sae], after[sae]
+    won = np.array(was.ce) - np.array(now.ce)  # [W]
+    lost = np.array(after["mean"].ce) - np.array(after["clean"].ce)
+    metrics = ratio_interval("finish_kl_left", np.array(now.kl), np.array(was.kl), documents)
+    return metrics | ratio_interval("finish_ce_recovered", won, lost, documents)
+
+
+def names_of(job: Job) -> dict[str, Any]:
+    """Which SAE it is, in the columns that all tables have."""
     a, dump = job.args, job.dump
-    folder = job.folder
-    sae = load_sae(folder, trainer.mean.device)
-    chosen = dump.evaluation(a.eval_tokens)
-    check_export(job, trainer, sae, next(dump.windows(chosen)))
-    metrics = evaluate(sae, dump, chosen)
-    everywhere = dump.mixture(FIRING_TOKENS)
-    fired = count_on_windows(sae, dump, everywhere)  # [F]
-    n_rows = len(everywhere) * dump.seq_len
-    metrics["dead_share"] = float((fired == 0).mean())
-    metrics["dead_share_tokens"] = n_rows
-    metrics["dead_share_window"] = trainer.history[-1]["dead_share"]
-    if origin:
-        few = dump.evaluation(a.eval_tokens // 6)
-        metrics |= ce_recovered(origin.model, sae, dump, origin.tokens, trainer.mean, few)
-    # which SAE it is, in the columns that all tables have
-    names = {
+    return {
         "run": dump.run,
         "unit": a.unit,
         "arch": a.arch,
         "site": dump.site,
         "layer": dump.layer,
         "head": dump.head,
+        "null": a.null,
     }
+
+
+def count_firings_of(job: Job, trainer: Trainer, sae: SparseAutoencoder) -> dict[str, Any]:
+    """How often its latents fire, on windows of all documents -> latent_frequencies.csv, and the
+    shares that are dead."""
+    dump = job.dump
+    everywhere = dump.mixture(FIRING_TOKENS)
+    fired = count_on_windows(sae, dump, everywhere)  # [F]
+    n_rows = len(everywhere) * dump.seq_len
     latents = {
         "latent": np.arange(len(fired)),
         "n_fired": fired,
         "n_rows": n_rows,
         "frequency": fired / n_rows,
     }
-    write_csv(folder / "latent_frequencies.csv", pd.DataFrame(names | latents))
-    facts = names | facts_of(job, trainer)
-    inputs = [dump.path, dump.path.with_name("documents.npy")]
-    write_sidecar(folder / WEIGHTS, SAE_SCHEMA, inputs, **facts, metrics=metrics)
-    return summary(job, metrics)
+    frame = pd.DataFrame(names_of(job) | latents)
+    write_csv(job.folder / "latent_frequencies.csv", frame)
+    return {
+        "dead_share": float((fired == 0).mean()),
+        "dead_share_tokens": n_rows,
+        "dead_share_window": trainer.history[-1]["dead_share"],
+    }
 
 
 @torch.no_grad()
@@ -1984,7 +2201,7 @@ def facts_of(job: Job, trainer: Trainer) -> dict[str, Any]:
     """What the sidecar says of an SAE beside its names and metrics."""
     a, dump = job.args, job.dump
     inherited = ["checkpoint", "checkpoint_sha256", "arm", "seq_len", "n_heads", "d_head"]
-    inherited += ["tokenizer_hash", "dataset", "split", "windows", "bos"]
+    inherited += ["tokenizer_hash", "dataset", "split", "windows", "bos", "step", "initial"]
     facts = {key: dump.side.get(key) for key in inherited}
     mean = np.asarray(dump.side["mean"], float)[dump.columns]  # [D]
     variance = np.asarray(dump.side["variance"], float)[dump.columns]
@@ -2028,8 +2245,8 @@ def summary(job: Job, metrics: dict[str, Any]) -> str:
 # ---- all of them
 def collect_metrics(save_dir: Path) -> None:
     """sae_metrics.csv: one row for every finished SAE under save_dir."""
-    columns = [*GROUP, "head", "arm", "split", "seed", "k", "d_in", "d_sae", "steps", "tokens"]
-    columns += ["gamma", "n_train"]
+    columns = ["run", "unit", "arch", "site", "layer", "head", "arm", "split", "seed", "k", "d_in"]
+    columns += ["d_sae", "steps", "tokens", "gamma", "n_train"]
     rows = []
     remedy = "python train_sae.py --overwrite"
     for side in sorted(save_dir.glob(f"*/L*/**/{WEIGHTS}.json")):
@@ -2040,18 +2257,152 @@ def collect_metrics(save_dir: Path) -> None:
                 print(f"{fact} of its dump, not documents; train it anew with --overwrite")
                 continue
             row = {column: record[column] for column in columns}
+            row["setting"] = setting_of(record)
+            row["null"] = record.get("null", "")
+            row["step"], row["initial"] = record.get("step"), record.get("initial")
             row["folder"] = side.parent.relative_to(save_dir).as_posix()
             rows.append(row | record["metrics"])
     if not rows:
         raise HandoffError(f"{save_dir} has no SAE to report; make one with: {remedy}")
-    frame = pd.DataFrame(rows).sort_values([*GROUP, "head"])
+    frame = pd.DataFrame(rows).sort_values([*GROUP, "head", "null"])
     for column in ("ce_recovered_zero", "ce_recovered_mean", "kl_sae"):
         if column not in frame:  # no model was there
             frame[column] = math.nan
-    path = save_dir / "sae_metrics.csv"
-    write_csv(path, frame)
+    # a run that others began with is their null
+    begun = frame.loc[(frame["step"] != 0) & frame["initial"].notna(), "initial"]
+    frame.loc[(frame["step"] == 0) & frame["initial"].isin(begun), "null"] = "untrained"
+    nulls = frame[frame["null"] != ""]
+    frame = add_gains(frame[frame["null"] == ""], nulls, save_dir)
     sidecars = [save_dir / folder / f"{WEIGHTS}.json" for folder in frame["folder"]]
-    write_sidecar(path, "janus.sae_metrics/1", sidecars)
+    tables = {"sae_metrics.csv": frame.drop(columns="null")}
+    if len(nulls):
+        tables["sae_nulls.csv"] = nulls
+    seeds = stability_over_seeds(save_dir, frame)
+    if len(seeds):
+        tables["seed_stability.csv"] = seeds
+    for name, table in tables.items():
+        write_csv(save_dir / name, table)
+        write_sidecar(save_dir / name, "janus.sae_metrics/1", sidecars)
+
+
+def add_gains(frame: pd.DataFrame, nulls: pd.DataFrame, save_dir: Path) -> pd.DataFrame:
+    """Adds the gain of every SAE over each of its nulls, as columns gain_<null>, _lo and _hi."""
+    like = ["unit", "arch", "setting", "seed", "site", "layer", "head"]
+    frame = frame.copy()
+    for _, null in nulls.iterrows():
+        # the untrained model is a run of its own
+        same = [*like, "initial" if null["null"] == "untrained" else "run"]
+        is_its = (frame[same] == null[same]) | (frame[same].isna() & null[same].isna())
+        for index in frame.index[is_its.all(axis=1)]:
+            trained = read_errors(save_dir / frame.loc[index, "folder"])
+            value, low, high = gain(trained, read_errors(save_dir / null["folder"]))
+            name = f"gain_{null['null']}"
+            frame.loc[index, [name, f"{name}_lo", f"{name}_hi"]] = value, low, high
+    return frame
+
+
+def gain(trained: pd.DataFrame, null: pd.DataFrame) -> tuple[float, float, float]:
+    """1 - FVU / FVU of a null, from the errors.csv of both, and its 95 % interval over documents:
+    NaN below 16 of them, or where they are not the same.
+
+    Of the logarithm of the ratio, linearised document by document, so that what makes a document
+    easy for both cancels; as far as bootstrap-t or Student's t reaches, whichever is further.
+    """
+    value = 1 - fvu_of(trained) / fvu_of(null)
+    n = len(trained)
+    if n < LEAST_DOCUMENTS or list(trained["document"]) != list(null["document"]):
+        return value, math.nan, math.nan
+    pull = share_of_sum(trained["error"]) - share_of_sum(trained["variance"])  # [documents]
+    pull = pull - share_of_sum(null["error"]) + share_of_sum(null["variance"])
+    error = math.sqrt(n / (n - 1) * (pull**2).sum())
+    t_low, t_high = np.quantile(bootstrap_t(pull.to_numpy()), [0.025, 0.975], method="nearest")
+    student = stats.t.ppf(0.975, n - 1)
+    low = 1 - (1 - value) * math.exp(-min(t_low, -student) * error)
+    high = 1 - (1 - value) * math.exp(-max(t_high, student) * error)
+    return value, low, high
+
+
+def fvu_of(errors: pd.DataFrame) -> float:
+    return errors["error"].sum() / errors["variance"].sum()
+
+
+def share_of_sum(values: pd.Series) -> pd.Series:
+    return values / values.sum()
+
+
+def read_errors(folder: Path) -> pd.DataFrame:
+    """Squared error and distance from the mean of each held-out document."""
+    return read_csv(folder / "errors.csv", ["document", "error", "variance"])
+
+
+# ---- the same latents again, from another seed?
+def stability_over_seeds(save_dir: Path, frame: pd.DataFrame) -> pd.DataFrame:
+    """A row for every two SAEs of `frame` that differ in their seed alone; writes
+    latent_stability.csv beside each."""
+    rows = []
+    same = [*[name for name in GROUP if name != "seed"], "head"]
+    for key, saes in frame.groupby(same, dropna=False):
+        if len(saes) < 2:
+            continue
+        live = {row.seed: live_directions(save_dir / row.folder) for row in saes.itertuples()}
+        cosines: dict[int, list[pd.Series]] = {seed: [] for seed in live}
+        for a, b in itertools.combinations(live, 2):
+            cosine, of_a, of_b = match(live[a].directions, live[b].directions)
+            cosines[a].append(pd.Series(cosine, live[a].latents[of_a]))
+            cosines[b].append(pd.Series(cosine, live[b].latents[of_b]))
+            chance = matched_by_chance(live[a].directions, live[b].directions, a)
+            row = dict(zip(same, key, strict=True))
+            row |= {"seed": a, "other_seed": b, "n_matched": len(cosine)}
+            row |= {"pw_mcc": cosine.mean(), "pw_mcc_null": chance.mean()}
+            rows.append(row | {"null_sd": chance.std(ddof=1)})
+        for sae in saes.itertuples():
+            mean = pd.concat(cosines[sae.seed], axis=1).mean(axis=1).sort_index()
+            table = mean.rename("stability").rename_axis("latent").reset_index()
+            write_csv(save_dir / sae.folder / "latent_stability.csv", table)
+    return pd.DataFrame(rows)
+
+
+class Live(NamedTuple):
+    """The latents of an SAE that fire at all."""
+
+    latents: np.ndarray  # [n], their numbers
+    directions: np.ndarray  # [n, D], what they write, of norm 1
+
+
+def live_directions(folder: Path) -> Live:
+    fires_often = read_frequencies(folder)["frequency"].to_numpy() > 0  # [F]
+    w_dec = load_sae(folder).weights["W_dec"].numpy()  # [F, D]
+    w_dec = w_dec / np.linalg.norm(w_dec, axis=1, keepdims=True)
+    return Live(np.flatnonzero(fires_often), w_dec[fires_often])
+
+
+def match(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs unit vectors a [n, D] with b [m, D] one to one, so that the sum of their cosines is the
+    largest -> the cosines of the pairs [min(n, m)], and their numbers in a and in b."""
+    cosines = a @ b.T  # [n, m]
+    in_a, in_b = optimize.linear_sum_assignment(cosines, maximize=True)
+    return cosines[in_a, in_b], in_a, in_b
+
+
+def matched_by_chance(a: np.ndarray, b: np.ndarray, seed: int, n: int = 5) -> np.ndarray:
+    """Mean cosines [n] after matching what a [., D] and b [., D] would be if nothing but where the
+    data lie were common to both: in the axes of their joint second moments each vector keeps its
+    sizes, and gets random signs."""
+    rng = np.random.default_rng(seed)
+    both = np.concatenate([a, b])
+    _, axes = np.linalg.eigh(both.T @ both)  # [D, D]
+    means = []
+    for _ in range(n):
+        signed = [rows @ axes * rng.choice([-1.0, 1.0], rows.shape) for rows in (a, b)]
+        means.append(match(*signed)[0].mean())
+    return np.array(means)
+
+
+def setting_of(record: dict[str, Any]) -> str:
+    """What its sidecar says decided how many latents of an SAE fire, such as "k 16"."""
+    arch = ARCHITECTURES.get(record["arch"])
+    flag = (arch.l0_flag if arch else None) or "l1"
+    return f"{flag} {record['trajectory'][flag]:g}"
 
 
 def products_in(args: argparse.Namespace, bfloat16: bool) -> str:
@@ -2074,17 +2425,21 @@ def find_origins(
 
 
 def train_all(
-    jobs: list[Job], origins: dict[str, Origin | None], device: torch.device, stop: list[int]
+    groups: list[list[Job]],
+    origins: dict[str, Origin | None],
+    device: torch.device,
+    stop: list[int],
 ) -> bool:
-    """Trains and measures one SAE after the other -> whether all are finished: not if a signal in
-    `stop` ended one."""
-    for job in jobs:
-        trainer = run_training(job, device, stop)
+    """Trains and measures one group of SAEs after the other -> whether all are finished: not if a
+    signal in `stop` ended one."""
+    for group in groups:
+        dump = group[0].dump
+        trainers = train_group(group, device, stop)
         if stop:
             return False
-        if trainer:
-            print(finish_sae(job, trainer, origins[job.dump.run]), flush=True)
-        job.dump.pool = (None, torch.empty(0))  # frees its rows
+        for line in finish_group(group, trainers, origins[dump.run]):
+            print(line, flush=True)
+        dump.pool = (None, torch.empty(0))  # frees its rows
     return True
 
 
@@ -2148,7 +2503,7 @@ def run(args: argparse.Namespace) -> int:
     with recording as record:
         record["settings"] = {str(job.folder): vars(job.args) for job in jobs}
         # several processes deal the jobs out
-        mine = jobs[rank::world]
+        mine = groups_of(jobs)[rank::world]
         n_stopped += not train_all(mine, origins, device, stop)
         all_sum(n_stopped)
         if n_stopped:
@@ -2216,6 +2571,7 @@ def table2(metrics: pd.DataFrame) -> pd.DataFrame:
         row["dead_share_tokens"] = saes["dead_share_tokens"].iloc[0]
         names = ["ce_recovered_zero", "ce_recovered_mean", "ce_informative", "kl_sae"]
         names += ["ce_recovered_mean_lo", "ce_recovered_mean_hi"]
+        names += [name for name in saes if name.startswith("gain_")]
         for name in names:
             if name in saes:
                 row[name] = saes[name].astype(float).mean()
@@ -2254,17 +2610,26 @@ def draw_report(save_dir: Path) -> None:
         "figure2_l0_by_depth.png": functools.partial(draw_depth, table),
         "figure3_activation_frequency.png": functools.partial(draw_frequencies, latents, metrics),
     }
+    tables = ["table2.csv", "table2.md"]
+    frontier = frontier_of(table)
+    if len(frontier):
+        tables.append("sae_frontier.csv")
+        write_csv(save_dir / "sae_frontier.csv", frontier)
+        figures["sae_frontier.png"] = functools.partial(draw_frontier, frontier)
     for name, draw in figures.items():
         save_figure(draw, save_dir / name)
-    for name in ("table2.csv", "table2.md", *figures):
+    for name in (*tables, *figures):
         write_sidecar(save_dir / name, "janus.report/1", [save_dir / "sae_metrics.csv"])
 
 
 def kinds_of(table: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
     """Label and colour of every curve: an architecture, of a run, a unit and a site."""
     kinds = {}
+    seeds = table["seed"].nunique()
     for i, kind in enumerate(table.groupby(KIND).groups):
-        label = f"{kind[0]} ({kind[2]}, {kind[3]} of a {kind[1]})"
+        run, unit, arch, setting, seed, site = kind
+        label = f"{run} ({arch} {setting}, {site} of a {unit})"
+        label += f", seed {seed}" if seeds > 1 else ""
         kinds[kind] = {"label": as_label(label), "color": COLORS[i % len(COLORS)]}
     return kinds
 
@@ -2311,6 +2676,57 @@ def draw_depth(table: pd.DataFrame, is_stacked: bool = False) -> Any:
         note += " Open: no interval; the layer may matter too little for one."
     if "l0" not in panels:
         note += f" L0 is fixed: {table['l0'].min():.3g} to {table['l0'].max():.3g}."
+    figure.supxlabel(textwrap.fill(note, round(13 * size[0])), fontsize=8.5)
+    return figure
+
+
+def frontier_of(table: pd.DataFrame) -> pd.DataFrame:
+    """What reconstruction costs in L0: the rows of table 2 that differ in their setting, by L0."""
+    curve = [name for name in GROUP if name != "setting"]
+    n_settings = table.groupby(curve)["setting"].transform("nunique")
+    measures = ["l0", "fvu", "fvu_lo", "fvu_hi"]
+    if "ce_recovered_mean_lo" in table:
+        measures += ["ce_recovered_mean", "ce_recovered_mean_lo", "ce_recovered_mean_hi"]
+    several = table[n_settings > 1]
+    return several[[*GROUP, *measures, "split", "n_documents"]].sort_values([*curve, "l0"])
+
+
+def draw_frontier(frontier: pd.DataFrame, is_stacked: bool = False) -> Any:
+    """FVU and CE recovered against L0, a panel a layer, a line a run, architecture and seed."""
+    import matplotlib.pyplot as plt
+
+    measures = {"fvu": "FVU: share of the variance\nnot explained"}
+    if "ce_recovered_mean" in frontier and frontier["ce_recovered_mean"].notna().any():
+        measures["ce_recovered_mean"] = (
+            "CE recovered (1: no loss is lost,\n0: as without the layer)"
+        )
+    layers = sorted(frontier["layer"].unique())
+    panels = [(layer, name) for name in measures for layer in layers]
+    n_columns = 1 if is_stacked else min(3, len(layers))
+    n_rows = math.ceil(len(panels) / n_columns)
+    size = (4.5 if is_stacked else max(5.5, 3.8 * n_columns), 2.9 * n_rows + 1)
+    figure, grid = plt.subplots(
+        n_rows, n_columns, figsize=size, layout="constrained", squeeze=False
+    )
+    curve = [name for name in KIND if name != "setting"]
+    for ax, (layer, name) in zip(grid.flat, panels, strict=False):
+        of_layer = frontier[frontier["layer"] == layer]
+        for i, (kind, rows) in enumerate(of_layer.groupby(curve)):
+            run, unit, arch, seed, site = kind
+            label = as_label(f"{run} ({arch}, {site} of a {unit}), seed {seed}")
+            style = {"label": label, "color": COLORS[i % len(COLORS)]}
+            draw_values(ax, rows["l0"], rows, name, style)
+        ticks = sorted(of_layer["l0"].round().unique())
+        ax.set(xscale="log", xlabel="L0: active latents a token", ylabel=measures[name])
+        ax.set(title=f"layer {layer}")
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        ax.minorticks_off()
+    for ax in grid.flat[len(panels) :]:
+        ax.axis("off")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", fontsize=9)
+    over = " or ".join(map(str, sorted(frontier["n_documents"].unique())))
+    splits = " and ".join(sorted(frontier["split"].unique()))
+    note = f"Bars: 95 % intervals over {over} held-out documents of the {splits} split."
     figure.supxlabel(textwrap.fill(note, round(13 * size[0])), fontsize=8.5)
     return figure
 
@@ -2422,6 +2838,8 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     arch_help = "; ".join(f"{name}: {arch.about}" for name, arch in ARCHITECTURES.items())
     arch_help = arch_help.replace("%", "%%")  # argparse would fill it in
     unit_help = "one SAE for all heads of a layer together, or one a head"
+    finish_help = "then as many tokens on KL(model || spliced) + the loss, the model in the loop"
+    nulls_help = "also train on normal rows of the same covariance, and with a random decoder"
     plain_help = "by autograd in float32, from the forward alone; slower"
     aux_help = "not relu, gated: dead latents a token that fit the residual; 0: off, -1: D / 2"
     int8_help = (
@@ -2432,6 +2850,8 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("method").add_argument
     add("--arch", choices=ARCHITECTURES, default="batchtopk", help=arch_help)
     add("--unit", choices=["layer", "head"], default="layer", help=unit_help)
+    add("--nulls", action="store_true", help=nulls_help)
+    add("--finish_kl", type=integer, default=0, metavar="TOKENS", help=finish_help)
     add("--plain", action="store_true", help=plain_help)
     add("--aux_k", type=integer, default=-1, help=aux_help)
     add("--int8", action="store_true", help=int8_help)
@@ -2455,9 +2875,10 @@ def add_size_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--preset", choices=["auto", *PHASE_PRESETS], default="auto", help=auto_help)
     add("--expansion", type=count, default=absent, help="latents per input dimension, F / D")
-    add("--k", type=count, default=absent, help=k_help)
-    add("--target_l0", type=count, default=absent, help=l0_help)
-    add("--l1", type=real, default=absent, help=l1_help)
+    add("--k", type=count, nargs="+", default=absent, help=k_help)
+    add("--target_l0", type=count, nargs="+", default=absent, help=l0_help)
+    add("--l1", type=real, nargs="+", default=absent, help=l1_help)
+    add("--seeds", type=integer, nargs="+", default=absent, help="several, in place of --seed")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, default=absent, help="optimiser steps")
     length.add_argument("--tokens", type=count, default=absent, help=tokens_help)
@@ -2480,6 +2901,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         limits = "--lr_decay must lie in [0, 1), --lr_warmup must not be negative"
         parser.error(f"{limits}, --aux_k must be -1 or more")
     check_products(parser, args)
+    counts = ARCHITECTURES[args.arch].l0_flag
+    for flag, count in (("k", "k"), ("target_l0", "target_l0"), ("l1", None)):
+        if len(getattr(args, flag, [])) > 1 and counts != count:
+            parser.error(f"--{flag} has several values, of which --arch {args.arch} uses none")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with what --overwrite replaces: give one of them")
     if args.tensorboard and find_spec("tensorboard") is None:

@@ -92,6 +92,7 @@ def sae_args(
         lr_warmup=schedule.warmup,
         lr_decay=0.2,  # share of the steps, the last ones
         seed=schedule.seed,
+        null="",
     )
 
 
@@ -153,9 +154,17 @@ def lens_trainer(
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    name = {"topk": "TopKTrainingSAE", "batchtopk": "BatchTopKTrainingSAE"}[arch]
+    by_k: dict[str, Any] = {"k": shape.k}
+    to_target = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": shape.k}
+    ends = [round(shape.n_latents * share) for share in (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)]
+    name, more = {
+        "topk": ("TopKTrainingSAE", by_k),
+        "batchtopk": ("BatchTopKTrainingSAE", by_k),
+        "jumprelu": ("JumpReLUTrainingSAE", to_target),
+        "matryoshka": ("MatryoshkaBatchTopKTrainingSAE", by_k | {"matryoshka_widths": ends}),
+    }[arch]
     coder_config = getattr(sae_lens, f"{name}Config")(
-        k=shape.k,
+        **more,
         d_in=shape.d,
         d_sae=shape.n_latents,
         normalize_activations="expected_average_only_in",

@@ -1,0 +1,293 @@
+"""What an SAE is compared with: nulls, other seeds, other sparsities. Against planted features, numpy
+and simulations with a known answer."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+import train_sae as ts
+
+ROOT = Path(ts.__file__).parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import superposed  # noqa: E402
+
+T = 32  # tokens a window
+N_WINDOWS = 800  # each a document
+D = 24
+FLAGS = ["--preset", "smoke", "--threads", "1", "--dtype", "float32", "--device", "cpu"]
+FLAGS += ["--expansion", "4", "--k", "3", "--steps", "400", "--batch_size", "256"]
+
+
+def write_dump(root: Path, rows: np.ndarray) -> Path:
+    """Writes rows [N, D] as activations/made/L0.z.npy, a document a window; no model behind it."""
+    folder = root / "activations" / "made"
+    folder.mkdir(parents=True)
+    n_windows = len(rows) // T
+    np.save(folder / "L0.z.npy", rows.astype(np.float32))
+    np.save(folder / "documents.npy", np.arange(n_windows, dtype=np.uint32).repeat(T))
+    facts = {
+        "n_heads": 3,
+        "d_head": rows.shape[1] // 3,
+        "seq_len": T,
+        "dtype": "float32",
+        "split": "train",
+        "checkpoint": "none.pt",
+        "checkpoint_sha256": "none",
+        "arm": "made",
+        "mean": rows.mean(0).tolist(),
+        "variance": rows.var(0).tolist(),
+    }
+    shape = list(rows.shape)
+    ts.write_sidecar(folder / "L0.z.npy", "janus.activations/1", [], shape=shape, **facts)
+    ts.write_sidecar(folder / "documents.npy", "janus.documents/1", [], shape=shape[:1], **facts)
+    return root
+
+
+def train(root: Path, *more: str) -> pd.DataFrame:
+    """Trains on the dump of `root` -> sae_metrics.csv."""
+    places = ["--runs", "made", "--activations_dir", str(root / "activations")]
+    places += ["--save_dir", str(root / "saes")]
+    assert ts.main([*places, *FLAGS, *more]) == 0
+    return pd.read_csv(root / "saes" / "sae_metrics.csv")
+
+
+@pytest.fixture(scope="module")
+def planted() -> superposed.Planted:
+    return superposed.plant(48, D, 2.5, seed=1)
+
+
+@pytest.fixture(scope="module")
+def of_features(planted, tmp_path_factory) -> Path:
+    """A dump of planted features."""
+    rows, _ = planted.draw(N_WINDOWS * T, 0)
+    return write_dump(tmp_path_factory.mktemp("features"), rows.numpy())
+
+
+@pytest.fixture(scope="module")
+def of_noise(tmp_path_factory) -> Path:
+    """A dump of normal rows of a covariance that falls off."""
+    rng = np.random.default_rng(0)
+    mixing = rng.standard_normal((D, D)) * np.geomspace(2, 0.1, D)[:, None]
+    rows = rng.standard_normal((N_WINDOWS * T, D)) @ mixing + 1
+    return write_dump(tmp_path_factory.mktemp("noise"), rows)
+
+
+# ------------------------------------------------------------------------------ nulls
+def test_normal_rows_have_mean_and_covariance_of_the_training_rows(of_features):
+    dump = ts.Dump(of_features / "activations/made", 0, "z")
+    null = ts.GaussianDump(dump)
+    real = torch.cat(list(dump.windows(dump.trained))).numpy()
+    drawn = torch.cat(list(null.windows(null.trained))).numpy()
+    n = len(real)
+    error = np.sqrt(real.var(0) / n)
+    assert np.abs((drawn.mean(0) - real.mean(0)) / error).max() < 5
+    expected, found = np.cov(real.T), np.cov(drawn.T)
+    assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
+    direction = np.random.default_rng(0).standard_normal(D)
+    along = drawn @ direction
+    assert stats.kstest((along - along.mean()) / along.std(), "norm").pvalue > 1e-3
+    along = real @ direction
+    assert stats.kstest((along - along.mean()) / along.std(), "norm").pvalue < 1e-6
+
+
+def test_a_normal_row_is_the_same_whenever_it_is_read(of_features):
+    null = ts.GaussianDump(ts.Dump(of_features / "activations/made", 0, "z"))
+    some = np.array([3, 255, 256, 700])
+    assert torch.equal(null.rows(some), null.rows(np.arange(800))[some])
+    whole = null.rows(np.arange(800))
+    assert len(np.unique(whole.numpy(), axis=0)) == 800
+
+
+@pytest.fixture(scope="module")
+def features_and_nulls(of_features) -> pd.DataFrame:
+    return train(of_features, "--nulls")
+
+
+def test_features_are_a_large_gain_over_low_rank_and_over_random_directions(
+    of_features, features_and_nulls
+):
+    [trained] = features_and_nulls.itertuples()
+    assert trained.gain_gaussian_lo > 0.3
+    assert trained.gain_decoder_lo > 0.3
+    nulls = pd.read_csv(of_features / "saes/sae_nulls.csv").set_index("null")["fvu"]
+    assert trained.gain_gaussian == pytest.approx(1 - trained.fvu / nulls["gaussian"])
+    assert trained.gain_decoder == pytest.approx(1 - trained.fvu / nulls["decoder"])
+
+
+def test_of_normal_rows_the_gain_over_low_rank_is_nothing(of_noise):
+    [trained] = train(of_noise, "--nulls").itertuples()
+    assert trained.gain_gaussian_lo < 0 < trained.gain_gaussian_hi
+    assert abs(trained.gain_gaussian) < 0.03
+
+
+def test_a_random_decoder_stays_as_it_was_drawn(of_features, features_and_nulls):
+    folder = of_features / "saes/made/L0/null_decoder"
+    sae = ts.load_sae(folder)
+    generator = torch.Generator().manual_seed(42)
+    drawn = F.normalize(torch.randn(4 * D, D, generator=generator), dim=1)
+    torch.testing.assert_close(sae.weights["W_dec"], drawn, rtol=1e-5, atol=1e-6)
+    assert (sae.weights["W_enc"].T - drawn).norm() > 1
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    assert state["trajectory"]["null"] == "decoder"
+
+
+def simulate_documents(rng: np.random.Generator, n: int, fvu: float, hardness: np.ndarray):
+    """An errors.csv of n documents, of which the FVU of all possible ones is fvu."""
+    variance = rng.gamma(2.0, 100.0, n)
+    noise = rng.lognormal(-0.02, 0.2, n)
+    document = np.arange(n)
+    error = variance * fvu * hardness * noise
+    return pd.DataFrame({"document": document, "error": error, "variance": variance})
+
+
+@pytest.mark.parametrize("n", [20, 58])
+def test_the_interval_of_a_gain_holds_the_truth_in_95_percent(n):
+    rng = np.random.default_rng(n)
+    held, low = 0, []
+    for _ in range(1500):
+        hardness = rng.lognormal(-0.125, 0.5, n)  # mean 1, the same for both
+        trained = simulate_documents(rng, n, 0.06, hardness)
+        null = simulate_documents(rng, n, 0.10, hardness)
+        value, lo, hi = ts.gain(trained, null)
+        held += lo < 1 - 0.06 / 0.10 < hi
+        low.append((lo > value) or (hi < value))
+    assert 0.93 <= held / 1500 <= 0.975
+    assert not any(low)
+
+
+def test_below_sixteen_documents_or_of_others_a_gain_has_no_interval():
+    rng = np.random.default_rng(0)
+    few = simulate_documents(rng, 15, 0.1, np.ones(15))
+    assert ts.gain(few, few)[0] == 0
+    assert np.isnan(ts.gain(few, few)[1:]).all()
+    many = simulate_documents(rng, 20, 0.1, np.ones(20))
+    others = many.assign(document=many["document"] + 1)
+    assert np.isnan(ts.gain(many, others)[1:]).all()
+
+
+# ------------------------------------------------------------------------------ every sparsity at once
+def test_each_sae_of_several_is_the_one_trained_alone(of_features, tmp_path):
+    together = train(write_copy(of_features, tmp_path / "a"), "--k", "2", "4", "--seeds", "0", "1")
+    assert sorted(together["folder"]) == [
+        f"made/L0/k{k}/seed{seed}" for k in (2, 4) for seed in (0, 1)
+    ]
+    train(write_copy(of_features, tmp_path / "b"), "--k", "4", "--seed", "1")
+    for name in ("sae_weights.safetensors", "latent_frequencies.csv", "errors.csv", "training.csv"):
+        of_several = (tmp_path / "a/saes/made/L0/k4/seed1" / name).read_bytes()
+        assert of_several == (tmp_path / "b/saes/made/L0" / name).read_bytes(), name
+    frontier = pd.read_csv(tmp_path / "a/saes/sae_frontier.csv")
+    assert list(frontier["setting"]) == ["k 2", "k 4"] * 2
+    assert not (tmp_path / "b/saes/sae_frontier.csv").exists()
+    assert (frontier["fvu"].diff()[1::2] < 0).all(), "more latents, less error"
+
+
+def write_copy(root: Path, to: Path) -> Path:
+    """A folder with the same dump."""
+    to.mkdir()
+    (to / "activations").symlink_to(root / "activations")
+    return to
+
+
+def test_several_values_that_an_architecture_does_not_use_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        ts.main(["--arch", "relu", "--k", "2", "4"])
+    assert "--k has several values, of which --arch relu uses none" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ the same again?
+def test_a_dictionary_matches_itself_in_another_order():
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((40, 8))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    order = rng.permutation(40)
+    cosine, in_a, in_b = ts.match(rows, rows[order])
+    np.testing.assert_allclose(cosine, 1)
+    assert (order[in_b] == in_a).all()
+
+
+def test_unrelated_dictionaries_match_as_by_chance():
+    z = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        scale = np.geomspace(1, 0.05, 16)  # they lie in few dimensions
+        a, b = (rng.standard_normal((60, 16)) * scale for _ in range(2))
+        a /= np.linalg.norm(a, axis=1, keepdims=True)
+        b /= np.linalg.norm(b, axis=1, keepdims=True)
+        chance = ts.matched_by_chance(a, b, seed, n=20)
+        z.append((ts.match(a, b)[0].mean() - chance.mean()) / chance.std())
+    assert abs(np.mean(z)) < 1, "no bias beyond the null's own spread"
+
+
+def test_two_seeds_find_planted_features_again(tmp_path):
+    """As many latents as features, not superposed: one solution."""
+    planted = superposed.plant(D, D, 2.0, seed=3)
+    directions = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0)))[0]
+    rows, _ = superposed.Planted(**vars(planted) | {"directions": directions}).draw(
+        N_WINDOWS * T, 0
+    )
+    root = write_dump(tmp_path, rows.numpy())
+    flags = ["--expansion", "1", "--k", "2", "--steps", "1500", "--learning_rate", "5e-3"]
+    train(root, *flags, "--seeds", "1", "2", "3")
+    table = pd.read_csv(root / "saes/seed_stability.csv")
+    assert len(table) == 3
+    assert (table["pw_mcc"] > 0.9).all()
+    assert (table["pw_mcc"] > table["pw_mcc_null"] + 5 * table["null_sd"]).all()
+    latents = pd.read_csv(root / "saes/made/L0/seed1/latent_stability.csv")
+    assert latents["stability"].mean() == pytest.approx(
+        table.query("seed == 1")["pw_mcc"].mean(), abs=0.02
+    )
+
+
+# ------------------------------------------------------------------------------ the planted truth itself
+def test_features_fire_as_often_as_they_should_and_children_beside_their_parents(planted):
+    _, active = planted.draw(200_000, 5)
+    parent = planted.parent
+    assert (parent >= 0).sum() >= 8
+    for child in (parent >= 0).nonzero()[:, 0].tolist():
+        assert not (active[:, child] & ~active[:, parent[child]]).any()
+    roots = parent < 0
+    rate = active.float().mean(0)
+    error = (planted.probability * (1 - planted.probability) / 200_000).sqrt()
+    assert ((rate - planted.probability)[roots].abs() < 5 * error[roots]).all()
+    together = np.corrcoef(active[:, roots].float().T)
+    assert np.abs(together - np.eye(len(together))).max() > 0.05, "some fire together"
+
+
+def test_the_score_of_the_truth_is_one_and_of_random_directions_little(planted):
+    x, active = planted.draw(5000, 6)
+    perfect = superposed.score(planted, active, active.float(), planted.directions)
+    assert perfect.cosine == pytest.approx(1) and perfect.found == perfect.f1 == 1
+    assert perfect.l0 == pytest.approx(active.sum(1).float().mean())
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    shuffled = superposed.score(
+        planted, active, active.float()[:, order], planted.directions[order]
+    )
+    assert shuffled.f1 == 1
+    random = F.normalize(torch.randn(96, D, generator=torch.Generator().manual_seed(1)), dim=1)
+    latents = (x @ random.T).relu()
+    assert superposed.score(planted, active, latents, random).f1 < 0.3
+
+
+def test_planted_features_are_found(planted, of_features, features_and_nulls):
+    x, active = planted.draw(5000, 7)
+    found = {}
+    for null in ("", "null_gaussian", "null_decoder"):
+        sae = ts.load_sae(of_features / "saes/made/L0" / null)
+        w_dec = sae.weights["W_dec"]
+        found[null] = superposed.score(planted, active, sae.encode(x), w_dec).cosine
+    assert found[""] > 0.7
+    assert found[""] > max(found["null_gaussian"], found["null_decoder"]) + 0.2
+
+
+def test_the_sidecar_says_which_null_it_is(of_features, features_and_nulls):
+    for null in ("", "gaussian", "decoder"):
+        folder = of_features / "saes/made/L0" / (f"null_{null}" if null else "")
+        side = json.loads((folder / "sae_weights.safetensors.json").read_text())
+        assert side["null"] == null
