@@ -62,6 +62,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import import_module
@@ -468,6 +469,7 @@ class Trainer:
     """One SAE in training: Adam, on batches of raw rows, with rows of W_dec kept at norm 1.
 
     sae: its Weights; scale, mean [D]: x = scale * (raw - mean)
+    axes: [D, R], what the first directions are combined of; None: any direction
     idle: [F] int64, tokens since each latent fired
     cut: [], moving average of Output.cut
     history: a dict every 50 steps, the rows of training.csv; board: a tensorboard for them
@@ -482,14 +484,16 @@ class Trainer:
         norm: float,
         device: torch.device,
         plain: bool = False,
+        axes: Tensor | None = None,
     ) -> None:
-        """mean [D] and E||raw - mean|| of the training rows; plain: without the fast step."""
+        """mean [D], E||raw - mean|| and axes of the training rows; plain: without the fast step."""
         self.args = args
         self.architecture = ARCHITECTURES[args.arch]
         fast = None if plain else self.architecture.fast
         self.take_gradients = fast or plain_gradients
         self.mean = mean.to(device)
         self.scale = math.sqrt(len(mean)) / norm
+        self.axes = axes
         self.sae = self.initial_weights(len(mean), device)
         shared = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
         extra = [getattr(self.sae, name) for name in self.architecture.extra]
@@ -504,10 +508,18 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
 
     def initial_weights(self, d_in: int, device: torch.device) -> Weights:
-        """Random unit directions, read and written alike; b_dec at the mean of the data, 0 here."""
+        """Random unit directions, read and written alike; b_dec at the mean of the data, 0 here.
+
+        Among the axes in which the data vary, if they are given: a direction in which there is
+        nothing never fires (Active Subspace Initialization, arXiv 2508.16929).
+        """
         n_latents = d_in * self.args.expansion
         generator = torch.Generator().manual_seed(self.args.seed)
-        w_dec = F.normalize(torch.randn(n_latents, d_in, generator=generator), dim=1)  # [F, D]
+        n_axes = d_in if self.axes is None else self.axes.shape[1]
+        drawn = torch.randn(n_latents, n_axes, generator=generator)  # [F, R]
+        if self.axes is not None:
+            drawn = drawn @ self.axes.T  # [F, D]
+        w_dec = F.normalize(drawn, dim=1)  # [F, D]
         size = 2 / self.args.expansion if self.architecture.half_fires else 1
         weights = {
             "W_enc": w_dec * size,
@@ -1181,6 +1193,23 @@ def choose_held_out(documents: np.ndarray) -> np.ndarray:
     return numbers[order[:n_chosen]]
 
 
+class Moments(NamedTuple):
+    """What the training rows are like; norm, variances and axes from a sample of 65,536 of them."""
+
+    mean: Tensor  # [D]
+    norm: float  # E||raw - mean||
+    variances: Tensor  # [D], along the axes, the largest first
+    axes: Tensor  # [D, D], the eigenvectors of the covariance, one a column
+
+    def leading_axes(self, share: float) -> Tensor | None:
+        """As many of the axes [D, R] as hold this share of the variance; None: all of them."""
+        if share >= 1:
+            return None
+        held = self.variances.clamp(min=0).cumsum(0)  # [D]
+        n_axes = int((held < share * held[-1]).sum()) + 1
+        return self.axes[:, :n_axes]
+
+
 class Dump:
     """A dumped layer, or one head of it, in raw units.
 
@@ -1206,7 +1235,7 @@ class Dump:
         self.array = whole[:, self.columns]
         self.hold_out(self.read_documents())
         self.pool: tuple[Any, Tensor] = (None, torch.empty(0))  # the last one, and what it is
-        self.found: tuple[Tensor, float] | None = None  # its moments
+        self.found: Moments | None = None
 
     def read_documents(self) -> np.ndarray:
         """Number of the document of each token [W, T]. HandoffError if they are not known, as in a
@@ -1302,15 +1331,14 @@ class Dump:
             rows = starts + np.arange(self.seq_len)  # [n, T]
             yield self.rows(rows.flatten()).float()
 
-    def moments(self) -> tuple[Tensor, float]:
-        """Mean [D] and E||raw - mean|| of the training rows, the latter from a sample of them.
-        Reads every row that is used once, so that a bad one is found before training; remembers
-        what it found."""
+    def moments(self) -> Moments:
+        """Of the training rows. Reads every row that is used once, so that a bad one is found
+        before training; remembers what it found."""
         if self.found is None:
             self.found = self.measure()
         return self.found
 
-    def measure(self) -> tuple[Tensor, float]:
+    def measure(self) -> Moments:
         """The moments, anew."""
         total = torch.zeros(self.array.shape[1], dtype=torch.float64)
         for rows in self.windows(self.trained):
@@ -1320,14 +1348,17 @@ class Dump:
         mean = (total / self.n_train).float()
         n = min(BLOCK, self.n_train)
         norms = []
+        products = torch.zeros(len(mean), len(mean))
         for start in np.linspace(0, self.n_train - n, 256).astype(int):
-            rows = self.training_rows(start + np.arange(n)).float()  # [n, D]
-            norms.append((rows - mean).norm(dim=1).mean())
+            rows = self.training_rows(start + np.arange(n)).float() - mean  # [n, D]
+            norms.append(rows.norm(dim=1).mean())
+            products += rows.T @ rows
         norm = float(np.mean(norms))
         if norm == 0:
             fact = f"{self.path} is the same in every row: nothing to decompose"
             raise HandoffError(f"{fact}; remake it with: {self.remedy}")
-        return mean, norm
+        variances, axes = torch.linalg.eigh(products.double() / (256 * n))  # ascending
+        return Moments(mean, norm, variances.flip(0), axes.flip(1).float())
 
     def layout(self, batch_size: int) -> Layout:
         """HandoffError if there are not enough rows for one batch a pool."""
@@ -1373,7 +1404,7 @@ class GaussianDump(Dump):
         vars(self).update(vars(dump))
         self.pool = (None, torch.empty(0))
         self.found = None
-        self.centre, _ = dump.moments()  # [D]
+        self.centre = dump.moments().mean  # [D]
         covariance = torch.zeros(len(self.centre), len(self.centre), dtype=torch.float64)
         for rows in dump.windows(dump.trained):
             x = rows - self.centre  # [n, D]
@@ -1918,18 +1949,34 @@ def train_group(group: list[Job], device: torch.device, stop: list[int]) -> list
     folder = group[0].folder
     name = "/".join(folder.parts[-3:]) + (f" and {len(busy) - 1} more" if len(busy) > 1 else "")
     steps = range(done, a.steps)
-    for step in tqdm(steps, name, initial=done, total=a.steps, unit="step", disable=None):
-        raw = dump.batch(step, a.batch_size, a.seed)
-        is_saved = (step + 1) % a.save_interval == 0 or step + 1 == a.steps
-        for _, trainer in busy:
-            if trainer.step_count == step:  # not if it was stopped later than the others
-                trainer.step(raw)
-        if stop or is_saved:
-            for job, trainer in busy:
-                save_sae(job, trainer)
-        if stop:
-            break
+    with side_by_side(len(busy), device) as pool:
+        for step in tqdm(steps, name, initial=done, total=a.steps, unit="step", disable=None):
+            raw = dump.batch(step, a.batch_size, a.seed)
+            # not those that were stopped later than the others
+            behind = [trainer for _, trainer in busy if trainer.step_count == step]
+            list(pool.map(functools.partial(Trainer.step, raw=raw), behind))
+            is_saved = (step + 1) % a.save_interval == 0 or step + 1 == a.steps
+            if stop or is_saved:
+                for job, trainer in busy:
+                    save_sae(job, trainer)
+            if stop:
+                break
     return trainers
+
+
+@contextlib.contextmanager
+def side_by_side(n: int, device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Workers for n SAEs of a group, which divide the threads that torch may use among them: an SAE
+    on one thread waits for nobody. What an SAE computes does not depend on it."""
+    n_threads = torch.get_num_threads()
+    n_workers = min(n, n_threads) if device.type == "cpu" else 1
+    n_workers = max(1, n_workers)
+    torch.set_num_threads(n_threads // n_workers)
+    try:
+        with ThreadPoolExecutor(n_workers) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def begin(job: Job, device: torch.device) -> Trainer | None:
@@ -1937,8 +1984,9 @@ def begin(job: Job, device: torch.device) -> Trainer | None:
     a, folder = job.args, job.folder
     trainer = resume_sae(job, device) if a.resume else None
     if trainer is None:
-        mean, norm = job.dump.moments()
-        trainer = Trainer(a, mean, norm, device, a.plain)
+        found = job.dump.moments()
+        axes = found.leading_axes(a.start_variance)
+        trainer = Trainer(a, found.mean, found.norm, device, a.plain, axes)
     if trainer.step_count >= a.steps and sidecar_path(folder / WEIGHTS).exists():
         print(f"{folder} is finished; there is nothing to resume")
         return None
@@ -2112,12 +2160,10 @@ def finish_group(
             save_sae(job, trainer)
         saes = [load_sae(job.folder, trainer.mean.device) for job, _ in finished]
     losses = losses_now(saes) if origin else {}
-    for i, ((job, trainer), sae) in enumerate(zip(finished, saes, strict=True)):
-        chosen = dump.evaluation(job.args.eval_tokens)
-        check_export(job, trainer, sae, next(dump.windows(chosen)))
-        metrics, errors = evaluate(sae, dump, chosen)
-        write_csv(job.folder / "errors.csv", errors)
-        metrics |= count_firings_of(job, trainer, sae)
+    trained = [trainer for _, trainer in finished]
+    with side_by_side(len(saes), trainer.mean.device) as pool:
+        measured = list(pool.map(measure_sae, [job for job, _ in finished], trained, saes))
+    for i, ((job, trainer), metrics) in enumerate(zip(finished, measured, strict=True)):
         if losses:
             metrics |= ce_recovered(losses, f"sae{i}", documents)
         if before:
@@ -2126,6 +2172,16 @@ def finish_group(
         inputs = [dump.path, dump.path.with_name("documents.npy")]
         write_sidecar(job.folder / WEIGHTS, SAE_SCHEMA, inputs, **facts, metrics=metrics)
         yield summary(job, metrics)
+
+
+def measure_sae(job: Job, trainer: Trainer, sae: SparseAutoencoder) -> dict[str, Any]:
+    """What an SAE makes of held-out rows and how often its latents fire, without the model. Writes
+    errors.csv and latent_frequencies.csv. HandoffError if the export is not what was trained."""
+    chosen = job.dump.evaluation(job.args.eval_tokens)
+    check_export(job, trainer, sae, next(job.dump.windows(chosen)))
+    metrics, errors = evaluate(sae, job.dump, chosen)
+    write_csv(job.folder / "errors.csv", errors)
+    return metrics | count_firings_of(job, trainer, sae)
 
 
 def finish_gain(
@@ -2840,6 +2896,10 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     unit_help = "one SAE for all heads of a layer together, or one a head"
     finish_help = "then as many tokens on KL(model || spliced) + the loss, the model in the loop"
     nulls_help = "also train on normal rows of the same covariance, and with a random decoder"
+    start_help = (
+        "latents start within the leading axes of the data that hold this share of its variance; "
+        "1: in any direction"
+    )
     plain_help = "by autograd in float32, from the forward alone; slower"
     aux_help = "not relu, gated: dead latents a token that fit the residual; 0: off, -1: D / 2"
     int8_help = (
@@ -2853,6 +2913,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--nulls", action="store_true", help=nulls_help)
     add("--finish_kl", type=integer, default=0, metavar="TOKENS", help=finish_help)
     add("--plain", action="store_true", help=plain_help)
+    add("--start_variance", type=positive(float), default=0.99, metavar="SHARE", help=start_help)
     add("--aux_k", type=integer, default=-1, help=aux_help)
     add("--int8", action="store_true", help=int8_help)
     add("--lr_warmup", type=integer, default=50, help=warmup_help)
