@@ -291,3 +291,43 @@ def test_the_sidecar_says_which_null_it_is(of_features, features_and_nulls):
         folder = of_features / "saes/made/L0" / (f"null_{null}" if null else "")
         side = json.loads((folder / "sae_weights.safetensors.json").read_text())
         assert side["null"] == null
+
+
+# ---- where latents start
+def test_latents_start_where_the_data_vary(tmp_path):
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.standard_normal((D, 5)))  # [D, 5]
+    rows = rng.standard_normal((N_WINDOWS * T, 5)) @ basis.T + 0.01  # [N, D]
+    dump = ts.Dump(write_dump(tmp_path, rows) / "activations" / "made", 0, "z")
+    found = dump.moments()
+    axes = found.leading_axes(0.99)
+    assert axes.shape == (D, 5)
+    assert found.leading_axes(1.0) is None
+    args = ts.parse_args([*FLAGS, "--seed", "3"])
+    args.dtype = "float32"
+    args = ts.fill_in(args, dump)
+    cpu = torch.device("cpu")
+    sae = ts.Trainer(args, found.mean, found.norm, cpu, axes=axes).sae
+    w_dec = sae.W_dec.numpy()  # [F, D]
+    assert np.allclose(np.linalg.norm(w_dec, axis=1), 1, atol=1e-5)
+    outside = w_dec - w_dec @ basis @ basis.T
+    assert np.abs(outside).max() < 1e-3
+    # evenly in all directions of the five, not along one
+    share = np.linalg.eigvalsh(w_dec.T @ w_dec / len(w_dec))[-5:]
+    assert share.min() > 0.1
+    # and in any direction where all axes are asked for
+    anywhere = ts.Trainer(args, found.mean, found.norm, cpu).sae.W_dec.numpy()
+    assert np.linalg.norm(anywhere - anywhere @ basis @ basis.T, axis=1).mean() > 0.7
+
+
+def test_axes_are_those_of_the_covariance(of_noise):
+    dump = ts.Dump(of_noise / "activations" / "made", 0, "z")
+    found = dump.moments()
+    rows = torch.cat(list(dump.windows(dump.trained))).double().numpy()  # all training rows
+    variances = np.sort(np.linalg.eigvalsh(np.cov(rows.T)))[::-1]
+    assert np.allclose(found.variances.numpy(), variances, rtol=0.05)
+    for share in (0.5, 0.9, 0.99):
+        n_axes = found.leading_axes(share).shape[1]
+        held = variances.cumsum() / variances.sum()
+        assert held[n_axes - 1] > share - 0.01
+        assert n_axes == 1 or held[n_axes - 2] < share + 0.01
