@@ -8,7 +8,8 @@ shown and why, where each is active, and what it writes.
 
 Reads   <sae folder> of site z; the dump and tokens.npy in --activations_dir; the checkpoint that
         they were made from; hero_features.csv and hero_contexts.csv of phase 5, where they are of
-        this SAE; its latent_stability.csv, if several seeds were trained; the templates features.html and features.js of pages/
+        this SAE; its latent_stability.csv, if several seeds were trained; the templates
+        features.html and features.js of pages/
 Writes  --out, one HTML file that needs no network
 
 For every feature: contexts from the strongest to the weakest fifth of its activations, the tokens

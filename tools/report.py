@@ -71,6 +71,7 @@ class Exhibit:
     null: str  # what it would look like if there were nothing to see
     command: str  # that draws it again
     drawing: "Drawing | None" = None  # instead of an image
+    table: pd.DataFrame | None = None  # small, below the words
 
 
 class Run:
@@ -411,22 +412,211 @@ def figure_1(run: Run) -> list[Exhibit]:
 
 
 def saes(run: Run) -> list[Exhibit]:
-    table = run.table("saes/sae_metrics.csv")  # a row an SAE: arm and layer
+    """Figure 2, and what the tables and figures say that only some trainings make."""
+    table = run.table("saes/sae_metrics.csv")  # a row an SAE
     unexplained = []
-    for arm, layers in table.groupby("run"):
-        span = f"layers {layers.fvu.min():.3f} to {layers.fvu.max():.3f}"
-        unexplained.append(f"{arm} {layers.fvu.mean():.3f} ({span}), L0 {layers.l0.mean():.1f}")
+    for kind, of_kind in kinds_of_saes(table):
+        for arm, of_arm in of_kind.groupby("run"):
+            fvu = of_arm.groupby("layer")["fvu"].mean()
+            span = f"layers {fvu.min():.3f} to {fvu.max():.3f}"
+            told = f"{arm} {fvu.mean():.3f} ({span}), L0 {span_of(of_arm, 'l0')}"
+            unexplained.append(f"{kind}{told}")
     by_depth = Exhibit(
         title="Figure 2: how much do the SAEs leave unexplained?",
         image="saes/figure2_l0_by_depth.png",
         csv="saes/sae_metrics.csv",
-        reading=f"Unexplained variance: {'; '.join(unexplained)}.",
+        reading=f"{WHAT_AN_SAE_IS} Unexplained variance: {'; '.join(unexplained)}.",
         n=count_saes(table),
-        interval="95 % over documents",
+        interval="95 % over documents; L0 of SAEs of heads: over the heads of a layer",
         null="zero and mean ablation of the same activations (ce_recovered_* in the CSV)",
         command=f"python train_sae.py --redraw --save_dir {run.path}/saes",
     )
-    return [by_depth]
+    return [by_depth, *gains(run), *frontier(run), *stability(run)]
+
+
+WHAT_AN_SAE_IS = (
+    "A sparse autoencoder (SAE) rebuilds what the heads of a layer give out from a dictionary of "
+    "features, of which few may be active at once: L0 says how many are, FVU which share of the "
+    "variance is not rebuilt."
+)
+
+
+def kinds_of_saes(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The SAEs of each unit and architecture, those of whole layers first; the words that name
+    them are empty where there is one kind."""
+    if not {"unit", "arch"} <= set(table):  # as older versions wrote it
+        return [("", table)]
+    kinds = []
+    for (unit, arch), of_kind in sorted(table.groupby(["unit", "arch"]), key=lambda one: one[0]):
+        kinds.append((f"{arch}, an SAE a {unit}: ", of_kind))
+    kinds.sort(key=lambda one: "an SAE a layer" not in one[0])
+    return kinds if len(kinds) > 1 else [("", table)]
+
+
+def span_of(table: pd.DataFrame, name: str) -> str:
+    """Mean over layers, or from the least to the most where the SAEs differ in it on purpose."""
+    by_layer = table.groupby("layer")[name].mean()
+    is_one_a_layer = len(table) == len(by_layer)
+    if is_one_a_layer and by_layer.max() < 1.25 * by_layer.min():
+        return f"{by_layer.mean():.1f}"
+    return f"{table[name].min():.1f} to {table[name].max():.1f}"
+
+
+# ---- what an SAE learned, beside what it would have without anything to learn
+NULLS = {  # a column gain_<name> of table2.csv: (the sentence's words, those of the table)
+    "gaussian": (
+        "than the same SAE on random numbers of the same covariance (what few dimensions alone "
+        "explain)",
+        "than on random numbers of the same covariance",
+    ),
+    "decoder": (
+        "than an SAE whose features are random directions",
+        "than with random directions as features",
+    ),
+    "untrained": (
+        "than an SAE of the model before its training",
+        "than on the model before training",
+    ),
+}
+
+
+def gains(run: Run) -> list[Exhibit]:
+    """How much less is left unexplained than by each null; none where there are no nulls."""
+    if not (run.path / "saes" / "table2.csv").is_file():
+        return []
+    table = run.table("saes/table2.csv")  # a row a layer, arm, kind of SAE
+    nulls = [name for name in NULLS if f"gain_{name}" in table]
+    if not nulls:
+        return []
+    sentences = []
+    for kind, of_kind in kinds_of_saes(table):
+        for arm, of_arm in of_kind.groupby("run"):
+            found = [told_gain(of_arm, name) for name in nulls if has_gain(of_arm, name)]
+            if found:
+                sentences.append(f"{kind}{arm}: {'; '.join(found)}.")
+    compared = f"gain_{' gain_'.join(nulls)}".split()
+    exhibit = Exhibit(
+        title="What did the SAEs learn that is not there anyway?",
+        image="",
+        csv="saes/table2.csv",
+        reading=f"Of the variance, the SAEs leave unexplained: {' '.join(sentences)}",
+        n=f"{int(table.n_documents.min()):,} held-out documents, the same for both",
+        interval="95 % over documents (bootstrap-t, at least Student's t), each by itself",
+        null=f"0: as much as the null leaves ({', '.join(compared)} of the CSV)",
+        command=f"python train_sae.py --redraw --save_dir {run.path}/saes",
+        table=gains_table(table.dropna(subset=compared, how="all"), nulls),
+    )
+    return [exhibit]
+
+
+def has_gain(table: pd.DataFrame, null: str) -> bool:
+    return bool(table[f"gain_{null}"].notna().any())
+
+
+def told_gain(table: pd.DataFrame, null: str) -> str:
+    """The range of a gain over the rows of one arm, and in how many its interval excludes 0."""
+    gain = table[f"gain_{null}"].dropna()
+    rows = table.loc[gain.index]
+    is_more = rows[f"gain_{null}_lo"] > 0
+    is_less = rows[f"gain_{null}_hi"] < 0
+    whole = "layers" if rows["layer"].is_unique else "SAEs"
+    words, _ = NULLS[null]
+    excludes = f"the interval excludes 0 in {int((is_more | is_less).sum())} of {len(rows)} {whole}"
+    if is_less.any():
+        excludes += f", {int(is_less.sum())} of them with more"
+    n_open = int(rows[f"gain_{null}_lo"].isna().sum())
+    if n_open:
+        excludes += f"; {n_open} have no interval"
+    return f"{less_or_more(gain.min(), gain.max())} {words} ({excludes})"
+
+
+def less_or_more(low: float, high: float) -> str:
+    """A range of gains in words: 21 to 45 % less."""
+    few, many = (f"{abs(100 * value):.0f}" for value in (low, high))
+    if low < 0 < high:
+        return f"from {few} % more to {many} % less"
+    if high <= 0 and low < 0:
+        few, many = many, few
+    word = "less" if high > 0 else "more"
+    return f"{few} % {word}" if few == many else f"{few} to {many} % {word}"
+
+
+def gains_table(table: pd.DataFrame, nulls: list[str]) -> pd.DataFrame:
+    """A row a row of table 2: the gain over each null with its interval, in per cent."""
+    shown = pd.DataFrame({"layer": table["layer"], "arm": table["run"]})
+    # What tells rows of one layer and arm apart
+    for name, heading in {
+        "arch": "SAE",
+        "unit": "of a",
+        "setting": "setting",
+        "seed": "seed",
+    }.items():
+        if name in table and table[name].nunique() > 1:
+            shown[heading] = table[name].astype(str)
+    for null in nulls:
+        _, heading = NULLS[null]
+        columns = [f"gain_{null}", f"gain_{null}_lo", f"gain_{null}_hi"]
+        shown[f"less unexplained {heading}, %"] = [
+            interval_text(Dot(*(100 * float(value) for value in row)))
+            for row in table[columns].to_numpy()
+        ]
+    return shown.sort_values(["layer", "arm"], kind="stable")
+
+
+def frontier(run: Run) -> list[Exhibit]:
+    """Reconstruction against L0; none where every SAE has the same sparsity."""
+    paths = [run.path / "saes" / f"sae_frontier.{ending}" for ending in ("csv", "png")]
+    if not all(path.is_file() for path in paths):
+        return []
+    table = run.table("saes/sae_frontier.csv")  # a row a layer, arm, setting
+    told = []
+    for kind, of_kind in kinds_of_saes(table):
+        for arm, of_arm in of_kind.groupby("run"):
+            by_setting = of_arm.groupby("setting")[["l0", "fvu"]].mean().sort_values("l0")
+            first, last = by_setting.iloc[0], by_setting.iloc[-1]
+            from_to = f"{first.fvu:.3f} at L0 {first.l0:.1f}, {last.fvu:.3f} at L0 {last.l0:.1f}"
+            told.append(f"{kind}{arm} {from_to}")
+    exhibit = Exhibit(
+        title="What does each further feature buy?",
+        image="saes/sae_frontier.png",
+        csv="saes/sae_frontier.csv",
+        reading="The more features may be active at once, the less is left unexplained; mean over "
+        f"layers: {'; '.join(told)}.",
+        n=f"{int(table.n_documents.min()):,} held-out documents, the same for every SAE",
+        interval="95 % over documents, each SAE by itself",
+        null="of FVU 1: nothing is rebuilt; of CE recovered 0: as without the layer",
+        command=f"python train_sae.py --redraw --save_dir {run.path}/saes",
+    )
+    return [exhibit]
+
+
+def stability(run: Run) -> list[Exhibit]:
+    """Whether other seeds find the same features; none where one was trained."""
+    if not (run.path / "saes" / "seed_stability.csv").is_file():
+        return []
+    table = run.table("saes/seed_stability.csv")  # a row a pair of SAEs
+    told = []
+    for kind, of_kind in kinds_of_saes(table):
+        for arm, pairs in of_kind.groupby("run"):
+            mean = pairs[["pw_mcc", "pw_mcc_null"]].mean()
+            span = f"{pairs.pw_mcc.min():.2f} to {pairs.pw_mcc.max():.2f}"
+            is_above = pairs.pw_mcc > pairs.pw_mcc_null + 3 * pairs.null_sd
+            above = f"more than chance gives in {int(is_above.sum())} of {len(pairs)} pairs of SAEs"
+            by_chance = f"by chance {mean.pw_mcc_null:.2f}"
+            told.append(f"{kind}{arm} {mean.pw_mcc:.2f} ({span}; {by_chance}), {above}")
+    exhibit = Exhibit(
+        title="Does another seed find the same features?",
+        image="",
+        csv="saes/seed_stability.csv",
+        reading="The SAEs were trained again from other random numbers, and the features of two "
+        "were matched one to one; mean cosine between what partners write (PW-MCC; 1: the same "
+        f"features): {'; '.join(told)}.",
+        n=f"{len(table)} pairs of SAEs, of {int(table.n_matched.min()):,} matched features at least",
+        interval="none; more than chance: above the null by more than three standard deviations",
+        null="the same with random signs in the axes of the data's own subspace (pw_mcc_null)",
+        command="python train_sae.py --seeds 1 2 3",
+    )
+    return [exhibit]
 
 
 def count_saes(table: pd.DataFrame) -> str:
@@ -437,8 +627,9 @@ def count_saes(table: pd.DataFrame) -> str:
 def figure_3(run: Run) -> list[Exhibit]:
     table = run.table("saes/sae_metrics.csv")
     dead = []  # the latents that an SAE pays for in vain
-    for arm, layers in table.groupby("run"):
-        dead.append(f"{arm} {layers.dead_share.mean():.1%}")
+    for kind, of_kind in kinds_of_saes(table):
+        for arm, of_arm in of_kind.groupby("run"):
+            dead.append(f"{kind}{arm} {of_arm.dead_share.mean():.1%}")
     on_tokens = int(table.dead_share_tokens.min())  # on more tokens, more latents fire
     how_often = Exhibit(
         title="Figure 3: how often latents fire",
@@ -839,8 +1030,11 @@ def judge_writes(run: Run) -> list[Verdict]:
 def judge_saes(run: Run) -> list[Verdict]:
     """By a t interval of the difference between the arms; the layers are the units."""
     table = run.table("saes/sae_metrics.csv")
-    fvu = table.pivot_table(index="layer", columns="run", values="fvu")  # [layers, arms]
-    difference = (fvu["adaptive"] - fvu["control"]).dropna()
+    _, table = kinds_of_saes(table)[0]  # of whole layers, where there are any: their L0 is alike
+    # Like with like: two arms may have other settings
+    pairs = ["layer", *[name for name in ("setting", "seed", "site") if name in table]]
+    fvu = table.pivot_table(index=pairs, columns="run", values="fvu")  # [SAEs, arms]
+    difference = (fvu["adaptive"] - fvu["control"]).dropna().groupby("layer").mean()
     claim = "Decorrelated heads are easier for sparse autoencoders"
     if len(difference) < 2:
         few = f"too few: {len(difference)} layer that both arms have"
