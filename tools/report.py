@@ -419,8 +419,7 @@ def saes(run: Run) -> list[Exhibit]:
         for arm, of_arm in of_kind.groupby("run"):
             fvu = of_arm.groupby("layer")["fvu"].mean()
             span = f"layers {fvu.min():.3f} to {fvu.max():.3f}"
-            told = f"{arm} {fvu.mean():.3f} ({span}), L0 {span_of(of_arm, 'l0')}"
-            unexplained.append(f"{kind}{told}")
+            unexplained.append(f"{kind}{arm} {fvu.mean():.3f} ({span}), {tell_l0(of_arm)}")
     by_depth = Exhibit(
         title="Figure 2: how much do the SAEs leave unexplained?",
         image="saes/figure2_l0_by_depth.png",
@@ -446,37 +445,24 @@ def kinds_of_saes(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     them are empty where there is one kind."""
     if not {"unit", "arch"} <= set(table):  # as older versions wrote it
         return [("", table)]
-    kinds = []
-    for (unit, arch), of_kind in sorted(table.groupby(["unit", "arch"]), key=lambda one: one[0]):
-        kinds.append((f"{arch}, an SAE a {unit}: ", of_kind))
-    kinds.sort(key=lambda one: "an SAE a layer" not in one[0])
-    return kinds if len(kinds) > 1 else [("", table)]
+    kinds = sorted(table.groupby(["unit", "arch"]), key=lambda kind: kind[0][0] != "layer")
+    if len(kinds) == 1:
+        return [("", table)]
+    return [(f"{arch}, an SAE a {unit}: ", of_kind) for (unit, arch), of_kind in kinds]
 
 
-def span_of(table: pd.DataFrame, name: str) -> str:
-    """Mean over layers, or from the least to the most where the SAEs differ in it on purpose."""
-    by_layer = table.groupby("layer")[name].mean()
-    is_one_a_layer = len(table) == len(by_layer)
-    if is_one_a_layer and by_layer.max() < 1.25 * by_layer.min():
-        return f"{by_layer.mean():.1f}"
-    return f"{table[name].min():.1f} to {table[name].max():.1f}"
+def tell_l0(table: pd.DataFrame) -> str:
+    """Mean of L0, or its range where the SAEs differ in it by more than a quarter."""
+    if table.l0.max() < 1.25 * table.l0.min():
+        return f"L0 {table.l0.mean():.1f}"
+    return f"L0 {table.l0.min():.1f} to {table.l0.max():.1f}"
 
 
 # ---- what an SAE learned, beside what it would have without anything to learn
-NULLS = {  # a column gain_<name> of table2.csv: (the sentence's words, those of the table)
-    "gaussian": (
-        "than the same SAE on random numbers of the same covariance (what few dimensions alone "
-        "explain)",
-        "than on random numbers of the same covariance",
-    ),
-    "decoder": (
-        "than an SAE whose features are random directions",
-        "than with random directions as features",
-    ),
-    "untrained": (
-        "than an SAE of the model before its training",
-        "than on the model before training",
-    ),
+NULLS = {  # a column gain_<name> of table2.csv: (what the null is, in comparison with it)
+    "gaussian": ("of random numbers with the same covariance", "than of random numbers"),
+    "decoder": ("with random directions as features", "than with random directions"),
+    "untrained": ("of the model before its training", "than of the untrained model"),
 }
 
 
@@ -485,49 +471,51 @@ def gains(run: Run) -> list[Exhibit]:
     if not (run.path / "saes" / "table2.csv").is_file():
         return []
     table = run.table("saes/table2.csv")  # a row a layer, arm, kind of SAE
-    nulls = [name for name in NULLS if f"gain_{name}" in table]
+    nulls = [name for name in NULLS if has_gain(table, name)]
     if not nulls:
         return []
-    sentences = []
+    told = []
     for kind, of_kind in kinds_of_saes(table):
         for arm, of_arm in of_kind.groupby("run"):
-            found = [told_gain(of_arm, name) for name in nulls if has_gain(of_arm, name)]
+            found = [tell_gain(of_arm, name) for name in nulls if has_gain(of_arm, name)]
             if found:
-                sentences.append(f"{kind}{arm}: {'; '.join(found)}.")
-    compared = f"gain_{' gain_'.join(nulls)}".split()
+                told.append(f"{kind}in the {arm} arm {', '.join(found)}")
+    compared = " or ".join(NULLS[name][0] for name in nulls)
+    columns = [f"gain_{name}" for name in nulls]
     exhibit = Exhibit(
         title="What did the SAEs learn that is not there anyway?",
         image="",
         csv="saes/table2.csv",
-        reading=f"Of the variance, the SAEs leave unexplained: {' '.join(sentences)}",
+        reading="Any SAE rebuilds something, so each is compared with one that had nothing to "
+        f"learn: {compared}. Of the variance, left unexplained is {'; '.join(told)}.",
         n=f"{int(table.n_documents.min()):,} held-out documents, the same for both",
         interval="95 % over documents (bootstrap-t, at least Student's t), each by itself",
-        null=f"0: as much as the null leaves ({', '.join(compared)} of the CSV)",
+        null=f"0 %: no less than the null leaves ({', '.join(columns)} of the CSV)",
         command=f"python train_sae.py --redraw --save_dir {run.path}/saes",
-        table=gains_table(table.dropna(subset=compared, how="all"), nulls),
+        table=gains_table(table.dropna(subset=columns, how="all"), nulls),
     )
     return [exhibit]
 
 
 def has_gain(table: pd.DataFrame, null: str) -> bool:
-    return bool(table[f"gain_{null}"].notna().any())
+    return f"gain_{null}" in table and bool(table[f"gain_{null}"].notna().any())
 
 
-def told_gain(table: pd.DataFrame, null: str) -> str:
+def tell_gain(table: pd.DataFrame, null: str) -> str:
     """The range of a gain over the rows of one arm, and in how many its interval excludes 0."""
-    gain = table[f"gain_{null}"].dropna()
-    rows = table.loc[gain.index]
+    rows = table.dropna(subset=f"gain_{null}")
+    gain = rows[f"gain_{null}"]
     is_more = rows[f"gain_{null}_lo"] > 0
     is_less = rows[f"gain_{null}_hi"] < 0
     whole = "layers" if rows["layer"].is_unique else "SAEs"
-    words, _ = NULLS[null]
-    excludes = f"the interval excludes 0 in {int((is_more | is_less).sum())} of {len(rows)} {whole}"
+    excludes = f"its interval excludes 0 in {int((is_more | is_less).sum())} of {len(rows)} {whole}"
     if is_less.any():
-        excludes += f", {int(is_less.sum())} of them with more"
+        excludes += f", in {int(is_less.sum())} with more"
     n_open = int(rows[f"gain_{null}_lo"].isna().sum())
     if n_open:
-        excludes += f"; {n_open} have no interval"
-    return f"{less_or_more(gain.min(), gain.max())} {words} ({excludes})"
+        excludes += f"; {n_open} without interval"
+    _, than = NULLS[null]
+    return f"{less_or_more(gain.min(), gain.max())} {than} ({excludes})"
 
 
 def less_or_more(low: float, high: float) -> str:
@@ -545,18 +533,13 @@ def gains_table(table: pd.DataFrame, nulls: list[str]) -> pd.DataFrame:
     """A row a row of table 2: the gain over each null with its interval, in per cent."""
     shown = pd.DataFrame({"layer": table["layer"], "arm": table["run"]})
     # What tells rows of one layer and arm apart
-    for name, heading in {
-        "arch": "SAE",
-        "unit": "of a",
-        "setting": "setting",
-        "seed": "seed",
-    }.items():
+    for name in ("unit", "arch", "setting", "seed"):
         if name in table and table[name].nunique() > 1:
-            shown[heading] = table[name].astype(str)
+            shown[name] = table[name].astype(str)
     for null in nulls:
-        _, heading = NULLS[null]
+        _, than = NULLS[null]
         columns = [f"gain_{null}", f"gain_{null}_lo", f"gain_{null}_hi"]
-        shown[f"less unexplained {heading}, %"] = [
+        shown[f"less unexplained {than}, %"] = [
             interval_text(Dot(*(100 * float(value) for value in row)))
             for row in table[columns].to_numpy()
         ]
@@ -573,15 +556,14 @@ def frontier(run: Run) -> list[Exhibit]:
     for kind, of_kind in kinds_of_saes(table):
         for arm, of_arm in of_kind.groupby("run"):
             by_setting = of_arm.groupby("setting")[["l0", "fvu"]].mean().sort_values("l0")
-            first, last = by_setting.iloc[0], by_setting.iloc[-1]
-            from_to = f"{first.fvu:.3f} at L0 {first.l0:.1f}, {last.fvu:.3f} at L0 {last.l0:.1f}"
-            told.append(f"{kind}{arm} {from_to}")
+            values = [f"{row.fvu:.3f} at L0 {row.l0:.1f}" for row in by_setting.itertuples()]
+            told.append(f"{kind}{arm} {', '.join(values)}")
     exhibit = Exhibit(
         title="What does each further feature buy?",
         image="saes/sae_frontier.png",
         csv="saes/sae_frontier.csv",
-        reading="The more features may be active at once, the less is left unexplained; mean over "
-        f"layers: {'; '.join(told)}.",
+        reading="Unexplained variance by how many features may be active at once (L0), a mean "
+        f"over layers: {'; '.join(told)}.",
         n=f"{int(table.n_documents.min()):,} held-out documents, the same for every SAE",
         interval="95 % over documents, each SAE by itself",
         null="of FVU 1: nothing is rebuilt; of CE recovered 0: as without the layer",
@@ -601,7 +583,7 @@ def stability(run: Run) -> list[Exhibit]:
             mean = pairs[["pw_mcc", "pw_mcc_null"]].mean()
             span = f"{pairs.pw_mcc.min():.2f} to {pairs.pw_mcc.max():.2f}"
             is_above = pairs.pw_mcc > pairs.pw_mcc_null + 3 * pairs.null_sd
-            above = f"more than chance gives in {int(is_above.sum())} of {len(pairs)} pairs of SAEs"
+            above = f"above chance in {int(is_above.sum())} of {len(pairs)} pairs of SAEs"
             by_chance = f"by chance {mean.pw_mcc_null:.2f}"
             told.append(f"{kind}{arm} {mean.pw_mcc:.2f} ({span}; {by_chance}), {above}")
     exhibit = Exhibit(
@@ -611,10 +593,11 @@ def stability(run: Run) -> list[Exhibit]:
         reading="The SAEs were trained again from other random numbers, and the features of two "
         "were matched one to one; mean cosine between what partners write (PW-MCC; 1: the same "
         f"features): {'; '.join(told)}.",
-        n=f"{len(table)} pairs of SAEs, of {int(table.n_matched.min()):,} matched features at least",
-        interval="none; more than chance: above the null by more than three standard deviations",
+        n=f"{len(table)} pairs of SAEs, at least {int(table.n_matched.min()):,} features matched",
+        interval="none; above chance: by more than three standard deviations of the null",
         null="the same with random signs in the axes of the data's own subspace (pw_mcc_null)",
-        command="python train_sae.py --seeds 1 2 3",
+        command=f"python train_sae.py --seeds 1 2 3 --activations_dir {run.path}/activations "
+        f"--save_dir {run.path}/saes",
     )
     return [exhibit]
 
