@@ -520,13 +520,11 @@ def tell_gain(table: pd.DataFrame, null: str) -> str:
 
 def less_or_more(low: float, high: float) -> str:
     """A range of gains in words: 21 to 45 % less."""
-    few, many = (f"{abs(100 * value):.0f}" for value in (low, high))
-    if low < 0 < high:
-        return f"from {few} % more to {many} % less"
-    if high <= 0 and low < 0:
-        few, many = many, few
-    word = "less" if high > 0 else "more"
-    return f"{few} % {word}" if few == many else f"{few} to {many} % {word}"
+    few, many = sorted([abs(100 * low), abs(100 * high)])
+    if low < 0 <= high:
+        return f"from {-100 * low:.0f} % more to {100 * high:.0f} % less"
+    span = f"{few:.0f} to {many:.0f}" if f"{few:.0f}" != f"{many:.0f}" else f"{few:.0f}"
+    return f"{span} % {'less' if low >= 0 else 'more'}"
 
 
 def gains_table(table: pd.DataFrame, nulls: list[str]) -> pd.DataFrame:
