@@ -65,16 +65,17 @@ def test_the_sentence_about_nulls_has_their_range_and_in_how_many_layers_they_di
     metrics = pd.concat([with_gains(saes_of("adaptive")), saes_of("control")])
     figure_2, learnt = report.saes(run_of(tmp_path, metrics))
     assert learnt.reading == (
-        "Any SAE rebuilds something, so each is compared with one that had nothing to learn: of "
-        "random numbers with the same covariance or with random directions as features. Of the "
-        "variance, left unexplained is in the adaptive arm from 4 % more to 39 % less than of "
-        "random numbers (its interval excludes 0 in 3 of 3 layers, in 1 with more), 42 to 74 % "
-        "less than with random directions (its interval excludes 0 in 2 of 3 layers)."
+        "Any SAE rebuilds something, so each is compared with the same SAE where there was nothing "
+        "to learn: on random numbers with the same covariance or with random directions as "
+        "features. In the adaptive arm the SAEs learned more than the covariance alone gives in 2 "
+        "of 3 layers: left unexplained is from 4 % more to 39 % less than on random numbers "
+        "(interval without 0 in 3 of 3 layers, in 1 more is left), 42 to 74 % less than with "
+        "random directions (interval without 0 in 2 of 3 layers)."
     )
     assert learnt.table.to_dict("list") == {
         "layer": [0, 1, 2],
         "arm": ["adaptive"] * 3,
-        "less unexplained than of random numbers, %": ["-4 [-6, -2]", "25 [20, 30]", "39 [30, 45]"],
+        "less unexplained than on random numbers, %": ["-4 [-6, -2]", "25 [20, 30]", "39 [30, 45]"],
         "less unexplained than with random directions, %": [
             "42 [40, 44]",
             "70 [60, 80]",
@@ -87,9 +88,9 @@ def test_the_untrained_model_and_what_has_no_interval_are_told(tmp_path):
     gains = {"untrained": [(0.2, NAN, NAN), (0.2, 0.1, 0.3), (0.2, 0.1, 0.3)]}
     metrics = with_gains(saes_of("adaptive"), gains)
     _, learnt = report.saes(run_of(tmp_path, metrics))
-    assert "learn: of the model before its training." in learnt.reading
-    excludes = "(its interval excludes 0 in 2 of 3 layers; 1 without interval)"
-    assert f"20 % less than of the untrained model {excludes}" in learnt.reading
+    assert "to learn: on the model before its training. In the adaptive arm, left" in learnt.reading
+    excludes = "(interval without 0 in 2 of 3 layers; 1 without interval)"
+    assert f"unexplained is 20 % less than before training {excludes}." in learnt.reading
 
 
 def test_kinds_of_saes_are_told_apart_and_several_of_a_layer_are_no_layers(tmp_path):
@@ -100,8 +101,8 @@ def test_kinds_of_saes_are_told_apart_and_several_of_a_layer_are_no_layers(tmp_p
     layer_first = "batchtopk, an SAE a layer: adaptive 0.200 (layers 0.100 to 0.300), L0 16.0; "
     layer_first += "relu, an SAE a head: adaptive 0.020 (layers 0.020 to 0.020), L0 40.0."
     assert figure_2.reading.endswith(layer_first)
-    assert "batchtopk, an SAE a layer: in the adaptive arm" in learnt.reading
-    assert "in 6 of 6 SAEs, in 2 with more" in learnt.reading and "relu" not in learnt.reading
+    assert "batchtopk, an SAE a layer: In the adaptive arm" in learnt.reading
+    assert "in 6 of 6 SAEs, in 2 more is left" in learnt.reading and "relu" not in learnt.reading
     assert learnt.table["setting"].tolist() == ["k 16", "k 32"] * 3
 
 
@@ -145,7 +146,7 @@ def test_the_page_shows_the_table_of_gains(tmp_path):
     page = page_of(run_of(tmp_path / "with", with_gains(saes_of("adaptive"))))
     assert "<td>39 [30, 45]</td>" in page and "42 to 74 % less" in page
     page = page_of(run_of(tmp_path / "without", saes_of("adaptive")))
-    assert "less unexplained" not in page and "learn that is not there" not in page
+    assert "less unexplained" not in page and "that is not there" not in page
 
 
 # ------------------------------------------------------------------------------ frontier and seeds

@@ -460,9 +460,9 @@ def tell_l0(table: pd.DataFrame) -> str:
 
 # ---- what an SAE learned, beside what it would have without anything to learn
 NULLS = {  # a column gain_<name> of table2.csv: (what the null is, in comparison with it)
-    "gaussian": ("of random numbers with the same covariance", "than of random numbers"),
+    "gaussian": ("on random numbers with the same covariance", "than on random numbers"),
     "decoder": ("with random directions as features", "than with random directions"),
-    "untrained": ("of the model before its training", "than of the untrained model"),
+    "untrained": ("on the model before its training", "than before training"),
 }
 
 
@@ -479,15 +479,15 @@ def gains(run: Run) -> list[Exhibit]:
         for arm, of_arm in of_kind.groupby("run"):
             found = [tell_gain(of_arm, name) for name in nulls if has_gain(of_arm, name)]
             if found:
-                told.append(f"{kind}in the {arm} arm {', '.join(found)}")
+                told.append(f"{kind}{where_learnt(of_arm)}left unexplained is {', '.join(found)}.")
     compared = " or ".join(NULLS[name][0] for name in nulls)
     columns = [f"gain_{name}" for name in nulls]
     exhibit = Exhibit(
         title="What did the SAEs learn that is not there anyway?",
         image="",
         csv="saes/table2.csv",
-        reading="Any SAE rebuilds something, so each is compared with one that had nothing to "
-        f"learn: {compared}. Of the variance, left unexplained is {'; '.join(told)}.",
+        reading="Any SAE rebuilds something, so each is compared with the same SAE where there was "
+        f"nothing to learn: {compared}. {' '.join(told)}",
         n=f"{int(table.n_documents.min()):,} held-out documents, the same for both",
         interval="95 % over documents (bootstrap-t, at least Student's t), each by itself",
         null=f"0 %: no less than the null leaves ({', '.join(columns)} of the CSV)",
@@ -507,15 +507,32 @@ def tell_gain(table: pd.DataFrame, null: str) -> str:
     gain = rows[f"gain_{null}"]
     is_more = rows[f"gain_{null}_lo"] > 0
     is_less = rows[f"gain_{null}_hi"] < 0
-    whole = "layers" if rows["layer"].is_unique else "SAEs"
-    excludes = f"its interval excludes 0 in {int((is_more | is_less).sum())} of {len(rows)} {whole}"
+    n_off_zero = int((is_more | is_less).sum())
+    excludes = f"interval without 0 in {n_off_zero} of {count_of(rows)}"
     if is_less.any():
-        excludes += f", in {int(is_less.sum())} with more"
+        excludes += f", in {int(is_less.sum())} more is left"
     n_open = int(rows[f"gain_{null}_lo"].isna().sum())
     if n_open:
         excludes += f"; {n_open} without interval"
     _, than = NULLS[null]
     return f"{less_or_more(gain.min(), gain.max())} {than} ({excludes})"
+
+
+def count_of(rows: pd.DataFrame) -> str:
+    """How many layers these rows of table 2 are of one arm, or SAEs where a layer has several."""
+    return f"{len(rows)} {'layers' if rows['layer'].is_unique else 'SAEs'}"
+
+
+def where_learnt(table: pd.DataFrame) -> str:
+    """In how many layers of one arm an SAE found what the covariance does not explain, if that null
+    was trained: the start of a sentence."""
+    arm = f"In the {table['run'].iloc[0]} arm"
+    if not has_gain(table, "gaussian"):
+        return f"{arm}, "
+    rows = table.dropna(subset="gain_gaussian")
+    n_learnt = int((rows["gain_gaussian_lo"] > 0).sum())
+    what = "the SAEs learned more than the covariance alone gives"
+    return f"{arm} {what} in {n_learnt} of {count_of(rows)}: "
 
 
 def less_or_more(low: float, high: float) -> str:
