@@ -479,7 +479,8 @@ def gains(run: Run) -> list[Exhibit]:
         for arm, of_arm in of_kind.groupby("run"):
             found = [tell_gain(of_arm, name) for name in nulls if has_gain(of_arm, name)]
             if found:
-                told.append(f"{kind}{where_learnt(of_arm)}left unexplained is {', '.join(found)}.")
+                learnt = where_learnt(arm, of_arm)
+                told.append(f"{kind}{learnt}left unexplained is {', '.join(found)}.")
     compared = " or ".join(NULLS[name][0] for name in nulls)
     columns = [f"gain_{name}" for name in nulls]
     exhibit = Exhibit(
@@ -523,16 +524,16 @@ def count_of(rows: pd.DataFrame) -> str:
     return f"{len(rows)} {'layers' if rows['layer'].is_unique else 'SAEs'}"
 
 
-def where_learnt(table: pd.DataFrame) -> str:
+def where_learnt(arm: str, table: pd.DataFrame) -> str:
     """In how many layers of one arm an SAE found what the covariance does not explain, if that null
     was trained: the start of a sentence."""
-    arm = f"In the {table['run'].iloc[0]} arm"
+    begin = f"In the {arm} arm"
     if not has_gain(table, "gaussian"):
-        return f"{arm}, "
+        return f"{begin}, "
     rows = table.dropna(subset="gain_gaussian")
     n_learnt = int((rows["gain_gaussian_lo"] > 0).sum())
     what = "the SAEs learned more than the covariance alone gives"
-    return f"{arm} {what} in {n_learnt} of {count_of(rows)}: "
+    return f"{begin} {what} in {n_learnt} of {count_of(rows)}: "
 
 
 def less_or_more(low: float, high: float) -> str:
