@@ -1466,6 +1466,7 @@ class FeatureFacts:
     raw_share: Tensor  # [F, H] the same without W_O
     null_share: Tensor  # [F, H] of a random direction that is as large in every head
     shuffled: Tensor  # [F] the features in a random order
+    stability: Tensor | None  # [F] whether other seeds found it too; None: not known
 
     @property
     def live(self) -> Tensor:
@@ -1491,6 +1492,7 @@ def feature_facts(hero: Head, sae: SAE, ablation: Ablation) -> FeatureFacts:
         raw_share=head_share(decoder).cpu(),
         null_share=head_share(random_decoder, basis).cpu(),
         shuffled=torch.randperm(sae.n_features, generator=rng),
+        stability=read_stability(sae),
     )
 
 
@@ -1606,7 +1608,7 @@ def feature_row(
     """A feature's row: its shares, the loss increase without it, and the next tokens of the
     largest and smallest of the logits [V] that it adds to."""
     f = feature.number
-    return hero.row(
+    row = hero.row(
         feature=f,
         kind=feature.kind,
         share=facts.share[f, hero.head].item(),
@@ -1618,6 +1620,9 @@ def feature_row(
         raises=in_a_row(say, logits.topk(5).indices),
         lowers=in_a_row(say, (-logits).topk(5).indices),
     )
+    if facts.stability is not None:
+        row["stability"] = facts.stability[f].item()
+    return row
 
 
 @dataclass
@@ -2212,6 +2217,20 @@ def open_sae(path: Path, head: int | None, ckpt: dict[str, Any], remedy: str) ->
         if cfg["architecture"] not in ENCODERS:
             raise ValueError(f"architecture {cfg['architecture']}")
         return SAE(cfg["architecture"], head, cfg.get("k"), load_file(path), path.parent)
+
+
+def read_stability(sae: SAE) -> Tensor | None:
+    """Of each feature [F] the cosine with its partner in the SAEs of other seeds, after one-to-one
+    matching, a mean over these; NaN where it never fires or has no partner. None where phase 3
+    trained with one seed only."""
+    path = sae.folder / "latent_stability.csv"
+    if not path.is_file():
+        return None
+    with unreadable(path, "python train_sae.py --seeds SEEDS"):
+        table = csv_table(path)
+        stability = torch.full((sae.n_features,), math.nan)
+        stability[table["latent"].tolist()] = torch.tensor(table["stability"].tolist())
+    return stability
 
 
 def train_command(args: argparse.Namespace, hero: Head, ckpt: dict[str, Any]) -> str:
@@ -2856,9 +2875,10 @@ def features_for_people(table: pd.DataFrame) -> pd.DataFrame:
             "its twin": 1000 * twin.iloc[0] if len(twin) else math.nan,
             "share of its writing that is the head's": percent(row["share"]),
             "active on": percent(row["frequency"]),
-            "raises": row["raises"],
-            "lowers": row["lowers"],
         }
+        if "stability" in row:  # the SAE was trained with several seeds
+            shown["same in other seeds"] = row["stability"]
+        shown |= {"raises": row["raises"], "lowers": row["lowers"]}
         rows.append(shown)
     order = sorted(rows, key=lambda row: -abs(row["loss without it, millinats a token"]))
     order.sort(key=lambda row: not row.pop("is told"))  # what may be nothing stands below

@@ -2577,10 +2577,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 # ------------------------------------------------------------------------------- tables and figures
-STUDY = """Published (ReLU + L1, one SAE a head; control -> adaptive): L0 L3 32.4 -> 28.4, \
-L6 39.7 -> 45.5, L9 58.9 -> 73.9;
+STUDY_TOKENS = 10_000_000  # a layer
+STUDY_L0 = "L3 32.4 -> 28.4, L6 39.7 -> 45.5, L9 58.9 -> 73.9"
+STUDY = f"""Published (ReLU + L1, one SAE a head; control -> adaptive): L0 {STUDY_L0};
 MSE L3 .022 -> .020, L6 .029 -> .031, L9 .041 -> .051. \
 (Batch)TopK fixes L0 by construction: compare its FVU."""
+GAINS = """gain_: by which share less of the variance is left unexplained (1 - FVU / FVU) than \
+by the same SAE trained on normal rows
+of the same covariance (gaussian), with a frozen random decoder (decoder), or on the model before \
+training (untrained);
+_lo, _hi: 95 % over the same held-out documents. Where they hold 0, the SAE has found no more than \
+that null has.
+"""
 COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 KIND = GROUP[:-1]  # what a curve stands for
 
@@ -2625,6 +2633,9 @@ def table2(metrics: pd.DataFrame) -> pd.DataFrame:
             row[f"{name}_sd"] = saes[name].std()  # over heads
         row["dead_share"] = saes["dead_share"].mean()
         row["dead_share_tokens"] = saes["dead_share_tokens"].iloc[0]
+        if {"d_sae", "d_in", "tokens"} <= set(saes):
+            row["expansion"] = (saes["d_sae"] / saes["d_in"]).iloc[0]
+            row["tokens"] = saes["tokens"].iloc[0]
         names = ["ce_recovered_zero", "ce_recovered_mean", "ce_informative", "kl_sae"]
         names += ["ce_recovered_mean_lo", "ce_recovered_mean_hi"]
         names += [name for name in saes if name.startswith("gain_")]
@@ -2645,7 +2656,10 @@ def write_table2(path: Path, table: pd.DataFrame) -> None:
     with atomic(path) as temporary:
         note = "\n\nL0, MSE and FVU on held-out documents of the split, MSE in squared raw units; "
         note += "_sd: over SAEs of heads;\ndead_share: never fired on dead_share_tokens tokens of "
-        note += f"held-out and training documents.\n{STUDY}\n"
+        note += "held-out and training documents.\n"
+        if any(name.startswith("gain_") for name in table):
+            note += GAINS
+        note += f"{STUDY}\n"
         temporary.write_text(text + note, encoding="utf-8")
 
 
@@ -2697,43 +2711,80 @@ def fixes_l0(arch: str) -> bool:
 
 
 def draw_depth(table: pd.DataFrame, is_stacked: bool = False) -> Any:
-    """Figure 2: what an SAE keeps of the loss, and FVU, by layer, from table 2; L0 too unless all
-    architectures fix it."""
+    """Figure 2, by layer, from table 2: L0 of the architectures that do not fix it, what an SAE
+    keeps of the loss, and FVU."""
     import matplotlib.pyplot as plt
 
     kinds = kinds_of(table)
+    is_fixed = table["arch"].map(fixes_l0)
     panels = {}
+    if not is_fixed.all():
+        panels["l0"] = "L0: active latents a token"
     if "ce_recovered_mean" in table and table["ce_recovered_mean"].notna().any():
         panels["ce_recovered_mean"] = "CE recovered (1: no loss is lost,\n0: as without the layer)"
-    if not all(fixes_l0(arch) for arch in table["arch"]):
-        panels["l0"] = "L0: active latents a token"
     panels["fvu"] = "FVU: share of the variance\nnot explained"
+    shown = {name: table for name in panels}
+    if "l0" in panels:
+        shown["l0"] = with_interval_over_heads(table[~is_fixed])
     grid = (len(panels), 1) if is_stacked else (1, len(panels))
     size = (4.5, 2.9 * len(panels) + 1) if is_stacked else (max(5.5, 4.2 * len(panels)), 4.2)
     figure, axes = plt.subplots(*grid, figsize=size, layout="constrained", squeeze=False)
     layers = sorted(table["layer"].unique())
     for ax, (name, label) in zip(axes.flat, panels.items(), strict=True):
-        for i, (kind, rows) in enumerate(table.groupby(KIND)):
+        curves = shown[name].groupby(KIND)
+        for i, (kind, rows) in enumerate(curves):
             # side by side, so that intervals do not hide each other
-            x = rows["layer"] + 0.12 * (i - (len(kinds) - 1) / 2)
+            x = rows["layer"] + 0.12 * (i - (len(curves) - 1) / 2)
             draw_values(ax, x, rows, name, kinds[kind])
         # of values that may be alike, so the margin is small beside 0
         top = 1.05 * ax.get_ylim()[1]
         ax.set(xlabel="layer", ylabel=label, ylim=(min(0, ax.get_ylim()[0]), top))
         ax.set_xticks(layers[:: 1 + (len(layers) - 1) // 16])
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", fontsize=9)
+    # the last panel has every curve
+    handles, labels = axes.flat[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", fontsize=9)
+    note = depth_note(table, shown)
+    figure.supxlabel(textwrap.fill(note, round(13 * size[0])), fontsize=8.5)
+    return figure
+
+
+def with_interval_over_heads(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of table 2 in which L0 of a layer with an SAE a head has the 95 % interval of the mean
+    over heads (Student's t); none where there is one head."""
+    is_of_heads = table["unit"] == "head"
+    n_heads = table["n_saes"]
+    half = stats.t.ppf(0.975, n_heads - 1) * table["l0_sd"] / np.sqrt(n_heads)
+    return table.assign(
+        l0_lo=table["l0_lo"].where(~is_of_heads, table["l0"] - half),
+        l0_hi=table["l0_hi"].where(~is_of_heads, table["l0"] + half),
+    )
+
+
+def depth_note(table: pd.DataFrame, shown: dict[str, pd.DataFrame]) -> str:
+    """What the bars of figure 2 are, and what was published; `shown`: the rows of each panel."""
     over = " or ".join(map(str, sorted(table["n_documents"].unique())))
     splits = " and ".join(sorted(table["split"].unique()))
     note = f"Bars: 95 % intervals over {over} held-out documents of the {splits} split."
     has_all_bars = all(
-        f"{name}_lo" in table and table[f"{name}_lo"].notna().all() for name in panels
+        f"{name}_lo" in rows and rows[f"{name}_lo"].notna().all() for name, rows in shown.items()
     )
     if not has_all_bars:
         note += " Open: no interval; the layer may matter too little for one."
-    if "l0" not in panels:
-        note += f" L0 is fixed: {table['l0'].min():.3g} to {table['l0'].max():.3g}."
-    figure.supxlabel(textwrap.fill(note, round(13 * size[0])), fontsize=8.5)
-    return figure
+    fixed = table[table["arch"].map(fixes_l0)]
+    if len(fixed):
+        span = f"{fixed['l0'].min():.3g} to {fixed['l0'].max():.3g}"
+        note += f" L0 of {' and '.join(sorted(fixed['arch'].unique()))} is fixed: {span}."
+    of_heads = shown.get("l0", table)[lambda rows: rows["unit"] == "head"]
+    if "l0" not in shown or of_heads.empty:
+        return note
+    n_heads = " or ".join(map(str, sorted(of_heads["n_saes"].unique())))
+    note += f" L0 of SAEs of heads: over the {n_heads} heads of a layer instead (Student's t)"
+    if "tokens" in of_heads:
+        expansions = " or ".join(f"{factor:g}" for factor in sorted(of_heads["expansion"].unique()))
+        tokens = " or ".join(f"{n:,}" for n in sorted(of_heads["tokens"].unique()))
+        size = "; small: " if of_heads["tokens"].max() < STUDY_TOKENS else "; "
+        note += f"{size}{expansions} latents a dimension, {tokens} tokens each"
+    return f"{note}. Published, not measured here (control -> adaptive): {STUDY_L0}."
 
 
 def frontier_of(table: pd.DataFrame) -> pd.DataFrame:

@@ -368,6 +368,31 @@ def test_dense_features_are_called_dense():
     assert mark not in fd.render("t", [], [sparse])
 
 
+def test_a_feature_says_whether_other_seeds_have_it_where_that_is_known():
+    one, other = described(1), described(2)
+    page = fd.render("t", [], [one, other])
+    assert "other seeds" not in page
+    one.stability, other.stability = 0.8125, math.nan
+    page = fd.render("t", [], [one, other])
+    heading = re.search(r"<th[^>]*>\s*<button[^>]*>Same in other seeds<", page)
+    assert "matched one to one" in heading[0], "explained when pointed at"
+    cells = re.findall(r'<td class="number wide" data-value="([\d.na]+)">(.+?)</td>', page)
+    assert cells[1::2] == [("0.8125", "0.812"), ("nan", "–")]
+    assert len(re.findall(r"<dd>\s*(?:0.812|–)\s*<small>\s*cosine", page)) == 2
+
+
+def test_stability_is_read_from_beside_the_sae(made, src, tmp_path):
+    feature = strongest(src, 1)[0]
+    assert fd.describe(src, [feature])[0].stability is None
+    shutil.copytree(src.sae.folder, tmp_path / "sae")
+    table = pd.DataFrame({"latent": [feature], "stability": [0.75]})
+    table.to_csv(tmp_path / "sae" / "latent_stability.csv", index=False)
+    here = fd.open_source(tmp_path / "sae", made / "activations", None, 3200)
+    other = (feature + 1) % here.sae.n_features
+    known, unknown = fd.describe(here, [feature, other])
+    assert known.stability == 0.75 and math.isnan(unknown.stability)
+
+
 # --------------------------------------------------------------------------- what phase 5 measured
 @pytest.fixture
 def study_folder(src, tmp_path) -> Path:

@@ -632,6 +632,34 @@ def test_features_of_a_one_head_sae():
     assert "its 4 SAE features" in [mechanism.name for mechanism in found.mechanisms]
 
 
+def test_features_have_the_stability_that_phase_3_wrote_and_none_where_it_wrote_none(tmp_path):
+    model = make_model()
+    idx, at, sae = windows(model, 20), some_head(model, 1, 2), make_sae("topk", 6, 24, head=2)
+    sae.folder = tmp_path
+    ablation = hero.ablate(at, as_text(idx[-5:]), as_text(idx[:5]))
+    dump = at.look(as_text(idx)).z.flatten(0, 1).flatten(1).numpy()
+    harvested = hero.HarvestedSAE(sae, dump, as_text(idx))
+
+    def rows() -> pd.DataFrame:
+        facts = hero.feature_facts(at, sae, ablation)
+        ranked = hero.rank_features(at, sae, facts)[:4]
+        return pd.DataFrame(hero.describe_features(at, harvested, ablation, facts, ranked).rows)
+
+    assert "stability" not in rows()
+    matched = np.arange(24) != rows()["feature"].iloc[0]
+    planted = pd.DataFrame({"latent": np.arange(24), "stability": np.arange(24) / 24})
+    planted[matched].to_csv(tmp_path / "latent_stability.csv", index=False)
+    found = rows()
+    expected = (found["feature"] / 24).where(matched[found["feature"]])
+    assert found["stability"].isna().sum() == 1
+    np.testing.assert_allclose(found["stability"], expected, rtol=1e-6)
+
+    for damage in ("latent\n3\n", "latent,stability\n24,0.5\n", "latent,stability\na,b\n"):
+        (tmp_path / "latent_stability.csv").write_text(damage)
+        with pytest.raises(hero.HandoffError, match="latent_stability.csv cannot be read"):
+            hero.read_stability(sae)
+
+
 # ------------------------------------------------------------------------------------------------------ the page
 class Page(HTMLParser):
     def __init__(self) -> None:
@@ -1590,3 +1618,22 @@ def test_pieces_of_text_have_the_costs_and_keys_of_a_naive_forward():
         assert math.isclose(row.attention_1, attention.max().item(), abs_tol=1e-6)
         assert row.token == f"<{int(idx[row.window, row.position])}>"
     assert rows.loc[rows["position"] == 0, "delta_nats"].isna().all()
+
+
+def test_the_page_says_whether_other_seeds_have_a_feature_where_that_is_known(tmp_path):
+    found = hero_tables.report(["a"])
+    column = "same in other seeds"
+    page = hero.html_report(found, hero_tables.data(found, ["a"]), tmp_path)
+    assert column not in page and column not in hero.markdown_report(found)
+    stability = {7: 0.875, 8: math.nan, 9: 0.25}
+    table = hero_tables.features(["a"])
+    found.tables["features"] = table.assign(stability=table["feature"].map(stability))
+    shown = hero.features_for_people(found.tables["features"])
+    assert shown.set_index("feature")[column].round(3).to_dict() == pytest.approx(
+        stability, nan_ok=True
+    )
+    page = hero.html_report(found, hero_tables.data(found, ["a"]), tmp_path)
+    told = re.findall(rf"The (?:<abbr.*?>)?{column}(?:</abbr>)?: (.*?) \(cosine\)", page)
+    assert told == ["0.25", "–", "0.875"]  # in the order of the features
+    assert page.count("matched one to one") == 1, "explained at the first"
+    assert f"| {column} |" in hero.markdown_report(found)

@@ -752,7 +752,8 @@ def test_the_interval_of_a_mean_over_heads_is_as_long_as_theirs():
     for head in range(3):
         x = 5 + head + shared + rng.normal(size=n)
         by_head.append(x)
-        row = dict(run="r", unit="head", arch="topk", site="z", layer=0, head=head, split="train")
+        row = dict(run="r", unit="head", arch="topk", setting="k 32", seed=42, site="z", layer=0)
+        row |= dict(head=head, split="train")
         row |= dict(n_documents=n, dead_share=0.1, dead_share_tokens=100_000)
         for name in ("l0", "mse", "fvu"):
             row |= ts.ratio_interval(name, x, 1.0, np.arange(n))

@@ -8,7 +8,8 @@ shown and why, where each is active, and what it writes.
 
 Reads   <sae folder> of site z; the dump and tokens.npy in --activations_dir; the checkpoint that
         they were made from; hero_features.csv and hero_contexts.csv of phase 5, where they are of
-        this SAE; the templates features.html and features.js of pages/
+        this SAE; its latent_stability.csv, if several seeds were trained; the templates
+        features.html and features.js of pages/
 Writes  --out, one HTML file that needs no network
 
 For every feature: contexts from the strongest to the weakest fifth of its activations, the tokens
@@ -56,6 +57,7 @@ from hero_head_analysis import (  # noqa: E402
     open_sae,
     positive,
     read_sidecar,
+    read_stability,
     read_tokenizer,
     render_page,
     sha256,
@@ -476,6 +478,8 @@ class Feature:
     raises: list[Token]  # next tokens whose logit the decoder raises most; values: logit
     lowers: list[Token]
     effect: Effect | None = None  # None: phase 5 did not take it away
+    # Cosine with its partners of other seeds; NaN: it has none, None: no other seed was trained
+    stability: float | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -617,6 +621,7 @@ def describe(source: Source, features: list[int], study: HeroStudy = NO_STUDY) -
     share = head_share(decoder[features], write_basis(source.model, source.layer))  # [features, H]
     w_o = write_weights(source.model, source.layer)  # [D, H, K]
     w_u = unembedding(source.model)  # [V, D]
+    stability = read_stability(source.sae)  # [F]
     described = []
     for column, feature in enumerate(features):
         activation = activations[..., column]  # [N, T]
@@ -637,6 +642,7 @@ def describe(source: Source, features: list[int], study: HeroStudy = NO_STUDY) -
                 raises=next_tokens(source, logits, 1),
                 lowers=next_tokens(source, logits, -1),
                 effect=study.effects.get(feature),
+                stability=None if stability is None else stability[feature].item(),
             )
         )
     return described
