@@ -2726,15 +2726,23 @@ def draw_depth(table: pd.DataFrame, is_stacked: bool = False) -> Any:
     shown = {name: table for name in panels}
     if "l0" in panels:
         shown["l0"] = with_interval_over_heads(table[~is_fixed])
+    of_layers = table[table["unit"] != "head"]
+    if "ce_recovered_mean" in panels and of_layers["ce_recovered_mean"].notna().any():
+        # without one head little is lost, and a ratio to that is noise
+        shown["ce_recovered_mean"] = of_layers
     grid = (len(panels), 1) if is_stacked else (1, len(panels))
-    size = (4.5, 2.9 * len(panels) + 1) if is_stacked else (max(5.5, 4.2 * len(panels)), 4.2)
+    more = 0.22 * max(0, len(kinds) - 2)  # inches of legend
+    size = (max(5.5, 4.2 * len(panels)), 4.2 + more)
+    if is_stacked:
+        size = (4.5, 2.9 * len(panels) + 1 + more)
     figure, axes = plt.subplots(*grid, figsize=size, layout="constrained", squeeze=False)
     layers = sorted(table["layer"].unique())
     for ax, (name, label) in zip(axes.flat, panels.items(), strict=True):
         curves = shown[name].groupby(KIND)
         for i, (kind, rows) in enumerate(curves):
             # side by side, so that intervals do not hide each other
-            x = rows["layer"] + 0.12 * (i - (len(curves) - 1) / 2)
+            step = min(0.12, 0.7 / len(curves))
+            x = rows["layer"] + step * (i - (len(curves) - 1) / 2)
             draw_values(ax, x, rows, name, kinds[kind])
         # of values that may be alike, so the margin is small beside 0
         top = 1.05 * ax.get_ylim()[1]
@@ -2784,7 +2792,8 @@ def depth_note(table: pd.DataFrame, shown: dict[str, pd.DataFrame]) -> str:
         tokens = " or ".join(f"{n:,}" for n in sorted(of_heads["tokens"].unique()))
         size = "; small: " if of_heads["tokens"].max() < STUDY_TOKENS else "; "
         note += f"{size}{expansions} latents a dimension, {tokens} tokens each"
-    return f"{note}. Published, not measured here (control -> adaptive): {STUDY_L0}."
+    study = "Published L0, not measured here (12 layers, ReLU, an SAE a head; control -> adaptive)"
+    return f"{note}. {study}: {STUDY_L0}."
 
 
 def frontier_of(table: pd.DataFrame) -> pd.DataFrame:

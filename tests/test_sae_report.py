@@ -101,9 +101,15 @@ def test_kinds_of_saes_are_told_apart_and_several_of_a_layer_are_no_layers(tmp_p
     layer_first = "batchtopk, an SAE a layer: adaptive 0.200 (layers 0.100 to 0.300), L0 16.0; "
     layer_first += "relu, an SAE a head: adaptive 0.020 (layers 0.020 to 0.020), L0 40.0."
     assert figure_2.reading.endswith(layer_first)
-    assert "batchtopk, an SAE a layer: In the adaptive arm" in learnt.reading
+    assert "features. In the adaptive arm" in learnt.reading, "only one kind has nulls"
     assert "in 6 of 6 SAEs, in 2 more is left" in learnt.reading and "relu" not in learnt.reading
     assert learnt.table["setting"].tolist() == ["k 16", "k 32"] * 3
+    metrics = pd.concat([*of_layers, with_gains(of_heads), with_gains(saes_of("control"))])
+    _, learnt = report.saes(run_of(tmp_path / "both", metrics))
+    parts = ["batchtopk, an SAE a layer: In the adaptive arm", ". In the control arm"]
+    parts.append(". relu, an SAE a head: In the adaptive arm")
+    places = [learnt.reading.index(part) for part in parts]
+    assert places == sorted(places) and learnt.reading.count("batchtopk") == 1
 
 
 @pytest.mark.parametrize(
@@ -240,7 +246,22 @@ def test_figure_2_draws_l0_of_heads_with_an_interval_over_them_and_no_l0_that_is
     assert "L0 of batchtopk is fixed: 16 to 16." in note
     assert "over the 6 heads of a layer instead (Student's t); small: 8 latents" in note
     assert "204,800 tokens each" in note
-    assert "Published, not measured here (control -> adaptive): L3 32.4 -> 28.4," in note
+    published = "control -> adaptive): L3 32.4 -> 28.4, L6 39.7 -> 45.5, L9 58.9 -> 73.9."
+    assert "Published L0, not measured here" in note and note.endswith(published)
+    plt.close(figure)
+
+
+def test_figure_2_draws_what_a_layer_recovers_and_not_the_noise_of_single_heads():
+    recovered = dict(ce_recovered_zero=0.9, ce_recovered_mean=0.9, ce_informative=True)
+    recovered |= dict(ce_recovered_mean_lo=0.8, ce_recovered_mean_hi=1.0)
+    heads = of_heads("adaptive", 6).assign(**recovered)
+    figure = ts.draw_depth(ts.table2(pd.concat([heads, saes_of("adaptive", **recovered)])))
+    assert [ax.get_ylabel()[:2] for ax in figure.axes] == ["L0", "CE", "FV"]
+    assert [len(ax.containers) for ax in figure.axes] == [1, 1, 2]
+    assert "batchtopk" in figure.axes[1].containers[0].get_label()
+    plt.close(figure)
+    figure = ts.draw_depth(ts.table2(heads))
+    assert [len(ax.containers) for ax in figure.axes] == [1, 1, 1], "rather than none"
     plt.close(figure)
 
 

@@ -308,7 +308,7 @@ def sae_quality(folder: Path) -> list[Headline]:
         for run, gain in (100 * by_layer["gain_gaussian"].dropna()).groupby("run"):
             span = f"layers {gain.min():.0f} to {gain.max():.0f}"
             gains.append(f"{run} {gain.mean():.0f} % ({span})")
-        found.append(("SAE: less unexplained than of random numbers", "; ".join(gains)))
+        found.append(("SAE: less unexplained than on random numbers", "; ".join(gains)))
     return found
 
 

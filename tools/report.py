@@ -416,10 +416,12 @@ def saes(run: Run) -> list[Exhibit]:
     table = run.table("saes/sae_metrics.csv")  # a row an SAE
     unexplained = []
     for kind, of_kind in kinds_of_saes(table):
+        arms = []
         for arm, of_arm in of_kind.groupby("run"):
             fvu = of_arm.groupby("layer")["fvu"].mean()
             span = f"layers {fvu.min():.3f} to {fvu.max():.3f}"
-            unexplained.append(f"{kind}{arm} {fvu.mean():.3f} ({span}), {tell_l0(of_arm)}")
+            arms.append(f"{arm} {fvu.mean():.3f} ({span}), {tell_l0(of_arm)}")
+        unexplained.append(f"{kind}{'; '.join(arms)}")
     by_depth = Exhibit(
         title="Figure 2: how much do the SAEs leave unexplained?",
         image="saes/figure2_l0_by_depth.png",
@@ -474,15 +476,17 @@ def gains(run: Run) -> list[Exhibit]:
     nulls = [name for name in NULLS if has_gain(table, name)]
     if not nulls:
         return []
+    columns = [f"gain_{name}" for name in nulls]
+    table = table.dropna(subset=columns, how="all")
     told = []
     for kind, of_kind in kinds_of_saes(table):
+        arms = []
         for arm, of_arm in of_kind.groupby("run"):
             found = [tell_gain(of_arm, name) for name in nulls if has_gain(of_arm, name)]
-            if found:
-                learnt = where_learnt(arm, of_arm)
-                told.append(f"{kind}{learnt}left unexplained is {', '.join(found)}.")
+            learnt = where_learnt(arm, of_arm)
+            arms.append(f"{learnt}left unexplained is {', '.join(found)}.")
+        told.append(f"{kind}{' '.join(arms)}")
     compared = " or ".join(NULLS[name][0] for name in nulls)
-    columns = [f"gain_{name}" for name in nulls]
     exhibit = Exhibit(
         title="What did the SAEs learn that is not there anyway?",
         image="",
@@ -493,7 +497,7 @@ def gains(run: Run) -> list[Exhibit]:
         interval="95 % over documents (bootstrap-t, at least Student's t), each by itself",
         null=f"0 %: no less than the null leaves ({', '.join(columns)} of the CSV)",
         command=f"python train_sae.py --redraw --save_dir {run.path}/saes",
-        table=gains_table(table.dropna(subset=columns, how="all"), nulls),
+        table=gains_table(table, nulls),
     )
     return [exhibit]
 
