@@ -63,7 +63,7 @@ def settings(**more) -> argparse.Namespace:
         learning_rate=1e-3,
     )
     return argparse.Namespace(
-        **base | dict(lr_warmup=5, lr_decay=0.2, seed=0, dtype="float32") | more
+        **base | dict(lr_warmup=5, lr_decay=0.2, seed=0, dtype="float32", null="") | more
     )
 
 
@@ -831,24 +831,23 @@ def test_ce_recovered_is_one_for_the_identity_and_zero_for_the_ablation(made, he
         W_dec=torch.cat([eye, -eye]),
         b_dec=torch.zeros(d),
     )
-    standard = {"architecture": "standard"}
-    out = ts.ce_recovered(
-        model, ts.SparseAutoencoder(standard, identity), dump, tokens, mean, dump.held_out
-    )
+    nothing = identity | {"W_enc": torch.zeros(d, 2 * d)}
+    constant = nothing | {"b_dec": mean}
+    saes = [
+        ts.SparseAutoencoder({"architecture": "standard"}, weights)
+        for weights in (identity, nothing, constant)
+    ]
+    losses = ts.losses_with(model, saes, dump, tokens, mean, dump.held_out)
+    documents = dump.documents[dump.held_out]
+    out = ts.ce_recovered(losses, "sae0", documents)
     assert out["ce_recovered_zero"] == pytest.approx(1, abs=1e-4) and out[
         "kl_sae"
     ] == pytest.approx(0, abs=1e-6)
-    nothing = identity | {"W_enc": torch.zeros(d, 2 * d)}
-    out = ts.ce_recovered(
-        model, ts.SparseAutoencoder(standard, nothing), dump, tokens, mean, dump.held_out
-    )
+    out = ts.ce_recovered(losses, "sae1", documents)
     assert out["ce_recovered_zero"] == pytest.approx(0, abs=1e-6) and out[
         "kl_sae"
     ] == pytest.approx(out["kl_zero"], rel=1e-5)
-    constant = nothing | {"b_dec": mean}
-    out = ts.ce_recovered(
-        model, ts.SparseAutoencoder(standard, constant), dump, tokens, mean, dump.held_out
-    )
+    out = ts.ce_recovered(losses, "sae2", documents)
     assert out["ce_recovered_mean"] == pytest.approx(0, abs=1e-6) and out["kl_sae"] > 1e-3
     # the losses, from the model itself
     idx = torch.from_numpy(tokens.reshape(80, 32)[HELD_OUT].astype(np.int64))
@@ -1004,9 +1003,9 @@ def test_moments_are_those_of_the_training_rows(made):
     dump = ts.Dump(made / "activations/adaptive", 2, "z")
     x = np.load(made / "activations/adaptive/L2.z.npy").astype(np.float64).reshape(80, 32, 24)
     x = x[[w for w in range(80) if w not in [*HELD_OUT, 33, 69]]].reshape(-1, 24)
-    mean, norm = dump.moments()
-    np.testing.assert_allclose(mean, x.mean(0), atol=1e-6)
-    assert norm == pytest.approx(np.linalg.norm(x - x.mean(0), axis=1).mean(), rel=0.05)
+    found = dump.moments()
+    np.testing.assert_allclose(found.mean, x.mean(0), atol=1e-6)
+    assert found.norm == pytest.approx(np.linalg.norm(x - x.mean(0), axis=1).mean(), rel=0.05)
 
 
 @pytest.mark.parametrize("arch", SAELENS)
