@@ -13,8 +13,12 @@ Writes  saes/<run>/L<layer>/ (--unit layer), saes/<run>/L<layer>/H<head>/ (--uni
           ae.pt, config.json, sae.safetensors --arch topk: for dictionary_learning, eai-sparsify
           training.csv, latent_frequencies.csv, errors.csv (a held-out document a row)
           sae_weights.safetensors.json        the sidecar: last, with all metrics
+        of several --k, --target_l0, --l1 or --seeds, below it: k16/, l0_16/, l1_0.001/, seed1/,
+        k16/seed1/; with --nulls, below each SAE: null_gaussian/, null_decoder/
         saes/: sae_metrics.csv, table2.csv, table2.md, figure2_l0_by_depth.png and
-        figure3_activation_frequency.png, of every finished SAE
+        figure3_activation_frequency.png, of every finished SAE; sae_nulls.csv; of several
+        settings sae_frontier.csv and .png; of several seeds seed_stability.csv, and beside each
+        SAE latent_stability.csv
 Held out are 5 % of the windows, those of whole documents, the same for every SAE of a run; training
 sees no document of which a held-out window has a token. Intervals are over documents.
 SAELens' SAE.load_from_disk(folder) loads an export; it encodes flat [N, D]. To splice a layer's SAE
@@ -1809,7 +1813,7 @@ def variants(args: argparse.Namespace) -> Iterator[tuple[Path, argparse.Namespac
             argument, start = VARIED[flag]
             setattr(chosen, argument, value)
             if len(given[flag]) > 1:
-                below /= f"{start}{value:g}"
+                below /= f"{start}{value}"
         yield below, chosen
 
 
@@ -1998,14 +2002,20 @@ def begin(job: Job, device: torch.device) -> Trainer | None:
 
 def save_sae(job: Job, trainer: Trainer) -> None:
     """Training state, folded export and its cfg.json, training.csv."""
+    save_export(job, trainer)
+    with atomic(job.folder / "training_state.pt") as temporary:
+        temporary.write_bytes(torch_bytes(training_state(job, trainer)))
+
+
+def save_export(job: Job, trainer: Trainer) -> None:
+    """All of this but the training state."""
     folder = job.folder
     # from here on the folder is unfinished, so the sidecar goes first
-    for old in (f"{WEIGHTS}.json", *TWINS):
+    for old in (f"{WEIGHTS}.json", "latent_stability.csv", *TWINS):
         (folder / old).unlink(missing_ok=True)
     weights = trainer.weights(trainer.scale, trainer.mean)
     export = {name: weight.cpu() for name, weight in weights.items()}
     files = {
-        "training_state.pt": torch_bytes(training_state(job, trainer)),
         WEIGHTS: safetensors.torch.save(export),
     }
     cfg = saelens_config(job, trainer)
@@ -2113,6 +2123,7 @@ def first_change(job: Job, then: dict[str, Any]) -> str:
     defaults.preset = job.args.preset
     default = Job(fill_in(defaults, job.dump), job.dump, job.folder).trajectory
     default["held_out"] = "the last windows"
+    default["start_variance"] = 1.0  # latents started in any direction
     wanted = job.trajectory
     for name in {**wanted, **then}:
         was = then[name] if name in then else default.get(name)
@@ -2151,14 +2162,18 @@ def finish_group(
     def losses_now(saes: list[SparseAutoencoder]) -> dict[str, EditedLoss]:
         return losses_with(origin.model, saes, dump, origin.tokens, trainer.mean, few)
 
-    saes = [load_sae(job.folder, trainer.mean.device) for job, _ in finished]
+    def exports() -> list[SparseAutoencoder]:
+        return [load_sae(job.folder, trainer.mean.device) for job, _ in finished]
+
     before: dict[str, EditedLoss] = {}
     if job.args.finish_kl and origin:
-        before = losses_now(saes)
+        for job, trainer in finished:
+            save_export(job, trainer)  # a finish that was interrupted left its own
+        before = losses_now(exports())
         for job, trainer in finished:
             finish_on_kl(trainer, dump, origin)
-            save_sae(job, trainer)
-        saes = [load_sae(job.folder, trainer.mean.device) for job, _ in finished]
+            save_export(job, trainer)  # beside the state from before, to begin again with
+    saes = exports()
     losses = losses_now(saes) if origin else {}
     trained = [trainer for _, trainer in finished]
     with side_by_side(len(saes), trainer.mean.device) as pool:
@@ -2313,14 +2328,16 @@ def collect_metrics(save_dir: Path) -> None:
                 print(f"{fact} of its dump, not documents; train it anew with --overwrite")
                 continue
             row = {column: record[column] for column in columns}
-            row["setting"] = setting_of(record)
+            l1 = record["trajectory"].get("l1", math.nan)
+            row["setting"] = setting_of(record["arch"], record["k"], l1)
             row["null"] = record.get("null", "")
             row["step"], row["initial"] = record.get("step"), record.get("initial")
+            row["time"] = record["producer"]["time"]
             row["folder"] = side.parent.relative_to(save_dir).as_posix()
             rows.append(row | record["metrics"])
     if not rows:
         raise HandoffError(f"{save_dir} has no SAE to report; make one with: {remedy}")
-    frame = pd.DataFrame(rows).sort_values([*GROUP, "head", "null"])
+    frame = latest(pd.DataFrame(rows)).sort_values([*GROUP, "head", "null"])
     for column in ("ce_recovered_zero", "ce_recovered_mean", "kl_sae"):
         if column not in frame:  # no model was there
             frame[column] = math.nan
@@ -2341,17 +2358,29 @@ def collect_metrics(save_dir: Path) -> None:
         write_sidecar(save_dir / name, "janus.sae_metrics/1", sidecars)
 
 
+def latest(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of SAEs with the same names in all columns, as --k 16 and --k 16 32 make them in two folders,
+    the one that was finished last; without the column time."""
+    names = [*GROUP, "head", "null"]
+    is_older = frame.sort_values("time", kind="stable").duplicated(names, keep="last")
+    for folder in frame.loc[is_older.sort_index(), "folder"]:
+        print(f"{folder} is left out of the tables: the same was trained again in another folder")
+    return frame[~is_older.sort_index()].drop(columns="time")
+
+
 def add_gains(frame: pd.DataFrame, nulls: pd.DataFrame, save_dir: Path) -> pd.DataFrame:
     """Adds the gain of every SAE over each of its nulls, as columns gain_<null>, _lo and _hi."""
-    like = ["unit", "arch", "setting", "seed", "site", "layer", "head"]
+    like = ["unit", "arch", "setting", "seed", "site", "layer", "head", "d_sae", "steps"]
     frame = frame.copy()
     for _, null in nulls.iterrows():
         # the untrained model is a run of its own
         same = [*like, "initial" if null["null"] == "untrained" else "run"]
         is_its = (frame[same] == null[same]) | (frame[same].isna() & null[same].isna())
         for index in frame.index[is_its.all(axis=1)]:
-            trained = read_errors(save_dir / frame.loc[index, "folder"])
-            value, low, high = gain(trained, read_errors(save_dir / null["folder"]))
+            folder = save_dir / frame.loc[index, "folder"]
+            if not (folder / "errors.csv").exists():  # of an older version
+                continue
+            value, low, high = gain(read_errors(folder), read_errors(save_dir / null["folder"]))
             name = f"gain_{null['null']}"
             frame.loc[index, [name, f"{name}_lo", f"{name}_hi"]] = value, low, high
     return frame
@@ -2454,11 +2483,13 @@ def matched_by_chance(a: np.ndarray, b: np.ndarray, seed: int, n: int = 5) -> np
     return np.array(means)
 
 
-def setting_of(record: dict[str, Any]) -> str:
-    """What its sidecar says decided how many latents of an SAE fire, such as "k 16"."""
-    arch = ARCHITECTURES.get(record["arch"])
-    flag = (arch.l0_flag if arch else None) or "l1"
-    return f"{flag} {record['trajectory'][flag]:g}"
+def setting_of(arch: str, k: float | None, l1: float = math.nan) -> str:
+    """What decides how many latents of an SAE fire, and its value if that is known: "k 16". Where
+    there is no k, --l1 does."""
+    known = ARCHITECTURES.get(arch)
+    flag = (known.l0_flag if known else None) or ("l1" if k is None else "k")
+    value = l1 if k is None else k
+    return flag if math.isnan(value) else f"{flag} {value:.15g}"
 
 
 def products_in(args: argparse.Namespace, bfloat16: bool) -> str:
@@ -2669,9 +2700,10 @@ def draw_report(save_dir: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    needs = [*GROUP, "folder", "l0", "l0_lo", "mse", "mse_lo", "fvu", "fvu_lo", "split"]
+    needs = [name for name in GROUP if name not in ("setting", "seed")]
+    needs += ["folder", "l0", "l0_lo", "mse", "mse_lo", "fvu", "fvu_lo", "split"]
     needs += ["n_documents", "dead_share", "dead_share_tokens"]
-    metrics = read_csv(save_dir / "sae_metrics.csv", needs)
+    metrics = with_names_of_now(read_csv(save_dir / "sae_metrics.csv", needs))
     table = write_csv(save_dir / "table2.csv", table2(metrics))
     write_table2(save_dir / "table2.md", table)
     # A frequency table an SAE, so that both drawings of figure 3 read it once
@@ -2690,6 +2722,20 @@ def draw_report(save_dir: Path) -> None:
         save_figure(draw, save_dir / name)
     for name in (*tables, *figures):
         write_sidecar(save_dir / name, "janus.report/1", [save_dir / "sae_metrics.csv"])
+
+
+def with_names_of_now(metrics: pd.DataFrame) -> pd.DataFrame:
+    """sae_metrics.csv with the columns of GROUP that older versions did not write."""
+    metrics = metrics.copy()
+    if "seed" not in metrics:
+        metrics["seed"] = "unknown"
+    if "setting" not in metrics:
+        counts = metrics["k"] if "k" in metrics else pd.Series(math.nan, metrics.index)
+        settings = []
+        for arch, k in zip(metrics["arch"], counts, strict=True):
+            settings.append(setting_of(arch, None if math.isnan(k) else k))
+        metrics["setting"] = settings
+    return metrics
 
 
 def kinds_of(table: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
@@ -3026,6 +3072,12 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for flag, count in (("k", "k"), ("target_l0", "target_l0"), ("l1", None)):
         if len(getattr(args, flag, [])) > 1 and counts != count:
             parser.error(f"--{flag} has several values, of which --arch {args.arch} uses none")
+    for flag in VARIED:
+        values = getattr(args, flag, [])
+        if len(set(values)) < len(values):
+            parser.error(f"--{flag} has a value twice")
+    if args.finish_kl < 0:
+        parser.error("--finish_kl must not be negative")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with what --overwrite replaces: give one of them")
     if args.tensorboard and find_spec("tensorboard") is None:
@@ -3308,7 +3360,7 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 
 
 # Columns that hold names and tokens, which may look like a number, or like "nan"
-TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
+TEXT_COLUMNS = ["run", "initial", "context", "next", "attends_to", "query_token", "key_token"]
 
 
 def csv_table(path: str | Path, types: dict[str, type] | None = None) -> pd.DataFrame:
