@@ -2341,9 +2341,7 @@ def collect_metrics(save_dir: Path) -> None:
     for column in ("ce_recovered_zero", "ce_recovered_mean", "kl_sae"):
         if column not in frame:  # no model was there
             frame[column] = math.nan
-    # a run that others began with is their null
-    begun = frame.loc[(frame["step"] != 0) & frame["initial"].notna(), "initial"]
-    frame.loc[(frame["step"] == 0) & frame["initial"].isin(begun), "null"] = "untrained"
+    frame.loc[is_untrained(frame), "null"] = "untrained"
     nulls = frame[frame["null"] != ""]
     frame = add_gains(frame[frame["null"] == ""], nulls, save_dir)
     sidecars = [save_dir / folder / f"{WEIGHTS}.json" for folder in frame["folder"]]
@@ -2356,6 +2354,12 @@ def collect_metrics(save_dir: Path) -> None:
     for name, table in tables.items():
         write_csv(save_dir / name, table)
         write_sidecar(save_dir / name, "janus.sae_metrics/1", sidecars)
+
+
+def is_untrained(frame: pd.DataFrame) -> pd.Series:
+    """Which SAEs are of a run that others began with, and so their null; not the nulls of these."""
+    begun = frame.loc[(frame["step"] != 0) & frame["initial"].notna(), "initial"]
+    return (frame["step"] == 0) & frame["initial"].isin(begun) & (frame["null"] == "")
 
 
 def latest(frame: pd.DataFrame) -> pd.DataFrame:

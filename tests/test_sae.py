@@ -1418,3 +1418,15 @@ def test_an_untrained_model_is_a_null_of_saes_like_its_own(tmp_path):
         pd.DataFrame(sums).to_csv(tmp_path / folder / "errors.csv", index=False)
     found = ts.add_gains(pd.DataFrame(rows), null, tmp_path).set_index("run")
     assert found["gain_untrained"].notna().tolist() == [True, False, False]
+
+
+def test_untrained_are_the_saes_of_a_first_step_and_not_their_nulls():
+    rows = [
+        dict(run="a", step=60, initial="ab", null=""),
+        dict(run="a", step=60, initial="ab", null="gaussian"),
+        dict(run="start", step=0, initial="ab", null=""),
+        dict(run="start", step=0, initial="ab", null="gaussian"),
+        dict(run="start of another", step=0, initial="cd", null=""),
+        dict(run="older", step=None, initial=None, null=""),
+    ]
+    assert ts.is_untrained(pd.DataFrame(rows)).tolist() == [False, False, True, False, False, False]
