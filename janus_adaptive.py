@@ -1136,7 +1136,9 @@ def run(args: argparse.Namespace) -> int:
     with recording as record:
         if rank == 0 and not args.resume:
             by_window = args.save_dir / "validation.csv"  # written at the end
-            for path in (final, sidecar_path(final), by_window, *old_checkpoints):
+            initial = final.with_name(initial_name(final))
+            ends = [final, sidecar_path(final), initial, sidecar_path(initial)]
+            for path in (*ends, by_window, *old_checkpoints):
                 path.unlink(missing_ok=True)
         # From here on a signal ends the run after its step, with a checkpoint
         with noting_signals() as signals:
