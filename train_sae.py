@@ -2002,22 +2002,25 @@ def begin(job: Job, device: torch.device) -> Trainer | None:
 
 def save_sae(job: Job, trainer: Trainer) -> None:
     """Training state, folded export and its cfg.json, training.csv."""
-    save_export(job, trainer)
+    mark_unfinished(job.folder)
     with atomic(job.folder / "training_state.pt") as temporary:
         temporary.write_bytes(torch_bytes(training_state(job, trainer)))
+    save_export(job, trainer)
+
+
+def mark_unfinished(folder: Path) -> None:
+    """Removes the sidecar, and what is made of the weights when they are finished."""
+    for old in (f"{WEIGHTS}.json", "latent_stability.csv", *TWINS):
+        (folder / old).unlink(missing_ok=True)
 
 
 def save_export(job: Job, trainer: Trainer) -> None:
     """All of this but the training state."""
     folder = job.folder
-    # from here on the folder is unfinished, so the sidecar goes first
-    for old in (f"{WEIGHTS}.json", "latent_stability.csv", *TWINS):
-        (folder / old).unlink(missing_ok=True)
+    mark_unfinished(folder)
     weights = trainer.weights(trainer.scale, trainer.mean)
     export = {name: weight.cpu() for name, weight in weights.items()}
-    files = {
-        WEIGHTS: safetensors.torch.save(export),
-    }
+    files = {WEIGHTS: safetensors.torch.save(export)}
     cfg = saelens_config(job, trainer)
     twins = trainer.architecture.twins
     if twins:
