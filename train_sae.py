@@ -18,7 +18,7 @@ Writes  saes/<run>/L<layer>/ (--unit layer), saes/<run>/L<layer>/H<head>/ (--uni
         saes/: sae_metrics.csv, table2.csv, table2.md, figure2_l0_by_depth.png and
         figure3_activation_frequency.png, of every finished SAE; sae_nulls.csv; of several
         settings sae_frontier.csv and .png; of several seeds seed_stability.csv, and beside each
-        SAE latent_stability.csv
+        SAE latent_stability.csv; of several seeds with nulls sae_gains.csv
 Held out are 5 % of the windows, those of whole documents, the same for every SAE of a run; training
 sees no document of which a held-out window has a token. Intervals are over documents.
 SAELens' SAE.load_from_disk(folder) loads an export; it encodes flat [N, D]. To splice a layer's SAE
@@ -476,6 +476,7 @@ class Trainer:
     axes: [D, R], what the first directions are combined of; None: any direction
     idle: [F] int64, tokens since each latent fired
     cut: [], moving average of Output.cut
+    threads: that torch may use for a group of SAEs
     history: a dict every 50 steps, the rows of training.csv; board: a tensorboard for them
     """
 
@@ -507,6 +508,7 @@ class Trainer:
         self.optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-9, fused=fused)
         n_latents = len(self.sae.b_enc)
         self.step_count = 0
+        self.threads = torch.get_num_threads()
         self.idle = torch.zeros(n_latents, dtype=torch.int64, device=device)
         self.cut = torch.zeros((), device=device)
         self.history: list[dict[str, Any]] = []
@@ -2054,7 +2056,7 @@ def training_state(job: Job, trainer: Trainer) -> dict[str, Any]:
         "idle": trainer.idle,
         "tau": trainer.cut,
         "optimizer": trainer.optimizer.state_dict(),
-        "threads": torch.get_num_threads(),
+        "threads": trainer.threads,
     }
 
 
@@ -2106,10 +2108,11 @@ def resume_sae(job: Job, device: torch.device) -> Trainer | None:
         trainer = Trainer(job.args, state["mean"], 1.0, device, job.args.plain)
         change = first_change(job, state["trajectory"])
         if not change:
-            restore(trainer, state)
             if job.args.threads is None and "threads" in state:
                 # as many as before: with others, sums round differently
                 torch.set_num_threads(state["threads"])
+                trainer.threads = state["threads"]
+            restore(trainer, state)
     except Exception as e:  # torch raises many types for a damaged file
         fact = f"{path} cannot be read ({str(e).strip()[:100]})"
         raise HandoffError(f"{fact}; train anew with --overwrite") from None
@@ -2317,6 +2320,10 @@ def summary(job: Job, metrics: dict[str, Any]) -> str:
 
 
 # ---- all of them
+# Tables that only some sets of SAEs have
+SOME_TABLES = ("sae_nulls.csv", "sae_gains.csv", "seed_stability.csv")
+
+
 def collect_metrics(save_dir: Path) -> None:
     """sae_metrics.csv: one row for every finished SAE under save_dir."""
     columns = ["run", "unit", "arch", "site", "layer", "head", "arm", "split", "seed", "k", "d_in"]
@@ -2354,6 +2361,13 @@ def collect_metrics(save_dir: Path) -> None:
     seeds = stability_over_seeds(save_dir, frame)
     if len(seeds):
         tables["seed_stability.csv"] = seeds
+    gains = gains_over_seeds(save_dir, frame, nulls)
+    if len(gains):
+        tables["sae_gains.csv"] = gains
+    for name in SOME_TABLES:
+        if name not in tables:  # of SAEs that were there before
+            (save_dir / name).unlink(missing_ok=True)
+            sidecar_path(save_dir / name).unlink(missing_ok=True)
     for name, table in tables.items():
         write_csv(save_dir / name, table)
         write_sidecar(save_dir / name, "janus.sae_metrics/1", sidecars)
@@ -2377,8 +2391,26 @@ def latest(frame: pd.DataFrame) -> pd.DataFrame:
 
 def add_gains(frame: pd.DataFrame, nulls: pd.DataFrame, save_dir: Path) -> pd.DataFrame:
     """Adds the gain of every SAE over each of its nulls, as columns gain_<null>, _lo and _hi."""
-    like = ["unit", "arch", "setting", "seed", "site", "layer", "head", "d_sae", "steps"]
     frame = frame.copy()
+    for pair in pairs_with_nulls(save_dir, frame, nulls):
+        value, low, high = gain(pair.trained, pair.null)
+        name = f"gain_{pair.name}"
+        frame.loc[pair.index, [name, f"{name}_lo", f"{name}_hi"]] = value, low, high
+    return frame
+
+
+class Pair(NamedTuple):
+    """An SAE and one of its nulls."""
+
+    index: Any  # of the SAE, in the table
+    name: str  # of the null
+    trained: pd.DataFrame  # errors.csv of the SAE
+    null: pd.DataFrame  # and of the null
+
+
+def pairs_with_nulls(save_dir: Path, frame: pd.DataFrame, nulls: pd.DataFrame) -> Iterator[Pair]:
+    """Every SAE of `frame` with each of its nulls."""
+    like = ["unit", "arch", "setting", "seed", "site", "layer", "head", "d_sae", "steps"]
     for _, null in nulls.iterrows():
         # the untrained model is a run of its own
         same = [*like, "initial" if null["null"] == "untrained" else "run"]
@@ -2387,15 +2419,14 @@ def add_gains(frame: pd.DataFrame, nulls: pd.DataFrame, save_dir: Path) -> pd.Da
             folder = save_dir / frame.loc[index, "folder"]
             if not (folder / "errors.csv").exists():  # of an older version
                 continue
-            value, low, high = gain(read_errors(folder), read_errors(save_dir / null["folder"]))
-            name = f"gain_{null['null']}"
-            frame.loc[index, [name, f"{name}_lo", f"{name}_hi"]] = value, low, high
-    return frame
+            errors = read_errors(folder), read_errors(save_dir / null["folder"])
+            yield Pair(index, null["null"], *errors)
 
 
 def gain(trained: pd.DataFrame, null: pd.DataFrame) -> tuple[float, float, float]:
     """1 - FVU / FVU of a null, from the errors.csv of both, and its 95 % interval over documents:
-    NaN below 16 of them, or where they are not the same.
+    NaN below 16 of them, or where they are not the same. It is about these two trainings: for
+    others, see `gain_over_trainings`.
 
     Of the logarithm of the ratio, linearised document by document, so that what makes a document
     easy for both cancels; as far as bootstrap-t or Student's t reaches, whichever is further.
@@ -2404,14 +2435,73 @@ def gain(trained: pd.DataFrame, null: pd.DataFrame) -> tuple[float, float, float
     n = len(trained)
     if n < LEAST_DOCUMENTS or list(trained["document"]) != list(null["document"]):
         return value, math.nan, math.nan
-    pull = share_of_sum(trained["error"]) - share_of_sum(trained["variance"])  # [documents]
-    pull = pull - share_of_sum(null["error"]) + share_of_sum(null["variance"])
+    pull = pull_of_documents(trained, null)
     error = math.sqrt(n / (n - 1) * (pull**2).sum())
-    t_low, t_high = np.quantile(bootstrap_t(pull.to_numpy()), [0.025, 0.975], method="nearest")
+    t_low, t_high = np.quantile(bootstrap_t(pull), [0.025, 0.975], method="nearest")
     student = stats.t.ppf(0.975, n - 1)
     low = 1 - (1 - value) * math.exp(-min(t_low, -student) * error)
     high = 1 - (1 - value) * math.exp(-max(t_high, student) * error)
     return value, low, high
+
+
+def pull_of_documents(trained: pd.DataFrame, null: pd.DataFrame) -> np.ndarray:
+    """By how much each document [n] moves log(FVU / FVU of the null), to first order."""
+    pull = share_of_sum(trained["error"]) - share_of_sum(trained["variance"])
+    pull = pull - share_of_sum(null["error"]) + share_of_sum(null["variance"])
+    return pull.to_numpy()
+
+
+def gains_over_seeds(save_dir: Path, frame: pd.DataFrame, nulls: pd.DataFrame) -> pd.DataFrame:
+    """A row for every null of SAEs of `frame` that differ in their seed alone: their mean gain,
+    with an interval that counts trainings and documents."""
+    same = [*[name for name in GROUP if name != "seed"], "head"]
+    pairs = list(pairs_with_nulls(save_dir, frame, nulls))
+    rows = []
+    for key, saes in frame.groupby(same, dropna=False):
+        for name in dict.fromkeys(pair.name for pair in pairs):
+            its = [pair for pair in pairs if pair.name == name and pair.index in saes.index]
+            if len(its) < 2:
+                continue
+            row = dict(zip(same, key, strict=True)) | {"null": name, "n_seeds": len(its)}
+            rows.append(row | gain_over_trainings(its))
+    return pd.DataFrame(rows)
+
+
+def gain_over_trainings(pairs: list[Pair]) -> dict[str, float]:
+    """1 - FVU / FVU of a null, of several trainings of both on the same data: `gain` with its 95 %
+    interval for other trainings and other documents, and `smallest`, the gain that would just be
+    told from 0. NaN as in `gain`.
+
+    Of the mean of g = log(FVU / FVU of the null) over S trainings. Its variance over trainings is
+    that of g, over S; over n documents, that of what each pulls the mean by, less what it pulls
+    single trainings by, which is in the former. Half of both intervals, by Student's t, are added
+    in squares: with few trainings the degrees of freedom of a sum of variances (Satterthwaite) are
+    estimated too badly.
+    """
+    logs, pulls = [], []
+    for pair in pairs:
+        logs.append(math.log(fvu_of(pair.trained) / fvu_of(pair.null)))
+        pulls.append(pull_of_documents(pair.trained, pair.null))
+    mean = float(np.mean(logs))
+    nothing = {"gain_lo": math.nan, "gain_hi": math.nan, "smallest": math.nan}
+    documents = [list(errors["document"]) for pair in pairs for errors in pair[2:]]
+    n = len(documents[0])
+    if n < LEAST_DOCUMENTS or any(numbers != documents[0] for numbers in documents):
+        return {"gain": 1 - math.exp(mean)} | nothing
+    pull = np.array(pulls)  # [S, n]
+    of_mean = n / (n - 1) * (pull.mean(0) ** 2).sum()
+    of_single = n / (n - 1) * pull.var(0, ddof=1).sum() / len(pull)
+    over_documents = max(0.0, of_mean - of_single)
+    over_trainings = float(np.var(logs, ddof=1)) / len(logs)
+    half_documents = stats.t.ppf(0.975, n - 1) * math.sqrt(over_documents)
+    half_trainings = stats.t.ppf(0.975, len(logs) - 1) * math.sqrt(over_trainings)
+    half = math.hypot(half_documents, half_trainings)
+    return {
+        "gain": 1 - math.exp(mean),
+        "gain_lo": 1 - math.exp(mean + half),
+        "gain_hi": 1 - math.exp(mean - half),
+        "smallest": 1 - math.exp(-half),
+    }
 
 
 def fvu_of(errors: pd.DataFrame) -> float:
@@ -2430,7 +2520,9 @@ def read_errors(folder: Path) -> pd.DataFrame:
 # ---- the same latents again, from another seed?
 def stability_over_seeds(save_dir: Path, frame: pd.DataFrame) -> pd.DataFrame:
     """A row for every two SAEs of `frame` that differ in their seed alone; writes
-    latent_stability.csv beside each."""
+    latent_stability.csv beside each, and removes those of seeds that are gone."""
+    for folder in frame["folder"]:
+        (save_dir / folder / "latent_stability.csv").unlink(missing_ok=True)
     rows = []
     same = [*[name for name in GROUP if name != "seed"], "head"]
     for key, saes in frame.groupby(same, dropna=False):
@@ -2518,6 +2610,14 @@ def find_origins(
     return origins
 
 
+def check_models(origins: dict[str, Origin | None]) -> None:
+    """HandoffError if the model of a run is not there, by which --finish_kl trains."""
+    gone = [name for name, origin in origins.items() if origin is None]
+    if gone:
+        fact = f"--finish_kl trains with the model of run {gone[0]} in the loop, which is not there"
+        raise HandoffError(f"{fact}; name it with --model_path, or leave --finish_kl out")
+
+
 def train_all(
     groups: list[list[Job]],
     origins: dict[str, Origin | None],
@@ -2585,6 +2685,8 @@ def run(args: argparse.Namespace) -> int:
         names = (WEIGHTS, "training_state.pt")
         refuse_overwrite([job.folder / n for job in jobs for n in names], args.overwrite)
     origins = find_origins(jobs, args, device)
+    if args.finish_kl:
+        check_models(origins)
     check_fast_step(jobs[0], device)
     announce_cost(jobs, device)
 
@@ -2624,8 +2726,9 @@ GAINS = """gain_: by which share less of the variance is left unexplained (1 - F
 by the same SAE trained on normal rows
 of the same covariance (gaussian), with a frozen random decoder (decoder), or on the model before \
 training (untrained);
-_lo, _hi: 95 % over the same held-out documents. Where they hold 0, the SAE has found no more than \
-that null has.
+_lo, _hi: 95 % over the same held-out documents, of these trainings; other seeds give other \
+gains: with --seeds, sae_gains.csv counts both.
+Where they hold 0, the SAE has found no more than that null has. _saes: how many have an interval.
 """
 COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 KIND = GROUP[:-1]  # what a curve stands for
@@ -2674,14 +2777,30 @@ def table2(metrics: pd.DataFrame) -> pd.DataFrame:
         if {"d_sae", "d_in", "tokens"} <= set(saes):
             row["expansion"] = (saes["d_sae"] / saes["d_in"]).iloc[0]
             row["tokens"] = saes["tokens"].iloc[0]
-        names = ["ce_recovered_zero", "ce_recovered_mean", "ce_informative", "kl_sae"]
-        names += ["ce_recovered_mean_lo", "ce_recovered_mean_hi"]
-        names += [name for name in saes if name.startswith("gain_")]
-        for name in names:
+        for name in ("ce_recovered_zero", "ce_informative", "kl_sae"):
             if name in saes:
                 row[name] = saes[name].astype(float).mean()
+        for name in ("ce_recovered_mean", *gains_in(saes)):
+            row |= mean_with_interval(saes, name)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def gains_in(frame: pd.DataFrame) -> list[str]:
+    """The columns gain_<null>."""
+    return [c for c in frame if c.startswith("gain_") and not c.endswith(("_lo", "_hi"))]
+
+
+def mean_with_interval(saes: pd.DataFrame, name: str) -> dict[str, float]:
+    """Means of a measure and of the ends of its interval, over the SAEs that have one, and how
+    many these are; of the measure alone, over all, where none has."""
+    if name not in saes:
+        return {}
+    columns = [name, f"{name}_lo", f"{name}_hi"]
+    values = saes.reindex(columns=columns).astype(float)
+    bounded = values.dropna()
+    means = (values if bounded.empty else bounded).mean()
+    return {**means, f"{name}_saes": len(bounded)}
 
 
 def write_table2(path: Path, table: pd.DataFrame) -> None:
@@ -3026,7 +3145,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--nulls", action="store_true", help=nulls_help)
     add("--finish_kl", type=integer, default=0, metavar="TOKENS", help=finish_help)
     add("--plain", action="store_true", help=plain_help)
-    add("--start_variance", type=positive(float), default=0.99, metavar="SHARE", help=start_help)
+    add("--start_variance", type=positive(float), default=0.995, metavar="SHARE", help=start_help)
     add("--aux_k", type=integer, default=-1, help=aux_help)
     add("--int8", action="store_true", help=int8_help)
     add("--lr_warmup", type=integer, default=50, help=warmup_help)

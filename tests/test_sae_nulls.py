@@ -331,3 +331,51 @@ def test_axes_are_those_of_the_covariance(of_noise):
         held = variances.cumsum() / variances.sum()
         assert held[n_axes - 1] > share - 0.01
         assert n_axes == 1 or held[n_axes - 2] < share + 0.01
+
+
+# ------------------------------------------------------------------------------ gains over trainings
+def simulate_trainings(
+    rng: np.random.Generator, n_seeds: int, n: int, noise: float, taste: float = 0.0
+) -> list:
+    """Pairs of errors.csv of n documents, a pair a training: the FVU of each is .06 and .10 times
+    a random factor of that training; with `taste`, documents suit the trained ones more or less."""
+    hardness = rng.lognormal(-0.125, 0.5, n)  # the same documents for all
+    suits = rng.lognormal(-(taste**2) / 2, taste, n)
+    variance = rng.gamma(2.0, 100.0, n)
+    pairs = []
+    for _ in range(n_seeds):
+        tables = []
+        for fvu in (0.06, 0.10):
+            of_training = fvu * rng.lognormal(0, noise)
+            of_document = rng.lognormal(-0.02, 0.2, n)
+            error = variance * of_training * hardness * of_document
+            if not tables:
+                error = error * suits
+            document = np.arange(n)
+            tables.append(pd.DataFrame(dict(document=document, error=error, variance=variance)))
+        pairs.append(ts.Pair(0, "gaussian", *tables))
+    return pairs
+
+
+@pytest.mark.parametrize("n_seeds", [2, 3, 5])
+@pytest.mark.parametrize(("noise", "taste"), [(0.03, 0.0), (0.2, 0.0), (0.03, 0.4), (0.1, 0.4)])
+def test_the_interval_over_trainings_holds_the_truth_in_95_percent(n_seeds, noise, taste):
+    """Of which the truth is the mean of the logarithm: 1 - .06 / .10."""
+    rng = np.random.default_rng(n_seeds)
+    held = 0
+    for _ in range(1000):
+        pairs = simulate_trainings(rng, n_seeds, 40, noise, taste)
+        found = ts.gain_over_trainings(pairs)
+        held += found["gain_lo"] < 1 - 0.06 / 0.10 < found["gain_hi"]
+    assert 0.93 <= held / 1000 <= 0.98
+
+
+def test_an_interval_over_documents_alone_misses_other_trainings():
+    """Why there is one over trainings: with their noise the other holds the truth too seldom."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        [pair] = simulate_trainings(rng, 1, 40, 0.2)
+        _, low, high = ts.gain(pair.trained, pair.null)
+        held += low < 1 - 0.06 / 0.10 < high
+    assert held / 400 < 0.5
