@@ -2,9 +2,12 @@
 
     python benchmarks/race_planted.py [--quick]
 
-Both get the same tokens in the same order, as many steps, the same learning rate and width, and for
-each architecture the same L0 to aim at. Scored on tokens that neither has seen. Shapes: N tokens,
-D dimensions, P planted features, F latents.
+Both get the same tokens in the same order, as many steps, the same learning rate and width, for
+each architecture the same L0 to aim at, and count latents as dead after as many steps. Tokens come
+less their mean: train_sae.py subtracts it, SAELens begins with b_dec = 0 and would spend its steps
+and its most general latents on it. Scored on tokens that neither has seen, each as it is exported:
+a latent of batchtopk and matryoshka fires above the average cut. Shapes: N tokens, D dimensions,
+P planted features, F latents.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import math
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -50,6 +55,7 @@ class Study:
         return SAEShape(self.d, self.expansion, round(self.l0), self.n_tokens)
 
 
+DEAD_STEPS = 50  # without firing
 FULL = Study(2048, 256, 16.0, 4, 1024, 300, 1500, 20_000)
 QUICK = Study(128, 32, 4.0, 4, 256, 20, 100, 2_000)
 
@@ -60,11 +66,12 @@ class Tokens:
     def __init__(self, study: Study, seed: int) -> None:
         self.planted: Planted = plant(study.n_features, study.d, study.l0, seed)
         draws = [self.planted.draw(study.n_tokens, 1000 + i)[0] for i in range(study.n_batches)]
-        self.drawn = torch.stack(draws)  # [batches, N, D]
-        self.test, self.active = self.planted.draw(study.n_test, 1)
-        flat = self.drawn.flatten(0, 1)
-        self.centre = flat.mean(0)  # [D]
-        self.norm = float((flat - self.centre).norm(dim=1).mean())
+        drawn = torch.stack(draws)  # [batches, N, D]
+        centre = drawn.mean((0, 1))  # [D]
+        self.drawn = drawn - centre
+        test, self.active = self.planted.draw(study.n_test, 1)
+        self.test = test - centre
+        self.norm = float(self.drawn.norm(dim=2).mean())
 
     def batches(self) -> Iterator[Tensor]:
         while True:
@@ -76,9 +83,9 @@ def ours(
 ) -> tuple[Score, float]:
     """Score, and seconds of training."""
     schedule = Schedule(study.steps, rate, seed)
-    args = sae_args(study.shape, arch, dtype, schedule, dead_tokens=50 * study.n_tokens)
+    args = sae_args(study.shape, arch, dtype, schedule, dead_tokens=DEAD_STEPS * study.n_tokens)
     args.target_l0 = study.shape.k
-    trainer = ts.Trainer(args, tokens.centre, tokens.norm, torch.device("cpu"))
+    trainer = ts.Trainer(args, torch.zeros(study.d), tokens.norm, torch.device("cpu"))
     start = time.perf_counter()
     for x, _ in zip(tokens.batches(), range(study.steps), strict=False):
         trainer.step(x)
@@ -95,11 +102,26 @@ def theirs(study: Study, tokens: Tokens, arch: str, rate: float, seed: int) -> t
     schedule = Schedule(study.steps, rate, seed)
     start = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        coder: Any = lens_trainer(study.shape, arch, False, schedule, tokens.batches()).fit()
+        trainer = lens_trainer(
+            study.shape, arch, False, schedule, tokens.batches(), dead_steps=DEAD_STEPS
+        )
+        # which it would estimate from the first batches
+        trainer.activation_scaler.scaling_factor = math.sqrt(study.d) / tokens.norm
+        coder: Any = trainer.fit()
     seconds = time.perf_counter() - start
     with torch.no_grad():
-        latents = coder.encode(tokens.test)
-    return score(tokens.planted, tokens.active, latents, coder.W_dec.detach()), seconds
+        sae = exported(coder)
+        latents = sae.encode(tokens.test)
+    return score(tokens.planted, tokens.active, latents, sae.W_dec.detach()), seconds
+
+
+def exported(coder: Any) -> Any:
+    """What SAELens makes of an SAE in training for those who use it."""
+    import sae_lens
+
+    with tempfile.TemporaryDirectory() as folder:
+        coder.save_inference_model(folder)
+        return sae_lens.SAE.load_from_disk(folder)
 
 
 def main(argv: list[str] | None = None) -> int:
