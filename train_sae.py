@@ -476,7 +476,7 @@ class Trainer:
     axes: [D, R], what the first directions are combined of; None: any direction
     idle: [F] int64, tokens since each latent fired
     cut: [], moving average of Output.cut
-    threads: that torch may use for a group of SAEs
+    threads: that torch may use for its group of SAEs, which decides how sums round
     history: a dict every 50 steps, the rows of training.csv; board: a tensorboard for them
     """
 
@@ -1354,16 +1354,16 @@ class Dump:
         mean = (total / self.n_train).float()
         n = min(BLOCK, self.n_train)
         norms = []
-        products = torch.zeros(len(mean), len(mean))
+        products = torch.zeros(len(mean), len(mean), dtype=torch.float64)
         for start in np.linspace(0, self.n_train - n, 256).astype(int):
             rows = self.training_rows(start + np.arange(n)).float() - mean  # [n, D]
             norms.append(rows.norm(dim=1).mean())
-            products += rows.T @ rows
+            products += rows.T @ rows  # summed in float64: the last variances are small
         norm = float(np.mean(norms))
         if norm == 0:
             fact = f"{self.path} is the same in every row: nothing to decompose"
             raise HandoffError(f"{fact}; remake it with: {self.remedy}")
-        variances, axes = torch.linalg.eigh(products.double() / (256 * n))  # ascending
+        variances, axes = torch.linalg.eigh(products / (256 * n))  # ascending
         return Moments(mean, norm, variances.flip(0), axes.flip(1).float())
 
     def layout(self, batch_size: int) -> Layout:
@@ -1684,10 +1684,10 @@ class Origin(NamedTuple):
 
 
 def find_origin(
-    dump: Dump, given: Path | None, device: torch.device, skip_probe: bool
+    dump: Dump, given: Path | None, args: argparse.Namespace, device: torch.device
 ) -> Origin | None:
-    """The model and the tokens behind a dump; None, and a line that says so, if the checkpoint that
-    it names is gone or changed."""
+    """The model and the tokens behind a dump; if the checkpoint that it names is gone or changed,
+    None and a line that says so, or HandoffError where --finish_kl trains with the model."""
     expected = dump.side["checkpoint_sha256"]
     path = given or find_checkpoint(dump.side["checkpoint"], expected, dump.path)
     found = sha256(path) if path.is_file() else "no such file"
@@ -1696,6 +1696,9 @@ def find_origin(
         raise HandoffError(f"--model_path {path} ({found[:12]}) is not {fact}")
     if found != expected:
         fact = f"{path} is gone or not what was dumped"
+        if args.finish_kl:
+            need = f"--finish_kl trains with the model of run {dump.run} in the loop, but {fact}"
+            raise HandoffError(f"{need}; name it with --model_path, or leave --finish_kl out")
         print(f"{dump.run}: CE recovered and KL stay empty, as {fact}; --model_path names another")
         return None
     file = dump.path.with_name("tokens.npy")
@@ -1704,7 +1707,7 @@ def find_origin(
         tokens = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError):
         tokens = np.zeros(0)
-    model, _ = load_checkpoint(path, device, skip_probe)
+    model, _ = load_checkpoint(path, device, args.skip_probe)
     if len(tokens) != len(dump.array) or tokens.max() >= model.cfg.vocab_size:
         fact = f"{file} does not fit {dump.path.name} ({len(dump.array)} rows) or the model"
         raise HandoffError(f"{fact}; remake both with: {dump.remedy}")
@@ -1896,11 +1899,16 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
     d_in = dump.array.shape[1]
     trainer = Trainer(a, torch.zeros(d_in), math.sqrt(d_in), device, a.plain)
     seconds = choose_threads(lambda: trainer.step(dump.batch(0, a.batch_size, a.seed)), a.threads)
-    n_here = math.ceil(n_saes / rank_and_world()[1])
+    groups = groups_of(jobs)
+    world = rank_and_world()[1]
+    each = [work_of(groups[rank::world]) for rank in range(world)]
     # Measuring an SAE takes about as long as training it on as many tokens
-    firing = dump.mixture(FIRING_TOKENS)
-    n_measured = a.eval_tokens + len(firing) * dump.seq_len
-    time_left = duration(seconds * (a.steps + n_measured / a.batch_size) * n_here)
+    time_left = seconds * max(work.steps + work.n_measured / a.batch_size for work in each)
+    normal = [job.dump for job in jobs if isinstance(job.dump, GaussianDump)]
+    if normal:
+        some = np.arange(min(16 * BLOCK, normal[0].n_train))
+        row_seconds = seconds_of(lambda: normal[0].training_rows(some)) / len(some)
+        time_left += row_seconds * max(work.n_drawn for work in each)
 
     n_latents = a.expansion * d_in
     weights = 8 * n_latents * d_in  # bytes of W_enc and W_dec
@@ -1914,16 +1922,51 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
     memory = 8 * weights + pool + entry * a.batch_size * n_latents
 
     what = f"{n_saes} SAE{'s' * (n_saes > 1)} ({a.arch}, of a {a.unit})"
+    n_nulls = sum(job.args.null != "" for job in jobs)
+    if n_nulls:
+        what += f", {n_nulls} of them nulls"
     where = f"on {device} in {a.dtype}, preset {a.preset}"
     print(f"{what}: D = {d_in}, F = {n_latents}, {where}")
-    tokens = f"{a.tokens:,} tokens in {a.steps} steps each, about {time_left} in all"
+    n_steps = sum(work.steps for work in each)
+    tokens = f"{a.tokens:,} tokens in {a.steps} steps each, {n_steps:,} steps in all"
+    tokens += f", about {duration(time_left)}"
+    if a.resume:
+        tokens += " less what is done"
+    if a.finish_kl:
+        tokens += f" and the time of {a.finish_kl:,} more tokens each through the model"
     disk = f"{weights * copies * n_saes / 1e9:.2f} GB in {a.save_dir}"
     print(f"cost: {tokens}; {disk}, about {memory / 1e9:.1f} GB of memory", flush=True)
-    print(
-        f"{held_out_of(dump)}; latents are counted on {len(firing) * dump.seq_len:,} tokens of all"
-    )
+    firing = len(dump.mixture(FIRING_TOKENS)) * dump.seq_len
+    print(f"{held_out_of(dump)}; latents are counted on {firing:,} tokens of all")
     if architecture.saelens is None:
         print(f"SAELens has no class for {a.arch}: its folders load with train_sae.load_sae only")
+
+
+class Work(NamedTuple):
+    """What a process has to do."""
+
+    steps: int  # of all its SAEs
+    n_measured: int  # tokens that they encode when they are finished
+    n_drawn: int  # normal rows
+
+
+def work_of(groups: list[list[Job]]) -> Work:
+    """Of all SAEs in these groups, nulls too, from their first step."""
+    steps = n_measured = n_drawn = 0
+    for group in groups:
+        a, dump = group[0].args, group[0].dump
+        held_out = len(dump.evaluation(a.eval_tokens)) * dump.seq_len
+        counted = len(dump.mixture(FIRING_TOKENS)) * dump.seq_len
+        steps += sum(job.args.steps for job in group)
+        n_measured += (held_out + counted) * len(group)
+        if isinstance(dump, GaussianDump):
+            n_drawn += len(dump.array) + 256 * BLOCK  # for the moments
+            layout = dump.layout(a.batch_size)
+            n_pools = math.ceil(a.steps / layout.batches_per_pool)
+            n_drawn += n_pools * layout.n_blocks // layout.n_pools * layout.block
+            # held-out rows once for their mean, once for what the SAE makes of them
+            n_drawn += (2 * held_out + counted) * len(group)
+    return Work(steps, n_measured, n_drawn)
 
 
 def held_out_of(dump: Dump) -> str:
@@ -1951,11 +1994,13 @@ def train_group(group: list[Job], device: torch.device, stop: list[int]) -> list
     a, dump = group[0].args, group[0].dump
     trainers = [begin(job, device) for job in group]
     busy = [(job, trainer) for job, trainer in zip(group, trainers, strict=True) if trainer]
+    for _, trainer in busy:
+        trainer.threads = torch.get_num_threads()
     done = min((trainer.step_count for _, trainer in busy), default=a.steps)
     folder = group[0].folder
     name = "/".join(folder.parts[-3:]) + (f" and {len(busy) - 1} more" if len(busy) > 1 else "")
     steps = range(done, a.steps)
-    with side_by_side(len(busy), device) as pool:
+    with side_by_side(len(group), device) as pool:
         for step in tqdm(steps, name, initial=done, total=a.steps, unit="step", disable=None):
             raw = dump.batch(step, a.batch_size, a.seed)
             # not those that were stopped later than the others
@@ -1971,18 +2016,24 @@ def train_group(group: list[Job], device: torch.device, stop: list[int]) -> list
 
 
 @contextlib.contextmanager
-def side_by_side(n: int, device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """Workers for n SAEs of a group, which divide the threads that torch may use among them: an SAE
-    on one thread waits for nobody. What an SAE computes does not depend on it."""
+def threads_kept() -> Iterator[None]:
+    """Afterwards torch has as many threads as before."""
     n_threads = torch.get_num_threads()
-    n_workers = min(n, n_threads) if device.type == "cpu" else 1
-    n_workers = max(1, n_workers)
-    torch.set_num_threads(n_threads // n_workers)
     try:
-        with ThreadPoolExecutor(n_workers) as pool:
-            yield pool
+        yield
     finally:
         torch.set_num_threads(n_threads)
+
+
+@contextlib.contextmanager
+def side_by_side(n: int, device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Workers for the n SAEs of a group, finished ones too, which divide the threads that torch may
+    use among them: an SAE on one thread waits for nobody."""
+    n_threads = torch.get_num_threads()
+    n_workers = min(n, n_threads) if device.type == "cpu" else 1
+    with threads_kept(), ThreadPoolExecutor(n_workers) as pool:
+        torch.set_num_threads(n_threads // n_workers)
+        yield pool
 
 
 def begin(job: Job, device: torch.device) -> Trainer | None:
@@ -2108,11 +2159,10 @@ def resume_sae(job: Job, device: torch.device) -> Trainer | None:
         trainer = Trainer(job.args, state["mean"], 1.0, device, job.args.plain)
         change = first_change(job, state["trajectory"])
         if not change:
-            if job.args.threads is None and "threads" in state:
-                # as many as before: with others, sums round differently
-                torch.set_num_threads(state["threads"])
-                trainer.threads = state["threads"]
             restore(trainer, state)
+            if job.args.threads is None and "threads" in state:
+                # as many as before, for this group: with others, sums round differently
+                torch.set_num_threads(state["threads"])
     except Exception as e:  # torch raises many types for a damaged file
         fact = f"{path} cannot be read ({str(e).strip()[:100]})"
         raise HandoffError(f"{fact}; train anew with --overwrite") from None
@@ -2182,7 +2232,7 @@ def finish_group(
     saes = exports()
     losses = losses_now(saes) if origin else {}
     trained = [trainer for _, trainer in finished]
-    with side_by_side(len(saes), trainer.mean.device) as pool:
+    with side_by_side(len(group), trainer.mean.device) as pool:
         measured = list(pool.map(measure_sae, [job for job, _ in finished], trained, saes))
     for i, ((job, trainer), metrics) in enumerate(zip(finished, measured, strict=True)):
         if losses:
@@ -2468,40 +2518,47 @@ def gains_over_seeds(save_dir: Path, frame: pd.DataFrame, nulls: pd.DataFrame) -
 
 
 def gain_over_trainings(pairs: list[Pair]) -> dict[str, float]:
-    """1 - FVU / FVU of a null, of several trainings of both on the same data: `gain` with its 95 %
-    interval for other trainings and other documents, and `smallest`, the gain that would just be
-    told from 0. NaN as in `gain`.
-
-    Of the mean of g = log(FVU / FVU of the null) over S trainings. Its variance over trainings is
-    that of g, over S; over n documents, that of what each pulls the mean by, less what it pulls
-    single trainings by, which is in the former. Half of both intervals, by Student's t, are added
-    in squares: with few trainings the degrees of freedom of a sum of variances (Satterthwaite) are
-    estimated too badly.
-    """
-    logs, pulls = [], []
-    for pair in pairs:
-        logs.append(math.log(fvu_of(pair.trained) / fvu_of(pair.null)))
-        pulls.append(pull_of_documents(pair.trained, pair.null))
+    """1 - FVU / FVU of a null, of several trainings of both on the same data: the geometric mean of
+    the ratios, its 95 % interval for other trainings and other documents, and `smallest`, the gain
+    that would just be told from 0. NaN as in `gain`."""
+    logs = [math.log(fvu_of(pair.trained) / fvu_of(pair.null)) for pair in pairs]
     mean = float(np.mean(logs))
-    nothing = {"gain_lo": math.nan, "gain_hi": math.nan, "smallest": math.nan}
     documents = [list(errors["document"]) for pair in pairs for errors in pair[2:]]
-    n = len(documents[0])
-    if n < LEAST_DOCUMENTS or any(numbers != documents[0] for numbers in documents):
-        return {"gain": 1 - math.exp(mean)} | nothing
-    pull = np.array(pulls)  # [S, n]
-    of_mean = n / (n - 1) * (pull.mean(0) ** 2).sum()
-    of_single = n / (n - 1) * pull.var(0, ddof=1).sum() / len(pull)
-    over_documents = max(0.0, of_mean - of_single)
-    over_trainings = float(np.var(logs, ddof=1)) / len(logs)
-    half_documents = stats.t.ppf(0.975, n - 1) * math.sqrt(over_documents)
-    half_trainings = stats.t.ppf(0.975, len(logs) - 1) * math.sqrt(over_trainings)
-    half = math.hypot(half_documents, half_trainings)
+    half = math.nan
+    if len(documents[0]) >= LEAST_DOCUMENTS and all(d == documents[0] for d in documents):
+        pulls = [pull_of_documents(pair.trained, pair.null) for pair in pairs]
+        half = float(half_width(np.array(logs), np.array(pulls)))
     return {
         "gain": 1 - math.exp(mean),
         "gain_lo": 1 - math.exp(mean + half),
         "gain_hi": 1 - math.exp(mean - half),
         "smallest": 1 - math.exp(-half),
     }
+
+
+def half_width(logs: np.ndarray, pulls: np.ndarray) -> np.ndarray:
+    """Half of the 95 % interval [...] of the mean of g = log(FVU / FVU of a null), from its values
+    [..., S] in S trainings and from what each of n documents pulls them by [..., S, n]
+    (`pull_of_documents`).
+
+    half^2 = t(S - 1)^2 V_trainings + t(n - 1)^2 V_documents, where t(m) is the .975 quantile of
+    Student's t with m degrees of freedom and
+    V_trainings = var(g) / S, over the trainings;
+    V_documents = n / (n - 1) sum(mean pull^2) - n / (n - 1) sum(var(pull)) / S, not below 0: what
+    documents pull all trainings by alike. What they pull single ones by is in var(g) already.
+
+    One t for the sum of both, with Satterthwaite's degrees of freedom, holds the truth in 88 to
+    95 % for S = 2 or 3: V_trainings is then too uncertain to weigh the two by. This holds it in 93
+    to 98 %.
+    """
+    n_trainings, n = pulls.shape[-2:]
+    over_trainings = logs.var(-1, ddof=1) / n_trainings  # [...]
+    of_mean = n / (n - 1) * (pulls.mean(-2) ** 2).sum(-1)
+    of_single = n / (n - 1) * pulls.var(-2, ddof=1).sum(-1) / n_trainings
+    over_documents = np.maximum(0, of_mean - of_single)
+    half_trainings = stats.t.ppf(0.975, n_trainings - 1) * np.sqrt(over_trainings)
+    half_documents = stats.t.ppf(0.975, n - 1) * np.sqrt(over_documents)
+    return np.hypot(half_trainings, half_documents)
 
 
 def fvu_of(errors: pd.DataFrame) -> float:
@@ -2520,9 +2577,8 @@ def read_errors(folder: Path) -> pd.DataFrame:
 # ---- the same latents again, from another seed?
 def stability_over_seeds(save_dir: Path, frame: pd.DataFrame) -> pd.DataFrame:
     """A row for every two SAEs of `frame` that differ in their seed alone; writes
-    latent_stability.csv beside each, and removes those of seeds that are gone."""
-    for folder in frame["folder"]:
-        (save_dir / folder / "latent_stability.csv").unlink(missing_ok=True)
+    latent_stability.csv beside each, and removes every other one: it is of seeds that are gone."""
+    stale = set(save_dir.glob("*/L*/**/latent_stability.csv"))
     rows = []
     same = [*[name for name in GROUP if name != "seed"], "head"]
     for key, saes in frame.groupby(same, dropna=False):
@@ -2542,7 +2598,11 @@ def stability_over_seeds(save_dir: Path, frame: pd.DataFrame) -> pd.DataFrame:
         for sae in saes.itertuples():
             mean = pd.concat(cosines[sae.seed], axis=1).mean(axis=1).sort_index()
             table = mean.rename("stability").rename_axis("latent").reset_index()
-            write_csv(save_dir / sae.folder / "latent_stability.csv", table)
+            path = save_dir / sae.folder / "latent_stability.csv"
+            write_csv(path, table)
+            stale.discard(path)
+    for path in stale:
+        path.unlink()
     return pd.DataFrame(rows)
 
 
@@ -2606,16 +2666,8 @@ def find_origins(
     dumps = {job.dump.run: job.dump for job in jobs}
     origins = {}
     for name, dump in dumps.items():
-        origins[name] = find_origin(dump, given.get(name), device, args.skip_probe)
+        origins[name] = find_origin(dump, given.get(name), args, device)
     return origins
-
-
-def check_models(origins: dict[str, Origin | None]) -> None:
-    """HandoffError if the model of a run is not there, by which --finish_kl trains."""
-    gone = [name for name, origin in origins.items() if origin is None]
-    if gone:
-        fact = f"--finish_kl trains with the model of run {gone[0]} in the loop, which is not there"
-        raise HandoffError(f"{fact}; name it with --model_path, or leave --finish_kl out")
 
 
 def train_all(
@@ -2628,11 +2680,12 @@ def train_all(
     signal in `stop` ended one."""
     for group in groups:
         dump = group[0].dump
-        trainers = train_group(group, device, stop)
-        if stop:
-            return False
-        for line in finish_group(group, trainers, origins[dump.run]):
-            print(line, flush=True)
+        with threads_kept():
+            trainers = train_group(group, device, stop)
+            if stop:
+                return False
+            for line in finish_group(group, trainers, origins[dump.run]):
+                print(line, flush=True)
         dump.pool = (None, torch.empty(0))  # frees its rows
     return True
 
@@ -2685,8 +2738,6 @@ def run(args: argparse.Namespace) -> int:
         names = (WEIGHTS, "training_state.pt")
         refuse_overwrite([job.folder / n for job in jobs for n in names], args.overwrite)
     origins = find_origins(jobs, args, device)
-    if args.finish_kl:
-        check_models(origins)
     check_fast_step(jobs[0], device)
     announce_cost(jobs, device)
 
@@ -2726,11 +2777,13 @@ GAINS = """gain_: by which share less of the variance is left unexplained (1 - F
 by the same SAE trained on normal rows
 of the same covariance (gaussian), with a frozen random decoder (decoder), or on the model before \
 training (untrained);
-_lo, _hi: 95 % over the same held-out documents, of these trainings; other seeds give other \
-gains: with --seeds, sae_gains.csv counts both.
+_lo, _hi: 95 % over the held-out documents of this one training; another gives another gain: \
+with --seeds, sae_gains.csv counts both.
 Where they hold 0, the SAE has found no more than that null has. _saes: how many have an interval.
 """
 COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]  # one more than colours: 42 curves that differ
+DASHES: list[Any] = ["-", "--", ":", "-.", (0, (1, 3))]
 KIND = GROUP[:-1]  # what a curve stands for
 
 
@@ -2865,15 +2918,21 @@ def with_names_of_now(metrics: pd.DataFrame) -> pd.DataFrame:
 
 
 def kinds_of(table: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
-    """Label and colour of every curve: an architecture, of a run, a unit and a site."""
-    kinds = {}
+    """Label, colour and marker of every curve: an architecture, of a run, a unit and a site."""
+    kinds: dict[tuple, dict[str, Any]] = {}
     seeds = table["seed"].nunique()
-    for i, kind in enumerate(table.groupby(KIND).groups):
+    for kind in table.groupby(KIND).groups:
         run, unit, arch, setting, seed, site = kind
         label = f"{run} ({arch} {setting}, {site} of a {unit})"
         label += f", seed {seed}" if seeds > 1 else ""
-        kinds[kind] = {"label": as_label(label), "color": COLORS[i % len(COLORS)]}
+        kinds[kind] = {"label": as_label(label)} | look_of(len(kinds))
     return kinds
+
+
+def look_of(number: int) -> dict[str, Any]:
+    """Colour and marker of a curve, counted from 0: both change from one to the next, so that they
+    can be told apart without colours too."""
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
 
 
 def fixes_l0(arch: str) -> bool:
@@ -2992,18 +3051,24 @@ def draw_frontier(frontier: pd.DataFrame, is_stacked: bool = False) -> Any:
     panels = [(layer, name) for name in measures for layer in layers]
     n_columns = 1 if is_stacked else min(3, len(layers))
     n_rows = math.ceil(len(panels) / n_columns)
-    size = (4.5 if is_stacked else max(5.5, 3.8 * n_columns), 2.9 * n_rows + 1)
+    curve = [name for name in KIND if name != "setting"]
+    kinds: dict[tuple, dict[str, Any]] = {}
+    for kind in frontier.groupby(curve).groups:
+        run, unit, arch, seed, site = kind
+        label = as_label(f"{run} ({arch}, {site} of a {unit}), seed {seed}")
+        kinds[kind] = {"label": label} | look_of(len(kinds))
+    more = 0.22 * max(0, len(kinds) - 2)  # inches of legend
+    size = (4.5 if is_stacked else max(5.5, 3.8 * n_columns), 2.9 * n_rows + 1 + more)
     figure, grid = plt.subplots(
         n_rows, n_columns, figsize=size, layout="constrained", squeeze=False
     )
-    curve = [name for name in KIND if name != "setting"]
+    handles = {}
     for ax, (layer, name) in zip(grid.flat, panels, strict=False):
         of_layer = frontier[frontier["layer"] == layer]
-        for i, (kind, rows) in enumerate(of_layer.groupby(curve)):
-            run, unit, arch, seed, site = kind
-            label = as_label(f"{run} ({arch}, {site} of a {unit}), seed {seed}")
-            style = {"label": label, "color": COLORS[i % len(COLORS)]}
-            draw_values(ax, rows["l0"], rows, name, style)
+        for kind, rows in of_layer.groupby(curve):
+            draw_values(ax, rows["l0"], rows, name, kinds[kind])
+        drawn, labels = ax.get_legend_handles_labels()
+        handles |= dict(zip(labels, drawn, strict=True))  # a curve may be of some layers only
         ticks = sorted(of_layer["l0"].round().unique())
         ax.set(xscale="log", xlabel="L0: active latents a token", ylabel=measures[name])
         ax.set(title=f"layer {layer}")
@@ -3011,7 +3076,7 @@ def draw_frontier(frontier: pd.DataFrame, is_stacked: bool = False) -> Any:
         ax.minorticks_off()
     for ax in grid.flat[len(panels) :]:
         ax.axis("off")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", fontsize=9)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", fontsize=9)
     over = " or ".join(map(str, sorted(frontier["n_documents"].unique())))
     splits = " and ".join(sorted(frontier["split"].unique()))
     note = f"Bars: 95 % intervals over {over} held-out documents of the {splits} split."
@@ -3026,11 +3091,11 @@ def draw_values(ax: Any, x: pd.Series, rows: pd.DataFrame, name: str, kind: dict
     low = rows.get(f"{name}_lo", missing).astype(float)
     high = rows.get(f"{name}_hi", missing).astype(float)
     bars = np.stack([rows[name] - low, high - rows[name]]).clip(min=0)  # [2, layers]
-    style: dict[str, Any] = {"marker": "o", "ms": 5, "capsize": 3, "lw": 1.4}
+    style: dict[str, Any] = {"ms": 5, "capsize": 3, "lw": 1.4}
     ax.errorbar(x, rows[name], yerr=bars, **style, **kind)
     is_open = low.isna()
     open_dot: dict[str, Any] = {"mfc": "white", "mec": kind["color"], "zorder": 4}
-    ax.plot(x[is_open], rows[name][is_open], marker="o", ms=5, ls="", **open_dot)
+    ax.plot(x[is_open], rows[name][is_open], marker=kind["marker"], ms=5, ls="", **open_dot)
 
 
 def draw_frequencies(
@@ -3053,12 +3118,13 @@ def draw_frequencies(
             # from below one firing to every token; what never fires is written into the panel
             edges = np.geomspace(0.7 / of_layer["n_rows"].max(), 1, 19)
             share = np.histogram(of_layer["frequency"], edges)[0] / len(of_layer)
-            dashes = ["-", "--", ":"][list(kinds).index(kind) % 3]
-            ax.stairs(share, edges, lw=1.6, ls=dashes, **kinds[kind])
+            dashes = DASHES[list(kinds).index(kind) % len(DASHES)]
+            label, color = kinds[kind]["label"], kinds[kind]["color"]
+            ax.stairs(share, edges, lw=1.6, ls=dashes, color=color, label=label)
             never = (of_layer["frequency"] == 0).mean()
             line: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "fontsize": 9}
             height = 0.93 - 0.09 * i
-            ax.text(0.97, height, f"{never:.1%} never", color=kinds[kind]["color"], **line)
+            ax.text(0.97, height, f"{never:.1%} never", color=color, **line)
         ax.set(xscale="log", yscale="log", title=f"layer {layer}")
         ax.set_xlabel("share of tokens that a latent fires on")
     for ax in grid[:, 0]:
@@ -3202,6 +3268,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         values = getattr(args, flag, [])
         if len(set(values)) < len(values):
             parser.error(f"--{flag} has a value twice")
+    if args.start_variance > 1:
+        parser.error("--start_variance is a share, at most 1")
     if args.finish_kl < 0:
         parser.error("--finish_kl must not be negative")
     if args.resume and args.overwrite:

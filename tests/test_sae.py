@@ -1370,6 +1370,12 @@ def test_a_value_given_twice_is_refused(flag, capsys):
     assert stop.value.code == 2 and f"--{flag} has a value twice" in capsys.readouterr().err
 
 
+def test_a_share_of_the_variance_above_one_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        ts.parse_args(["--start_variance", "1.5"])
+    assert stop.value.code == 2 and "--start_variance" in capsys.readouterr().err
+
+
 def test_a_negative_finish_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         ts.parse_args(["--finish_kl", "-1"])
