@@ -2179,7 +2179,6 @@ def first_change(job: Job, then: dict[str, Any]) -> str:
     defaults.preset = job.args.preset
     default = Job(fill_in(defaults, job.dump), job.dump, job.folder).trajectory
     default["held_out"] = "the last windows"
-    default["start_variance"] = 1.0  # latents started in any direction
     wanted = job.trajectory
     for name in {**wanted, **then}:
         was = then[name] if name in then else default.get(name)
@@ -3211,7 +3210,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add("--nulls", action="store_true", help=nulls_help)
     add("--finish_kl", type=integer, default=0, metavar="TOKENS", help=finish_help)
     add("--plain", action="store_true", help=plain_help)
-    add("--start_variance", type=positive(float), default=0.995, metavar="SHARE", help=start_help)
+    add("--start_variance", type=positive(float), default=1.0, metavar="SHARE", help=start_help)
     add("--aux_k", type=integer, default=-1, help=aux_help)
     add("--int8", action="store_true", help=int8_help)
     add("--lr_warmup", type=integer, default=50, help=warmup_help)

@@ -1331,9 +1331,9 @@ def test_an_older_sae_stands_beside_new_ones_and_is_resumed_as_it_began(
     for layer in ("L0", "L2"):
         as_older(tmp_path / "s/adaptive" / layer)
     flags = ["--layers", "0", "--nulls", "--resume"]
-    assert run(made, tmp_path / "s", *flags) == 1
+    assert run(made, tmp_path / "s", *flags, "--start_variance", "0.99") == 1
     assert "would change start_variance" in capsys.readouterr().err
-    assert run(made, tmp_path / "s", *flags, "--start_variance", "1") == 0
+    assert run(made, tmp_path / "s", *flags) == 0
     metrics = pd.read_csv(tmp_path / "s/sae_metrics.csv")
     assert metrics["layer"].tolist() == [0, 2] and metrics["setting"].eq("k 4").all()
     assert pd.read_csv(tmp_path / "s/sae_nulls.csv")["null"].tolist() == ["decoder", "gaussian"]
