@@ -1143,7 +1143,7 @@ def test_the_page_and_the_sidecars_say_which_sae_was_taken(study: Path, tmp_path
     facts = json.loads((tmp_path / "out" / "hero_features.csv.json").read_text())["sae"]
     assert (facts["folder"], facts["setting"], facts["seed"]) == (near, "k 16", 42)
     assert facts["sha256"] == hero.sha256(layer / "k16" / "seed42" / hero.SAE_WEIGHTS)
-    told = f"Features are those of the SAE in {near} (batchtopk, k 16, seed 42), of 4 here"
+    told = f" in {near} (batchtopk, k 16, seed 42), of 4 here the one"
     for name in ("hero_report.md", "hero_report.html"):
         assert told in (tmp_path / "out" / name).read_text(), name
     assert (

@@ -292,13 +292,14 @@ def demo_topology(kept: Kept) -> str:
 
 
 def demo_saes(kept: Kept) -> str:
-    """What the SAE of each layer leaves unexplained, and which of its latents are silent."""
-    columns = ["run", "layer", "n_documents", "l0", "fvu", "fvu_lo", "fvu_hi"]
+    """What the SAE of each layer leaves unexplained, and which of its latents are silent. Not those
+    of single heads, whose rows are means over heads."""
+    columns = ["run", "unit", "layer", "n_documents", "l0", "fvu", "fvu_lo", "fvu_hi"]
     columns += ["dead_share", "dead_share_tokens"]
     # Layers are the units, so they stand one by one
     table = kept.table("demo", "saes/table2.csv", columns)
     rows = []
-    for _, sae in table.iterrows():
+    for _, sae in table[table["unit"] == "layer"].iterrows():
         fvu = f"{sae['fvu']:.3f} {bounds(sae['fvu_lo'], sae['fvu_hi'], '.3f')}"
         rows.append(
             [
