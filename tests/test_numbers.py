@@ -441,6 +441,23 @@ def test_the_verdict_on_a_published_difference(low, high, verdict):
     assert number_blocks.direction(low, high, 0.018, "here") == verdict
 
 
+@pytest.mark.parametrize(
+    ("command", "phase"),
+    [
+        ("train_sae.py --runs adaptive --layers 1 2 4", "3 SAEs, an arm"),
+        ("train_sae.py --runs control --layers 0 3 5 --nulls", "3 SAEs with their nulls, an arm"),
+        ("train_sae.py --arch relu --unit head", "3 SAEs of single heads, both arms"),
+        ("train_sae.py --runs untrained", "3 SAEs of the model before training"),
+        ("harvest_activations.py --run_name adaptive", "2 harvest, an arm"),
+        ("harvest_activations.py --run_name untrained", "2 harvest of the model before training"),
+        ("other.py", ""),
+    ],
+)
+def test_which_phase_a_command_is(command, phase):
+    argv = command.split()
+    assert number_blocks.phase_of(pd.Series({"script": argv[0], "argv": argv})) == phase
+
+
 def test_the_saes_of_the_demo_are_those_of_layers(repository):
     path = repository / NUMBERS / "demo" / "saes" / "table2.csv"
     kept = number_blocks.Kept(repository)
