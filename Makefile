@@ -19,12 +19,14 @@ LAST   := $(lastword $(LAYERS))
 SETPOINT ?= 0.006
 TRAIN  ?= --preset demo --dataset builtin --target_sigma $(SETPOINT) --lambda_start 2 --pressure_warmup 100 --control_interval 5 --sample_steps 5 --filter_beta 0.8 --k_p 4 --k_i 0.1 --schedule constant --lr_warmup 100
 TEXT   ?= The quick brown fox jumps over the lazy dog because of complex physics.
-# What the demo alone adds: the model before its first step, beside which its SAEs are shown. `make seeds` has no use for it.
-DEMO   ?= --save_initial
+# The demo alone: fewer steps than the 600 of its preset, which pay for nulls and more SAEs; and the model before its first step,
+# beside which its SAEs are shown. `make seeds` and `make loops` train all 600. What TRAIN says beats it.
+DEMO   ?= --steps 500 --save_initial
+HERO   ?= --n_seqs 64
 # Layers whose SAEs stand beside nulls, and have SAEs of single heads, the published kind, beside them
 FEW    ?= $(or $(filter 0 3 5,$(LAYERS)),$(LAST))
 REST   := $(filter-out $(FEW),$(LAYERS))
-HEADS  ?= --arch relu --unit head --steps 200
+HEADS  ?= --arch relu --unit head --steps 200 --l1 0.03 --eval_tokens 5000
 MODELS := $(RUN)/adaptive/janus_adaptive_final.pt.json $(RUN)/control/janus_control_final.pt.json
 DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.npy.json)
 SAES   := $(foreach arm,adaptive control,$(RUN)/saes/$(arm)/L$(lastword $(FEW))/null_gaussian/sae_weights.safetensors.json)
@@ -111,7 +113,7 @@ hero: $(RUN)/hero_analysis/hero_report.html.json
 # Of the SAEs it reads those of the adaptive model alone, and can begin while the others train.
 $(RUN)/hero_analysis/hero_report.html.json: $(RUN)/results_ablation.csv.json $(filter $(RUN)/saes/adaptive/%,$(SAES)) hero_head_analysis.py
 	$(ONE) hero_head_analysis.py --ablation_csv $(basename $<) --saes_dir $(RUN)/saes --activations_dir $(RUN)/activations \
-	  --save_dir $(RUN)/hero_analysis --text "$(TEXT)" --overwrite
+	  --save_dir $(RUN)/hero_analysis --text "$(TEXT)" $(HERO) --overwrite
 
 # Energy-Lens at its smallest size; the real run is `python energy_lens_minimal.py`, six CPU minutes.
 energy: $(RUN)/energy_lens/raw_results.json
@@ -124,7 +126,7 @@ figures: $(DUMPS) $(SAES) $(BESIDE)
 	$(PY) harvest_activations.py --redraw --run_name adaptive --save_dir $(RUN)/activations --compare control adaptive
 	$(PY) train_sae.py --redraw --save_dir $(RUN)/saes
 
-# Other training seeds: both arms and their ablation, seven minutes a seed on two cores; then what holds over seeds, in results/.
+# Other training seeds: both arms of 600 steps and their ablation, seven minutes a seed on two cores; then what holds over seeds, in results/.
 SEEDS ?= 1 2 3 4
 seeds: setup
 	for s in $(SEEDS); do $(MAKE) --no-print-directory -j2 train DEMO= RUN=runs/seeds/$$s "TRAIN=$(TRAIN) --seed $$s" || exit 1; done
