@@ -1144,7 +1144,7 @@ def run(args: argparse.Namespace) -> int:
         with noting_signals() as signals:
             if args.resume:
                 resume(training)
-            elif rank == 0 and args.save_initial:
+            if rank == 0 and args.save_initial and training.steps_done == 0:
                 save_checkpoint(final.with_name(initial_name(final)), training, 0)
             if rank == 0:
                 with atomic(args.save_dir / "tokenizer.json") as temporary:

@@ -1,6 +1,7 @@
 """What report, headlines and figure 2 say of SAEs beside their nulls, other seeds and sparsities: from
 tables of known numbers, and as before where there are none."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -66,17 +67,18 @@ def test_the_sentence_about_nulls_has_their_range_and_in_how_many_layers_they_di
     figure_2, learnt = report.saes(run_of(tmp_path, metrics))
     assert learnt.reading == (
         "Any SAE rebuilds something, so each is compared with the same SAE where there was nothing "
-        "to learn: on random numbers with the same covariance or with random directions as "
-        "features. In the adaptive arm the SAEs learned more than the covariance alone gives in 2 "
-        "of 3 layers: left unexplained is from 4 % more to 39 % less than on random numbers "
-        "(interval without 0 in 3 of 3 layers, in 1 more is left), 42 to 74 % less than with "
-        "random directions (interval without 0 in 2 of 3 layers)."
+        "to learn: on normal rows of the same covariance or with random directions that stay. The "
+        "gain is by which share less it leaves unexplained. In the adaptive arm the SAEs learned "
+        "more than the covariance alone gives in 2 of 3 layers: the gain over normal rows is -4 "
+        "to 39 % (interval without 0 in 3 of 3 layers, in 1 more is left); the gain over a random "
+        "decoder is 42 to 74 % (interval without 0 in 2 of 3 layers). Intervals are over the "
+        "documents of this one training: another training may give another gain."
     )
     assert learnt.table.to_dict("list") == {
         "layer": [0, 1, 2],
         "arm": ["adaptive"] * 3,
-        "less unexplained than on random numbers, %": ["-4 [-6, -2]", "25 [20, 30]", "39 [30, 45]"],
-        "less unexplained than with random directions, %": [
+        "gain over normal rows, %": ["-4 [-6, -2]", "25 [20, 30]", "39 [30, 45]"],
+        "gain over a random decoder, %": [
             "42 [40, 44]",
             "70 [60, 80]",
             "74 [-10, 90]",
@@ -88,9 +90,10 @@ def test_the_untrained_model_and_what_has_no_interval_are_told(tmp_path):
     gains = {"untrained": [(0.2, NAN, NAN), (0.2, 0.1, 0.3), (0.2, 0.1, 0.3)]}
     metrics = with_gains(saes_of("adaptive"), gains)
     _, learnt = report.saes(run_of(tmp_path, metrics))
-    assert "to learn: on the model before its training. In the adaptive arm, left" in learnt.reading
+    assert "to learn: on the model before its training. The gain" in learnt.reading
+    assert "In the adaptive arm, the gain over the model before training is 20 %" in learnt.reading
     excludes = "(interval without 0 in 2 of 3 layers; 1 without interval)"
-    assert f"unexplained is 20 % less than before training {excludes}." in learnt.reading
+    assert f"before training is 20 % {excludes}." in learnt.reading
 
 
 def test_kinds_of_saes_are_told_apart_and_several_of_a_layer_are_no_layers(tmp_path):
@@ -101,7 +104,7 @@ def test_kinds_of_saes_are_told_apart_and_several_of_a_layer_are_no_layers(tmp_p
     layer_first = "batchtopk, an SAE a layer: adaptive 0.200 (layers 0.100 to 0.300), L0 16.0; "
     layer_first += "relu, an SAE a head: adaptive 0.020 (layers 0.020 to 0.020), L0 40.0."
     assert figure_2.reading.endswith(layer_first)
-    assert "features. In the adaptive arm" in learnt.reading, "only one kind has nulls"
+    assert "unexplained. In the adaptive arm" in learnt.reading, "only one kind has nulls"
     assert "in 6 of 6 SAEs, in 2 more is left" in learnt.reading and "relu" not in learnt.reading
     assert learnt.table["setting"].tolist() == ["k 16", "k 32"] * 3
     metrics = pd.concat([*of_layers, with_gains(of_heads), with_gains(saes_of("control"))])
@@ -115,16 +118,17 @@ def test_kinds_of_saes_are_told_apart_and_several_of_a_layer_are_no_layers(tmp_p
 @pytest.mark.parametrize(
     "low, high, words",
     [
-        (0.21, 0.45, "21 to 45 % less"),
-        (-0.04, 0.39, "from 4 % more to 39 % less"),
-        (-0.2, -0.1, "10 to 20 % more"),
-        (-0.1, -0.1, "10 % more"),
-        (0.096, 0.104, "10 % less"),
-        (0.0, 0.0, "0 % less"),
+        (0.21, 0.45, "21 to 45 %"),
+        (-0.04, 0.39, "-4 to 39 %"),
+        (-0.2, -0.1, "-20 to -10 %"),
+        (-0.1, -0.1, "-10 %"),
+        (0.096, 0.104, "10 %"),
+        (0.0, 0.0, "0 %"),
+        (-0.001, 0.02, "0 to 2 %"),
     ],
 )
 def test_a_range_in_words(low, high, words):
-    assert report.less_or_more(low, high) == words
+    assert report.per_cent_range(low, high) == words
 
 
 def test_without_nulls_seeds_and_sparsities_there_is_figure_2_alone(tmp_path):
@@ -150,9 +154,11 @@ def page_of(run: report.Run) -> str:
 
 def test_the_page_shows_the_table_of_gains(tmp_path):
     page = page_of(run_of(tmp_path / "with", with_gains(saes_of("adaptive"))))
-    assert "<td>39 [30, 45]</td>" in page and "42 to 74 % less" in page
+    assert "<td>39 [30, 45]</td>" in page and "is 42 to 74 %" in page
+    for null in ("normal rows", "a random decoder"):
+        assert re.search(rf'<abbr tabindex="0" title="[^"]+">gain over {null}</abbr>', page), null
     page = page_of(run_of(tmp_path / "without", saes_of("adaptive")))
-    assert "less unexplained" not in page and "that is not there" not in page
+    assert "gain over" not in page and "that is not there" not in page
 
 
 # ------------------------------------------------------------------------------ frontier and seeds
@@ -177,8 +183,8 @@ def test_pw_mcc_is_told_beside_its_null(tmp_path):
         pw_mcc=[0.9, 0.6, 0.31], pw_mcc_null=0.3, null_sd=0.01, n_matched=[9, 8, 7]
     )
     _, told = report.saes(run_of(tmp_path, saes_of("adaptive"), seed_stability=pairs))
-    above = "adaptive 0.60 (0.31 to 0.90; by chance 0.30), above chance in 2 of 3 pairs of SAEs."
-    assert told.reading.endswith(above)
+    both = "adaptive 0.60 (0.31 to 0.90), 0.30 by chance: 0.01 to 0.60 above it, pair by pair."
+    assert told.reading.endswith(both)
     assert told.n == "3 pairs of SAEs, at least 7 features matched"
 
 

@@ -136,6 +136,10 @@ def test_the_model_before_its_first_step_is_kept_and_known_by_its_weights(
     for trained in (smoke_checkpoint, control_checkpoint):  # both arms began with it
         assert not same(path, trained)
         assert torch.load(trained, weights_only=True)["initial"] == initial["initial"]
+    # as `make demo` asks for it: with --resume, where there is nothing to go on with
+    resumed = [*smoke_args, "--save_dir", str(tmp_path / "resumed"), "--resume", "--save_initial"]
+    assert janus.main(resumed) == 0
+    assert same(tmp_path / "resumed" / path.name, path)
     # a run that replaces this one does not leave it behind
     assert janus.main([*flags, "--seed", "5", "--overwrite"]) == 0
     assert not path.exists() and not janus.sidecar_path(path).exists()

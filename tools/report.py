@@ -461,10 +461,10 @@ def tell_l0(table: pd.DataFrame) -> str:
 
 
 # ---- what an SAE learned, beside what it would have without anything to learn
-NULLS = {  # a column gain_<name> of table2.csv: (what the null is, in comparison with it)
-    "gaussian": ("on random numbers with the same covariance", "than on random numbers"),
-    "decoder": ("with random directions as features", "than with random directions"),
-    "untrained": ("on the model before its training", "than before training"),
+NULLS = {  # a column gain_<name> of table2.csv: (what the null is, what the gain is called)
+    "gaussian": ("on normal rows of the same covariance", "gain over normal rows"),
+    "decoder": ("with random directions that stay", "gain over a random decoder"),
+    "untrained": ("on the model before its training", "gain over the model before training"),
 }
 
 
@@ -472,7 +472,7 @@ def gains(run: Run) -> list[Exhibit]:
     """How much less is left unexplained than by each null; none where there are no nulls."""
     if not (run.path / "saes" / "table2.csv").is_file():
         return []
-    table = run.table("saes/table2.csv")  # a row a layer, arm, kind of SAE
+    table = gains_over_seeds(run, run.table("saes/table2.csv"))  # a row a layer, arm, kind of SAE
     nulls = [name for name in NULLS if has_gain(table, name)]
     if not nulls:
         return []
@@ -483,8 +483,7 @@ def gains(run: Run) -> list[Exhibit]:
         arms = []
         for arm, of_arm in of_kind.groupby("run"):
             found = [tell_gain(of_arm, name) for name in nulls if has_gain(of_arm, name)]
-            learnt = where_learnt(arm, of_arm)
-            arms.append(f"{learnt}left unexplained is {', '.join(found)}.")
+            arms.append(f"{where_learnt(arm, of_arm)}{'; '.join(found)}.")
         told.append(f"{kind}{' '.join(arms)}")
     compared = " or ".join(NULLS[name][0] for name in nulls)
     exhibit = Exhibit(
@@ -492,14 +491,66 @@ def gains(run: Run) -> list[Exhibit]:
         image="",
         csv="saes/table2.csv",
         reading="Any SAE rebuilds something, so each is compared with the same SAE where there was "
-        f"nothing to learn: {compared}. {' '.join(told)}",
-        n=f"{int(table.n_documents.min()):,} held-out documents, the same for both",
-        interval="95 % over documents (bootstrap-t, at least Student's t), each by itself",
+        f"nothing to learn: {compared}. The gain is by which share less it leaves unexplained. "
+        f"{' '.join(told)} {what_intervals_hold(table)}",
+        n=f"{int(table.n_documents.min()):,} held-out documents, the same for both; "
+        f"{tell_trainings(table)}",
+        interval="95 %, each by itself; of one training: over documents (bootstrap-t, at least "
+        "Student's t); of several: over trainings and documents (sae_gains.csv)",
         null=f"0 %: no less than the null leaves ({', '.join(columns)} of the CSV)",
         command=f"python train_sae.py --redraw --save_dir {run.path}/saes",
         table=gains_table(table, nulls),
     )
     return [exhibit]
+
+
+def gains_over_seeds(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of table 2, of which those that were trained with several seeds are replaced by one
+    of their mean gain, with its interval over trainings and documents; n_seeds says of how many."""
+    table = table.assign(n_seeds=1)
+    if not (run.path / "saes" / "sae_gains.csv").is_file():
+        return table
+    several = run.table("saes/sae_gains.csv")  # a row an SAE but for its seed, and a null
+    several = several[several["n_seeds"] > 1]
+    if several.empty:
+        return table
+    names = ["run", "unit", "arch", "setting", "site", "layer"]
+    sae = [*names, "head", "n_seeds"]
+    shown = several[sae].drop_duplicates()
+    for null, of_null in several.groupby("null"):
+        columns = {"gain": f"gain_{null}", "smallest": f"smallest_{null}"}
+        columns |= {f"gain_{end}": f"gain_{null}_{end}" for end in ("lo", "hi")}
+        of_null = of_null[[*sae, *columns]].rename(columns=columns)
+        shown = shown.merge(of_null, on=sae, how="left")
+    # Documents are those of table 2, and its other rows stay
+    of_documents = table.groupby(names)["n_documents"].min().reset_index()
+    shown = shown.merge(of_documents, on=names, how="left")
+    is_replaced = table[names].apply(tuple, axis=1).isin(shown[names].apply(tuple, axis=1))
+    return pd.concat([table[~is_replaced], shown], ignore_index=True)
+
+
+def what_intervals_hold(table: pd.DataFrame) -> str:
+    """Over what the intervals of gains are, a sentence."""
+    one = (
+        "Intervals are over the documents of this one training: another training may give "
+        "another gain."
+    )
+    n_seeds = sorted(table["n_seeds"].unique())
+    if n_seeds == [1]:
+        return one
+    several = f"Gains are means over {tell_trainings(table)}, and intervals are over trainings and "
+    several += "documents."
+    if n_seeds[0] == 1:
+        several += " Where there is one training, the interval is over its documents alone."
+    return several
+
+
+def tell_trainings(table: pd.DataFrame) -> str:
+    """One training, 3 trainings; 1 to 3 trainings where the rows differ."""
+    fewest, most = int(table["n_seeds"].min()), int(table["n_seeds"].max())
+    if most == 1:
+        return "one training"
+    return f"{most if fewest == most else f'{fewest} to {most}'} trainings"
 
 
 def has_gain(table: pd.DataFrame, null: str) -> bool:
@@ -516,11 +567,15 @@ def tell_gain(table: pd.DataFrame, null: str) -> str:
     excludes = f"interval without 0 in {n_off_zero} of {count_of(rows)}"
     if is_less.any():
         excludes += f", in {int(is_less.sum())} more is left"
-    n_open = int(rows[f"gain_{null}_lo"].isna().sum())
-    if n_open:
-        excludes += f"; {n_open} without interval"
-    _, than = NULLS[null]
-    return f"{less_or_more(gain.min(), gain.max())} {than} ({excludes})"
+    has_interval = rows[f"gain_{null}_lo"].notna()
+    if not has_interval.all():
+        excludes += f"; {int((~has_interval).sum())} without interval"
+    missed = rows[has_interval & ~is_more & ~is_less]
+    if f"smallest_{null}" in missed and missed[f"smallest_{null}"].notna().any():
+        largest = 100 * missed[f"smallest_{null}"].max()
+        excludes += f"; with 0 in it, a gain below {largest:.0f} % could not be told"
+    _, name = NULLS[null]
+    return f"the {name} is {per_cent_range(gain.min(), gain.max())} ({excludes})"
 
 
 def count_of(rows: pd.DataFrame) -> str:
@@ -540,30 +595,34 @@ def where_learnt(arm: str, table: pd.DataFrame) -> str:
     return f"{begin} {what} in {n_learnt} of {count_of(rows)}: "
 
 
-def less_or_more(low: float, high: float) -> str:
-    """A range of gains in words: 21 to 45 % less."""
-    few, many = sorted([abs(100 * low), abs(100 * high)])
-    if low < 0 <= high:
-        return f"from {-100 * low:.0f} % more to {100 * high:.0f} % less"
-    span = f"{few:.0f} to {many:.0f}" if f"{few:.0f}" != f"{many:.0f}" else f"{few:.0f}"
-    return f"{span} % {'less' if low >= 0 else 'more'}"
+def per_cent_range(low: float, high: float) -> str:
+    """A range of gains: 21 to 45 %."""
+    few, many = (f"{round(100 * value)}" for value in (low, high))
+    return f"{few} to {many} %" if few != many else f"{few} %"
 
 
 def gains_table(table: pd.DataFrame, nulls: list[str]) -> pd.DataFrame:
     """A row a row of table 2: the gain over each null with its interval, in per cent."""
     shown = pd.DataFrame({"layer": table["layer"], "arm": table["run"]})
     # What tells rows of one layer and arm apart
-    for name in ("unit", "arch", "setting", "seed"):
+    for name in ("unit", "arch", "setting", "seed", "head", "n_seeds"):
         if name in table and table[name].nunique() > 1:
-            shown[name] = table[name].astype(str)
+            shown[name] = [as_cell(value) for value in table[name]]
     for null in nulls:
-        _, than = NULLS[null]
+        _, name = NULLS[null]
         columns = [f"gain_{null}", f"gain_{null}_lo", f"gain_{null}_hi"]
-        shown[f"less unexplained {than}, %"] = [
+        shown[f"{name}, %"] = [
             interval_text(Dot(*(100 * float(value) for value in row)))
             for row in table[columns].to_numpy()
         ]
     return shown.sort_values(["layer", "arm"], kind="stable")
+
+
+def as_cell(value: Any) -> str:
+    """A name or whole number as text; a gap is empty."""
+    if isinstance(value, str):
+        return value
+    return "" if math.isnan(value) else f"{value:.15g}"
 
 
 def frontier(run: Run) -> list[Exhibit]:
@@ -602,10 +661,10 @@ def stability(run: Run) -> list[Exhibit]:
         for arm, pairs in of_kind.groupby("run"):
             mean = pairs[["pw_mcc", "pw_mcc_null"]].mean()
             span = f"{pairs.pw_mcc.min():.2f} to {pairs.pw_mcc.max():.2f}"
-            is_above = pairs.pw_mcc > pairs.pw_mcc_null + 3 * pairs.null_sd
-            above = f"above chance in {int(is_above.sum())} of {len(pairs)} pairs of SAEs"
-            by_chance = f"by chance {mean.pw_mcc_null:.2f}"
-            told.append(f"{kind}{arm} {mean.pw_mcc:.2f} ({span}; {by_chance}), {above}")
+            by_chance = f"{mean.pw_mcc_null:.2f} by chance"
+            more = (pairs.pw_mcc - pairs.pw_mcc_null).agg(["min", "max"])
+            above = f"{more['min']:.2f} to {more['max']:.2f} above it, pair by pair"
+            told.append(f"{kind}{arm} {mean.pw_mcc:.2f} ({span}), {by_chance}: {above}")
     exhibit = Exhibit(
         title="Does another seed find the same features?",
         image="",
@@ -614,7 +673,8 @@ def stability(run: Run) -> list[Exhibit]:
         "were matched one to one; mean cosine between what partners write (PW-MCC; 1: the same "
         f"features): {'; '.join(told)}.",
         n=f"{len(table)} pairs of SAEs, at least {int(table.n_matched.min()):,} features matched",
-        interval="none; above chance: by more than three standard deviations of the null",
+        interval="none: pairs share SAEs. The null of a pair varies between draws by "
+        f"{table.null_sd.max():.3f} at most (standard deviation)",
         null="the same with random signs in the axes of the data's own subspace (pw_mcc_null)",
         command=f"python train_sae.py --seeds 1 2 3 --activations_dir {run.path}/activations "
         f"--save_dir {run.path}/saes",
