@@ -374,6 +374,8 @@ def test_wrong_inputs_are_one_line_and_older_folders_work(planted, tmp_path, cac
         table = pd.read_csv(Path(source) / "results_ablation.csv")
         gone = table.assign(ckpt_sha="0" * 64)
         gone.to_csv(Path(folder) / "results_ablation.csv", index=False)
+        # Read as a number it would be 0, with which one hash in sixteen begins
+        assert set(seeds.read_impacts(Path(folder))["ckpt_sha"]) == {"0" * 64}
     assert "the checkpoint of the adaptive arm of" in says(0, *older)
     table.drop(columns="delta").to_csv(Path(older[0]) / "results_ablation.csv", index=False)
     assert "cannot be read" in says(1, *older)
