@@ -278,18 +278,28 @@ def correlations(measured: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def equal_errors(options: argparse.Namespace, at: Any) -> list[Row]:
-    """The race to one standard error: TransformerLens ablates every head of a trained model on n
-    sequences; ours on fewer, steadied by the first-order effects of some more."""
+    """The race to one standard error, for that of few and of more sequences."""
     if not demo_tokens(options).is_file():
         skip("ablation to an equal standard error", f"needs {demo_tokens(options)} (make demo)")
         return []
-    n = 16 if options.quick else 48
-    model, text = demo_model(options, at, 10 * n)
-    cfg = model.cfg
-    layers = list(range(cfg.n_layers))
+    sizes = [16] if options.quick else [48, 96]
+    model, text = demo_model(options, at, 10 * max(sizes))
     net = hooked(model)
     if not net:
         return []
+    rows = []
+    for n in sizes:
+        rows += race_to_error(options, at, model, text, net, n)
+    return rows
+
+
+def race_to_error(
+    options: argparse.Namespace, at: Any, model: Any, text: Text, net: Any, n: int
+) -> list[Row]:
+    """TransformerLens (`net`) ablates every head of a trained model on n sequences; ours on fewer,
+    steadied by the first-order effects of some more."""
+    cfg = model.cfg
+    layers = list(range(cfg.n_layers))
     zeros = {l: torch.zeros(cfg.n_heads, cfg.d_head) for l in layers}
     # As many sequences at once as TransformerLens gets
     args = argparse.Namespace(seed=0, batch_size=n, resample_draws=0)
