@@ -1988,7 +1988,9 @@ def groups_of(jobs: list[Job]) -> list[list[Job]]:
     return list(groups.values())
 
 
-def train_group(group: list[Job], device: torch.device, stop: list[int]) -> list[Trainer | None]:
+def train_group(
+    group: list[Job], device: torch.device, stop: list[int], cores: int
+) -> list[Trainer | None]:
     """Trains the SAEs of a group, or goes on with them -> a trainer each, None where it is finished
     already. A signal (in `stop`) ends it after the step."""
     a, dump = group[0].args, group[0].dump
@@ -2000,7 +2002,7 @@ def train_group(group: list[Job], device: torch.device, stop: list[int]) -> list
     folder = group[0].folder
     name = "/".join(folder.parts[-3:]) + (f" and {len(busy) - 1} more" if len(busy) > 1 else "")
     steps = range(done, a.steps)
-    with side_by_side(len(group), device) as pool:
+    with side_by_side(len(group), device, cores) as pool:
         for step in tqdm(steps, name, initial=done, total=a.steps, unit="step", disable=None):
             raw = dump.batch(step, a.batch_size, a.seed)
             # not those that were stopped later than the others
@@ -2026,13 +2028,14 @@ def threads_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def side_by_side(n: int, device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """Workers for the n SAEs of a group, finished ones too, which divide the threads that torch may
-    use among them: an SAE on one thread waits for nobody."""
+def side_by_side(n: int, device: torch.device, cores: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers for the n SAEs of a group, finished ones too, which divide the threads of torch among
+    them: an SAE on one thread waits for nobody. As many as there are `cores`, also where one SAE
+    alone would be no faster on more than one thread; threads, not cores, decide how sums round."""
     n_threads = torch.get_num_threads()
-    n_workers = min(n, n_threads) if device.type == "cpu" else 1
+    n_workers = min(n, max(cores, n_threads)) if device.type == "cpu" else 1
     with threads_kept(), ThreadPoolExecutor(n_workers) as pool:
-        torch.set_num_threads(n_threads // n_workers)
+        torch.set_num_threads(n_threads // min(n, n_threads))
         yield pool
 
 
@@ -2200,7 +2203,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
 
 
 def finish_group(
-    group: list[Job], trainers: list[Trainer | None], origin: Origin | None
+    group: list[Job], trainers: list[Trainer | None], origin: Origin | None, cores: int
 ) -> Iterator[str]:
     """Reads each export back, compares it with what was trained, measures it, writes the sidecar ->
     a line each for the user."""
@@ -2231,7 +2234,7 @@ def finish_group(
     saes = exports()
     losses = losses_now(saes) if origin else {}
     trained = [trainer for _, trainer in finished]
-    with side_by_side(len(group), trainer.mean.device) as pool:
+    with side_by_side(len(group), trainer.mean.device, cores) as pool:
         measured = list(pool.map(measure_sae, [job for job, _ in finished], trained, saes))
     for i, ((job, trainer), metrics) in enumerate(zip(finished, measured, strict=True)):
         if losses:
@@ -2674,16 +2677,17 @@ def train_all(
     origins: dict[str, Origin | None],
     device: torch.device,
     stop: list[int],
+    cores: int,
 ) -> bool:
-    """Trains and measures one group of SAEs after the other -> whether all are finished: not if a
-    signal in `stop` ended one."""
+    """Trains and measures one group of SAEs after the other, as many of its SAEs at once as there
+    are cores -> whether all are finished: not if a signal in `stop` ended one."""
     for group in groups:
         dump = group[0].dump
         with threads_kept():
-            trainers = train_group(group, device, stop)
+            trainers = train_group(group, device, stop, cores)
             if stop:
                 return False
-            for line in finish_group(group, trainers, origins[dump.run]):
+            for line in finish_group(group, trainers, origins[dump.run], cores):
                 print(line, flush=True)
         dump.pool = (None, torch.empty(0))  # frees its rows
     return True
@@ -2737,6 +2741,7 @@ def run(args: argparse.Namespace) -> int:
         names = (WEIGHTS, "training_state.pt")
         refuse_overwrite([job.folder / n for job in jobs for n in names], args.overwrite)
     origins = find_origins(jobs, args, device)
+    cores = args.threads or torch.get_num_threads()
     check_fast_step(jobs[0], device)
     announce_cost(jobs, device)
 
@@ -2750,7 +2755,7 @@ def run(args: argparse.Namespace) -> int:
         record["settings"] = {str(job.folder): vars(job.args) for job in jobs}
         # several processes deal the jobs out
         mine = groups_of(jobs)[rank::world]
-        n_stopped += not train_all(mine, origins, device, stop)
+        n_stopped += not train_all(mine, origins, device, stop, cores)
         all_sum(n_stopped)
         if n_stopped:
             number = stop[0] if stop else int(signal.SIGTERM)  # another process was stopped

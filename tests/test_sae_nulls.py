@@ -541,6 +541,24 @@ def test_a_resumed_sae_leaves_the_threads_as_they_were(of_features, tmp_path, mo
         assert found.read_bytes() == expected.read_bytes(), name
 
 
+@pytest.mark.parametrize(
+    ("n", "threads", "cores", "workers", "each"),
+    [(4, 2, 2, 2, 1), (4, 1, 2, 2, 1), (1, 2, 2, 1, 2), (1, 1, 2, 1, 1), (2, 4, 4, 2, 2)],
+)
+def test_saes_of_a_group_have_a_core_each(n, threads, cores, workers, each):
+    """Also where one alone is as fast on one thread; how many threads an SAE has does not depend on
+    the cores."""
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with ts.side_by_side(n, torch.device("cpu"), cores) as pool:
+            assert pool._max_workers == workers
+            assert torch.get_num_threads() == each
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(n_threads)
+
+
 # ------------------------------------------------------------------------------ the model in the loop
 def test_a_finish_without_its_model_is_refused_before_any_training(of_features, tmp_path, capsys):
     root = write_copy(of_features, tmp_path / "a")
