@@ -97,12 +97,15 @@ $(RUN)/saes/.heads: $(DUMPS) train_sae.py
 
 # Both arms begin with the same weights. A run of before --save_initial has none: `make retrain`.
 BEFORE := $(RUN)/adaptive/janus_adaptive_initial.pt
-$(RUN)/saes/.untrained: $(firstword $(MODELS)) harvest_activations.py train_sae.py
+$(RUN)/activations/.untrained: $(firstword $(MODELS)) harvest_activations.py
 	@mkdir -p $(@D)
 	if [ -e $(BEFORE).json ]; then \
-	  $(ONE) harvest_activations.py --model_path $(BEFORE) --run_name untrained --layers $(FEW) --save_dir $(RUN)/activations --overwrite && \
-	  $(SAE) --runs untrained --layers $(FEW); \
+	  $(ONE) harvest_activations.py --model_path $(BEFORE) --run_name untrained --layers $(FEW) --save_dir $(RUN)/activations --overwrite; \
 	else echo "$(BEFORE) is not there: no SAEs of the model before training; make retrain makes it"; fi
+	@touch $@
+$(RUN)/saes/.untrained: $(RUN)/activations/.untrained train_sae.py
+	@mkdir -p $(@D)
+	if [ -e $(BEFORE).json ]; then $(SAE) --runs untrained --layers $(FEW); fi
 	@touch $@
 
 ablate: $(RUN)/results_ablation.csv.json

@@ -98,3 +98,18 @@ def test_headlines_name_the_unit(tmp_path, unit):
         f"SAE of a {unit}: unexplained variance (FVU)",
         f"SAE of a {unit}: gain over normal rows",
     ]
+
+
+def test_what_the_exhibits_say_of_three_nulls_and_of_two_kinds_of_saes(tmp_path):
+    gains = {null: GAINS["gaussian"] for null in ("gaussian", "decoder", "untrained")}
+    heads = saes_of("adaptive", "head", "relu", n_documents=31, n_windows=39)
+    run = run_of(tmp_path, pd.concat([with_gains(saes_of("adaptive"), gains), heads]))
+    figure_2, learnt = report.saes(run)
+    assert figure_2.n == (
+        "batchtopk, an SAE a layer: 3 SAEs on 156 windows of 58 held-out documents; "
+        "relu, an SAE a head: 6 SAEs on 39 windows of 31 held-out documents"
+    )
+    assert (
+        "on normal rows of the same covariance, with random directions that stay or on the model "
+        "before its training."
+    ) in learnt.reading

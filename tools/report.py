@@ -485,7 +485,8 @@ def gains(run: Run) -> list[Exhibit]:
             found = [tell_gain(of_arm, name) for name in nulls if has_gain(of_arm, name)]
             arms.append(f"{where_learnt(arm, of_arm)}{'; '.join(found)}.")
         told.append(f"{kind}{' '.join(arms)}")
-    compared = " or ".join(NULLS[name][0] for name in nulls)
+    *most, last = [NULLS[name][0] for name in nulls]
+    compared = f"{', '.join(most)} or {last}" if most else last
     exhibit = Exhibit(
         title="What did the SAEs learn that is not there anyway?",
         image="",
@@ -683,8 +684,13 @@ def stability(run: Run) -> list[Exhibit]:
 
 
 def count_saes(table: pd.DataFrame) -> str:
-    documents = f"{int(table.n_documents.min()):,} held-out documents"
-    return f"{len(table)} SAEs on {int(table.n_windows.min()):,} windows of {documents}"
+    """How many SAEs, of what if there are several kinds, and on how much text."""
+    counted = []
+    for kind, of_kind in kinds_of_saes(table):
+        windows = f"{int(of_kind.n_windows.min()):,} windows"
+        documents = f"{int(of_kind.n_documents.min()):,} held-out documents"
+        counted.append(f"{kind}{len(of_kind)} SAEs on {windows} of {documents}")
+    return "; ".join(counted)
 
 
 def figure_3(run: Run) -> list[Exhibit]:
