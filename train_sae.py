@@ -2934,9 +2934,13 @@ def kinds_of(table: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
 
 
 def look_of(number: int) -> dict[str, Any]:
-    """Colour and marker of a curve, counted from 0: both change from one to the next, so that they
-    can be told apart without colours too."""
-    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+    """Colour, marker and dashes of a curve, counted from 0. Marker and dashes are enough to tell it
+    from others, without its colour."""
+    return {
+        "color": COLORS[number % len(COLORS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "ls": DASHES[number // len(COLORS) % len(DASHES)],
+    }
 
 
 def fixes_l0(arch: str) -> bool:
@@ -3066,7 +3070,7 @@ def draw_frontier(frontier: pd.DataFrame, is_stacked: bool = False) -> Any:
     figure, grid = plt.subplots(
         n_rows, n_columns, figsize=size, layout="constrained", squeeze=False
     )
-    handles = {}
+    handles: Any = {}  # by their labels
     for ax, (layer, name) in zip(grid.flat, panels, strict=False):
         of_layer = frontier[frontier["layer"] == layer]
         for kind, rows in of_layer.groupby(curve):
@@ -3080,7 +3084,7 @@ def draw_frontier(frontier: pd.DataFrame, is_stacked: bool = False) -> Any:
         ax.minorticks_off()
     for ax in grid.flat[len(panels) :]:
         ax.axis("off")
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", fontsize=9)
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", fontsize=9)
     over = " or ".join(map(str, sorted(frontier["n_documents"].unique())))
     splits = " and ".join(sorted(frontier["split"].unique()))
     note = f"Bars: 95 % intervals over {over} held-out documents of the {splits} split."

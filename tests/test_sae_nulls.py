@@ -606,9 +606,11 @@ def test_every_curve_of_the_frontier_looks_unlike_the_others():
     for ax in figure.axes:
         for bars in ax.containers:
             line = bars.lines[0]
-            looks.setdefault(bars.get_label(), set()).add((line.get_color(), line.get_marker()))
+            look = (line.get_color(), line.get_marker(), line.get_linestyle())
+            looks.setdefault(bars.get_label(), set()).add(look)
     assert len(looks) == 12
     assert all(len(look) == 1 for look in looks.values()), "the same in every panel"
-    assert len(set.union(*looks.values())) == 12
+    drawn = set.union(*looks.values())
+    assert len(drawn) == 12 and len({look[1:] for look in drawn}) == 12, "without colours too"
     assert len(figure.legends[0].get_texts()) == 12
     plt.close(figure)
