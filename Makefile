@@ -19,9 +19,18 @@ LAST   := $(lastword $(LAYERS))
 SETPOINT ?= 0.006
 TRAIN  ?= --preset demo --dataset builtin --target_sigma $(SETPOINT) --lambda_start 2 --pressure_warmup 100 --control_interval 5 --sample_steps 5 --filter_beta 0.8 --k_p 4 --k_i 0.1 --schedule constant --lr_warmup 100
 TEXT   ?= The quick brown fox jumps over the lazy dog because of complex physics.
+# The demo alone: fewer steps than the 600 of its preset, which pay for nulls and more SAEs; and the model before its first step,
+# beside which its SAEs are shown. `make seeds` and `make loops` train all 600. What TRAIN says beats it.
+DEMO   ?= --steps 500 --save_initial
+HERO   ?= --n_seqs 64
+# Layers whose SAEs stand beside nulls, and have SAEs of single heads, the published kind, beside them
+FEW    ?= $(or $(filter 0 3 5,$(LAYERS)),$(LAST))
+REST   := $(filter-out $(FEW),$(LAYERS))
+HEADS  ?= --arch relu --unit head --steps 200 --l1 0.03 --eval_tokens 5000
 MODELS := $(RUN)/adaptive/janus_adaptive_final.pt.json $(RUN)/control/janus_control_final.pt.json
 DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.npy.json)
-SAES   := $(foreach arm,adaptive control,$(RUN)/saes/$(arm)/L$(LAST)/sae_weights.safetensors.json)
+SAES   := $(foreach arm,adaptive control,$(RUN)/saes/$(arm)/L$(lastword $(FEW))/null_gaussian/sae_weights.safetensors.json)
+BESIDE := $(RUN)/saes/.heads $(RUN)/saes/.untrained
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures report seeds loops loops32 demo-smollm2 bench numbers clean
@@ -51,7 +60,7 @@ setup-dev: .venv/.ready-dev
 
 demo: setup
 	@$(MAKE) --no-print-directory -j2 $(lastword $(MODELS)) energy $(firstword $(MODELS))  # one arm makes the text that both read
-	@$(MAKE) --no-print-directory -j2 ablate harvest sae hero figures  # two at a time, in this order: the longest must not be last
+	@$(MAKE) --no-print-directory -j2 ablate harvest $(firstword $(SAES)) hero sae figures  # two at a time, in this order: the longest must not be last
 	@$(PY) tools/headlines.py $(RUN)
 	@$(PY) tools/report.py --runs $(RUN)
 
@@ -63,7 +72,7 @@ report: setup
 # ---------------------------------------------------------------------------------------------------- the five phases
 train: $(MODELS)
 $(RUN)/%.pt.json: | .venv/.ready
-	$(ONE) janus_adaptive.py $(TRAIN) --pressure $(firstword $(subst /, ,$*)) --save_dir $(RUN)/$(firstword $(subst /, ,$*)) --resume
+	$(ONE) janus_adaptive.py $(DEMO) $(TRAIN) --pressure $(firstword $(subst /, ,$*)) --save_dir $(RUN)/$(firstword $(subst /, ,$*)) --resume
 retrain:
 	rm -rf $(RUN)/adaptive $(RUN)/control
 	@$(MAKE) --no-print-directory -j2 train
@@ -72,11 +81,32 @@ harvest: $(DUMPS)
 define arm_rules
 $(RUN)/activations/$(1)/L$(LAST).z.npy.json: $(RUN)/$(1)/janus_$(1)_final.pt.json harvest_activations.py
 	$(ONE) harvest_activations.py --model_path $$(basename $$<) --run_name $(1) --layers $(LAYERS) --save_dir $(RUN)/activations --overwrite
-$(RUN)/saes/$(1)/L$(LAST)/sae_weights.safetensors.json: $(RUN)/activations/$(1)/L$(LAST).z.npy.json train_sae.py
-	$(ONE) train_sae.py --runs $(1) --layers $(LAYERS) --activations_dir $(RUN)/activations --save_dir $(RUN)/saes --overwrite
+# The null of the last layer is written last of all. Without nulls first, and its record to where the next one leaves it.
+$(RUN)/saes/$(1)/L$(lastword $(FEW))/null_gaussian/sae_weights.safetensors.json: $(RUN)/activations/$(1)/L$(LAST).z.npy.json train_sae.py
+	$(if $(REST),$(SAE) --runs $(1) --layers $(REST))
+	$(if $(REST),mkdir -p $(RUN)/saes/$(1)/without_nulls && mv $(RUN)/saes/$(1)/run.json $(RUN)/saes/$(1)/without_nulls)
+	$(SAE) --runs $(1) --layers $(FEW) --nulls
 endef
+SAE := $(ONE) train_sae.py --activations_dir $(RUN)/activations --save_dir $(RUN)/saes --overwrite
 $(foreach arm,adaptive control,$(eval $(call arm_rules,$(arm))))
-sae: $(SAES)
+sae: $(SAES) $(BESIDE)
+
+$(RUN)/saes/.heads: $(DUMPS) train_sae.py
+	$(SAE) --runs adaptive control --layers $(FEW) $(HEADS)
+	@touch $@
+
+# Both arms begin with the same weights. A run of before --save_initial has none: `make retrain`.
+BEFORE := $(RUN)/adaptive/janus_adaptive_initial.pt
+$(RUN)/activations/.untrained: $(firstword $(MODELS)) harvest_activations.py
+	@mkdir -p $(@D)
+	if [ -e $(BEFORE).json ]; then \
+	  $(ONE) harvest_activations.py --model_path $(BEFORE) --run_name untrained --layers $(FEW) --save_dir $(RUN)/activations --overwrite; \
+	else echo "$(BEFORE) is not there: no SAEs of the model before training; make retrain makes it"; fi
+	@touch $@
+$(RUN)/saes/.untrained: $(RUN)/activations/.untrained train_sae.py
+	@mkdir -p $(@D)
+	if [ -e $(BEFORE).json ]; then $(SAE) --runs untrained --layers $(FEW); fi
+	@touch $@
 
 ablate: $(RUN)/results_ablation.csv.json
 $(RUN)/results_ablation.csv.json: $(MODELS) ablation_test.py
@@ -86,7 +116,7 @@ hero: $(RUN)/hero_analysis/hero_report.html.json
 # Of the SAEs it reads those of the adaptive model alone, and can begin while the others train.
 $(RUN)/hero_analysis/hero_report.html.json: $(RUN)/results_ablation.csv.json $(filter $(RUN)/saes/adaptive/%,$(SAES)) hero_head_analysis.py
 	$(ONE) hero_head_analysis.py --ablation_csv $(basename $<) --saes_dir $(RUN)/saes --activations_dir $(RUN)/activations \
-	  --save_dir $(RUN)/hero_analysis --text "$(TEXT)" --overwrite
+	  --save_dir $(RUN)/hero_analysis --text "$(TEXT)" $(HERO) --overwrite
 
 # Energy-Lens at its smallest size; the real run is `python energy_lens_minimal.py`, six CPU minutes.
 energy: $(RUN)/energy_lens/raw_results.json
@@ -94,15 +124,15 @@ $(RUN)/energy_lens/raw_results.json: energy_lens_minimal.py | .venv/.ready
 	$(ONE) energy_lens_minimal.py --preset smoke --save_dir $(RUN)/energy_lens --overwrite
 
 # What both arms share is drawn once both are there; no model is needed.
-figures: $(DUMPS) $(SAES)
+figures: $(DUMPS) $(SAES) $(BESIDE)
 	$(PY) janus_adaptive.py --redraw $(RUN)/adaptive/telemetry.csv $(RUN)/control/telemetry.csv --save_dir $(RUN) --target_sigma $(SETPOINT)
 	$(PY) harvest_activations.py --redraw --run_name adaptive --save_dir $(RUN)/activations --compare control adaptive
 	$(PY) train_sae.py --redraw --save_dir $(RUN)/saes
 
-# Other training seeds: both arms and their ablation, seven minutes a seed on two cores; then what holds over seeds, in results/.
+# Other training seeds: both arms of 600 steps and their ablation, seven minutes a seed on two cores; then what holds over seeds, in results/.
 SEEDS ?= 1 2 3 4
 seeds: setup
-	for s in $(SEEDS); do $(MAKE) --no-print-directory -j2 train RUN=runs/seeds/$$s "TRAIN=$(TRAIN) --seed $$s" || exit 1; done
+	for s in $(SEEDS); do $(MAKE) --no-print-directory -j2 train DEMO= RUN=runs/seeds/$$s "TRAIN=$(TRAIN) --seed $$s" || exit 1; done
 	printf '%s\n' $(SEEDS) | xargs -P 2 -I{} $(MAKE) --no-print-directory ablate RUN=runs/seeds/{}
 	$(PY) tools/seeds.py $(SEEDS:%=runs/seeds/%)
 

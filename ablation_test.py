@@ -3276,7 +3276,7 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 
 
 # Columns that hold names and tokens, which may look like a number, or like "nan"
-TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
+TEXT_COLUMNS = ["run", "initial", "context", "next", "attends_to", "query_token", "key_token"]
 
 
 def csv_table(path: str | Path, types: dict[str, type] | None = None) -> pd.DataFrame:

@@ -665,6 +665,8 @@ def run_facts(
         "run_name": args.run_name,
         "preset": ckpt["preset"],
         "arm": ckpt["arm"],
+        "step": ckpt.get("step"),
+        "initial": ckpt.get("initial"),
         "seed": args.seed,
         "checkpoint": args.model_path,
         "checkpoint_sha256": sha256(args.model_path),
@@ -1668,7 +1670,7 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 
 
 # Columns that hold names and tokens, which may look like a number, or like "nan"
-TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
+TEXT_COLUMNS = ["run", "initial", "context", "next", "attends_to", "query_token", "key_token"]
 
 
 def csv_table(path: str | Path, types: dict[str, type] | None = None) -> pd.DataFrame:

@@ -12,7 +12,8 @@ are of the training split.
 
 Reads   --ablation_csv of phase 4: names the checkpoints and the hero (rank 1 under mean ablation)
         the text that the checkpoint names, or --dataset
-        <saes_dir>/<run>/L<layer>[/H<head>] of phase 3, and <activations_dir>/<run>/tokens.npy [N]
+        <saes_dir>/<run>/L<layer>[/H<head>] of phase 3 (of several --k or --seeds below it the one
+        nearest to the defaults, or --sae), and <activations_dir>/<run>/tokens.npy [N]
         and L<layer>.z.npy [N, H*K] of phase 2, for the top contexts of its features; without them
         there is no SAE section
 Writes  <save_dir>/hero_report.md and .html (one file, no network)
@@ -56,7 +57,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -79,13 +80,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# Sizes of this phase: windows that are analysed, SAE features that are described.
+# Sizes of this phase: windows that are analysed, SAE features that are described. k and l1 are the
+# defaults of phase 3: of several SAEs of a layer the one nearest to them is taken.
 PHASE_PRESETS = {
-    "full": {"n_seqs": 64, "n_features": 10},
-    "published": {"n_seqs": 64, "n_features": 10},
-    "demo": {"n_seqs": 96, "n_features": 8},
-    "smoke": {"n_seqs": 64, "n_features": 5},
+    "full": {"n_seqs": 64, "n_features": 10, "k": 32, "l1": 5e-3},
+    "published": {"n_seqs": 64, "n_features": 10, "k": 32, "l1": 3e-4},
+    "demo": {"n_seqs": 96, "n_features": 8, "k": 16, "l1": 1e-2},
+    "smoke": {"n_seqs": 64, "n_features": 5, "k": 8, "l1": 2e-2},
 }
+SAE_SEED = 42  # the default of phase 3
+SAE_WEIGHTS = "sae_weights.safetensors"
 OFFSETS = (1, 2, 8, 64)  # distances at which query-key scores are decoded, tokens
 N_RANDOM = 4  # control heads drawn from the hero's own model
 MIN_DOCUMENTS = 16  # with fewer an interval covers less than it says (test_calibration_hero.py)
@@ -1369,6 +1373,7 @@ class SAE:
     k: int | None  # how many features are active on a token, for topk
     weights: dict[str, Tensor]  # W_enc [d_in, F], W_dec [F, d_in], b_dec [d_in] and more
     folder: Path  # where it lies
+    side: Row = field(default_factory=dict)  # its sidecar
 
     @property
     def reads_whole_layer(self) -> bool:
@@ -1397,6 +1402,7 @@ class HarvestedSAE:
     sae: SAE
     dump: np.ndarray  # [N, H*K] z of the tokens
     text: Text  # the tokens, in whole windows
+    n_saes: int = 1  # of this layer or head, of which this is one
 
 
 WhichFeatures = list[int] | slice  # their numbers, in the order wanted
@@ -1466,6 +1472,7 @@ class FeatureFacts:
     raw_share: Tensor  # [F, H] the same without W_O
     null_share: Tensor  # [F, H] of a random direction that is as large in every head
     shuffled: Tensor  # [F] the features in a random order
+    stability: Tensor | None  # [F] whether other seeds found it too; None: not known
 
     @property
     def live(self) -> Tensor:
@@ -1491,6 +1498,7 @@ def feature_facts(hero: Head, sae: SAE, ablation: Ablation) -> FeatureFacts:
         raw_share=head_share(decoder).cpu(),
         null_share=head_share(random_decoder, basis).cpu(),
         shuffled=torch.randperm(sae.n_features, generator=rng),
+        stability=read_stability(sae),
     )
 
 
@@ -1606,7 +1614,7 @@ def feature_row(
     """A feature's row: its shares, the loss increase without it, and the next tokens of the
     largest and smallest of the logits [V] that it adds to."""
     f = feature.number
-    return hero.row(
+    row = hero.row(
         feature=f,
         kind=feature.kind,
         share=facts.share[f, hero.head].item(),
@@ -1618,6 +1626,9 @@ def feature_row(
         raises=in_a_row(say, logits.topk(5).indices),
         lowers=in_a_row(say, (-logits).topk(5).indices),
     )
+    if facts.stability is not None:
+        row["stability"] = facts.stability[f].item()
+    return row
 
 
 @dataclass
@@ -1874,6 +1885,7 @@ def write_results(
         data=inputs.val.description,
         bos=inputs.val.bos,
         n_seqs=args.n_seqs,
+        sae=None if inputs.harvested_sae is None else sae_facts(inputs.harvested_sae.sae),
     )
 
     def finish(names: list[str]) -> None:
@@ -2205,13 +2217,121 @@ def open_dump(path: Path, schema: str, ckpt: dict[str, Any], remedy: str) -> np.
 
 
 def open_sae(path: Path, head: int | None, ckpt: dict[str, Any], remedy: str) -> SAE:
-    """The SAE of phase 3 whose weights lie at `path`, of one head or (None) of a whole layer."""
+    """The SAE of phase 3 whose weights lie at `path`, of one head or (None) of a whole layer.
+    Raises HandoffError if it is of something else, or a null."""
     need_made_from(path, "janus.sae/1", ckpt, remedy)
+    side = read_sidecar(path, "janus.sae/1", remedy)
+    if side.get("null"):
+        fact = f"{path.parent} is a null ({side['null']}), trained to be compared with"
+        raise HandoffError(f"{fact}; give the SAE that it lies in: {path.parent.parent}")
     with unreadable(path, remedy):
         cfg = json.loads(path.with_name("cfg.json").read_text(encoding="utf-8"))
         if cfg["architecture"] not in ENCODERS:
             raise ValueError(f"architecture {cfg['architecture']}")
-        return SAE(cfg["architecture"], head, cfg.get("k"), load_file(path), path.parent)
+        weights = load_file(path)
+        return SAE(cfg["architecture"], head, cfg.get("k"), weights, path.parent, side)
+
+
+def find_sae(folder: Path, remedy: str) -> Path | None:
+    """Where the weights of the SAE lie that `folder` stands for: in it, else, with several --k or
+    --seeds, below it: those nearest to the defaults. None if there are none."""
+    weights = folder / SAE_WEIGHTS
+    if weights.is_file():
+        return weights
+    return nearest_to_defaults(saes_in(folder), remedy)
+
+
+def saes_in(folder: Path) -> list[Path]:
+    """Weights of the SAEs of one layer, or one head of it, in `folder` and below: no nulls. Those
+    that are not finished only where no other is."""
+    found = []
+    for weights in sorted(folder.rglob(SAE_WEIGHTS)):
+        below = weights.parent.relative_to(folder).parts
+        is_null = any(part.startswith("null_") for part in below)
+        is_of_head = any(re.fullmatch(r"H\d+", part) for part in below)
+        if not (is_null or is_of_head):
+            found.append(weights)
+    finished = [weights for weights in found if sidecar_path(weights).is_file()]
+    return finished or found
+
+
+def nearest_to_defaults(found: list[Path], remedy: str) -> Path | None:
+    """Of SAEs that were trained on the same, the one whose setting, then whose seed is nearest to
+    the defaults of train_sae.py; of equal ones the first by name."""
+    if len(found) < 2:
+        return found[0] if found else None
+    distances = []
+    for weights in found:
+        side = read_sidecar(weights, "janus.sae/1", remedy)
+        with unreadable(sidecar_path(weights), remedy):
+            distances.append(distance_from_defaults(side))
+    return min(zip(distances, found, strict=True))[1]
+
+
+def distance_from_defaults(side: Row) -> tuple[float, int]:
+    """How far an SAE's k or --l1 is from the default of its preset (of the logarithm), and how far
+    its seed is."""
+    default = PHASE_PRESETS.get(side.get("preset", "full"), PHASE_PRESETS["full"])
+    name = "l1" if side["k"] is None else "k"
+    value = side["trajectory"]["l1"] if side["k"] is None else side["k"]
+    ratio = max(value, 1e-12) / default[name]  # --l1 may be 0
+    return abs(math.log(ratio)), abs(side["seed"] - SAE_SEED)
+
+
+def sae_facts(sae: SAE) -> Row:
+    """Which SAE it is, for the sidecars of what is made of it."""
+    side = sae.side
+    trained_with = side.get("trajectory", {})
+    setting = ""  # as in sae_metrics.csv
+    if side.get("k") is not None:
+        name = "target_l0" if "target_l0" in trained_with else "k"
+        setting = f"{name} {side['k']:g}"
+    elif "l1" in trained_with:
+        setting = f"l1 {trained_with['l1']:g}"
+    return {
+        "folder": str(sae.folder),
+        "sha256": side.get("sha256"),
+        "arch": side.get("arch", sae.architecture),
+        "setting": setting,
+        "seed": side.get("seed"),
+    }
+
+
+def read_stability(sae: SAE) -> Tensor | None:
+    """Of each feature [F] the cosine with its partner in the SAEs of other seeds, after one-to-one
+    matching, a mean over these; NaN where it never fires or has no partner. None where phase 3
+    trained with one seed only."""
+    path = sae.folder / "latent_stability.csv"
+    if not path.is_file():
+        return None
+    with unreadable(path, "python train_sae.py --seeds SEEDS"):
+        table = csv_table(path)
+        stability = torch.full((sae.n_features,), math.nan)
+        stability[table["latent"].tolist()] = torch.tensor(table["stability"].tolist())
+    return stability
+
+
+def name_of_sae(sae: SAE) -> str:
+    """Its folder, and in brackets how it was trained, as far as that is known."""
+    facts = sae_facts(sae)
+    known = [facts["arch"], facts["setting"]]
+    if facts["seed"] is not None:
+        known.append(f"seed {facts['seed']}")
+    return f"{sae.folder} ({', '.join(filter(None, known))})"
+
+
+def given_sae(folder: Path, hero: Head, remedy: str) -> Path:
+    """Weights of the SAE that --sae names. Raises HandoffError if it is not of the hero's layer, or
+    of another head of it."""
+    weights = find_sae(folder, remedy)
+    if weights is None:
+        raise HandoffError(f"--sae {folder} has no {SAE_WEIGHTS}; make one with: {remedy}")
+    side = read_sidecar(weights, "janus.sae/1", remedy)
+    if side.get("layer") != hero.layer or side.get("head") not in (None, hero.head):
+        found = f"layer {side.get('layer')}, head {side.get('head')}"
+        fact = f"--sae {folder} is of {found} (None: all), expected L{hero.layer}H{hero.head}"
+        raise HandoffError(f"{fact}; make one with: {remedy}")
+    return weights
 
 
 def train_command(args: argparse.Namespace, hero: Head, ckpt: dict[str, Any]) -> str:
@@ -2237,32 +2357,35 @@ def name_of_dump(args: argparse.Namespace, hero: Head, ckpt: dict[str, Any]) -> 
 def open_hero_sae(
     args: argparse.Namespace, hero: Head, ckpt: dict[str, Any], harvest: str, shown: Text
 ) -> HarvestedSAE | None:
-    """The SAE of the hero's layer, else of the head alone, and the harvested tokens with their z;
-    None where the SAE or z is missing."""
+    """The SAE of the hero's layer, else of the head alone, or that of --sae, and the harvested
+    tokens with their z; None where the SAE or z is missing."""
     cfg = hero.model.cfg
     layer = f"L{hero.layer}"
     run = name_of_dump(args, hero, ckpt)
     dump_path = args.activations_dir / run / f"{layer}.z.npy"
-    head: int | None = None
-    weights = args.saes_dir / run / layer / "sae_weights.safetensors"
-    if not weights.is_file():
-        head = hero.head
-        weights = weights.parent / f"H{head}" / weights.name
-    if not (weights.is_file() and dump_path.is_file()):
+    train = train_command(args, hero, ckpt)
+    folder = args.saes_dir / run / layer
+    found = saes_in(folder) or saes_in(folder / f"H{hero.head}")
+    weights = nearest_to_defaults(found, train)
+    if args.sae is not None:
+        weights = given_sae(args.sae, hero, train)
+        found = [weights]
+    if weights is None or not dump_path.is_file():
         return None
     dump = open_dump(dump_path, "janus.activations/1", ckpt, harvest)
     tokens = open_dump(dump_path.with_name("tokens.npy"), "janus.tokens/1", ckpt, harvest)  # [N]
     if dump.shape != (len(tokens), cfg.n_heads * cfg.d_head):
         fact = f"{dump_path} has shape {dump.shape}, not that of tokens.npy ({len(tokens)} rows)"
         raise HandoffError(f"{fact}; remake both with: {harvest}")
-    sae = open_sae(weights, head, ckpt, train_command(args, hero, ckpt))
+    head = read_sidecar(weights, "janus.sae/1", train).get("head")
+    sae = open_sae(weights, head, ckpt, train)
     for feature in args.features or []:
         if not 0 <= feature < sae.n_features:
             fact = f"{sae.folder} has features 0 to {sae.n_features - 1}"
             raise HandoffError(f"--features {feature}: {fact}")
     like = hero.model.norm.weight  # device and type
     sae.weights = {name: weight.to(like) for name, weight in sae.weights.items()}
-    return HarvestedSAE(sae, dump, whole_windows(tokens, cfg, shown, harvest))
+    return HarvestedSAE(sae, dump, whole_windows(tokens, cfg, shown, harvest), len(found))
 
 
 def draw_features(args: argparse.Namespace, checkpoint: Path, sae: SAE) -> None:
@@ -2677,6 +2800,7 @@ def how_measured(args: argparse.Namespace, inputs: Inputs, study: Study) -> list
         "Intervals: 95 % over documents (Fieller's, by the bootstrap-t or Student's t, whichever "
         "is further), Bonferroni-corrected where a table says so.",
         f"Direct attribution adds up to the logits within {study.gap:.1e}.",
+        *which_sae(inputs.harvested_sae),
         *what_this_family_changes(hero),
     ]
     if study.match is not None and inputs.other_hero is not None:
@@ -2694,6 +2818,17 @@ def how_measured(args: argparse.Namespace, inputs: Inputs, study: Study) -> list
             "commonest ones."
         )
     return notes
+
+
+def which_sae(harvested_sae: HarvestedSAE | None) -> list[str]:
+    """Of which SAE the features are, a sentence; empty where there is none."""
+    if harvested_sae is None:
+        return []
+    note = f"Features are those of the SAE in {name_of_sae(harvested_sae.sae)}"
+    if harvested_sae.n_saes > 1:
+        note += f", of {harvested_sae.n_saes} here the one whose setting and seed are nearest to "
+        note += "the defaults of train_sae.py; --sae takes another"
+    return [f"{note}."]
 
 
 def what_this_family_changes(hero: Head) -> list[str]:
@@ -2856,9 +2991,10 @@ def features_for_people(table: pd.DataFrame) -> pd.DataFrame:
             "its twin": 1000 * twin.iloc[0] if len(twin) else math.nan,
             "share of its writing that is the head's": percent(row["share"]),
             "active on": percent(row["frequency"]),
-            "raises": row["raises"],
-            "lowers": row["lowers"],
         }
+        if "stability" in row:  # the SAE was trained with several seeds
+            shown["same in other seeds"] = row["stability"]
+        shown |= {"raises": row["raises"], "lowers": row["lowers"]}
         rows.append(shown)
     order = sorted(rows, key=lambda row: -abs(row["loss without it, millinats a token"]))
     order.sort(key=lambda row: not row.pop("is told"))  # what may be nothing stands below
@@ -3583,6 +3719,9 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
     run_help = "run of the CSV whose hero is analysed; none: adaptive, else the first"
     add("--run", help=run_help)
     add("--saes_dir", type=Path, default=Path("saes"), help="output folder of train_sae.py")
+    sae = "folder of the SAE, below --saes_dir; none: that of the hero's layer, else of the head, "
+    sae += "with several the one nearest to the default setting and seed of train_sae.py"
+    add("--sae", type=Path, metavar="FOLDER", help=sae)
     dumps = "output folder of harvest_activations.py"
     add("--activations_dir", type=Path, default=Path("activations"), help=dumps)
 
@@ -3865,7 +4004,7 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 
 
 # Columns that hold names and tokens, which may look like a number, or like "nan"
-TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
+TEXT_COLUMNS = ["run", "initial", "context", "next", "attends_to", "query_token", "key_token"]
 
 
 def csv_table(path: str | Path, types: dict[str, type] | None = None) -> pd.DataFrame:

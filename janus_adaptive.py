@@ -754,6 +754,7 @@ MAY_CHANGE_ON_RESUME = {
     "device",
     "skip_probe",
     "save_interval",
+    "save_initial",
     "preset",
     "threads",
 }
@@ -1038,10 +1039,19 @@ def prepare(args: argparse.Namespace) -> Training:
         "data": train.description,
         "arguments": trajectory(args),
         "contents": contents(args, train.description),
+        "initial": weights_hash(model),
         **origin,
     }
     optimizer = new_optimizer(model, args)
     return Training(args, model, optimizer, pressure, train, validation, device, autocast, facts)
+
+
+def weights_hash(model: NewGPT) -> str:
+    """Tells whether two runs began with the same weights."""
+    digest = hashlib.sha256()
+    for weight in model.parameters():
+        digest.update(weight.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def pays_to_compile(training: Training) -> bool:
@@ -1126,12 +1136,16 @@ def run(args: argparse.Namespace) -> int:
     with recording as record:
         if rank == 0 and not args.resume:
             by_window = args.save_dir / "validation.csv"  # written at the end
-            for path in (final, sidecar_path(final), by_window, *old_checkpoints):
+            initial = final.with_name(initial_name(final))
+            ends = [final, sidecar_path(final), initial, sidecar_path(initial)]
+            for path in (*ends, by_window, *old_checkpoints):
                 path.unlink(missing_ok=True)
         # From here on a signal ends the run after its step, with a checkpoint
         with noting_signals() as signals:
             if args.resume:
                 resume(training)
+            if rank == 0 and args.save_initial and training.steps_done == 0:
+                save_checkpoint(final.with_name(initial_name(final)), training, 0)
             if rank == 0:
                 with atomic(args.save_dir / "tokenizer.json") as temporary:
                     training.train.tokenizer.save(str(temporary))
@@ -1139,6 +1153,11 @@ def run(args: argparse.Namespace) -> int:
         if rank == 0 and not record["exit_status"]:
             tell_end(args, final, csv)
     return record["exit_status"] or 0
+
+
+def initial_name(final: Path) -> str:
+    """janus_<arm>_initial.pt: the model before its first step."""
+    return final.name.replace("_final", "_initial")
 
 
 def tell_end(args: argparse.Namespace, final: Path, csv: Path) -> None:
@@ -1514,6 +1533,8 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("outputs").add_argument
     add("--save_dir", type=Path, default=folder, help="output folder")
     add("--save_interval", type=count, help="steps between checkpoints")
+    before = "also write the model before its first step, as janus_<arm>_initial.pt"
+    add("--save_initial", action="store_true", help=before)
     add("--tensorboard", action="store_true", help=board)
     add("--val_interval", type=count, help="steps between validations of the whole split")
 
@@ -1947,7 +1968,7 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 
 
 # Columns that hold names and tokens, which may look like a number, or like "nan"
-TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
+TEXT_COLUMNS = ["run", "initial", "context", "next", "attends_to", "query_token", "key_token"]
 
 
 def csv_table(path: str | Path, types: dict[str, type] | None = None) -> pd.DataFrame:

@@ -11,10 +11,14 @@ Writes  saes/<run>/L<layer>/ (--unit layer), saes/<run>/L<layer>/H<head>/ (--uni
           cfg.json, sae_weights.safetensors   float32, folded: takes and gives raw activations
           training_state.pt                   for --resume
           ae.pt, config.json, sae.safetensors --arch topk: for dictionary_learning, eai-sparsify
-          training.csv, latent_frequencies.csv
+          training.csv, latent_frequencies.csv, errors.csv (a held-out document a row)
           sae_weights.safetensors.json        the sidecar: last, with all metrics
+        of several --k, --target_l0, --l1 or --seeds, below it: k16/, l0_16/, l1_0.001/, seed1/,
+        k16/seed1/; with --nulls, below each SAE: null_gaussian/, null_decoder/
         saes/: sae_metrics.csv, table2.csv, table2.md, figure2_l0_by_depth.png and
-        figure3_activation_frequency.png, of every finished SAE
+        figure3_activation_frequency.png, of every finished SAE; sae_nulls.csv; of several
+        settings sae_frontier.csv and .png; of several seeds seed_stability.csv, and beside each
+        SAE latent_stability.csv; of several seeds with nulls sae_gains.csv
 Held out are 5 % of the windows, those of whole documents, the same for every SAE of a run; training
 sees no document of which a held-out window has a token. Intervals are over documents.
 SAELens' SAE.load_from_disk(folder) loads an export; it encodes flat [N, D]. To splice a layer's SAE
@@ -46,6 +50,7 @@ import functools
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -61,6 +66,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import import_module
@@ -79,7 +85,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from scipy import stats
+from scipy import optimize, stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -93,7 +99,7 @@ HELD_OUT = 0.05  # share of the windows, at least
 FIRING_TOKENS = 100_000  # at least, on which is counted how often latents fire: rare ones need many
 LEAST_DOCUMENTS = 16  # below, no interval over documents is right about 95 times in 100
 CE_GAP = 0.02  # nats; where ablation costs less, "CE recovered" divides noise by noise
-GROUP = ["run", "unit", "arch", "site", "layer"]  # what a row of table 2 stands for
+GROUP = ["run", "unit", "arch", "setting", "seed", "site", "layer"]  # what a row of table 2 is of
 # fmt: off
 PHASE_PRESETS: dict[str, dict[str, Any]] = {
     "full": dict(
@@ -467,10 +473,14 @@ class Trainer:
     """One SAE in training: Adam, on batches of raw rows, with rows of W_dec kept at norm 1.
 
     sae: its Weights; scale, mean [D]: x = scale * (raw - mean)
+    axes: [D, R], what the first directions are combined of; None: any direction
     idle: [F] int64, tokens since each latent fired
     cut: [], moving average of Output.cut
-    history: a dict every 50 steps, the rows of training.csv
+    threads: that torch may use for its group of SAEs, which decides how sums round
+    history: a dict every 50 steps, the rows of training.csv; board: a tensorboard for them
     """
+
+    board: Any = None
 
     def __init__(
         self,
@@ -479,14 +489,16 @@ class Trainer:
         norm: float,
         device: torch.device,
         plain: bool = False,
+        axes: Tensor | None = None,
     ) -> None:
-        """mean [D] and E||raw - mean|| of the training rows; plain: without the fast step."""
+        """mean [D], E||raw - mean|| and axes of the training rows; plain: without the fast step."""
         self.args = args
         self.architecture = ARCHITECTURES[args.arch]
         fast = None if plain else self.architecture.fast
         self.take_gradients = fast or plain_gradients
         self.mean = mean.to(device)
         self.scale = math.sqrt(len(mean)) / norm
+        self.axes = axes
         self.sae = self.initial_weights(len(mean), device)
         shared = [self.sae.W_enc, self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
         extra = [getattr(self.sae, name) for name in self.architecture.extra]
@@ -496,15 +508,24 @@ class Trainer:
         self.optimizer = torch.optim.Adam(groups, lr=args.learning_rate, eps=1e-9, fused=fused)
         n_latents = len(self.sae.b_enc)
         self.step_count = 0
+        self.threads = torch.get_num_threads()
         self.idle = torch.zeros(n_latents, dtype=torch.int64, device=device)
         self.cut = torch.zeros((), device=device)
         self.history: list[dict[str, Any]] = []
 
     def initial_weights(self, d_in: int, device: torch.device) -> Weights:
-        """Random unit directions, read and written alike; b_dec at the mean of the data, 0 here."""
+        """Random unit directions, read and written alike; b_dec at the mean of the data, 0 here.
+
+        Among the axes in which the data vary, if they are given: a direction in which there is
+        nothing never fires (Active Subspace Initialization, arXiv 2508.16929).
+        """
         n_latents = d_in * self.args.expansion
         generator = torch.Generator().manual_seed(self.args.seed)
-        w_dec = F.normalize(torch.randn(n_latents, d_in, generator=generator), dim=1)  # [F, D]
+        n_axes = d_in if self.axes is None else self.axes.shape[1]
+        drawn = torch.randn(n_latents, n_axes, generator=generator)  # [F, R]
+        if self.axes is not None:
+            drawn = drawn @ self.axes.T  # [F, D]
+        w_dec = F.normalize(drawn, dim=1)  # [F, D]
         size = 2 / self.args.expansion if self.architecture.half_fires else 1
         weights = {
             "W_enc": w_dec * size,
@@ -538,19 +559,8 @@ class Trainer:
         if self.step_count == 1 and self.architecture.begin:
             self.architecture.begin(x, self.sae, self.now())
         mse, fired = self.gradients(x)
-
-        # what may move, and how far
         self.set_learning_rates()
-        if self.architecture.clip:
-            torch.nn.utils.clip_grad_norm_(self.params, CLIP / len(self.mean))
-        self.keep_decoder_gradient_on_sphere()
-        self.stop_resting_latents()
-
-        # Adam, and back to where weights are allowed
-        self.optimizer.step()
-        self.sae.W_dec /= self.sae.W_dec.norm(dim=1, keepdim=True)
-        if self.architecture.constrain:
-            self.architecture.constrain(self.sae)
+        self.move()
 
         # a latent that fired on any token of the batch is alive
         self.idle = torch.where(fired > 0, 0, self.idle + len(raw))
@@ -560,6 +570,19 @@ class Trainer:
         if self.step_count % 50 == 0 or self.step_count == self.args.steps:
             self.note_progress(mse, fired.sum() / len(raw))
 
+    def move(self) -> None:
+        """Follows the gradients, and brings weights back to where they are allowed."""
+        if self.args.null == "decoder":
+            self.sae.W_dec.grad.zero_()  # random directions as they were drawn
+        if self.architecture.clip:
+            torch.nn.utils.clip_grad_norm_(self.params, CLIP / len(self.mean))
+        self.keep_decoder_gradient_on_sphere()
+        self.stop_resting_latents()
+        self.optimizer.step()
+        self.sae.W_dec /= self.sae.W_dec.norm(dim=1, keepdim=True)
+        if self.architecture.constrain:
+            self.architecture.constrain(self.sae)
+
     def set_learning_rates(self) -> None:
         """Linear warm-up over --lr_warmup steps, linear fall to 0 over the last --lr_decay."""
         a = self.args
@@ -567,10 +590,15 @@ class Trainer:
         decay = 1.0
         if a.lr_decay:
             decay = (a.steps + 1 - self.step_count) / (a.lr_decay * a.steps)
+        self.set_rates(min(1.0, warmup, decay))
+
+    def set_rates(self, share: float) -> None:
+        """Of the peak rates."""
+        peak = self.args.learning_rate
         # the extra parameters of the architecture are the second group
-        rates = [a.learning_rate, self.architecture.extra_rate * a.learning_rate]
+        rates = [peak, self.architecture.extra_rate * peak]
         for group, rate in zip(self.optimizer.param_groups, rates, strict=False):
-            group["lr"] = rate * min(1.0, warmup, decay)
+            group["lr"] = rate * share
 
     def keep_decoder_gradient_on_sphere(self) -> None:
         """Takes out what would only change the norm of W_dec's rows."""
@@ -605,6 +633,11 @@ class Trainer:
             "threshold": self.cut.item(),
         }
         self.history.append(row)
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, self.step_count)
+            self.board.add_histogram("tokens since a latent fired", self.idle, self.step_count)
+            self.board.flush()
 
     def weights(self, scale: float = 1.0, mean: Tensor | float = 0.0) -> dict[str, Tensor]:
         """The weights under the names of the export, W_enc [D, F]. With the trainer's scale and
@@ -1166,6 +1199,23 @@ def choose_held_out(documents: np.ndarray) -> np.ndarray:
     return numbers[order[:n_chosen]]
 
 
+class Moments(NamedTuple):
+    """What the training rows are like; norm, variances and axes from a sample of 65,536 of them."""
+
+    mean: Tensor  # [D]
+    norm: float  # E||raw - mean||
+    variances: Tensor  # [D], along the axes, the largest first
+    axes: Tensor  # [D, D], the eigenvectors of the covariance, one a column
+
+    def leading_axes(self, share: float) -> Tensor | None:
+        """As many of the axes [D, R] as hold this share of the variance; None: all of them."""
+        if share >= 1:
+            return None
+        held = self.variances.clamp(min=0).cumsum(0)  # [D]
+        n_axes = int((held < share * held[-1]).sum()) + 1
+        return self.axes[:, :n_axes]
+
+
 class Dump:
     """A dumped layer, or one head of it, in raw units.
 
@@ -1191,6 +1241,7 @@ class Dump:
         self.array = whole[:, self.columns]
         self.hold_out(self.read_documents())
         self.pool: tuple[Any, Tensor] = (None, torch.empty(0))  # the last one, and what it is
+        self.found: Moments | None = None
 
     def read_documents(self) -> np.ndarray:
         """Number of the document of each token [W, T]. HandoffError if they are not known, as in a
@@ -1286,9 +1337,15 @@ class Dump:
             rows = starts + np.arange(self.seq_len)  # [n, T]
             yield self.rows(rows.flatten()).float()
 
-    def moments(self) -> tuple[Tensor, float]:
-        """Mean [D] and E||raw - mean|| of the training rows, the latter from a sample of them.
-        Reads every row that is used once, so that a bad one is found before training."""
+    def moments(self) -> Moments:
+        """Of the training rows. Reads every row that is used once, so that a bad one is found
+        before training; remembers what it found."""
+        if self.found is None:
+            self.found = self.measure()
+        return self.found
+
+    def measure(self) -> Moments:
+        """The moments, anew."""
         total = torch.zeros(self.array.shape[1], dtype=torch.float64)
         for rows in self.windows(self.trained):
             total += rows.sum(0, dtype=torch.float64)
@@ -1297,14 +1354,17 @@ class Dump:
         mean = (total / self.n_train).float()
         n = min(BLOCK, self.n_train)
         norms = []
+        products = torch.zeros(len(mean), len(mean), dtype=torch.float64)
         for start in np.linspace(0, self.n_train - n, 256).astype(int):
-            rows = self.training_rows(start + np.arange(n)).float()  # [n, D]
-            norms.append((rows - mean).norm(dim=1).mean())
+            rows = self.training_rows(start + np.arange(n)).float() - mean  # [n, D]
+            norms.append(rows.norm(dim=1).mean())
+            products += rows.T @ rows  # summed in float64: the last variances are small
         norm = float(np.mean(norms))
         if norm == 0:
             fact = f"{self.path} is the same in every row: nothing to decompose"
             raise HandoffError(f"{fact}; remake it with: {self.remedy}")
-        return mean, norm
+        variances, axes = torch.linalg.eigh(products / (256 * n))  # ascending
+        return Moments(mean, norm, variances.flip(0), axes.flip(1).float())
 
     def layout(self, batch_size: int) -> Layout:
         """HandoffError if there are not enough rows for one batch a pool."""
@@ -1342,6 +1402,35 @@ class Dump:
         return pool[torch.from_numpy(order)]
 
 
+class GaussianDump(Dump):
+    """Rows of the normal distribution that has mean and covariance of a dump's training rows, in
+    its windows and documents: what an SAE makes of them, low rank alone explains."""
+
+    def __init__(self, dump: Dump) -> None:
+        vars(self).update(vars(dump))
+        self.pool = (None, torch.empty(0))
+        self.found = None
+        self.centre = dump.moments().mean  # [D]
+        covariance = torch.zeros(len(self.centre), len(self.centre), dtype=torch.float64)
+        for rows in dump.windows(dump.trained):
+            x = rows - self.centre  # [n, D]
+            covariance += x.T @ x / dump.n_train
+        variances, axes = torch.linalg.eigh(covariance)  # [D], [D, D]
+        self.root = (axes * variances.clamp(min=0).sqrt()).T.float()  # [D, D]
+        self.dtype = dump.rows(np.arange(1)).dtype
+
+    def rows(self, numbers: np.ndarray) -> Tensor:
+        """These rows [n, D]: each the same whenever it is asked for."""
+        blocks, place = np.unique(numbers // BLOCK, return_inverse=True)
+        drawn = []
+        for block in blocks:
+            generator = torch.Generator().manual_seed(int(block))
+            drawn.append(torch.randn(BLOCK, len(self.centre), generator=generator))
+        chosen = torch.from_numpy(place * BLOCK + numbers % BLOCK)
+        normal = torch.cat(drawn)[chosen]  # [n, D]
+        return (self.centre + normal @ self.root).to(self.dtype)
+
+
 # ---- measures, all of raw activations
 def ratio_interval(
     name: str, top: np.ndarray, bottom: np.ndarray | float, documents: np.ndarray
@@ -1364,8 +1453,11 @@ def ratio_interval(
 
 
 @torch.no_grad()
-def evaluate(sae: SparseAutoencoder, dump: Dump, chosen: np.ndarray) -> dict[str, Any]:
-    """L0 and reconstruction error on the windows `chosen`."""
+def evaluate(
+    sae: SparseAutoencoder, dump: Dump, chosen: np.ndarray
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """L0 and reconstruction error on the windows `chosen`; and the sums of each document, of the
+    squared error and of the squared distance from the mean."""
     device = sae.weights["W_dec"].device
     total = torch.zeros(dump.array.shape[1], dtype=torch.float64)
     for rows in dump.windows(chosen):
@@ -1394,7 +1486,8 @@ def evaluate(sae: SparseAutoencoder, dump: Dump, chosen: np.ndarray) -> dict[str
     metrics["n_documents"] = len(np.unique(documents))
     metrics["n_windows"] = len(l0)
     metrics["n_rows"] = l0.size
-    return metrics
+    sums = {"document": documents, "error": error.sum(1), "variance": variance.sum(1)}
+    return metrics, pd.DataFrame(sums).groupby("document", as_index=False).sum()
 
 
 @torch.no_grad()
@@ -1427,49 +1520,61 @@ def spliced(
 
 
 @torch.no_grad()
-def ce_recovered(
+def losses_with(
     model: NewGPT,
-    sae: SparseAutoencoder,
+    saes: list[SparseAutoencoder],
     dump: Dump,
     tokens: np.ndarray,
     mean: Tensor,
     chosen: np.ndarray,
-) -> dict[str, Any]:
-    """What the model loses (nats a token) when the reconstruction replaces the activation, against
-    zero and mean ablation, on the windows `chosen`.
-
-    recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean); KL is KL(clean || edited). Float32;
-    `mean` [D] is that of the training rows.
-    """
+) -> dict[str, EditedLoss]:
+    """What the model loses on the windows `chosen` as it is ("clean"), with the activation at zero
+    or at its `mean` [D] over the training rows ("zero", "mean"), and with the reconstruction of
+    each SAE in its place ("sae0", "sae1", ...). Float32."""
     edits: dict[str, Callable[[Tensor], Tensor]] = {
         "clean": lambda raw: raw,
-        "sae": lambda raw: sae.decode(sae.encode(raw)),
         "zero": torch.zeros_like,
         "mean": lambda raw: 0 * raw + mean,
     }
-    ce: dict[str, list[float]] = {name: [] for name in edits}  # by window
-    kl: dict[str, list[float]] = {name: [] for name in edits}
+    for i, sae in enumerate(saes):
+        edits[f"sae{i}"] = functools.partial(reconstruct, sae)
+    losses = {name: EditedLoss([], []) for name in edits}
     at_once = max(1, (1 << 24) // (dump.seq_len * model.cfg.vocab_size))
     for i in range(0, len(chosen), at_once):
         starts = [w * dump.seq_len for w in chosen[i : i + at_once]]
         windows = np.stack([tokens[start : start + dump.seq_len] for start in starts])
         idx = torch.from_numpy(windows.astype(np.int64)).to(mean.device)  # [B, T]
         for name, loss in edited_losses(model, dump, idx, edits).items():
-            ce[name] += loss.ce
-            kl[name] += loss.kl
+            losses[name].ce.extend(loss.ce)
+            losses[name].kl.extend(loss.kl)
+    return losses
 
-    losses = {name: np.array(values) for name, values in ce.items()}  # [W] each
-    metrics: dict[str, Any] = {f"ce_{name}": losses[name].mean() for name in edits}
+
+def reconstruct(sae: SparseAutoencoder, raw: Tensor) -> Tensor:
+    """raw [N, D] through the SAE and back."""
+    return sae.decode(sae.encode(raw))
+
+
+def ce_recovered(
+    losses: dict[str, EditedLoss], sae: str, documents: np.ndarray
+) -> dict[str, float | bool]:
+    """How much of the loss the SAE named `sae` in losses_with keeps, against zero and mean
+    ablation; `documents` [W] of its windows.
+
+    recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean); KL is KL(clean || edited).
+    """
+    names = {"clean": "clean", "sae": sae, "zero": "zero", "mean": "mean"}
+    ce = {name: np.array(losses[key].ce) for name, key in names.items()}  # [W] each
+    metrics: dict[str, Any] = {f"ce_{name}": ce[name].mean() for name in names}
     for name in ("sae", "zero", "mean"):
-        metrics[f"kl_{name}"] = np.mean(kl[name])
-    documents = dump.documents[chosen]  # [W]
+        metrics[f"kl_{name}"] = np.mean(losses[names[name]].kl)
     for base in ("zero", "mean"):
-        kept = losses[base] - losses["sae"]
-        lost = losses[base] - losses["clean"]
+        kept = ce[base] - ce["sae"]
+        lost = ce[base] - ce["clean"]
         metrics |= ratio_interval(f"ce_recovered_{base}", kept, lost, documents)
     metrics["ce_informative"] = bool(metrics["ce_mean"] - metrics["ce_clean"] >= CE_GAP)
     metrics["n_ce_documents"] = len(np.unique(documents))
-    metrics["n_ce_windows"] = len(chosen)
+    metrics["n_ce_windows"] = len(documents)
     return metrics
 
 
@@ -1510,7 +1615,67 @@ def on_columns(edit: Callable[[Tensor], Tensor], columns: slice) -> Callable[[Te
     return replace
 
 
+# ---- the last steps, on what the model makes of the reconstruction
+FINISH_RATE = 0.1  # learning rate at their start, over that of training
+
+
+def finish_on_kl(trainer: Trainer, dump: Dump, origin: Origin) -> None:
+    """Trains on --finish_kl more tokens with the model in the loop: the reconstruction takes the
+    place of the activation, and KL(model || spliced) at every token is added to the loss of the
+    architecture, weighed to be as large (Karvonen 2025, arXiv 2503.17272).
+
+    In float32 by autograd, at a rate that falls from FINISH_RATE of the training's to 0; the model
+    is held. On windows of the training documents.
+    """
+    a = trainer.args
+    n_windows = max(1, a.batch_size // dump.seq_len)  # a step
+    n_steps = math.ceil(a.finish_kl / (n_windows * dump.seq_len))
+    rng = np.random.default_rng([a.seed % 2**32, n_steps])
+    for step in tqdm(range(n_steps), "finish", unit="step", disable=None):
+        chosen = np.sort(rng.choice(dump.trained, n_windows))
+        places = chosen[:, None] * dump.seq_len + np.arange(dump.seq_len)  # [W, T]
+        idx = torch.from_numpy(origin.tokens[places].astype(np.int64)).to(trainer.mean.device)
+        left = 1 - step / n_steps
+        trainer.set_rates(FINISH_RATE * left)
+        for name, gradient in kl_gradients(trainer, dump, origin.model, idx).items():
+            getattr(trainer.sae, name).grad = gradient
+        trainer.move()
+
+
+def kl_gradients(trainer: Trainer, dump: Dump, model: NewGPT, idx: Tensor) -> dict[str, Tensor]:
+    """Gradients by the SAE's weights of KL(model || spliced) + the loss of the architecture, on
+    idx [B, T]."""
+    leaves = {name: w.detach().requires_grad_() for name, w in vars(trainer.sae).items()}
+    outputs: list[Output] = []
+
+    def replace(raw: Tensor) -> Tensor:  # [B, T, D]
+        x = (raw.flatten(0, 1) - trainer.mean) * trainer.scale  # [N, D], trained units
+        outputs.append(trainer.architecture.forward(x, Weights(**leaves), trainer.now()))
+        return (outputs[-1].reconstruction / trainer.scale + trainer.mean).view_as(raw)
+
+    with torch.no_grad():
+        resid = model.run_blocks(model.embed(idx), 0, dump.layer)  # [B, T, D]
+        clean = spliced(model, resid, dump.layer, dump.site, lambda z: z).log_softmax(-1)
+    logits = spliced(model, resid, dump.layer, dump.site, on_columns(replace, dump.columns))
+    kl = (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1).mean()
+    own = outputs[0].loss
+    # as large as the loss that Adam remembers
+    weight = own.detach() / kl.detach().clamp(min=1e-9)
+    loss = own + weight * kl
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))
+
+
 # ---- what there is to do
+# A flag that takes several values -> the argument that has one of them, and how its folder begins
+VARIED = {
+    "k": ("k", "k"),
+    "target_l0": ("target_l0", "l0_"),
+    "l1": ("l1", "l1_"),
+    "seeds": ("seed", "seed"),
+}
+
+
 class Origin(NamedTuple):
     """Where a dump comes from."""
 
@@ -1519,10 +1684,10 @@ class Origin(NamedTuple):
 
 
 def find_origin(
-    dump: Dump, given: Path | None, device: torch.device, skip_probe: bool
+    dump: Dump, given: Path | None, args: argparse.Namespace, device: torch.device
 ) -> Origin | None:
-    """The model and the tokens behind a dump; None, and a line that says so, if the checkpoint that
-    it names is gone or changed."""
+    """The model and the tokens behind a dump; if the checkpoint that it names is gone or changed,
+    None and a line that says so, or HandoffError where --finish_kl trains with the model."""
     expected = dump.side["checkpoint_sha256"]
     path = given or find_checkpoint(dump.side["checkpoint"], expected, dump.path)
     found = sha256(path) if path.is_file() else "no such file"
@@ -1531,6 +1696,9 @@ def find_origin(
         raise HandoffError(f"--model_path {path} ({found[:12]}) is not {fact}")
     if found != expected:
         fact = f"{path} is gone or not what was dumped"
+        if args.finish_kl:
+            need = f"--finish_kl trains with the model of run {dump.run} in the loop, but {fact}"
+            raise HandoffError(f"{need}; name it with --model_path, or leave --finish_kl out")
         print(f"{dump.run}: CE recovered and KL stay empty, as {fact}; --model_path names another")
         return None
     file = dump.path.with_name("tokens.npy")
@@ -1539,7 +1707,7 @@ def find_origin(
         tokens = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError):
         tokens = np.zeros(0)
-    model, _ = load_checkpoint(path, device, skip_probe)
+    model, _ = load_checkpoint(path, device, args.skip_probe)
     if len(tokens) != len(dump.array) or tokens.max() >= model.cfg.vocab_size:
         fact = f"{file} does not fit {dump.path.name} ({len(dump.array)} rows) or the model"
         raise HandoffError(f"{fact}; remake both with: {dump.remedy}")
@@ -1554,6 +1722,7 @@ MAY_DIFFER = [
     "save_dir", "save_interval", "tensorboard", "overwrite", "resume", "redraw", "cache_dir",
     "device", "threads", "int8",  # dtype says int8, too
     "preset", "tokens", "epochs",  # the sizes and steps that they stand for are there
+    "nulls",  # whether there are others beside it
 ]
 # fmt: on
 
@@ -1612,18 +1781,45 @@ def dumped_layers(folder: Path, site: str) -> list[int]:
     return sorted(layers)
 
 
-def jobs_of_layer(args: argparse.Namespace, folder: Path, layer: int) -> list[Job]:
-    """One job, or one a head."""
-    dump = Dump(folder, layer, args.site)
+def jobs_of_layer(args: argparse.Namespace, dumps: Path, layer: int) -> list[Job]:
+    """One job, or one a head; of each as many as `variants` asks for, and its nulls."""
+    dump = Dump(dumps, layer, args.site)
     name = f"L{layer}" if args.site == "z" else f"L{layer}.{args.site}"
     out = args.save_dir / dump.run / name
-    if args.unit == "layer":
-        return [Job(fill_in(args, dump), dump, out)]
+    places = {out: dump}
+    if args.unit == "head":
+        heads = range(dump.array.shape[1] // dump.d_head)
+        places = {out / f"H{head}": Dump(dumps, layer, args.site, head) for head in heads}
     jobs = []
-    for head in range(dump.array.shape[1] // dump.d_head):
-        part = Dump(folder, layer, args.site, head)
-        jobs.append(Job(fill_in(args, part), part, out / f"H{head}"))
+    for place, part in places.items():
+        trained_on = {"": part}
+        if args.nulls:
+            trained_on |= {"gaussian": GaussianDump(part), "decoder": part}
+        for below, chosen in variants(args):
+            for null, rows in trained_on.items():
+                filled = fill_in(chosen, rows)
+                filled.null = null
+                folder = place / below
+                if null:
+                    folder /= f"null_{null}"
+                jobs.append(Job(filled, rows, folder))
     return jobs
+
+
+def variants(args: argparse.Namespace) -> Iterator[tuple[Path, argparse.Namespace]]:
+    """Every combination of the values of VARIED, as arguments with one value each, and the folder
+    of its SAE: below the layer's, named by the flags that have several values."""
+    given = {flag: values for flag, values in vars(args).items() if flag in VARIED and values}
+    for values in itertools.product(*given.values()):
+        chosen = argparse.Namespace(**vars(args))
+        below = Path()
+        for flag, value in zip(given, values, strict=True):
+            delattr(chosen, flag)
+            argument, start = VARIED[flag]
+            setattr(chosen, argument, value)
+            if len(given[flag]) > 1:
+                below /= f"{start}{value}"
+        yield below, chosen
 
 
 def fill_in(args: argparse.Namespace, dump: Dump) -> argparse.Namespace:
@@ -1642,6 +1838,7 @@ def fill_in(args: argparse.Namespace, dump: Dump) -> argparse.Namespace:
     flag = ARCHITECTURES[a.arch].l0_flag
     if flag and flag not in a:  # --target_l0, which no preset has
         setattr(a, flag, a.k)
+    a.null = ""
     return a
 
 
@@ -1702,11 +1899,16 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
     d_in = dump.array.shape[1]
     trainer = Trainer(a, torch.zeros(d_in), math.sqrt(d_in), device, a.plain)
     seconds = choose_threads(lambda: trainer.step(dump.batch(0, a.batch_size, a.seed)), a.threads)
-    n_here = math.ceil(n_saes / rank_and_world()[1])
+    groups = groups_of(jobs)
+    world = rank_and_world()[1]
+    each = [work_of(groups[rank::world]) for rank in range(world)]
     # Measuring an SAE takes about as long as training it on as many tokens
-    firing = dump.mixture(FIRING_TOKENS)
-    n_measured = a.eval_tokens + len(firing) * dump.seq_len
-    time_left = duration(seconds * (a.steps + n_measured / a.batch_size) * n_here)
+    time_left = seconds * max(work.steps + work.n_measured / a.batch_size for work in each)
+    normal = [job.dump for job in jobs if isinstance(job.dump, GaussianDump)]
+    if normal:
+        some = np.arange(min(16 * BLOCK, normal[0].n_train))
+        row_seconds = seconds_of(lambda: normal[0].training_rows(some)) / len(some)
+        time_left += row_seconds * max(work.n_drawn for work in each)
 
     n_latents = a.expansion * d_in
     weights = 8 * n_latents * d_in  # bytes of W_enc and W_dec
@@ -1720,16 +1922,51 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
     memory = 8 * weights + pool + entry * a.batch_size * n_latents
 
     what = f"{n_saes} SAE{'s' * (n_saes > 1)} ({a.arch}, of a {a.unit})"
+    n_nulls = sum(job.args.null != "" for job in jobs)
+    if n_nulls:
+        what += f", {n_nulls} of them nulls"
     where = f"on {device} in {a.dtype}, preset {a.preset}"
     print(f"{what}: D = {d_in}, F = {n_latents}, {where}")
-    tokens = f"{a.tokens:,} tokens in {a.steps} steps each, about {time_left} in all"
+    n_steps = sum(work.steps for work in each)
+    tokens = f"{a.tokens:,} tokens in {a.steps} steps each, {n_steps:,} steps in all"
+    tokens += f", about {duration(time_left)}"
+    if a.resume:
+        tokens += " less what is done"
+    if a.finish_kl:
+        tokens += f" and the time of {a.finish_kl:,} more tokens each through the model"
     disk = f"{weights * copies * n_saes / 1e9:.2f} GB in {a.save_dir}"
     print(f"cost: {tokens}; {disk}, about {memory / 1e9:.1f} GB of memory", flush=True)
-    print(
-        f"{held_out_of(dump)}; latents are counted on {len(firing) * dump.seq_len:,} tokens of all"
-    )
+    firing = len(dump.mixture(FIRING_TOKENS)) * dump.seq_len
+    print(f"{held_out_of(dump)}; latents are counted on {firing:,} tokens of all")
     if architecture.saelens is None:
         print(f"SAELens has no class for {a.arch}: its folders load with train_sae.load_sae only")
+
+
+class Work(NamedTuple):
+    """What a process has to do."""
+
+    steps: int  # of all its SAEs
+    n_measured: int  # tokens that they encode when they are finished
+    n_drawn: int  # normal rows
+
+
+def work_of(groups: list[list[Job]]) -> Work:
+    """Of all SAEs in these groups, nulls too, from their first step."""
+    steps = n_measured = n_drawn = 0
+    for group in groups:
+        a, dump = group[0].args, group[0].dump
+        held_out = len(dump.evaluation(a.eval_tokens)) * dump.seq_len
+        counted = len(dump.mixture(FIRING_TOKENS)) * dump.seq_len
+        steps += sum(job.args.steps for job in group)
+        n_measured += (held_out + counted) * len(group)
+        if isinstance(dump, GaussianDump):
+            n_drawn += len(dump.array) + 256 * BLOCK  # for the moments
+            layout = dump.layout(a.batch_size)
+            n_pools = math.ceil(a.steps / layout.batches_per_pool)
+            n_drawn += n_pools * layout.n_blocks // layout.n_pools * layout.block
+            # held-out rows once for their mean, once for what the SAE makes of them
+            n_drawn += (2 * held_out + counted) * len(group)
+    return Work(steps, n_measured, n_drawn)
 
 
 def held_out_of(dump: Dump) -> str:
@@ -1742,58 +1979,104 @@ def held_out_of(dump: Dump) -> str:
     return f"held out: {windows} of {text}, and {beside:,} windows that share one are not used"
 
 
-# ---- one SAE
-def run_training(job: Job, device: torch.device, stop: list[int]) -> Trainer | None:
-    """Trains one SAE, or goes on with it; None if it is finished already, or if a signal (in
-    `stop`) ended it."""
-    a, dump = job.args, job.dump
-    folder = job.folder
+# ---- the SAEs of a dump
+def groups_of(jobs: list[Job]) -> list[list[Job]]:
+    """Jobs that are trained on the same batches, and so together."""
+    groups: dict[Any, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((id(job.dump), job.args.seed), []).append(job)
+    return list(groups.values())
+
+
+def train_group(
+    group: list[Job], device: torch.device, stop: list[int], cores: int
+) -> list[Trainer | None]:
+    """Trains the SAEs of a group, or goes on with them -> a trainer each, None where it is finished
+    already. A signal (in `stop`) ends it after the step."""
+    a, dump = group[0].args, group[0].dump
+    trainers = [begin(job, device) for job in group]
+    busy = [(job, trainer) for job, trainer in zip(group, trainers, strict=True) if trainer]
+    for _, trainer in busy:
+        trainer.threads = torch.get_num_threads()
+    done = min((trainer.step_count for _, trainer in busy), default=a.steps)
+    folder = group[0].folder
+    name = "/".join(folder.parts[-3:]) + (f" and {len(busy) - 1} more" if len(busy) > 1 else "")
+    steps = range(done, a.steps)
+    with side_by_side(len(group), device, cores) as pool:
+        for step in tqdm(steps, name, initial=done, total=a.steps, unit="step", disable=None):
+            raw = dump.batch(step, a.batch_size, a.seed)
+            # not those that were stopped later than the others
+            behind = [trainer for _, trainer in busy if trainer.step_count == step]
+            list(pool.map(functools.partial(Trainer.step, raw=raw), behind))
+            is_saved = (step + 1) % a.save_interval == 0 or step + 1 == a.steps
+            if stop or is_saved:
+                for job, trainer in busy:
+                    save_sae(job, trainer)
+            if stop:
+                break
+    return trainers
+
+
+@contextlib.contextmanager
+def threads_kept() -> Iterator[None]:
+    """Afterwards torch has as many threads as before."""
+    n_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+@contextlib.contextmanager
+def side_by_side(n: int, device: torch.device, cores: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers for the n SAEs of a group, finished ones too, which divide the threads of torch among
+    them: an SAE on one thread waits for nobody. As many as there are `cores`, also where one SAE
+    alone would be no faster on more than one thread; threads, not cores, decide how sums round."""
+    n_threads = torch.get_num_threads()
+    n_workers = min(n, max(cores, n_threads)) if device.type == "cpu" else 1
+    with threads_kept(), ThreadPoolExecutor(n_workers) as pool:
+        torch.set_num_threads(n_threads // min(n, n_threads))
+        yield pool
+
+
+def begin(job: Job, device: torch.device) -> Trainer | None:
+    """A new trainer, or as training_state.pt left it; None if the SAE is finished."""
+    a, folder = job.args, job.folder
     trainer = resume_sae(job, device) if a.resume else None
     if trainer is None:
-        mean, norm = dump.moments()
-        trainer = Trainer(a, mean, norm, device, a.plain)
+        found = job.dump.moments()
+        axes = found.leading_axes(a.start_variance)
+        trainer = Trainer(a, found.mean, found.norm, device, a.plain, axes)
     if trainer.step_count >= a.steps and sidecar_path(folder / WEIGHTS).exists():
         print(f"{folder} is finished; there is nothing to resume")
         return None
-    board = None
     if a.tensorboard:
         module = import_module("torch.utils.tensorboard")
-        board = module.SummaryWriter(str(folder / "tensorboard"))
-    done = trainer.step_count
-    name = "/".join(folder.parts[-3:])  # run, layer, head
-    steps = range(done, a.steps)
-    for step in tqdm(steps, name, initial=done, total=a.steps, unit="step", disable=None):
-        trainer.step(dump.batch(step, a.batch_size, a.seed))
-        # the history has a row every 50 steps
-        if board and trainer.history and trainer.history[-1]["step"] == step + 1:
-            show_progress(board, trainer)
-        if stop or (step + 1) % a.save_interval == 0 or step + 1 == a.steps:
-            save_sae(job, trainer)
-        if stop:
-            return None
+        trainer.board = module.SummaryWriter(str(folder / "tensorboard"))
     return trainer
-
-
-def show_progress(board: Any, trainer: Trainer) -> None:
-    """The last row of the history in tensorboard."""
-    for name, value in trainer.history[-1].items():
-        board.add_scalar(name, value, trainer.step_count)
-    board.add_histogram("tokens since a latent fired", trainer.idle, trainer.step_count)
-    board.flush()
 
 
 def save_sae(job: Job, trainer: Trainer) -> None:
     """Training state, folded export and its cfg.json, training.csv."""
-    folder = job.folder
-    # from here on the folder is unfinished, so the sidecar goes first
-    for old in (f"{WEIGHTS}.json", *TWINS):
+    mark_unfinished(job.folder)
+    with atomic(job.folder / "training_state.pt") as temporary:
+        temporary.write_bytes(torch_bytes(training_state(job, trainer)))
+    save_export(job, trainer)
+
+
+def mark_unfinished(folder: Path) -> None:
+    """Removes the sidecar, and what is made of the weights when they are finished."""
+    for old in (f"{WEIGHTS}.json", "latent_stability.csv", *TWINS):
         (folder / old).unlink(missing_ok=True)
+
+
+def save_export(job: Job, trainer: Trainer) -> None:
+    """All of this but the training state."""
+    folder = job.folder
+    mark_unfinished(folder)
     weights = trainer.weights(trainer.scale, trainer.mean)
     export = {name: weight.cpu() for name, weight in weights.items()}
-    files = {
-        "training_state.pt": torch_bytes(training_state(job, trainer)),
-        WEIGHTS: safetensors.torch.save(export),
-    }
+    files = {WEIGHTS: safetensors.torch.save(export)}
     cfg = saelens_config(job, trainer)
     twins = trainer.architecture.twins
     if twins:
@@ -1827,7 +2110,7 @@ def training_state(job: Job, trainer: Trainer) -> dict[str, Any]:
         "idle": trainer.idle,
         "tau": trainer.cut,
         "optimizer": trainer.optimizer.state_dict(),
-        "threads": torch.get_num_threads(),
+        "threads": trainer.threads,
     }
 
 
@@ -1881,7 +2164,7 @@ def resume_sae(job: Job, device: torch.device) -> Trainer | None:
         if not change:
             restore(trainer, state)
             if job.args.threads is None and "threads" in state:
-                # as many as before: with others, sums round differently
+                # as many as before, for this group: with others, sums round differently
                 torch.set_num_threads(state["threads"])
     except Exception as e:  # torch raises many types for a damaged file
         fact = f"{path} cannot be read ({str(e).strip()[:100]})"
@@ -1899,6 +2182,7 @@ def first_change(job: Job, then: dict[str, Any]) -> str:
     defaults.preset = job.args.preset
     default = Job(fill_in(defaults, job.dump), job.dump, job.folder).trajectory
     default["held_out"] = "the last windows"
+    default["start_variance"] = 1.0  # latents started in any direction
     wanted = job.trajectory
     for name in {**wanted, **then}:
         was = then[name] if name in then else default.get(name)
@@ -1919,44 +2203,107 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.history = state["history"]
 
 
-def finish_sae(job: Job, trainer: Trainer, origin: Origin | None) -> str:
-    """Reads the export back, compares it with what was trained, measures it, writes the sidecar ->
-    one line for the user."""
+def finish_group(
+    group: list[Job], trainers: list[Trainer | None], origin: Origin | None, cores: int
+) -> Iterator[str]:
+    """Reads each export back, compares it with what was trained, measures it, writes the sidecar ->
+    a line each for the user."""
+    finished = [(job, t) for job, t in zip(group, trainers, strict=True) if t]
+    if not finished:
+        return
+    job, trainer = finished[0]
+    dump = job.dump
+    if isinstance(dump, GaussianDump):  # whose rows are no model's
+        origin = None
+    few = dump.evaluation(job.args.eval_tokens // 6)
+    documents = dump.documents[few]
+
+    def losses_now(saes: list[SparseAutoencoder]) -> dict[str, EditedLoss]:
+        return losses_with(origin.model, saes, dump, origin.tokens, trainer.mean, few)
+
+    def exports() -> list[SparseAutoencoder]:
+        return [load_sae(job.folder, trainer.mean.device) for job, _ in finished]
+
+    before: dict[str, EditedLoss] = {}
+    if job.args.finish_kl and origin:
+        for job, trainer in finished:
+            save_export(job, trainer)  # a finish that was interrupted left its own
+        before = losses_now(exports())
+        for job, trainer in finished:
+            finish_on_kl(trainer, dump, origin)
+            save_export(job, trainer)  # beside the state from before, to begin again with
+    saes = exports()
+    losses = losses_now(saes) if origin else {}
+    trained = [trainer for _, trainer in finished]
+    with side_by_side(len(group), trainer.mean.device, cores) as pool:
+        measured = list(pool.map(measure_sae, [job for job, _ in finished], trained, saes))
+    for i, ((job, trainer), metrics) in enumerate(zip(finished, measured, strict=True)):
+        if losses:
+            metrics |= ce_recovered(losses, f"sae{i}", documents)
+        if before:
+            metrics |= finish_gain(before, losses, f"sae{i}", documents)
+        facts = names_of(job) | facts_of(job, trainer)
+        inputs = [dump.path, dump.path.with_name("documents.npy")]
+        write_sidecar(job.folder / WEIGHTS, SAE_SCHEMA, inputs, **facts, metrics=metrics)
+        yield summary(job, metrics)
+
+
+def measure_sae(job: Job, trainer: Trainer, sae: SparseAutoencoder) -> dict[str, Any]:
+    """What an SAE makes of held-out rows and how often its latents fire, without the model. Writes
+    errors.csv and latent_frequencies.csv. HandoffError if the export is not what was trained."""
+    chosen = job.dump.evaluation(job.args.eval_tokens)
+    check_export(job, trainer, sae, next(job.dump.windows(chosen)))
+    metrics, errors = evaluate(sae, job.dump, chosen)
+    write_csv(job.folder / "errors.csv", errors)
+    return metrics | count_firings_of(job, trainer, sae)
+
+
+def finish_gain(
+    before: dict[str, EditedLoss], after: dict[str, EditedLoss], sae: str, documents: np.ndarray
+) -> dict[str, float]:
+    """What --finish_kl changed: the KL that is left of what it was, and by how much more of the
+    loss is recovered, against mean ablation."""
+    was, now = before[sae], after[sae]
+    won = np.array(was.ce) - np.array(now.ce)  # [W]
+    lost = np.array(after["mean"].ce) - np.array(after["clean"].ce)
+    metrics = ratio_interval("finish_kl_left", np.array(now.kl), np.array(was.kl), documents)
+    return metrics | ratio_interval("finish_ce_recovered", won, lost, documents)
+
+
+def names_of(job: Job) -> dict[str, Any]:
+    """Which SAE it is, in the columns that all tables have."""
     a, dump = job.args, job.dump
-    folder = job.folder
-    sae = load_sae(folder, trainer.mean.device)
-    chosen = dump.evaluation(a.eval_tokens)
-    check_export(job, trainer, sae, next(dump.windows(chosen)))
-    metrics = evaluate(sae, dump, chosen)
-    everywhere = dump.mixture(FIRING_TOKENS)
-    fired = count_on_windows(sae, dump, everywhere)  # [F]
-    n_rows = len(everywhere) * dump.seq_len
-    metrics["dead_share"] = float((fired == 0).mean())
-    metrics["dead_share_tokens"] = n_rows
-    metrics["dead_share_window"] = trainer.history[-1]["dead_share"]
-    if origin:
-        few = dump.evaluation(a.eval_tokens // 6)
-        metrics |= ce_recovered(origin.model, sae, dump, origin.tokens, trainer.mean, few)
-    # which SAE it is, in the columns that all tables have
-    names = {
+    return {
         "run": dump.run,
         "unit": a.unit,
         "arch": a.arch,
         "site": dump.site,
         "layer": dump.layer,
         "head": dump.head,
+        "null": a.null,
     }
+
+
+def count_firings_of(job: Job, trainer: Trainer, sae: SparseAutoencoder) -> dict[str, Any]:
+    """How often its latents fire, on windows of all documents -> latent_frequencies.csv, and the
+    shares that are dead."""
+    dump = job.dump
+    everywhere = dump.mixture(FIRING_TOKENS)
+    fired = count_on_windows(sae, dump, everywhere)  # [F]
+    n_rows = len(everywhere) * dump.seq_len
     latents = {
         "latent": np.arange(len(fired)),
         "n_fired": fired,
         "n_rows": n_rows,
         "frequency": fired / n_rows,
     }
-    write_csv(folder / "latent_frequencies.csv", pd.DataFrame(names | latents))
-    facts = names | facts_of(job, trainer)
-    inputs = [dump.path, dump.path.with_name("documents.npy")]
-    write_sidecar(folder / WEIGHTS, SAE_SCHEMA, inputs, **facts, metrics=metrics)
-    return summary(job, metrics)
+    frame = pd.DataFrame(names_of(job) | latents)
+    write_csv(job.folder / "latent_frequencies.csv", frame)
+    return {
+        "dead_share": float((fired == 0).mean()),
+        "dead_share_tokens": n_rows,
+        "dead_share_window": trainer.history[-1]["dead_share"],
+    }
 
 
 @torch.no_grad()
@@ -1984,7 +2331,7 @@ def facts_of(job: Job, trainer: Trainer) -> dict[str, Any]:
     """What the sidecar says of an SAE beside its names and metrics."""
     a, dump = job.args, job.dump
     inherited = ["checkpoint", "checkpoint_sha256", "arm", "seq_len", "n_heads", "d_head"]
-    inherited += ["tokenizer_hash", "dataset", "split", "windows", "bos"]
+    inherited += ["tokenizer_hash", "dataset", "split", "windows", "bos", "step", "initial"]
     facts = {key: dump.side.get(key) for key in inherited}
     mean = np.asarray(dump.side["mean"], float)[dump.columns]  # [D]
     variance = np.asarray(dump.side["variance"], float)[dump.columns]
@@ -2026,10 +2373,14 @@ def summary(job: Job, metrics: dict[str, Any]) -> str:
 
 
 # ---- all of them
+# Tables that only some sets of SAEs have
+SOME_TABLES = ("sae_nulls.csv", "sae_gains.csv", "seed_stability.csv")
+
+
 def collect_metrics(save_dir: Path) -> None:
     """sae_metrics.csv: one row for every finished SAE under save_dir."""
-    columns = [*GROUP, "head", "arm", "split", "seed", "k", "d_in", "d_sae", "steps", "tokens"]
-    columns += ["gamma", "n_train"]
+    columns = ["run", "unit", "arch", "site", "layer", "head", "arm", "split", "seed", "k", "d_in"]
+    columns += ["d_sae", "steps", "tokens", "gamma", "n_train"]
     rows = []
     remedy = "python train_sae.py --overwrite"
     for side in sorted(save_dir.glob(f"*/L*/**/{WEIGHTS}.json")):
@@ -2040,18 +2391,267 @@ def collect_metrics(save_dir: Path) -> None:
                 print(f"{fact} of its dump, not documents; train it anew with --overwrite")
                 continue
             row = {column: record[column] for column in columns}
+            l1 = record["trajectory"].get("l1", math.nan)
+            row["setting"] = setting_of(record["arch"], record["k"], l1)
+            row["null"] = record.get("null", "")
+            row["step"], row["initial"] = record.get("step"), record.get("initial")
+            row["time"] = record["producer"]["time"]
             row["folder"] = side.parent.relative_to(save_dir).as_posix()
             rows.append(row | record["metrics"])
     if not rows:
         raise HandoffError(f"{save_dir} has no SAE to report; make one with: {remedy}")
-    frame = pd.DataFrame(rows).sort_values([*GROUP, "head"])
+    frame = latest(pd.DataFrame(rows)).sort_values([*GROUP, "head", "null"])
     for column in ("ce_recovered_zero", "ce_recovered_mean", "kl_sae"):
         if column not in frame:  # no model was there
             frame[column] = math.nan
-    path = save_dir / "sae_metrics.csv"
-    write_csv(path, frame)
+    frame.loc[is_untrained(frame), "null"] = "untrained"
+    nulls = frame[frame["null"] != ""]
+    frame = add_gains(frame[frame["null"] == ""], nulls, save_dir)
     sidecars = [save_dir / folder / f"{WEIGHTS}.json" for folder in frame["folder"]]
-    write_sidecar(path, "janus.sae_metrics/1", sidecars)
+    tables = {"sae_metrics.csv": frame.drop(columns="null")}
+    if len(nulls):
+        tables["sae_nulls.csv"] = nulls
+    seeds = stability_over_seeds(save_dir, frame)
+    if len(seeds):
+        tables["seed_stability.csv"] = seeds
+    gains = gains_over_seeds(save_dir, frame, nulls)
+    if len(gains):
+        tables["sae_gains.csv"] = gains
+    for name in SOME_TABLES:
+        if name not in tables:  # of SAEs that were there before
+            (save_dir / name).unlink(missing_ok=True)
+            sidecar_path(save_dir / name).unlink(missing_ok=True)
+    for name, table in tables.items():
+        write_csv(save_dir / name, table)
+        write_sidecar(save_dir / name, "janus.sae_metrics/1", sidecars)
+
+
+def is_untrained(frame: pd.DataFrame) -> pd.Series:
+    """Which SAEs are of a run that others began with, and so their null; not the nulls of these."""
+    begun = frame.loc[(frame["step"] != 0) & frame["initial"].notna(), "initial"]
+    return (frame["step"] == 0) & frame["initial"].isin(begun) & (frame["null"] == "")
+
+
+def latest(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of SAEs with the same names in all columns, as --k 16 and --k 16 32 make them in two folders,
+    the one that was finished last; without the column time."""
+    names = [*GROUP, "head", "null"]
+    is_older = frame.sort_values("time", kind="stable").duplicated(names, keep="last")
+    for folder in frame.loc[is_older.sort_index(), "folder"]:
+        print(f"{folder} is left out of the tables: the same was trained again in another folder")
+    return frame[~is_older.sort_index()].drop(columns="time")
+
+
+def add_gains(frame: pd.DataFrame, nulls: pd.DataFrame, save_dir: Path) -> pd.DataFrame:
+    """Adds the gain of every SAE over each of its nulls, as columns gain_<null>, _lo and _hi."""
+    frame = frame.copy()
+    for pair in pairs_with_nulls(save_dir, frame, nulls):
+        value, low, high = gain(pair.trained, pair.null)
+        name = f"gain_{pair.name}"
+        frame.loc[pair.index, [name, f"{name}_lo", f"{name}_hi"]] = value, low, high
+    return frame
+
+
+class Pair(NamedTuple):
+    """An SAE and one of its nulls."""
+
+    index: Any  # of the SAE, in the table
+    name: str  # of the null
+    trained: pd.DataFrame  # errors.csv of the SAE
+    null: pd.DataFrame  # and of the null
+
+
+def pairs_with_nulls(save_dir: Path, frame: pd.DataFrame, nulls: pd.DataFrame) -> Iterator[Pair]:
+    """Every SAE of `frame` with each of its nulls."""
+    like = ["unit", "arch", "setting", "seed", "site", "layer", "head", "d_sae", "steps"]
+    for _, null in nulls.iterrows():
+        # the untrained model is a run of its own
+        same = [*like, "initial" if null["null"] == "untrained" else "run"]
+        is_its = (frame[same] == null[same]) | (frame[same].isna() & null[same].isna())
+        for index in frame.index[is_its.all(axis=1)]:
+            folder = save_dir / frame.loc[index, "folder"]
+            if not (folder / "errors.csv").exists():  # of an older version
+                continue
+            errors = read_errors(folder), read_errors(save_dir / null["folder"])
+            yield Pair(index, null["null"], *errors)
+
+
+def gain(trained: pd.DataFrame, null: pd.DataFrame) -> tuple[float, float, float]:
+    """1 - FVU / FVU of a null, from the errors.csv of both, and its 95 % interval over documents:
+    NaN below 16 of them, or where they are not the same. It is about these two trainings: for
+    others, see `gain_over_trainings`.
+
+    Of the logarithm of the ratio, linearised document by document, so that what makes a document
+    easy for both cancels; as far as bootstrap-t or Student's t reaches, whichever is further.
+    """
+    value = 1 - fvu_of(trained) / fvu_of(null)
+    n = len(trained)
+    if n < LEAST_DOCUMENTS or list(trained["document"]) != list(null["document"]):
+        return value, math.nan, math.nan
+    pull = pull_of_documents(trained, null)
+    error = math.sqrt(n / (n - 1) * (pull**2).sum())
+    t_low, t_high = np.quantile(bootstrap_t(pull), [0.025, 0.975], method="nearest")
+    student = stats.t.ppf(0.975, n - 1)
+    low = 1 - (1 - value) * math.exp(-min(t_low, -student) * error)
+    high = 1 - (1 - value) * math.exp(-max(t_high, student) * error)
+    return value, low, high
+
+
+def pull_of_documents(trained: pd.DataFrame, null: pd.DataFrame) -> np.ndarray:
+    """By how much each document [n] moves log(FVU / FVU of the null), to first order."""
+    pull = share_of_sum(trained["error"]) - share_of_sum(trained["variance"])
+    pull = pull - share_of_sum(null["error"]) + share_of_sum(null["variance"])
+    return pull.to_numpy()
+
+
+def gains_over_seeds(save_dir: Path, frame: pd.DataFrame, nulls: pd.DataFrame) -> pd.DataFrame:
+    """A row for every null of SAEs of `frame` that differ in their seed alone: their mean gain,
+    with an interval that counts trainings and documents."""
+    same = [*[name for name in GROUP if name != "seed"], "head"]
+    pairs = list(pairs_with_nulls(save_dir, frame, nulls))
+    rows = []
+    for key, saes in frame.groupby(same, dropna=False):
+        for name in dict.fromkeys(pair.name for pair in pairs):
+            its = [pair for pair in pairs if pair.name == name and pair.index in saes.index]
+            if len(its) < 2:
+                continue
+            row = dict(zip(same, key, strict=True)) | {"null": name, "n_seeds": len(its)}
+            rows.append(row | gain_over_trainings(its))
+    return pd.DataFrame(rows)
+
+
+def gain_over_trainings(pairs: list[Pair]) -> dict[str, float]:
+    """1 - FVU / FVU of a null, of several trainings of both on the same data: the geometric mean of
+    the ratios, its 95 % interval for other trainings and other documents, and `smallest`, the gain
+    that would just be told from 0. NaN as in `gain`."""
+    logs = [math.log(fvu_of(pair.trained) / fvu_of(pair.null)) for pair in pairs]
+    mean = float(np.mean(logs))
+    documents = [list(errors["document"]) for pair in pairs for errors in pair[2:]]
+    half = math.nan
+    if len(documents[0]) >= LEAST_DOCUMENTS and all(d == documents[0] for d in documents):
+        pulls = [pull_of_documents(pair.trained, pair.null) for pair in pairs]
+        half = float(half_width(np.array(logs), np.array(pulls)))
+    return {
+        "gain": 1 - math.exp(mean),
+        "gain_lo": 1 - math.exp(mean + half),
+        "gain_hi": 1 - math.exp(mean - half),
+        "smallest": 1 - math.exp(-half),
+    }
+
+
+def half_width(logs: np.ndarray, pulls: np.ndarray) -> np.ndarray:
+    """Half of the 95 % interval [...] of the mean of g = log(FVU / FVU of a null), from its values
+    [..., S] in S trainings and from what each of n documents pulls them by [..., S, n]
+    (`pull_of_documents`).
+
+    half^2 = t(S - 1)^2 V_trainings + t(n - 1)^2 V_documents, where t(m) is the .975 quantile of
+    Student's t with m degrees of freedom and
+    V_trainings = var(g) / S, over the trainings;
+    V_documents = n / (n - 1) sum(mean pull^2) - n / (n - 1) sum(var(pull)) / S, not below 0: what
+    documents pull all trainings by alike. What they pull single ones by is in var(g) already.
+
+    One t for the sum of both, with Satterthwaite's degrees of freedom, holds the truth in 88 to
+    95 % for S = 2 or 3: V_trainings is then too uncertain to weigh the two by. This holds it in 93
+    to 98 %.
+    """
+    n_trainings, n = pulls.shape[-2:]
+    over_trainings = logs.var(-1, ddof=1) / n_trainings  # [...]
+    of_mean = n / (n - 1) * (pulls.mean(-2) ** 2).sum(-1)
+    of_single = n / (n - 1) * pulls.var(-2, ddof=1).sum(-1) / n_trainings
+    over_documents = np.maximum(0, of_mean - of_single)
+    half_trainings = stats.t.ppf(0.975, n_trainings - 1) * np.sqrt(over_trainings)
+    half_documents = stats.t.ppf(0.975, n - 1) * np.sqrt(over_documents)
+    return np.hypot(half_trainings, half_documents)
+
+
+def fvu_of(errors: pd.DataFrame) -> float:
+    return errors["error"].sum() / errors["variance"].sum()
+
+
+def share_of_sum(values: pd.Series) -> pd.Series:
+    return values / values.sum()
+
+
+def read_errors(folder: Path) -> pd.DataFrame:
+    """Squared error and distance from the mean of each held-out document."""
+    return read_csv(folder / "errors.csv", ["document", "error", "variance"])
+
+
+# ---- the same latents again, from another seed?
+def stability_over_seeds(save_dir: Path, frame: pd.DataFrame) -> pd.DataFrame:
+    """A row for every two SAEs of `frame` that differ in their seed alone; writes
+    latent_stability.csv beside each, and removes every other one: it is of seeds that are gone."""
+    stale = set(save_dir.glob("*/L*/**/latent_stability.csv"))
+    rows = []
+    same = [*[name for name in GROUP if name != "seed"], "head"]
+    for key, saes in frame.groupby(same, dropna=False):
+        if len(saes) < 2:
+            continue
+        live = {row.seed: live_directions(save_dir / row.folder) for row in saes.itertuples()}
+        cosines: dict[int, list[pd.Series]] = {seed: [] for seed in live}
+        for a, b in itertools.combinations(live, 2):
+            cosine, of_a, of_b = match(live[a].directions, live[b].directions)
+            cosines[a].append(pd.Series(cosine, live[a].latents[of_a]))
+            cosines[b].append(pd.Series(cosine, live[b].latents[of_b]))
+            chance = matched_by_chance(live[a].directions, live[b].directions, a)
+            row = dict(zip(same, key, strict=True))
+            row |= {"seed": a, "other_seed": b, "n_matched": len(cosine)}
+            row |= {"pw_mcc": cosine.mean(), "pw_mcc_null": chance.mean()}
+            rows.append(row | {"null_sd": chance.std(ddof=1)})
+        for sae in saes.itertuples():
+            mean = pd.concat(cosines[sae.seed], axis=1).mean(axis=1).sort_index()
+            table = mean.rename("stability").rename_axis("latent").reset_index()
+            path = save_dir / sae.folder / "latent_stability.csv"
+            write_csv(path, table)
+            stale.discard(path)
+    for path in stale:
+        path.unlink()
+    return pd.DataFrame(rows)
+
+
+class Live(NamedTuple):
+    """The latents of an SAE that fire at all."""
+
+    latents: np.ndarray  # [n], their numbers
+    directions: np.ndarray  # [n, D], what they write, of norm 1
+
+
+def live_directions(folder: Path) -> Live:
+    fires_often = read_frequencies(folder)["frequency"].to_numpy() > 0  # [F]
+    w_dec = load_sae(folder).weights["W_dec"].numpy()  # [F, D]
+    w_dec = w_dec / np.linalg.norm(w_dec, axis=1, keepdims=True)
+    return Live(np.flatnonzero(fires_often), w_dec[fires_often])
+
+
+def match(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs unit vectors a [n, D] with b [m, D] one to one, so that the sum of their cosines is the
+    largest -> the cosines of the pairs [min(n, m)], and their numbers in a and in b."""
+    cosines = a @ b.T  # [n, m]
+    in_a, in_b = optimize.linear_sum_assignment(cosines, maximize=True)
+    return cosines[in_a, in_b], in_a, in_b
+
+
+def matched_by_chance(a: np.ndarray, b: np.ndarray, seed: int, n: int = 5) -> np.ndarray:
+    """Mean cosines [n] after matching what a [., D] and b [., D] would be if nothing but where the
+    data lie were common to both: in the axes of their joint second moments each vector keeps its
+    sizes, and gets random signs."""
+    rng = np.random.default_rng(seed)
+    both = np.concatenate([a, b])
+    _, axes = np.linalg.eigh(both.T @ both)  # [D, D]
+    means = []
+    for _ in range(n):
+        signed = [rows @ axes * rng.choice([-1.0, 1.0], rows.shape) for rows in (a, b)]
+        means.append(match(*signed)[0].mean())
+    return np.array(means)
+
+
+def setting_of(arch: str, k: float | None, l1: float = math.nan) -> str:
+    """What decides how many latents of an SAE fire, and its value if that is known: "k 16". Where
+    there is no k, --l1 does."""
+    known = ARCHITECTURES.get(arch)
+    flag = (known.l0_flag if known else None) or ("l1" if k is None else "k")
+    value = l1 if k is None else k
+    return flag if math.isnan(value) else f"{flag} {value:.15g}"
 
 
 def products_in(args: argparse.Namespace, bfloat16: bool) -> str:
@@ -2069,22 +2669,28 @@ def find_origins(
     dumps = {job.dump.run: job.dump for job in jobs}
     origins = {}
     for name, dump in dumps.items():
-        origins[name] = find_origin(dump, given.get(name), device, args.skip_probe)
+        origins[name] = find_origin(dump, given.get(name), args, device)
     return origins
 
 
 def train_all(
-    jobs: list[Job], origins: dict[str, Origin | None], device: torch.device, stop: list[int]
+    groups: list[list[Job]],
+    origins: dict[str, Origin | None],
+    device: torch.device,
+    stop: list[int],
+    cores: int,
 ) -> bool:
-    """Trains and measures one SAE after the other -> whether all are finished: not if a signal in
-    `stop` ended one."""
-    for job in jobs:
-        trainer = run_training(job, device, stop)
-        if stop:
-            return False
-        if trainer:
-            print(finish_sae(job, trainer, origins[job.dump.run]), flush=True)
-        job.dump.pool = (None, torch.empty(0))  # frees its rows
+    """Trains and measures one group of SAEs after the other, as many of its SAEs at once as there
+    are cores -> whether all are finished: not if a signal in `stop` ended one."""
+    for group in groups:
+        dump = group[0].dump
+        with threads_kept():
+            trainers = train_group(group, device, stop, cores)
+            if stop:
+                return False
+            for line in finish_group(group, trainers, origins[dump.run], cores):
+                print(line, flush=True)
+        dump.pool = (None, torch.empty(0))  # frees its rows
     return True
 
 
@@ -2136,6 +2742,7 @@ def run(args: argparse.Namespace) -> int:
         names = (WEIGHTS, "training_state.pt")
         refuse_overwrite([job.folder / n for job in jobs for n in names], args.overwrite)
     origins = find_origins(jobs, args, device)
+    cores = args.threads or torch.get_num_threads()
     check_fast_step(jobs[0], device)
     announce_cost(jobs, device)
 
@@ -2148,8 +2755,8 @@ def run(args: argparse.Namespace) -> int:
     with recording as record:
         record["settings"] = {str(job.folder): vars(job.args) for job in jobs}
         # several processes deal the jobs out
-        mine = jobs[rank::world]
-        n_stopped += not train_all(mine, origins, device, stop)
+        mine = groups_of(jobs)[rank::world]
+        n_stopped += not train_all(mine, origins, device, stop, cores)
         all_sum(n_stopped)
         if n_stopped:
             number = stop[0] if stop else int(signal.SIGTERM)  # another process was stopped
@@ -2166,11 +2773,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 # ------------------------------------------------------------------------------- tables and figures
-STUDY = """Published (ReLU + L1, one SAE a head; control -> adaptive): L0 L3 32.4 -> 28.4, \
-L6 39.7 -> 45.5, L9 58.9 -> 73.9;
+STUDY_TOKENS = 10_000_000  # a layer
+STUDY_L0 = "L3 32.4 -> 28.4, L6 39.7 -> 45.5, L9 58.9 -> 73.9"
+STUDY = f"""Published (ReLU + L1, one SAE a head; control -> adaptive): L0 {STUDY_L0};
 MSE L3 .022 -> .020, L6 .029 -> .031, L9 .041 -> .051. \
 (Batch)TopK fixes L0 by construction: compare its FVU."""
+GAINS = """gain_: by which share less of the variance is left unexplained (1 - FVU / FVU) than \
+by the same SAE trained on normal rows
+of the same covariance (gaussian), with a frozen random decoder (decoder), or on the model before \
+training (untrained);
+_lo, _hi: 95 % over the held-out documents of this one training; another gives another gain: \
+with --seeds, sae_gains.csv counts both.
+Where they hold 0, the SAE has found no more than that null has. _saes: how many have an interval.
+"""
 COLORS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]  # one more than colours: 42 curves that differ
+DASHES: list[Any] = ["-", "--", ":", "-.", (0, (1, 3))]
 KIND = GROUP[:-1]  # what a curve stands for
 
 
@@ -2214,13 +2832,33 @@ def table2(metrics: pd.DataFrame) -> pd.DataFrame:
             row[f"{name}_sd"] = saes[name].std()  # over heads
         row["dead_share"] = saes["dead_share"].mean()
         row["dead_share_tokens"] = saes["dead_share_tokens"].iloc[0]
-        names = ["ce_recovered_zero", "ce_recovered_mean", "ce_informative", "kl_sae"]
-        names += ["ce_recovered_mean_lo", "ce_recovered_mean_hi"]
-        for name in names:
+        if {"d_sae", "d_in", "tokens"} <= set(saes):
+            row["expansion"] = (saes["d_sae"] / saes["d_in"]).iloc[0]
+            row["tokens"] = saes["tokens"].iloc[0]
+        for name in ("ce_recovered_zero", "ce_informative", "kl_sae"):
             if name in saes:
                 row[name] = saes[name].astype(float).mean()
+        for name in ("ce_recovered_mean", *gains_in(saes)):
+            row |= mean_with_interval(saes, name)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def gains_in(frame: pd.DataFrame) -> list[str]:
+    """The columns gain_<null>."""
+    return [c for c in frame if c.startswith("gain_") and not c.endswith(("_lo", "_hi"))]
+
+
+def mean_with_interval(saes: pd.DataFrame, name: str) -> dict[str, float]:
+    """Means of a measure and of the ends of its interval, over the SAEs that have one, and how
+    many these are; of the measure alone, over all, where none has."""
+    if name not in saes:
+        return {}
+    columns = [name, f"{name}_lo", f"{name}_hi"]
+    values = saes.reindex(columns=columns).astype(float)
+    bounded = values.dropna()
+    means = (values if bounded.empty else bounded).mean()
+    return {**means, f"{name}_saes": len(bounded)}
 
 
 def write_table2(path: Path, table: pd.DataFrame) -> None:
@@ -2233,7 +2871,10 @@ def write_table2(path: Path, table: pd.DataFrame) -> None:
     with atomic(path) as temporary:
         note = "\n\nL0, MSE and FVU on held-out documents of the split, MSE in squared raw units; "
         note += "_sd: over SAEs of heads;\ndead_share: never fired on dead_share_tokens tokens of "
-        note += f"held-out and training documents.\n{STUDY}\n"
+        note += "held-out and training documents.\n"
+        if any(name.startswith("gain_") for name in table):
+            note += GAINS
+        note += f"{STUDY}\n"
         temporary.write_text(text + note, encoding="utf-8")
 
 
@@ -2243,9 +2884,10 @@ def draw_report(save_dir: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    needs = [*GROUP, "folder", "l0", "l0_lo", "mse", "mse_lo", "fvu", "fvu_lo", "split"]
+    needs = [name for name in GROUP if name not in ("setting", "seed")]
+    needs += ["folder", "l0", "l0_lo", "mse", "mse_lo", "fvu", "fvu_lo", "split"]
     needs += ["n_documents", "dead_share", "dead_share_tokens"]
-    metrics = read_csv(save_dir / "sae_metrics.csv", needs)
+    metrics = with_names_of_now(read_csv(save_dir / "sae_metrics.csv", needs))
     table = write_csv(save_dir / "table2.csv", table2(metrics))
     write_table2(save_dir / "table2.md", table)
     # A frequency table an SAE, so that both drawings of figure 3 read it once
@@ -2254,19 +2896,52 @@ def draw_report(save_dir: Path) -> None:
         "figure2_l0_by_depth.png": functools.partial(draw_depth, table),
         "figure3_activation_frequency.png": functools.partial(draw_frequencies, latents, metrics),
     }
+    tables = ["table2.csv", "table2.md"]
+    frontier = frontier_of(table)
+    if len(frontier):
+        tables.append("sae_frontier.csv")
+        write_csv(save_dir / "sae_frontier.csv", frontier)
+        figures["sae_frontier.png"] = functools.partial(draw_frontier, frontier)
     for name, draw in figures.items():
         save_figure(draw, save_dir / name)
-    for name in ("table2.csv", "table2.md", *figures):
+    for name in (*tables, *figures):
         write_sidecar(save_dir / name, "janus.report/1", [save_dir / "sae_metrics.csv"])
 
 
+def with_names_of_now(metrics: pd.DataFrame) -> pd.DataFrame:
+    """sae_metrics.csv with the columns of GROUP that older versions did not write."""
+    metrics = metrics.copy()
+    if "seed" not in metrics:
+        metrics["seed"] = "unknown"
+    if "setting" not in metrics:
+        counts = metrics["k"] if "k" in metrics else pd.Series(math.nan, metrics.index)
+        settings = []
+        for arch, k in zip(metrics["arch"], counts, strict=True):
+            settings.append(setting_of(arch, None if math.isnan(k) else k))
+        metrics["setting"] = settings
+    return metrics
+
+
 def kinds_of(table: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
-    """Label and colour of every curve: an architecture, of a run, a unit and a site."""
-    kinds = {}
-    for i, kind in enumerate(table.groupby(KIND).groups):
-        label = f"{kind[0]} ({kind[2]}, {kind[3]} of a {kind[1]})"
-        kinds[kind] = {"label": as_label(label), "color": COLORS[i % len(COLORS)]}
+    """Label, colour and marker of every curve: an architecture, of a run, a unit and a site."""
+    kinds: dict[tuple, dict[str, Any]] = {}
+    seeds = table["seed"].nunique()
+    for kind in table.groupby(KIND).groups:
+        run, unit, arch, setting, seed, site = kind
+        label = f"{run} ({arch} {setting}, {site} of a {unit})"
+        label += f", seed {seed}" if seeds > 1 else ""
+        kinds[kind] = {"label": as_label(label)} | look_of(len(kinds))
     return kinds
+
+
+def look_of(number: int) -> dict[str, Any]:
+    """Colour, marker and dashes of a curve, counted from 0. Marker and dashes are enough to tell it
+    from others, without its colour."""
+    return {
+        "color": COLORS[number % len(COLORS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "ls": DASHES[number // len(COLORS) % len(DASHES)],
+    }
 
 
 def fixes_l0(arch: str) -> bool:
@@ -2276,41 +2951,144 @@ def fixes_l0(arch: str) -> bool:
 
 
 def draw_depth(table: pd.DataFrame, is_stacked: bool = False) -> Any:
-    """Figure 2: what an SAE keeps of the loss, and FVU, by layer, from table 2; L0 too unless all
-    architectures fix it."""
+    """Figure 2, by layer, from table 2: L0 of the architectures that do not fix it, what an SAE
+    keeps of the loss, and FVU."""
     import matplotlib.pyplot as plt
 
     kinds = kinds_of(table)
+    is_fixed = table["arch"].map(fixes_l0)
     panels = {}
+    if not is_fixed.all():
+        panels["l0"] = "L0: active latents a token"
     if "ce_recovered_mean" in table and table["ce_recovered_mean"].notna().any():
         panels["ce_recovered_mean"] = "CE recovered (1: no loss is lost,\n0: as without the layer)"
-    if not all(fixes_l0(arch) for arch in table["arch"]):
-        panels["l0"] = "L0: active latents a token"
     panels["fvu"] = "FVU: share of the variance\nnot explained"
+    shown = {name: table for name in panels}
+    if "l0" in panels:
+        shown["l0"] = with_interval_over_heads(table[~is_fixed])
+    of_layers = table[table["unit"] != "head"]
+    if "ce_recovered_mean" in panels and of_layers["ce_recovered_mean"].notna().any():
+        # without one head little is lost, and a ratio to that is noise
+        shown["ce_recovered_mean"] = of_layers
     grid = (len(panels), 1) if is_stacked else (1, len(panels))
-    size = (4.5, 2.9 * len(panels) + 1) if is_stacked else (max(5.5, 4.2 * len(panels)), 4.2)
+    more = 0.22 * max(0, len(kinds) - 2)  # inches of legend
+    size = (max(5.5, 4.2 * len(panels)), 4.2 + more)
+    if is_stacked:
+        size = (4.5, 2.9 * len(panels) + 1 + more)
     figure, axes = plt.subplots(*grid, figsize=size, layout="constrained", squeeze=False)
     layers = sorted(table["layer"].unique())
     for ax, (name, label) in zip(axes.flat, panels.items(), strict=True):
-        for i, (kind, rows) in enumerate(table.groupby(KIND)):
+        curves = shown[name].groupby(KIND)
+        for i, (kind, rows) in enumerate(curves):
             # side by side, so that intervals do not hide each other
-            x = rows["layer"] + 0.12 * (i - (len(kinds) - 1) / 2)
+            step = min(0.12, 0.7 / len(curves))
+            x = rows["layer"] + step * (i - (len(curves) - 1) / 2)
             draw_values(ax, x, rows, name, kinds[kind])
         # of values that may be alike, so the margin is small beside 0
         top = 1.05 * ax.get_ylim()[1]
         ax.set(xlabel="layer", ylabel=label, ylim=(min(0, ax.get_ylim()[0]), top))
         ax.set_xticks(layers[:: 1 + (len(layers) - 1) // 16])
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", fontsize=9)
+    # the last panel has every curve
+    handles, labels = axes.flat[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", fontsize=9)
+    note = depth_note(table, shown)
+    figure.supxlabel(textwrap.fill(note, round(13 * size[0])), fontsize=8.5)
+    return figure
+
+
+def with_interval_over_heads(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of table 2 in which L0 of a layer with an SAE a head has the 95 % interval of the mean
+    over heads (Student's t); none where there is one head."""
+    is_of_heads = table["unit"] == "head"
+    n_heads = table["n_saes"]
+    half = stats.t.ppf(0.975, n_heads - 1) * table["l0_sd"] / np.sqrt(n_heads)
+    return table.assign(
+        l0_lo=table["l0_lo"].where(~is_of_heads, table["l0"] - half),
+        l0_hi=table["l0_hi"].where(~is_of_heads, table["l0"] + half),
+    )
+
+
+def depth_note(table: pd.DataFrame, shown: dict[str, pd.DataFrame]) -> str:
+    """What the bars of figure 2 are, and what was published; `shown`: the rows of each panel."""
     over = " or ".join(map(str, sorted(table["n_documents"].unique())))
     splits = " and ".join(sorted(table["split"].unique()))
     note = f"Bars: 95 % intervals over {over} held-out documents of the {splits} split."
     has_all_bars = all(
-        f"{name}_lo" in table and table[f"{name}_lo"].notna().all() for name in panels
+        f"{name}_lo" in rows and rows[f"{name}_lo"].notna().all() for name, rows in shown.items()
     )
     if not has_all_bars:
         note += " Open: no interval; the layer may matter too little for one."
-    if "l0" not in panels:
-        note += f" L0 is fixed: {table['l0'].min():.3g} to {table['l0'].max():.3g}."
+    fixed = table[table["arch"].map(fixes_l0)]
+    if len(fixed):
+        span = f"{fixed['l0'].min():.3g} to {fixed['l0'].max():.3g}"
+        note += f" L0 of {' and '.join(sorted(fixed['arch'].unique()))} is fixed: {span}."
+    of_heads = shown.get("l0", table)[lambda rows: rows["unit"] == "head"]
+    if "l0" not in shown or of_heads.empty:
+        return note
+    n_heads = " or ".join(map(str, sorted(of_heads["n_saes"].unique())))
+    note += f" L0 of SAEs of heads: over the {n_heads} heads of a layer instead (Student's t)"
+    if "tokens" in of_heads:
+        expansions = " or ".join(f"{factor:g}" for factor in sorted(of_heads["expansion"].unique()))
+        tokens = " or ".join(f"{n:,}" for n in sorted(of_heads["tokens"].unique()))
+        size = "; small: " if of_heads["tokens"].max() < STUDY_TOKENS else "; "
+        note += f"{size}{expansions} latents a dimension, {tokens} tokens each"
+    study = "Published L0, not measured here (12 layers, ReLU, an SAE a head; control -> adaptive)"
+    return f"{note}. {study}: {STUDY_L0}."
+
+
+def frontier_of(table: pd.DataFrame) -> pd.DataFrame:
+    """What reconstruction costs in L0: the rows of table 2 that differ in their setting, by L0."""
+    curve = [name for name in GROUP if name != "setting"]
+    n_settings = table.groupby(curve)["setting"].transform("nunique")
+    measures = ["l0", "fvu", "fvu_lo", "fvu_hi"]
+    if "ce_recovered_mean_lo" in table:
+        measures += ["ce_recovered_mean", "ce_recovered_mean_lo", "ce_recovered_mean_hi"]
+    several = table[n_settings > 1]
+    return several[[*GROUP, *measures, "split", "n_documents"]].sort_values([*curve, "l0"])
+
+
+def draw_frontier(frontier: pd.DataFrame, is_stacked: bool = False) -> Any:
+    """FVU and CE recovered against L0, a panel a layer, a line a run, architecture and seed."""
+    import matplotlib.pyplot as plt
+
+    measures = {"fvu": "FVU: share of the variance\nnot explained"}
+    if "ce_recovered_mean" in frontier and frontier["ce_recovered_mean"].notna().any():
+        measures["ce_recovered_mean"] = (
+            "CE recovered (1: no loss is lost,\n0: as without the layer)"
+        )
+    layers = sorted(frontier["layer"].unique())
+    panels = [(layer, name) for name in measures for layer in layers]
+    n_columns = 1 if is_stacked else min(3, len(layers))
+    n_rows = math.ceil(len(panels) / n_columns)
+    curve = [name for name in KIND if name != "setting"]
+    kinds: dict[tuple, dict[str, Any]] = {}
+    for kind in frontier.groupby(curve).groups:
+        run, unit, arch, seed, site = kind
+        label = as_label(f"{run} ({arch}, {site} of a {unit}), seed {seed}")
+        kinds[kind] = {"label": label} | look_of(len(kinds))
+    more = 0.22 * max(0, len(kinds) - 2)  # inches of legend
+    size = (4.5 if is_stacked else max(5.5, 3.8 * n_columns), 2.9 * n_rows + 1 + more)
+    figure, grid = plt.subplots(
+        n_rows, n_columns, figsize=size, layout="constrained", squeeze=False
+    )
+    handles: Any = {}  # by their labels
+    for ax, (layer, name) in zip(grid.flat, panels, strict=False):
+        of_layer = frontier[frontier["layer"] == layer]
+        for kind, rows in of_layer.groupby(curve):
+            draw_values(ax, rows["l0"], rows, name, kinds[kind])
+        drawn, labels = ax.get_legend_handles_labels()
+        handles |= dict(zip(labels, drawn, strict=True))  # a curve may be of some layers only
+        ticks = sorted(of_layer["l0"].round().unique())
+        ax.set(xscale="log", xlabel="L0: active latents a token", ylabel=measures[name])
+        ax.set(title=f"layer {layer}")
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        ax.minorticks_off()
+    for ax in grid.flat[len(panels) :]:
+        ax.axis("off")
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", fontsize=9)
+    over = " or ".join(map(str, sorted(frontier["n_documents"].unique())))
+    splits = " and ".join(sorted(frontier["split"].unique()))
+    note = f"Bars: 95 % intervals over {over} held-out documents of the {splits} split."
     figure.supxlabel(textwrap.fill(note, round(13 * size[0])), fontsize=8.5)
     return figure
 
@@ -2322,11 +3100,11 @@ def draw_values(ax: Any, x: pd.Series, rows: pd.DataFrame, name: str, kind: dict
     low = rows.get(f"{name}_lo", missing).astype(float)
     high = rows.get(f"{name}_hi", missing).astype(float)
     bars = np.stack([rows[name] - low, high - rows[name]]).clip(min=0)  # [2, layers]
-    style: dict[str, Any] = {"marker": "o", "ms": 5, "capsize": 3, "lw": 1.4}
+    style: dict[str, Any] = {"ms": 5, "capsize": 3, "lw": 1.4}
     ax.errorbar(x, rows[name], yerr=bars, **style, **kind)
     is_open = low.isna()
     open_dot: dict[str, Any] = {"mfc": "white", "mec": kind["color"], "zorder": 4}
-    ax.plot(x[is_open], rows[name][is_open], marker="o", ms=5, ls="", **open_dot)
+    ax.plot(x[is_open], rows[name][is_open], marker=kind["marker"], ms=5, ls="", **open_dot)
 
 
 def draw_frequencies(
@@ -2349,12 +3127,13 @@ def draw_frequencies(
             # from below one firing to every token; what never fires is written into the panel
             edges = np.geomspace(0.7 / of_layer["n_rows"].max(), 1, 19)
             share = np.histogram(of_layer["frequency"], edges)[0] / len(of_layer)
-            dashes = ["-", "--", ":"][list(kinds).index(kind) % 3]
-            ax.stairs(share, edges, lw=1.6, ls=dashes, **kinds[kind])
+            dashes = DASHES[list(kinds).index(kind) % len(DASHES)]
+            label, color = kinds[kind]["label"], kinds[kind]["color"]
+            ax.stairs(share, edges, lw=1.6, ls=dashes, color=color, label=label)
             never = (of_layer["frequency"] == 0).mean()
             line: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "fontsize": 9}
             height = 0.93 - 0.09 * i
-            ax.text(0.97, height, f"{never:.1%} never", color=kinds[kind]["color"], **line)
+            ax.text(0.97, height, f"{never:.1%} never", color=color, **line)
         ax.set(xscale="log", yscale="log", title=f"layer {layer}")
         ax.set_xlabel("share of tokens that a latent fires on")
     for ax in grid[:, 0]:
@@ -2422,6 +3201,12 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     arch_help = "; ".join(f"{name}: {arch.about}" for name, arch in ARCHITECTURES.items())
     arch_help = arch_help.replace("%", "%%")  # argparse would fill it in
     unit_help = "one SAE for all heads of a layer together, or one a head"
+    finish_help = "then as many tokens on KL(model || spliced) + the loss, the model in the loop"
+    nulls_help = "also train on normal rows of the same covariance, and with a random decoder"
+    start_help = (
+        "latents start within the leading axes of the data that hold this share of its variance; "
+        "1: in any direction"
+    )
     plain_help = "by autograd in float32, from the forward alone; slower"
     aux_help = "not relu, gated: dead latents a token that fit the residual; 0: off, -1: D / 2"
     int8_help = (
@@ -2432,7 +3217,10 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("method").add_argument
     add("--arch", choices=ARCHITECTURES, default="batchtopk", help=arch_help)
     add("--unit", choices=["layer", "head"], default="layer", help=unit_help)
+    add("--nulls", action="store_true", help=nulls_help)
+    add("--finish_kl", type=integer, default=0, metavar="TOKENS", help=finish_help)
     add("--plain", action="store_true", help=plain_help)
+    add("--start_variance", type=positive(float), default=0.995, metavar="SHARE", help=start_help)
     add("--aux_k", type=integer, default=-1, help=aux_help)
     add("--int8", action="store_true", help=int8_help)
     add("--lr_warmup", type=integer, default=50, help=warmup_help)
@@ -2455,9 +3243,10 @@ def add_size_flags(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--preset", choices=["auto", *PHASE_PRESETS], default="auto", help=auto_help)
     add("--expansion", type=count, default=absent, help="latents per input dimension, F / D")
-    add("--k", type=count, default=absent, help=k_help)
-    add("--target_l0", type=count, default=absent, help=l0_help)
-    add("--l1", type=real, default=absent, help=l1_help)
+    add("--k", type=count, nargs="+", default=absent, help=k_help)
+    add("--target_l0", type=count, nargs="+", default=absent, help=l0_help)
+    add("--l1", type=real, nargs="+", default=absent, help=l1_help)
+    add("--seeds", type=integer, nargs="+", default=absent, help="several, in place of --seed")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, default=absent, help="optimiser steps")
     length.add_argument("--tokens", type=count, default=absent, help=tokens_help)
@@ -2480,6 +3269,18 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         limits = "--lr_decay must lie in [0, 1), --lr_warmup must not be negative"
         parser.error(f"{limits}, --aux_k must be -1 or more")
     check_products(parser, args)
+    counts = ARCHITECTURES[args.arch].l0_flag
+    for flag, count in (("k", "k"), ("target_l0", "target_l0"), ("l1", None)):
+        if len(getattr(args, flag, [])) > 1 and counts != count:
+            parser.error(f"--{flag} has several values, of which --arch {args.arch} uses none")
+    for flag in VARIED:
+        values = getattr(args, flag, [])
+        if len(set(values)) < len(values):
+            parser.error(f"--{flag} has a value twice")
+    if args.start_variance > 1:
+        parser.error("--start_variance is a share, at most 1")
+    if args.finish_kl < 0:
+        parser.error("--finish_kl must not be negative")
     if args.resume and args.overwrite:
         parser.error("--resume goes on with what --overwrite replaces: give one of them")
     if args.tensorboard and find_spec("tensorboard") is None:
@@ -2762,7 +3563,7 @@ def write_json(path: str | Path, record: dict[str, Any]) -> None:
 
 
 # Columns that hold names and tokens, which may look like a number, or like "nan"
-TEXT_COLUMNS = ["run", "context", "next", "attends_to", "query_token", "key_token"]
+TEXT_COLUMNS = ["run", "initial", "context", "next", "attends_to", "query_token", "key_token"]
 
 
 def csv_table(path: str | Path, types: dict[str, type] | None = None) -> pd.DataFrame:

@@ -92,6 +92,7 @@ def sae_args(
         lr_warmup=schedule.warmup,
         lr_decay=0.2,  # share of the steps, the last ones
         seed=schedule.seed,
+        null="",
     )
 
 
@@ -146,16 +147,31 @@ def our_calls(ts: Any, shape: SAEShape, data: list[Tensor]) -> Calls:
 
 # -------------------------------------------------------------------------------------------- peers
 def lens_trainer(
-    shape: SAEShape, arch: str, low: bool, schedule: Schedule, data: Iterator[Tensor]
+    shape: SAEShape,
+    arch: str,
+    low: bool,
+    schedule: Schedule,
+    data: Iterator[Tensor],
+    dead_steps: int = 1000,
 ) -> Any:
-    """SAELens' own trainer, SAE and normalisation of inputs, with our learning-rate schedule."""
+    """SAELens' own trainer, SAE and normalisation of inputs, with our learning-rate schedule and
+    memory of the cut; dead_steps: without firing, after which its latents count as dead."""
     import sae_lens
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    name = {"topk": "TopKTrainingSAE", "batchtopk": "BatchTopKTrainingSAE"}[arch]
+    by_k: dict[str, Any] = {"k": shape.k}
+    by_cut = by_k | {"topk_threshold_lr": 1 / min(100, max(1, schedule.steps / 5))}
+    to_target = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": shape.k}
+    ends = [round(shape.n_latents * share) for share in (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)]
+    name, more = {
+        "topk": ("TopKTrainingSAE", by_k),
+        "batchtopk": ("BatchTopKTrainingSAE", by_cut),
+        "jumprelu": ("JumpReLUTrainingSAE", to_target),
+        "matryoshka": ("MatryoshkaBatchTopKTrainingSAE", by_cut | {"matryoshka_widths": ends}),
+    }[arch]
     coder_config = getattr(sae_lens, f"{name}Config")(
-        k=shape.k,
+        **more,
         d_in=shape.d,
         d_sae=shape.n_latents,
         normalize_activations="expected_average_only_in",
@@ -168,6 +184,7 @@ def lens_trainer(
         lr_warm_up_steps=schedule.warmup,
         lr_decay_steps=schedule.steps // 5,
         autocast=low,
+        dead_feature_window=dead_steps,
         n_batches_for_norm_estimate=10,  # instead of 1,000, which no user here waits for
     )
     return SAETrainer(config, getattr(sae_lens, name)(coder_config), data)

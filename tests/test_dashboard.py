@@ -368,6 +368,31 @@ def test_dense_features_are_called_dense():
     assert mark not in fd.render("t", [], [sparse])
 
 
+def test_a_feature_says_whether_other_seeds_have_it_where_that_is_known():
+    one, other = described(1), described(2)
+    page = fd.render("t", [], [one, other])
+    assert "other seeds" not in page
+    one.stability, other.stability = 0.8125, math.nan
+    page = fd.render("t", [], [one, other])
+    heading = re.search(r"<th[^>]*>\s*<button[^>]*>Same in other seeds<", page)
+    assert "matched one to one" in heading[0], "explained when pointed at"
+    cells = re.findall(r'<td class="number wide" data-value="([\d.na]+)">(.+?)</td>', page)
+    assert cells[1::2] == [("0.8125", "0.812"), ("nan", "–")]
+    assert len(re.findall(r"<dd>\s*(?:0.812|–)\s*<small>\s*cosine", page)) == 2
+
+
+def test_stability_is_read_from_beside_the_sae(made, src, tmp_path):
+    feature = strongest(src, 1)[0]
+    assert fd.describe(src, [feature])[0].stability is None
+    shutil.copytree(src.sae.folder, tmp_path / "sae")
+    table = pd.DataFrame({"latent": [feature], "stability": [0.75]})
+    table.to_csv(tmp_path / "sae" / "latent_stability.csv", index=False)
+    here = fd.open_source(tmp_path / "sae", made / "activations", None, 3200)
+    other = (feature + 1) % here.sae.n_features
+    known, unknown = fd.describe(here, [feature, other])
+    assert known.stability == 0.75 and math.isnan(unknown.stability)
+
+
 # --------------------------------------------------------------------------- what phase 5 measured
 @pytest.fixture
 def study_folder(src, tmp_path) -> Path:
@@ -440,6 +465,40 @@ def test_from_another_folder_everything_is_found_beside_the_sae(
     page = (elsewhere / "features.html").read_text()
     assert "Shown is the one feature of head L2H1" in page
     assert f"Feature {strongest(src, 1)[0]}:" in page
+
+
+def test_a_folder_of_several_saes_stands_for_the_nearest_to_the_defaults(
+    made, study_folder, tmp_path, capsys
+):
+    """Of the smoke preset: k 8, seed 42. The hero analysis is found beside them all."""
+    layer = tmp_path / "saes" / "adaptive" / "L2"
+    of_layer = made / "saes" / "adaptive" / "L2"
+    for place, changed in {
+        "k32/seed42": {"k": 32},
+        "k8/seed1": {"seed": 1},
+        "k8/seed42": {},
+        "k8/seed42/null_decoder": {"null": "decoder"},
+    }.items():
+        shutil.copytree(of_layer, layer / place)
+        sidecar = layer / place / "sae_weights.safetensors.json"
+        side = json.loads(sidecar.read_text())
+        assert (side["preset"], side["k"], side["seed"]) == ("smoke", 8, 42)
+        sidecar.write_text(json.dumps(side | changed))
+    page = tmp_path / "features.html"
+    flags = ["--tokens", "3200", "--out", str(page)]
+    assert fd.main([str(layer), *flags]) == 0
+    text = " ".join(page.read_text().split())
+    assert f"{layer}/k8/seed42 (batchtopk, k 8, seed 42), " in text
+    assert f"of those in {layer} the one nearest to the defaults" in text
+    assert "Shown is the one feature of head L2H1" in text
+    assert fd.main([str(layer / "k32" / "seed42"), *flags]) == 0
+    assert f"{layer}/k32/seed42 (batchtopk, k 32, seed 42), " in page.read_text()
+    capsys.readouterr()
+    assert fd.main([str(layer / "k8" / "seed42" / "null_decoder"), *flags]) == 1
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "is a null (decoder)" in line
+    assert fd.main([str(tmp_path / "empty"), *flags]) == 1
+    assert "does not exist; make it with: python train_sae.py" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ in a browser

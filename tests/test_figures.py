@@ -109,7 +109,8 @@ def sae_tables(folder: Path) -> pd.DataFrame:
             out.mkdir(parents=True)
             latents = pd.DataFrame({"frequency": [0.0, 0.1, 0.5, 0.2], "n_rows": 100})
             latents.to_csv(out / "latent_frequencies.csv", index=False)
-            row = dict(run=run, unit="layer", arch="batchtopk", site="z", layer=layer, head=np.nan)
+            row = dict(run=run, unit="layer", arch="batchtopk", setting="k 16", seed=42, site="z")
+            row |= dict(layer=layer, head=np.nan)
             for name in ("l0", "mse", "fvu"):
                 row |= {name: 0.5, f"{name}_lo": 0.4, f"{name}_hi": 0.6}
             row |= dict(dead_share=0.25, dead_share_tokens=100, n_documents=50, split="train")

@@ -632,6 +632,34 @@ def test_features_of_a_one_head_sae():
     assert "its 4 SAE features" in [mechanism.name for mechanism in found.mechanisms]
 
 
+def test_features_have_the_stability_that_phase_3_wrote_and_none_where_it_wrote_none(tmp_path):
+    model = make_model()
+    idx, at, sae = windows(model, 20), some_head(model, 1, 2), make_sae("topk", 6, 24, head=2)
+    sae.folder = tmp_path
+    ablation = hero.ablate(at, as_text(idx[-5:]), as_text(idx[:5]))
+    dump = at.look(as_text(idx)).z.flatten(0, 1).flatten(1).numpy()
+    harvested = hero.HarvestedSAE(sae, dump, as_text(idx))
+
+    def rows() -> pd.DataFrame:
+        facts = hero.feature_facts(at, sae, ablation)
+        ranked = hero.rank_features(at, sae, facts)[:4]
+        return pd.DataFrame(hero.describe_features(at, harvested, ablation, facts, ranked).rows)
+
+    assert "stability" not in rows()
+    matched = np.arange(24) != rows()["feature"].iloc[0]
+    planted = pd.DataFrame({"latent": np.arange(24), "stability": np.arange(24) / 24})
+    planted[matched].to_csv(tmp_path / "latent_stability.csv", index=False)
+    found = rows()
+    expected = (found["feature"] / 24).where(matched[found["feature"]])
+    assert found["stability"].isna().sum() == 1
+    np.testing.assert_allclose(found["stability"], expected, rtol=1e-6)
+
+    for damage in ("latent\n3\n", "latent,stability\n24,0.5\n", "latent,stability\na,b\n"):
+        (tmp_path / "latent_stability.csv").write_text(damage)
+        with pytest.raises(hero.HandoffError, match="latent_stability.csv cannot be read"):
+            hero.read_stability(sae)
+
+
 # ------------------------------------------------------------------------------------------------------ the page
 class Page(HTMLParser):
     def __init__(self) -> None:
@@ -1030,6 +1058,117 @@ def test_a_page_about_chosen_features_and_a_number_that_the_sae_does_not_have(
     capfd.readouterr()
     assert run(study, "--features", "48", "--save_dir", str(tmp_path / "none"))
     assert len(lines := capfd.readouterr().err.strip().splitlines()) == 1 and "48" in lines[0]
+
+
+def make_saes(folder: Path, **names: tuple[float | None, int]) -> Path:
+    """Hand-made folders of SAEs, k16/seed1 for k16_seed1, with k (None: --l1 .01) and seed in the
+    sidecar of each, and a null below each."""
+    for name, (k, seed) in names.items():
+        for below in ("", "null_gaussian", "null_decoder"):
+            weights = folder / name.replace("_", "/") / below / hero.SAE_WEIGHTS
+            weights.parent.mkdir(parents=True)
+            weights.write_bytes(b"x")
+            facts = dict(preset="demo", k=k, seed=seed, trajectory={"l1": 0.01}, null=below)
+            hero.write_sidecar(weights, "janus.sae/1", [], **facts)
+    return folder
+
+
+def chosen(folder: Path) -> str | None:
+    found = hero.nearest_to_defaults(hero.saes_in(folder), "train")
+    return found and found.parent.relative_to(folder).as_posix()
+
+
+def test_of_several_saes_the_nearest_to_the_defaults_is_taken_and_never_a_null(tmp_path: Path):
+    """The demo's defaults are k 16, seed 42."""
+    grid = {f"k{k}_seed{seed}": (k, seed) for k in (8, 16, 32) for seed in (1, 3)}
+    assert chosen(make_saes(tmp_path / "grid", **grid)) == "k16/seed3"
+    assert chosen(make_saes(tmp_path / "k", k8=(8, 42), k20=(20, 42), k64=(64, 42))) == "k20"
+    assert chosen(make_saes(tmp_path / "seeds", seed1=(16, 1), seed42=(16, 42))) == "seed42"
+    # An SAE of the layer itself, beside later ones in folders below
+    both = make_saes(tmp_path / "both", **{".": (64, 42), "k8": (8, 42), "k16": (16, 42)})
+    assert chosen(both) == "k16" and hero.find_sae(both, "train") == both / hero.SAE_WEIGHTS
+    # Those of single heads are none of the layer
+    heads = make_saes(tmp_path / "heads", H1=(None, 42), H1_seed2=(None, 2))
+    assert chosen(heads) is None and chosen(heads / "H1") == "."
+    assert chosen(tmp_path / "nowhere") is None
+    # Null alone, as where the SAE that it stood beside was deleted
+    for name in (hero.SAE_WEIGHTS, f"{hero.SAE_WEIGHTS}.json"):
+        (heads / "H1" / name).unlink()
+        (heads / "H1" / "seed2" / name).unlink()
+    assert chosen(heads / "H1") is None
+
+
+def test_an_unfinished_sae_is_passed_over_and_a_broken_one_is_one_line(tmp_path: Path):
+    folder = make_saes(tmp_path, k8=(8, 42), k16=(16, 42), k32=(32, 42))
+    sidecar = folder / "k16" / f"{hero.SAE_WEIGHTS}.json"
+    sidecar.unlink()
+    assert chosen(folder) == "k32"
+    sidecar.write_text('{"schema": "janus.sae/1", "bytes": 1}')
+    with pytest.raises(hero.HandoffError, match="remake it with: train"):
+        chosen(folder)
+
+
+def test_the_defaults_are_those_of_phase_3():
+    import train_sae
+
+    for preset, sizes in hero.PHASE_PRESETS.items():
+        theirs = train_sae.PHASE_PRESETS[preset]
+        assert (sizes["k"], sizes["l1"]) == (theirs["k"], theirs["l1"])
+    parsed = train_sae.parse_args(["--runs", "x"])
+    assert parsed.seed == hero.SAE_SEED
+
+
+def several_saes(study: Path, folder: Path) -> Path:
+    """The study's SAE and its twin of k 16 as SAEs of two seeds and settings, with nulls."""
+    layer = folder / "saes" / "adaptive" / "L1"
+    side = json.loads((study / f"saes/adaptive/L1/{hero.SAE_WEIGHTS}.json").read_text())
+    kept = {key: side[key] for key in ("run", "layer", "head", "site", "checkpoint_sha256")}
+    for k in (8, 16):
+        for seed in (1, 42):
+            for null in ("", "null_decoder"):
+                place = layer / f"k{k}" / f"seed{seed}" / null
+                shutil.copytree(study / "saes" / "adaptive" / "L1", place)
+                facts = dict(arch="batchtopk", preset="demo", k=k, seed=seed, null=null[5:])
+                weights = place / hero.SAE_WEIGHTS
+                dump = study / "activations" / "adaptive" / "L1.z.npy"
+                hero.write_sidecar(weights, "janus.sae/1", [dump], **kept, **facts)
+    return layer
+
+
+def test_the_page_and_the_sidecars_say_which_sae_was_taken(study: Path, tmp_path: Path, capsys):
+    layer = several_saes(study, tmp_path)
+    places = ["--saes_dir", str(tmp_path / "saes"), "--save_dir", str(tmp_path / "out")]
+    assert run(study, *places, "--features", "3") == 0
+    near = f"{layer}/k16/seed42"
+    facts = json.loads((tmp_path / "out" / "hero_features.csv.json").read_text())["sae"]
+    assert (facts["folder"], facts["setting"], facts["seed"]) == (near, "k 16", 42)
+    assert facts["sha256"] == hero.sha256(layer / "k16" / "seed42" / hero.SAE_WEIGHTS)
+    told = f" in {near} (batchtopk, k 16, seed 42), of 4 here the one"
+    for name in ("hero_report.md", "hero_report.html"):
+        assert told in (tmp_path / "out" / name).read_text(), name
+    assert (
+        f"{near} (batchtopk, k 16, seed 42)"
+        in (tmp_path / "out" / "hero_features.html").read_text()
+    )
+
+    assert run(study, *places, "--sae", str(layer / "k8"), "--overwrite") == 0
+    told = f"Features are those of the SAE in {layer}/k8/seed42 (batchtopk, k 8, seed 42)."
+    assert told in (tmp_path / "out" / "hero_report.md").read_text()
+
+    wrong = {
+        layer / "k8" / "seed1" / "null_decoder": f"is a null (decoder).*{layer}/k8/seed1$",
+        tmp_path: "of layer" if False else "--sae",
+        tmp_path / "nowhere": f"has no {hero.SAE_WEIGHTS}; make one with: python train_sae.py",
+    }
+    del wrong[tmp_path]
+    capsys.readouterr()
+    for folder, fact in wrong.items():
+        assert run(study, *places, "--sae", str(folder), "--overwrite") == 1
+        [line] = capsys.readouterr().err.strip().splitlines()
+        assert re.search(fact.replace("(", r"\(").replace("decoder)", r"decoder\)"), line), line
+    flags = [*places, "--sae", str(layer / "k8"), "--force_layer", "0", "--force_head", "1"]
+    assert run(study, *flags, "--overwrite") == 1
+    assert "is of layer 1, head None (None: all), expected L0H1" in capsys.readouterr().err
 
 
 def test_missing_sae_is_one_line_with_both_commands(study: Path, tmp_path: Path):
@@ -1590,3 +1729,22 @@ def test_pieces_of_text_have_the_costs_and_keys_of_a_naive_forward():
         assert math.isclose(row.attention_1, attention.max().item(), abs_tol=1e-6)
         assert row.token == f"<{int(idx[row.window, row.position])}>"
     assert rows.loc[rows["position"] == 0, "delta_nats"].isna().all()
+
+
+def test_the_page_says_whether_other_seeds_have_a_feature_where_that_is_known(tmp_path):
+    found = hero_tables.report(["a"])
+    column = "same in other seeds"
+    page = hero.html_report(found, hero_tables.data(found, ["a"]), tmp_path)
+    assert column not in page and column not in hero.markdown_report(found)
+    stability = {7: 0.875, 8: math.nan, 9: 0.25}
+    table = hero_tables.features(["a"])
+    found.tables["features"] = table.assign(stability=table["feature"].map(stability))
+    shown = hero.features_for_people(found.tables["features"])
+    assert shown.set_index("feature")[column].round(3).to_dict() == pytest.approx(
+        stability, nan_ok=True
+    )
+    page = hero.html_report(found, hero_tables.data(found, ["a"]), tmp_path)
+    told = re.findall(rf"The (?:<abbr.*?>)?{column}(?:</abbr>)?: (.*?) \(cosine\)", page)
+    assert told == ["0.25", "–", "0.875"]  # in the order of the features
+    assert page.count("matched one to one") == 1, "explained at the first"
+    assert f"| {column} |" in hero.markdown_report(found)

@@ -224,8 +224,8 @@ def demo_arguments():
     """The arguments that `make demo` trains the adaptive arm with."""
     makefile = (Path(__file__).resolve().parents[1] / "Makefile").read_text()
     value = re.search(r"^SETPOINT \?= (\S+)$", makefile, re.M)[1]
-    flags = re.search(r"^TRAIN  \?= (.+)$", makefile, re.M)[1].replace("$(SETPOINT)", value)
-    return janus.parse_args(flags.split())
+    flags = [re.search(rf"^{name} +\?= (.+)$", makefile, re.M)[1] for name in ("DEMO", "TRAIN")]
+    return janus.parse_args(" ".join(flags).replace("$(SETPOINT)", value).split())
 
 
 def simulate_demo(lag, gain, noise, seed):

@@ -721,8 +721,11 @@ def depth_table(archs: list[str]) -> pd.DataFrame:
     rows = []
     for arch in archs:
         for layer in (0, 1):
-            row = dict(run="a", unit="layer", arch=arch, site="z", layer=layer, n_documents=5)
-            numbers = dict(l0=16.0, l0_lo=15.0, l0_hi=17.0, fvu=0.1, fvu_lo=0.05, fvu_hi=0.2)
+            row = dict(run="a", unit="layer", arch=arch, setting="k 16", seed=0, site="z")
+            row |= dict(layer=layer, n_documents=5, n_saes=1)
+            numbers = dict(
+                l0=16.0, l0_lo=15.0, l0_hi=17.0, l0_sd=math.nan, fvu=0.1, fvu_lo=0.05, fvu_hi=0.2
+            )
             rows.append(row | numbers | {"split": "train"})
     return pd.DataFrame(rows)
 

@@ -90,7 +90,7 @@ def write_demo(folder: Path) -> None:
         write_csv(path, rows)
         write_sidecar(path)
     sae = {
-        "run": "adaptive", "layer": 0, "n_documents": 20, "l0": 16.2,
+        "run": "adaptive", "unit": "layer", "layer": 0, "n_documents": 20, "l0": 16.2,
         "fvu": 0.123, "fvu_lo": 0.11, "fvu_hi": 0.14, "dead_share": 0.031, "dead_share_tokens": 128_000,
     }  # fmt: skip
     write_csv(folder / "saes" / "table2.csv", [sae])
@@ -439,6 +439,32 @@ def test_what_the_blocks_show_of_planted_files(rendered):
 )
 def test_the_verdict_on_a_published_difference(low, high, verdict):
     assert number_blocks.direction(low, high, 0.018, "here") == verdict
+
+
+@pytest.mark.parametrize(
+    ("command", "phase"),
+    [
+        ("train_sae.py --runs adaptive --layers 1 2 4", "3 SAEs, an arm"),
+        ("train_sae.py --runs control --layers 0 3 5 --nulls", "3 SAEs with their nulls, an arm"),
+        ("train_sae.py --arch relu --unit head", "3 SAEs of single heads, both arms"),
+        ("train_sae.py --runs untrained", "3 SAEs of the model before training"),
+        ("harvest_activations.py --run_name adaptive", "2 harvest, an arm"),
+        ("harvest_activations.py --run_name untrained", "2 harvest of the model before training"),
+        ("other.py", ""),
+    ],
+)
+def test_which_phase_a_command_is(command, phase):
+    argv = command.split()
+    assert number_blocks.phase_of(pd.Series({"script": argv[0], "argv": argv})) == phase
+
+
+def test_the_saes_of_the_demo_are_those_of_layers(repository):
+    path = repository / NUMBERS / "demo" / "saes" / "table2.csv"
+    kept = number_blocks.Kept(repository)
+    before = number_blocks.demo_saes(kept)
+    table = pd.read_csv(path)
+    pd.concat([table, table.assign(unit="head", fvu=0.045)]).to_csv(path, index=False)
+    assert number_blocks.demo_saes(kept) == before
 
 
 def test_a_renamed_column_is_one_line(repository, capsys):

@@ -108,6 +108,40 @@ def test_an_edited_phase_remakes_what_depends_on_it(script, remade, project):
     assert scripts(make(project, "base", PARTS, "-n", "-W", script)) == remade
 
 
+def test_nulls_heads_and_the_model_before_training_stand_beside_the_saes(project):
+    """Of LAYERS 0 1 in layer 0: the first of 0, 3 and 5 that there is."""
+    saes = project / "runs" / "base" / "saes"
+    nulls = pd.read_csv(saes / "sae_nulls.csv")
+    found = {(row.run, row.null, row.layer) for row in nulls.itertuples()}
+    of_arms = {(arm, null, 0) for arm in report.ARMS for null in ("gaussian", "decoder")}
+    assert found == {*of_arms, ("untrained", "untrained", 0)}
+    table = pd.read_csv(saes / "table2.csv")
+    rows = {(row.run, row.unit, row.arch, row.layer) for row in table.itertuples()}
+    assert rows == {
+        (arm, *kind)
+        for arm in report.ARMS
+        for kind in [("layer", "batchtopk", 0), ("layer", "batchtopk", 1), ("head", "relu", 0)]
+    }
+    gains = table[["gain_gaussian", "gain_decoder", "gain_untrained"]].notna()
+    has_nulls = (table["unit"] == "layer") & (table["layer"] == 0)
+    assert gains[has_nulls].all(axis=None) and not gains[~has_nulls].any(axis=None)
+    # A record a command, for the times of phases
+    for place in ("adaptive", "adaptive/without_nulls", "control", "untrained", "."):
+        assert json.loads((saes / place / "run.json").read_text())["exit_status"] == 0
+
+
+def test_a_run_of_before_has_no_model_before_training_and_make_goes_on(project):
+    initial = project / "runs" / "base" / "adaptive" / "janus_adaptive_initial.pt.json"
+    stamp = project / "runs" / "base" / "activations" / ".untrained"
+    initial.rename(initial.with_suffix(".away"))
+    stamp.unlink()
+    try:
+        printed = make(project, "base", "sae")
+        assert "is not there: no SAEs of the model before training" in printed and stamp.exists()
+    finally:
+        initial.with_suffix(".away").rename(initial)
+
+
 def test_two_runs_stand_side_by_side_with_their_own_numbers(edited):
     page = (edited / "results" / "report.html").read_text()
     for run in ("base", "mine"):

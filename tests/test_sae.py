@@ -63,7 +63,7 @@ def settings(**more) -> argparse.Namespace:
         learning_rate=1e-3,
     )
     return argparse.Namespace(
-        **base | dict(lr_warmup=5, lr_decay=0.2, seed=0, dtype="float32") | more
+        **base | dict(lr_warmup=5, lr_decay=0.2, seed=0, dtype="float32", null="") | more
     )
 
 
@@ -752,7 +752,8 @@ def test_the_interval_of_a_mean_over_heads_is_as_long_as_theirs():
     for head in range(3):
         x = 5 + head + shared + rng.normal(size=n)
         by_head.append(x)
-        row = dict(run="r", unit="head", arch="topk", site="z", layer=0, head=head, split="train")
+        row = dict(run="r", unit="head", arch="topk", setting="k 32", seed=42, site="z", layer=0)
+        row |= dict(head=head, split="train")
         row |= dict(n_documents=n, dead_share=0.1, dead_share_tokens=100_000)
         for name in ("l0", "mse", "fvu"):
             row |= ts.ratio_interval(name, x, 1.0, np.arange(n))
@@ -830,24 +831,23 @@ def test_ce_recovered_is_one_for_the_identity_and_zero_for_the_ablation(made, he
         W_dec=torch.cat([eye, -eye]),
         b_dec=torch.zeros(d),
     )
-    standard = {"architecture": "standard"}
-    out = ts.ce_recovered(
-        model, ts.SparseAutoencoder(standard, identity), dump, tokens, mean, dump.held_out
-    )
+    nothing = identity | {"W_enc": torch.zeros(d, 2 * d)}
+    constant = nothing | {"b_dec": mean}
+    saes = [
+        ts.SparseAutoencoder({"architecture": "standard"}, weights)
+        for weights in (identity, nothing, constant)
+    ]
+    losses = ts.losses_with(model, saes, dump, tokens, mean, dump.held_out)
+    documents = dump.documents[dump.held_out]
+    out = ts.ce_recovered(losses, "sae0", documents)
     assert out["ce_recovered_zero"] == pytest.approx(1, abs=1e-4) and out[
         "kl_sae"
     ] == pytest.approx(0, abs=1e-6)
-    nothing = identity | {"W_enc": torch.zeros(d, 2 * d)}
-    out = ts.ce_recovered(
-        model, ts.SparseAutoencoder(standard, nothing), dump, tokens, mean, dump.held_out
-    )
+    out = ts.ce_recovered(losses, "sae1", documents)
     assert out["ce_recovered_zero"] == pytest.approx(0, abs=1e-6) and out[
         "kl_sae"
     ] == pytest.approx(out["kl_zero"], rel=1e-5)
-    constant = nothing | {"b_dec": mean}
-    out = ts.ce_recovered(
-        model, ts.SparseAutoencoder(standard, constant), dump, tokens, mean, dump.held_out
-    )
+    out = ts.ce_recovered(losses, "sae2", documents)
     assert out["ce_recovered_mean"] == pytest.approx(0, abs=1e-6) and out["kl_sae"] > 1e-3
     # the losses, from the model itself
     idx = torch.from_numpy(tokens.reshape(80, 32)[HELD_OUT].astype(np.int64))
@@ -1003,9 +1003,9 @@ def test_moments_are_those_of_the_training_rows(made):
     dump = ts.Dump(made / "activations/adaptive", 2, "z")
     x = np.load(made / "activations/adaptive/L2.z.npy").astype(np.float64).reshape(80, 32, 24)
     x = x[[w for w in range(80) if w not in [*HELD_OUT, 33, 69]]].reshape(-1, 24)
-    mean, norm = dump.moments()
-    np.testing.assert_allclose(mean, x.mean(0), atol=1e-6)
-    assert norm == pytest.approx(np.linalg.norm(x - x.mean(0), axis=1).mean(), rel=0.05)
+    found = dump.moments()
+    np.testing.assert_allclose(found.mean, x.mean(0), atol=1e-6)
+    assert found.norm == pytest.approx(np.linalg.norm(x - x.mean(0), axis=1).mean(), rel=0.05)
 
 
 @pytest.mark.parametrize("arch", SAELENS)
@@ -1277,3 +1277,162 @@ def test_a_damaged_or_empty_csv_is_one_line(tmp_path, capsys):
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
     with pytest.raises(ts.HandoffError, match="not a readable SAE"):
         ts.load_sae(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- several of a kind
+@pytest.mark.parametrize("lacks", [["setting"], ["setting", "seed"], ["setting", "seed", "k"]])
+def test_tables_of_an_older_version_are_drawn_again(finished, tmp_path, lacks):
+    """A sae_metrics.csv from before there were several settings and seeds."""
+    shutil.copytree(finished / "batchtopk", tmp_path / "s")
+    path = tmp_path / "s/sae_metrics.csv"
+    metrics = pd.read_csv(path)
+    new = ts.table2(metrics)
+    metrics.drop(columns=[*lacks, "step", "initial"]).to_csv(path, index=False)
+    for name in ("table2.csv", "figure2_l0_by_depth.png", "figure3_activation_frequency.png"):
+        (tmp_path / "s" / name).unlink()
+    assert ts.main(["--redraw", "--save_dir", str(tmp_path / "s")]) == 0
+    table = pd.read_csv(tmp_path / "s/table2.csv")
+    expected = {"setting": "k" if "k" in lacks else "k 4"}
+    expected["seed"] = "unknown" if "seed" in lacks else 42
+    for column, value in expected.items():
+        assert (table[column] == value).all(), column
+    np.testing.assert_allclose(table["fvu"], new["fvu"], rtol=1e-12)
+    assert (tmp_path / "s/figure2_l0_by_depth.png").stat().st_size > 10_000
+
+
+def test_setting_is_what_decides_how_many_latents_fire():
+    assert ts.setting_of("topk", 16) == ts.setting_of("topk", 16.0) == "k 16"
+    assert ts.setting_of("jumprelu", 20) == "target_l0 20"
+    assert ts.setting_of("relu", None, 3e-3) == "l1 0.003"
+    assert ts.setting_of("relu", None) == "l1" and ts.setting_of("topk", math.nan) == "k"
+    # of a script with another --arch
+    assert ts.setting_of("own", 5) == "k 5" and ts.setting_of("own", None, 1e-3) == "l1 0.001"
+
+
+def as_older(folder: Path) -> None:
+    """Makes an SAE what it was before there were nulls, seeds and a start within axes."""
+    side = folder / "sae_weights.safetensors.json"
+    record = json.loads(side.read_text())
+    for name in ("null", "step", "initial"):
+        record.pop(name)
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    for name in ("null", "start_variance", "finish_kl"):
+        record["trajectory"].pop(name)
+        state["trajectory"].pop(name)
+    side.write_text(json.dumps(record))
+    torch.save(state, folder / "training_state.pt")
+    (folder / "errors.csv").unlink()
+
+
+def test_an_older_sae_stands_beside_new_ones_and_is_resumed_as_it_began(
+    made, finished, tmp_path, capsys
+):
+    shutil.copytree(finished / "batchtopk", tmp_path / "s")
+    for layer in ("L0", "L2"):
+        as_older(tmp_path / "s/adaptive" / layer)
+    flags = ["--layers", "0", "--nulls", "--resume"]
+    assert run(made, tmp_path / "s", *flags) == 1
+    assert "would change start_variance" in capsys.readouterr().err
+    assert run(made, tmp_path / "s", *flags, "--start_variance", "1") == 0
+    metrics = pd.read_csv(tmp_path / "s/sae_metrics.csv")
+    assert metrics["layer"].tolist() == [0, 2] and metrics["setting"].eq("k 4").all()
+    assert pd.read_csv(tmp_path / "s/sae_nulls.csv")["null"].tolist() == ["decoder", "gaussian"]
+    # without its errors by document, no gain
+    gains = [name for name in metrics if name.startswith("gain_")]
+    assert metrics[gains].isna().all(axis=None)
+
+
+def test_the_same_sae_in_two_folders_is_one_row(made, tmp_path, capsys):
+    flags = ["--layers", "0", "--steps", "50"]
+    assert run(made, tmp_path / "s", *flags, "--k", "4") == 0
+    assert run(made, tmp_path / "s", *flags, "--k", "3", "4", "--seeds", "42", "43") == 0
+    out = capsys.readouterr().out
+    assert out.count("adaptive/L0 is left out of the tables") == 1
+    metrics = pd.read_csv(tmp_path / "s/sae_metrics.csv")
+    expected = [f"adaptive/L0/k{k}/seed{seed}" for k in (3, 4) for seed in (42, 43)]
+    assert sorted(metrics["folder"]) == expected
+    assert pd.read_csv(tmp_path / "s/table2.csv")["n_saes"].eq(1).all()
+    alone, of_several = (
+        (tmp_path / "s" / folder / "sae_weights.safetensors").read_bytes()
+        for folder in ("adaptive/L0", "adaptive/L0/k4/seed42")
+    )
+    assert alone == of_several
+    # the one that was trained last counts
+    assert run(made, tmp_path / "s", *flags, "--k", "4", "--overwrite") == 0
+    out = capsys.readouterr().out
+    assert out.count("adaptive/L0/k4/seed42 is left out of the tables") == 1
+
+
+@pytest.mark.parametrize("flag", ["k", "seeds"])
+def test_a_value_given_twice_is_refused(flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        ts.parse_args([f"--{flag}", "4", "8", "4"])
+    assert stop.value.code == 2 and f"--{flag} has a value twice" in capsys.readouterr().err
+
+
+def test_a_share_of_the_variance_above_one_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        ts.parse_args(["--start_variance", "1.5"])
+    assert stop.value.code == 2 and "--start_variance" in capsys.readouterr().err
+
+
+def test_a_negative_finish_is_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        ts.parse_args(["--finish_kl", "-1"])
+    assert stop.value.code == 2 and "--finish_kl" in capsys.readouterr().err
+
+
+def test_values_that_differ_have_folders_that_differ():
+    args = ts.parse_args(["--arch", "relu", "--seeds", "12345678", "12345679", "--l1", "1e-3"])
+    folders = [below for below, _ in ts.variants(args)]
+    assert folders == [Path("seed12345678"), Path("seed12345679")]
+
+
+def test_a_finish_that_was_interrupted_begins_again(made, tmp_path, monkeypatch):
+    flags = ["--layers", "2", "--steps", "60", "--finish_kl", "640"]
+    assert run(made, tmp_path / "whole", *flags) == 0
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ts, "measure_sae", stop)  # which comes after the finish
+    assert run(made, tmp_path / "parts", *flags) == 1
+    monkeypatch.undo()
+    folder, whole = tmp_path / "parts/adaptive/L2", tmp_path / "whole/adaptive/L2"
+    assert not (folder / "sae_weights.safetensors.json").exists()
+    assert run(made, tmp_path / "parts", *flags, "--resume") == 0
+    for name in ("sae_weights.safetensors", "training.csv", "errors.csv"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    found, expected = (
+        json.loads((place / "sae_weights.safetensors.json").read_text())["metrics"]
+        for place in (folder, whole)
+    )
+    assert found == expected and "finish_kl_left" in found
+
+
+def test_an_untrained_model_is_a_null_of_saes_like_its_own(tmp_path):
+    names = dict(unit="layer", arch="topk", setting="k 4", seed=0, site="z", layer=0)
+    names |= dict(head=math.nan, initial="0123", d_sae=96, steps=50, null="")
+    rows = []
+    for run, changes in {"a": {}, "wide": {"d_sae": 192}, "long": {"steps": 100}}.items():
+        rows.append(names | changes | {"run": run, "folder": run})
+    null = pd.DataFrame([names | dict(run="start", folder="start", null="untrained")])
+    rng = np.random.default_rng(0)
+    for folder in ("a", "wide", "long", "start"):
+        (tmp_path / folder).mkdir()
+        sums = dict(document=np.arange(20), error=rng.uniform(1, 2, 20), variance=10.0)
+        pd.DataFrame(sums).to_csv(tmp_path / folder / "errors.csv", index=False)
+    found = ts.add_gains(pd.DataFrame(rows), null, tmp_path).set_index("run")
+    assert found["gain_untrained"].notna().tolist() == [True, False, False]
+
+
+def test_untrained_are_the_saes_of_a_first_step_and_not_their_nulls():
+    rows = [
+        dict(run="a", step=60, initial="ab", null=""),
+        dict(run="a", step=60, initial="ab", null="gaussian"),
+        dict(run="start", step=0, initial="ab", null=""),
+        dict(run="start", step=0, initial="ab", null="gaussian"),
+        dict(run="start of another", step=0, initial="cd", null=""),
+        dict(run="older", step=None, initial=None, null=""),
+    ]
+    assert ts.is_untrained(pd.DataFrame(rows)).tolist() == [False, False, True, False, False, False]

@@ -44,6 +44,7 @@ def settings(**more) -> argparse.Namespace:
         dead_tokens=500,
         batch_size=128,
         steps=50,
+        null="",
     )
     return argparse.Namespace(
         **base | dict(learning_rate=3e-3, lr_warmup=5, lr_decay=0.2, seed=0, dtype="float32") | more

@@ -1,5 +1,6 @@
 """Training as a user runs it: arms, telemetry, resume after SIGKILL, signals, and what is refused."""
 
+import hashlib
 import json
 import os
 import random
@@ -118,6 +119,32 @@ def test_arms_share_initial_weights_and_data_but_part_under_pressure(
     a, b = (pd.read_csv(c.parent / "telemetry.csv") for c in (smoke_checkpoint, control_checkpoint))
     assert (b["lambda"] == 0).all() and (a["lambda"] > 0).all()
     assert a["sigma_z"].iloc[-1] < b["sigma_z"].iloc[-1]
+
+
+def test_the_model_before_its_first_step_is_kept_and_known_by_its_weights(
+    smoke_checkpoint, control_checkpoint, smoke_args, tmp_path
+):
+    flags = [*smoke_args, "--save_dir", str(tmp_path)]
+    assert janus.main([*flags, "--save_initial"]) == 0
+    path = tmp_path / "janus_adaptive_initial.pt"
+    assert same(tmp_path / "janus_adaptive_final.pt", smoke_checkpoint)  # it changes nothing
+    model, initial = janus.load_checkpoint(path, torch.device("cpu"), skip_probe=False)
+    digest = hashlib.sha256()
+    for weight in model.parameters():
+        digest.update(weight.detach().numpy().tobytes())
+    assert initial["step"] == 0 and digest.hexdigest().startswith(initial["initial"])
+    for trained in (smoke_checkpoint, control_checkpoint):  # both arms began with it
+        assert not same(path, trained)
+        assert torch.load(trained, weights_only=True)["initial"] == initial["initial"]
+    # as `make demo` asks for it: with --resume, where there is nothing to go on with
+    resumed = [*smoke_args, "--save_dir", str(tmp_path / "resumed"), "--resume", "--save_initial"]
+    assert janus.main(resumed) == 0
+    assert same(tmp_path / "resumed" / path.name, path)
+    # a run that replaces this one does not leave it behind
+    assert janus.main([*flags, "--seed", "5", "--overwrite"]) == 0
+    assert not path.exists() and not janus.sidecar_path(path).exists()
+    other = torch.load(tmp_path / "janus_adaptive_final.pt", weights_only=True)
+    assert other["initial"] != initial["initial"]
 
 
 def test_replay_of_a_run_is_that_run(smoke_checkpoint, smoke_args, tmp_path):

@@ -8,7 +8,8 @@ shown and why, where each is active, and what it writes.
 
 Reads   <sae folder> of site z; the dump and tokens.npy in --activations_dir; the checkpoint that
         they were made from; hero_features.csv and hero_contexts.csv of phase 5, where they are of
-        this SAE; the templates features.html and features.js of pages/
+        this SAE; its latent_stability.csv, if several seeds were trained; the templates
+        features.html and features.js of pages/
 Writes  --out, one HTML file that needs no network
 
 For every feature: contexts from the strongest to the weakest fifth of its activations, the tokens
@@ -38,6 +39,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hero_head_analysis import (  # noqa: E402
     SAE,
+    SAE_WEIGHTS,
     VISIBLE,
     HandoffError,
     NewGPT,
@@ -46,16 +48,19 @@ from hero_head_analysis import (  # noqa: E402
     atomic,
     encode,
     find_checkpoint,
+    find_sae,
     head_share,
     integer,
     letter_end,
     load_checkpoint,
+    name_of_sae,
     need_rows,
     one_line_errors,
     open_dump,
     open_sae,
     positive,
     read_sidecar,
+    read_stability,
     read_tokenizer,
     render_page,
     sha256,
@@ -128,13 +133,13 @@ def open_source(
     folder: Path, activations: Path | None, model_path: Path | None, n_tokens: int
 ) -> Source:
     """Opens and checks everything; raises HandoffError."""
-    weights = folder / "sae_weights.safetensors"
     train = "python train_sae.py --runs RUN --layers LAYER"
+    weights = find_sae(folder, train) or folder / SAE_WEIGHTS
     side = read_sidecar(weights, "janus.sae/1", train)
     run_name = side["run"]
     layer = side["layer"]
     if side["site"] != "z":
-        fact = f"{folder} is an SAE of site {side['site']}, expected z"
+        fact = f"{weights.parent} is an SAE of site {side['site']}, expected z"
         raise HandoffError(f"{fact}: only there is a feature made of heads")
     trained_on = side["inputs"][0]
     dump = find_checkpoint(trained_on["path"], trained_on["sha256"], weights)
@@ -299,7 +304,7 @@ def find_hero(source: Source, given: Path | None) -> HeroStudy:
     """The study in the folder `given`, or in one beside the SAE; an empty one if there is none."""
     if given is not None:
         return open_hero(source, given)
-    for folder in source.sae.folder.resolve().parents[:4]:  # .../saes/RUN/LAYER/HEAD
+    for folder in source.sae.folder.resolve().parents[:6]:  # .../saes/RUN/LAYER/HEAD/k16/seed1
         if (folder / HERO_FOLDER / "hero_features.csv").is_file():
             try:
                 return open_hero(source, folder / HERO_FOLDER)
@@ -476,6 +481,8 @@ class Feature:
     raises: list[Token]  # next tokens whose logit the decoder raises most; values: logit
     lowers: list[Token]
     effect: Effect | None = None  # None: phase 5 did not take it away
+    # Cosine with its partners of other seeds; NaN: it has none, None: no other seed was trained
+    stability: float | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -617,6 +624,7 @@ def describe(source: Source, features: list[int], study: HeroStudy = NO_STUDY) -
     share = head_share(decoder[features], write_basis(source.model, source.layer))  # [features, H]
     w_o = write_weights(source.model, source.layer)  # [D, H, K]
     w_u = unembedding(source.model)  # [V, D]
+    stability = read_stability(source.sae)  # [F]
     described = []
     for column, feature in enumerate(features):
         activation = activations[..., column]  # [N, T]
@@ -637,6 +645,7 @@ def describe(source: Source, features: list[int], study: HeroStudy = NO_STUDY) -
                 raises=next_tokens(source, logits, 1),
                 lowers=next_tokens(source, logits, -1),
                 effect=study.effects.get(feature),
+                stability=None if stability is None else stability[feature].item(),
             )
         )
     return described
@@ -814,7 +823,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("sae", type=Path, help="folder of an SAE: saes/<run>/L<layer>, or .../H<head>")
+    sae = "folder of an SAE: saes/<run>/L<layer>, or .../H<head>; with several below it (L3/k16/"
+    sae += "seed1) the one nearest to the default setting and seed of train_sae.py"
+    add("sae", type=Path, help=sae)
     which = parser.add_mutually_exclusive_group()
     numbers = "numbers of the features; none: those of the hero analysis, else those that are "
     numbers += f"active on {BAND.replace('%', '%%')} of tokens"
@@ -839,7 +850,7 @@ def run(args: argparse.Namespace) -> int:
     n_latents = source.sae.n_features
     for feature in args.features or []:
         if not 0 <= feature < n_latents:
-            fact = f"{args.sae} has features 0 to {n_latents - 1}"
+            fact = f"{source.sae.folder} has features 0 to {n_latents - 1}"
             raise HandoffError(f"--features {feature}: {fact}")
     study = find_hero(source, args.hero_dir)
     found = survey(source)
@@ -854,8 +865,11 @@ def run(args: argparse.Namespace) -> int:
     if not source.sae.reads_whole_layer:
         whose = f"head L{source.layer}H{source.sae.head}"
     title = f"Features of {whose}, run {source.run_name}"
+    nearest = ""
+    if source.sae.folder != args.sae:
+        nearest = f"; of those in {args.sae} the one nearest to the defaults of train_sae.py"
     facts = {
-        "SAE": f"{args.sae}: {source.sae.architecture}, {n_latents:,} features",
+        "SAE": f"{name_of_sae(source.sae)}, {n_latents:,} features{nearest}",
         "Text": f"{source.idx.numel():,} tokens: {source.text}",
         "Loss without a feature": study.sentence(),
         "Command": " ".join(["python", *sys.argv]),

@@ -287,18 +287,33 @@ def sigma_against_setpoint(
     )
 
 
-def sae_quality(folder: Path) -> Headline:
-    """Mean unexplained variance of each arm's SAEs, with its standard error over layers."""
+def sae_quality(folder: Path) -> list[Headline]:
+    """Mean unexplained variance of each arm's SAEs of layers, with its standard error over layers;
+    and the gain over normal rows of the same covariance, where those were trained on. Where there
+    are SAEs of single heads alone, of these."""
     columns = ["run", "layer", "l0", "fvu", "fvu_lo", "fvu_hi"]
     saes = read(folder / "saes" / "sae_metrics.csv", columns)
-    # Layers are the units: each has an SAE of its own
-    over_layers = saes.groupby("run")["fvu"].agg(["mean", "sem", "count"])
+    unit = "layer"
+    if "unit" in saes and (saes["unit"] == "layer").any():
+        saes = saes[saes["unit"] == "layer"]  # those of single heads have an L0 of their own
+    elif "unit" in saes:
+        unit = saes["unit"].iloc[0]
+    # Layers are the units, also where each has several SAEs
+    by_layer = saes.groupby(["run", "layer"]).mean(numeric_only=True)
+    over_layers = by_layer["fvu"].groupby("run").agg(["mean", "sem", "count"])
     arms = []
     for run, fvu in over_layers.iterrows():
         spread = f"(s.e. over {fvu['count']:.0f} layers)"
         arms.append(f"{run} {fvu['mean']:.3f} +- {fvu['sem']:.3f} {spread}")
     number = f"{'; '.join(arms)}, L0 {saes['l0'].mean():.1f}"
-    return "SAE: unexplained variance (FVU)", number
+    found = [(f"SAE of a {unit}: unexplained variance (FVU)", number)]
+    if "gain_gaussian" in by_layer:
+        gains = []
+        for run, gain in (100 * by_layer["gain_gaussian"].dropna()).groupby("run"):
+            span = f"layers {gain.min():.0f} to {gain.max():.0f}"
+            gains.append(f"{run} {gain.mean():.0f} % ({span})")
+        found.append((f"SAE of a {unit}: gain over normal rows", "; ".join(gains)))
+    return found
 
 
 def hero_heads(folder: Path) -> list[Headline]:
@@ -354,7 +369,7 @@ def headlines(folder: Path) -> list[Headline]:
     return [
         *losses(folder, telemetry, bigram),
         sigma_against_setpoint(telemetry, arguments),
-        sae_quality(folder),
+        *sae_quality(folder),
         *hero_heads(folder),
         best_mechanism(folder),
     ]

@@ -209,23 +209,36 @@ def origin(record: dict[str, Any]) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------- demo
-PHASES = {  # script: what it does
-    "janus_adaptive.py": "1 train, an arm",
-    "harvest_activations.py": "2 harvest, an arm",
-    "train_sae.py": "3 SAEs, an arm",
-    "ablation_test.py": "4 ablation, both arms",
-    "hero_head_analysis.py": "5 hero analysis",
-    "energy_lens_minimal.py": "Energy-Lens, smallest size",
+PHASES = {  # what it does: the script and other words of its command
+    "1 train, an arm": ("janus_adaptive.py",),
+    "2 harvest, an arm": ("harvest_activations.py",),
+    "2 harvest of the model before training": ("harvest_activations.py", "untrained"),
+    "3 SAEs, an arm": ("train_sae.py",),
+    "3 SAEs with their nulls, an arm": ("train_sae.py", "--nulls"),
+    "3 SAEs of single heads, both arms": ("train_sae.py", "head"),
+    "3 SAEs of the model before training": ("train_sae.py", "untrained"),
+    "4 ablation, both arms": ("ablation_test.py",),
+    "5 hero analysis": ("hero_head_analysis.py",),
+    "Energy-Lens, smallest size": ("energy_lens_minimal.py",),
 }
+
+
+def phase_of(run: pd.Series) -> str:
+    """What a run did: the phase that has most words of its command, empty if none has."""
+    fitting = [
+        about for about, words in PHASES.items() if {*words} <= {run["script"], *run["argv"]}
+    ]
+    return max(fitting, key=lambda about: len(PHASES[about]), default="")
 
 
 def demo_phases(kept: Kept) -> str:
     """How long each phase took."""
     runs = pd.DataFrame(kept.provenance("demo")["runs"])
+    phase = runs.apply(phase_of, axis=1)
     rows = []
     # A phase of both arms has two runs, and perhaps two times
-    for script, about in PHASES.items():
-        own = runs[runs["script"] == script]
+    for about in PHASES:
+        own = runs[phase == about]
         # A phase that make did not need to run again left no record
         if len(own):
             minutes = span(own["seconds"] / 60, ".1f")
@@ -292,13 +305,14 @@ def demo_topology(kept: Kept) -> str:
 
 
 def demo_saes(kept: Kept) -> str:
-    """What the SAE of each layer leaves unexplained, and which of its latents are silent."""
-    columns = ["run", "layer", "n_documents", "l0", "fvu", "fvu_lo", "fvu_hi"]
+    """What the SAE of each layer leaves unexplained, and which of its latents are silent. Not those
+    of single heads, whose rows are means over heads."""
+    columns = ["run", "unit", "layer", "n_documents", "l0", "fvu", "fvu_lo", "fvu_hi"]
     columns += ["dead_share", "dead_share_tokens"]
     # Layers are the units, so they stand one by one
     table = kept.table("demo", "saes/table2.csv", columns)
     rows = []
-    for _, sae in table.iterrows():
+    for _, sae in table[table["unit"] == "layer"].iterrows():
         fvu = f"{sae['fvu']:.3f} {bounds(sae['fvu_lo'], sae['fvu_hi'], '.3f')}"
         rows.append(
             [

@@ -71,6 +71,7 @@ class Exhibit:
     null: str  # what it would look like if there were nothing to see
     command: str  # that draws it again
     drawing: "Drawing | None" = None  # instead of an image
+    table: pd.DataFrame | None = None  # small, below the words
 
 
 class Run:
@@ -411,34 +412,293 @@ def figure_1(run: Run) -> list[Exhibit]:
 
 
 def saes(run: Run) -> list[Exhibit]:
-    table = run.table("saes/sae_metrics.csv")  # a row an SAE: arm and layer
+    """Figure 2, and what the tables and figures say that only some trainings make."""
+    table = run.table("saes/sae_metrics.csv")  # a row an SAE
     unexplained = []
-    for arm, layers in table.groupby("run"):
-        span = f"layers {layers.fvu.min():.3f} to {layers.fvu.max():.3f}"
-        unexplained.append(f"{arm} {layers.fvu.mean():.3f} ({span}), L0 {layers.l0.mean():.1f}")
+    for kind, of_kind in kinds_of_saes(table):
+        arms = []
+        for arm, of_arm in of_kind.groupby("run"):
+            fvu = of_arm.groupby("layer")["fvu"].mean()
+            span = f"layers {fvu.min():.3f} to {fvu.max():.3f}"
+            arms.append(f"{arm} {fvu.mean():.3f} ({span}), {tell_l0(of_arm)}")
+        unexplained.append(f"{kind}{'; '.join(arms)}")
     by_depth = Exhibit(
         title="Figure 2: how much do the SAEs leave unexplained?",
         image="saes/figure2_l0_by_depth.png",
         csv="saes/sae_metrics.csv",
-        reading=f"Unexplained variance: {'; '.join(unexplained)}.",
+        reading=f"{WHAT_AN_SAE_IS} Unexplained variance: {'; '.join(unexplained)}.",
         n=count_saes(table),
-        interval="95 % over documents",
+        interval="95 % over documents; L0 of SAEs of heads: over the heads of a layer",
         null="zero and mean ablation of the same activations (ce_recovered_* in the CSV)",
         command=f"python train_sae.py --redraw --save_dir {run.path}/saes",
     )
-    return [by_depth]
+    return [by_depth, *gains(run), *frontier(run), *stability(run)]
+
+
+WHAT_AN_SAE_IS = (
+    "A sparse autoencoder (SAE) rebuilds what the heads of a layer give out from a dictionary of "
+    "features, of which few may be active at once: L0 says how many are, FVU which share of the "
+    "variance is not rebuilt."
+)
+
+
+def kinds_of_saes(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The SAEs of each unit and architecture, those of whole layers first; the words that name
+    them are empty where there is one kind."""
+    if not {"unit", "arch"} <= set(table):  # as older versions wrote it
+        return [("", table)]
+    kinds = sorted(table.groupby(["unit", "arch"]), key=lambda kind: kind[0][0] != "layer")
+    if len(kinds) == 1:
+        return [("", table)]
+    return [(f"{arch}, an SAE a {unit}: ", of_kind) for (unit, arch), of_kind in kinds]
+
+
+def tell_l0(table: pd.DataFrame) -> str:
+    """Mean of L0, or its range where the SAEs differ in it by more than a quarter."""
+    if table.l0.max() < 1.25 * table.l0.min():
+        return f"L0 {table.l0.mean():.1f}"
+    return f"L0 {table.l0.min():.1f} to {table.l0.max():.1f}"
+
+
+# ---- what an SAE learned, beside what it would have without anything to learn
+NULLS = {  # a column gain_<name> of table2.csv: (what the null is, what the gain is called)
+    "gaussian": ("on normal rows of the same covariance", "gain over normal rows"),
+    "decoder": ("with random directions that stay", "gain over a random decoder"),
+    "untrained": ("on the model before its training", "gain over the model before training"),
+}
+
+
+def gains(run: Run) -> list[Exhibit]:
+    """How much less is left unexplained than by each null; none where there are no nulls."""
+    if not (run.path / "saes" / "table2.csv").is_file():
+        return []
+    table = gains_over_seeds(run, run.table("saes/table2.csv"))  # a row a layer, arm, kind of SAE
+    nulls = [name for name in NULLS if has_gain(table, name)]
+    if not nulls:
+        return []
+    columns = [f"gain_{name}" for name in nulls]
+    table = table.dropna(subset=columns, how="all")
+    told = []
+    for kind, of_kind in kinds_of_saes(table):
+        arms = []
+        for arm, of_arm in of_kind.groupby("run"):
+            found = [tell_gain(of_arm, name) for name in nulls if has_gain(of_arm, name)]
+            arms.append(f"{where_learnt(arm, of_arm)}{'; '.join(found)}.")
+        told.append(f"{kind}{' '.join(arms)}")
+    *most, last = [NULLS[name][0] for name in nulls]
+    compared = f"{', '.join(most)} or {last}" if most else last
+    exhibit = Exhibit(
+        title="What did the SAEs learn that is not there anyway?",
+        image="",
+        csv="saes/table2.csv",
+        reading="Any SAE rebuilds something, so each is compared with the same SAE where there was "
+        f"nothing to learn: {compared}. The gain is by which share less it leaves unexplained. "
+        f"{' '.join(told)} {what_intervals_hold(table)}",
+        n=f"{int(table.n_documents.min()):,} held-out documents, the same for both; "
+        f"{tell_trainings(table)}",
+        interval="95 %, each by itself; of one training: over documents (bootstrap-t, at least "
+        "Student's t); of several: over trainings and documents (sae_gains.csv)",
+        null=f"0 %: no less than the null leaves ({', '.join(columns)} of the CSV)",
+        command=f"python train_sae.py --redraw --save_dir {run.path}/saes",
+        table=gains_table(table, nulls),
+    )
+    return [exhibit]
+
+
+def gains_over_seeds(run: Run, table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of table 2, of which those that were trained with several seeds are replaced by one
+    of their mean gain, with its interval over trainings and documents; n_seeds says of how many."""
+    table = table.assign(n_seeds=1)
+    if not (run.path / "saes" / "sae_gains.csv").is_file():
+        return table
+    several = run.table("saes/sae_gains.csv")  # a row an SAE but for its seed, and a null
+    several = several[several["n_seeds"] > 1]
+    if several.empty:
+        return table
+    names = ["run", "unit", "arch", "setting", "site", "layer"]
+    sae = [*names, "head", "n_seeds"]
+    shown = several[sae].drop_duplicates()
+    for null, of_null in several.groupby("null"):
+        columns = {"gain": f"gain_{null}", "smallest": f"smallest_{null}"}
+        columns |= {f"gain_{end}": f"gain_{null}_{end}" for end in ("lo", "hi")}
+        of_null = of_null[[*sae, *columns]].rename(columns=columns)
+        shown = shown.merge(of_null, on=sae, how="left")
+    # Documents are those of table 2, and its other rows stay
+    of_documents = table.groupby(names)["n_documents"].min().reset_index()
+    shown = shown.merge(of_documents, on=names, how="left")
+    is_replaced = table[names].apply(tuple, axis=1).isin(shown[names].apply(tuple, axis=1))
+    return pd.concat([table[~is_replaced], shown], ignore_index=True)
+
+
+def what_intervals_hold(table: pd.DataFrame) -> str:
+    """Over what the intervals of gains are, a sentence."""
+    one = (
+        "Intervals are over the documents of this one training: another training may give "
+        "another gain."
+    )
+    n_seeds = sorted(table["n_seeds"].unique())
+    if n_seeds == [1]:
+        return one
+    several = f"Gains are means over {tell_trainings(table)}, and intervals are over trainings and "
+    several += "documents."
+    if n_seeds[0] == 1:
+        several += " Where there is one training, the interval is over its documents alone."
+    return several
+
+
+def tell_trainings(table: pd.DataFrame) -> str:
+    """One training, 3 trainings; 1 to 3 trainings where the rows differ."""
+    fewest, most = int(table["n_seeds"].min()), int(table["n_seeds"].max())
+    if most == 1:
+        return "one training"
+    return f"{most if fewest == most else f'{fewest} to {most}'} trainings"
+
+
+def has_gain(table: pd.DataFrame, null: str) -> bool:
+    return f"gain_{null}" in table and bool(table[f"gain_{null}"].notna().any())
+
+
+def tell_gain(table: pd.DataFrame, null: str) -> str:
+    """The range of a gain over the rows of one arm, and in how many its interval excludes 0."""
+    rows = table.dropna(subset=f"gain_{null}")
+    gain = rows[f"gain_{null}"]
+    is_more = rows[f"gain_{null}_lo"] > 0
+    is_less = rows[f"gain_{null}_hi"] < 0
+    n_off_zero = int((is_more | is_less).sum())
+    excludes = f"interval without 0 in {n_off_zero} of {count_of(rows)}"
+    if is_less.any():
+        excludes += f", in {int(is_less.sum())} more is left"
+    has_interval = rows[f"gain_{null}_lo"].notna()
+    if not has_interval.all():
+        excludes += f"; {int((~has_interval).sum())} without interval"
+    missed = rows[has_interval & ~is_more & ~is_less]
+    if f"smallest_{null}" in missed and missed[f"smallest_{null}"].notna().any():
+        largest = 100 * missed[f"smallest_{null}"].max()
+        excludes += f"; with 0 in it, a gain below {largest:.0f} % could not be told"
+    _, name = NULLS[null]
+    return f"the {name} is {per_cent_range(gain.min(), gain.max())} ({excludes})"
+
+
+def count_of(rows: pd.DataFrame) -> str:
+    """How many layers these rows of table 2 are of one arm, or SAEs where a layer has several."""
+    return f"{len(rows)} {'layers' if rows['layer'].is_unique else 'SAEs'}"
+
+
+def where_learnt(arm: str, table: pd.DataFrame) -> str:
+    """In how many layers of one arm an SAE found what the covariance does not explain, if that null
+    was trained: the start of a sentence."""
+    begin = f"In the {arm} arm"
+    if not has_gain(table, "gaussian"):
+        return f"{begin}, "
+    rows = table.dropna(subset="gain_gaussian")
+    n_learnt = int((rows["gain_gaussian_lo"] > 0).sum())
+    what = "the SAEs learned more than the covariance alone gives"
+    return f"{begin} {what} in {n_learnt} of {count_of(rows)}: "
+
+
+def per_cent_range(low: float, high: float) -> str:
+    """A range of gains: 21 to 45 %."""
+    few, many = (f"{round(100 * value)}" for value in (low, high))
+    return f"{few} to {many} %" if few != many else f"{few} %"
+
+
+def gains_table(table: pd.DataFrame, nulls: list[str]) -> pd.DataFrame:
+    """A row a row of table 2: the gain over each null with its interval, in per cent."""
+    shown = pd.DataFrame({"layer": table["layer"], "arm": table["run"]})
+    # What tells rows of one layer and arm apart
+    for name in ("unit", "arch", "setting", "seed", "head", "n_seeds"):
+        if name in table and table[name].nunique() > 1:
+            shown[name] = [as_cell(value) for value in table[name]]
+    for null in nulls:
+        _, name = NULLS[null]
+        columns = [f"gain_{null}", f"gain_{null}_lo", f"gain_{null}_hi"]
+        shown[f"{name}, %"] = [
+            interval_text(Dot(*(100 * float(value) for value in row)))
+            for row in table[columns].to_numpy()
+        ]
+    return shown.sort_values(["layer", "arm"], kind="stable")
+
+
+def as_cell(value: Any) -> str:
+    """A name or whole number as text; a gap is empty."""
+    if isinstance(value, str):
+        return value
+    return "" if math.isnan(value) else f"{value:.15g}"
+
+
+def frontier(run: Run) -> list[Exhibit]:
+    """Reconstruction against L0; none where every SAE has the same sparsity."""
+    paths = [run.path / "saes" / f"sae_frontier.{ending}" for ending in ("csv", "png")]
+    if not all(path.is_file() for path in paths):
+        return []
+    table = run.table("saes/sae_frontier.csv")  # a row a layer, arm, setting
+    told = []
+    for kind, of_kind in kinds_of_saes(table):
+        for arm, of_arm in of_kind.groupby("run"):
+            by_setting = of_arm.groupby("setting")[["l0", "fvu"]].mean().sort_values("l0")
+            values = [f"{row.fvu:.3f} at L0 {row.l0:.1f}" for row in by_setting.itertuples()]
+            told.append(f"{kind}{arm} {', '.join(values)}")
+    exhibit = Exhibit(
+        title="What does each further feature buy?",
+        image="saes/sae_frontier.png",
+        csv="saes/sae_frontier.csv",
+        reading="Unexplained variance by how many features may be active at once (L0), a mean "
+        f"over layers: {'; '.join(told)}.",
+        n=f"{int(table.n_documents.min()):,} held-out documents, the same for every SAE",
+        interval="95 % over documents, each SAE by itself",
+        null="of FVU 1: nothing is rebuilt; of CE recovered 0: as without the layer",
+        command=f"python train_sae.py --redraw --save_dir {run.path}/saes",
+    )
+    return [exhibit]
+
+
+def stability(run: Run) -> list[Exhibit]:
+    """Whether other seeds find the same features; none where one was trained."""
+    if not (run.path / "saes" / "seed_stability.csv").is_file():
+        return []
+    table = run.table("saes/seed_stability.csv")  # a row a pair of SAEs
+    told = []
+    for kind, of_kind in kinds_of_saes(table):
+        for arm, pairs in of_kind.groupby("run"):
+            mean = pairs[["pw_mcc", "pw_mcc_null"]].mean()
+            span = f"{pairs.pw_mcc.min():.2f} to {pairs.pw_mcc.max():.2f}"
+            by_chance = f"{mean.pw_mcc_null:.2f} by chance"
+            more = (pairs.pw_mcc - pairs.pw_mcc_null).agg(["min", "max"])
+            above = f"{more['min']:.2f} to {more['max']:.2f} above it, pair by pair"
+            told.append(f"{kind}{arm} {mean.pw_mcc:.2f} ({span}), {by_chance}: {above}")
+    exhibit = Exhibit(
+        title="Does another seed find the same features?",
+        image="",
+        csv="saes/seed_stability.csv",
+        reading="The SAEs were trained again from other random numbers, and the features of two "
+        "were matched one to one; mean cosine between what partners write (PW-MCC; 1: the same "
+        f"features): {'; '.join(told)}.",
+        n=f"{len(table)} pairs of SAEs, at least {int(table.n_matched.min()):,} features matched",
+        interval="none: pairs share SAEs. The null of a pair varies between draws by "
+        f"{table.null_sd.max():.3f} at most (standard deviation)",
+        null="the same with random signs in the axes of the data's own subspace (pw_mcc_null)",
+        command=f"python train_sae.py --seeds 1 2 3 --activations_dir {run.path}/activations "
+        f"--save_dir {run.path}/saes",
+    )
+    return [exhibit]
 
 
 def count_saes(table: pd.DataFrame) -> str:
-    documents = f"{int(table.n_documents.min()):,} held-out documents"
-    return f"{len(table)} SAEs on {int(table.n_windows.min()):,} windows of {documents}"
+    """How many SAEs, of what if there are several kinds, and on how much text."""
+    counted = []
+    for kind, of_kind in kinds_of_saes(table):
+        windows = f"{int(of_kind.n_windows.min()):,} windows"
+        documents = f"{int(of_kind.n_documents.min()):,} held-out documents"
+        counted.append(f"{kind}{len(of_kind)} SAEs on {windows} of {documents}")
+    return "; ".join(counted)
 
 
 def figure_3(run: Run) -> list[Exhibit]:
     table = run.table("saes/sae_metrics.csv")
     dead = []  # the latents that an SAE pays for in vain
-    for arm, layers in table.groupby("run"):
-        dead.append(f"{arm} {layers.dead_share.mean():.1%}")
+    for kind, of_kind in kinds_of_saes(table):
+        for arm, of_arm in of_kind.groupby("run"):
+            dead.append(f"{kind}{arm} {of_arm.dead_share.mean():.1%}")
     on_tokens = int(table.dead_share_tokens.min())  # on more tokens, more latents fire
     how_often = Exhibit(
         title="Figure 3: how often latents fire",
@@ -839,8 +1099,11 @@ def judge_writes(run: Run) -> list[Verdict]:
 def judge_saes(run: Run) -> list[Verdict]:
     """By a t interval of the difference between the arms; the layers are the units."""
     table = run.table("saes/sae_metrics.csv")
-    fvu = table.pivot_table(index="layer", columns="run", values="fvu")  # [layers, arms]
-    difference = (fvu["adaptive"] - fvu["control"]).dropna()
+    _, table = kinds_of_saes(table)[0]  # of whole layers, where there are any: their L0 is alike
+    # Like with like: two arms may have other settings
+    pairs = ["layer", *[name for name in ("setting", "seed", "site") if name in table]]
+    fvu = table.pivot_table(index=pairs, columns="run", values="fvu")  # [SAEs, arms]
+    difference = (fvu["adaptive"] - fvu["control"]).dropna().groupby("layer").mean()
     claim = "Decorrelated heads are easier for sparse autoencoders"
     if len(difference) < 2:
         few = f"too few: {len(difference)} layer that both arms have"

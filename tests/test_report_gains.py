@@ -1,0 +1,115 @@
+"""Gains of SAEs in report and headlines: of one training and of several, from tables of known numbers."""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_sae_report import GAINS, NAN, run_of, saes_of, with_gains
+
+import train_sae as ts
+
+sys.path.insert(0, str(Path(ts.__file__).parent / "tools"))
+import headlines  # noqa: E402
+import report  # noqa: E402
+
+ONE = (
+    "Intervals are over the documents of this one training: another training may give another gain."
+)
+
+
+def gains_of(arm: str, null: str, values: list[tuple[float, float, float]], **more) -> pd.DataFrame:
+    """Rows of sae_gains.csv, as train_sae.py writes them of two or more --seeds."""
+    rows = []
+    for layer, (value, low, high) in enumerate(values):
+        row = dict(run=arm, unit="layer", arch="batchtopk", setting="k 16", site="z", layer=layer)
+        row |= dict(head=NAN, null=null, n_seeds=3, gain=value, gain_lo=low, gain_hi=high)
+        rows.append(row | dict(smallest=(high - low) / 2) | more)
+    return pd.DataFrame(rows)
+
+
+def of_seeds(arm: str, n: int) -> pd.DataFrame:
+    return pd.concat([with_gains(saes_of(arm, seed=seed)) for seed in range(n)])
+
+
+def test_one_training_says_that_another_may_give_another_gain(tmp_path):
+    _, learnt = report.saes(run_of(tmp_path, with_gains(saes_of("adaptive"))))
+    assert learnt.reading.endswith(ONE)
+    assert learnt.n == "58 held-out documents, the same for both; one training"
+
+
+def test_several_trainings_are_told_with_their_number_and_the_smallest_gain(tmp_path):
+    """The rows of single seeds, whose gains are other ones, are replaced."""
+    several = [
+        gains_of("adaptive", "gaussian", [(0.1, -0.05, 0.25), (0.2, 0.1, 0.3), (0.3, 0.2, 0.4)]),
+        gains_of("adaptive", "decoder", [(0.5, 0.4, 0.6)] * 3),
+    ]
+    run = run_of(tmp_path, of_seeds("adaptive", 3), sae_gains=pd.concat(several))
+    _, learnt = report.saes(run)
+    assert (
+        "learned more than the covariance alone gives in 2 of 3 layers: the gain over normal rows "
+        "is 10 to 30 % (interval without 0 in 2 of 3 layers; with 0 in it, a gain below 15 % could "
+        "not be told); the gain over a random decoder is 50 % (interval without 0 in 3 of 3 "
+        "layers). Gains are means over 3 trainings, and intervals are over trainings and documents."
+    ) in learnt.reading
+    assert ONE not in learnt.reading
+    assert learnt.n == "58 held-out documents, the same for both; 3 trainings"
+    columns = ["layer", "arm", "gain over normal rows, %", "gain over a random decoder, %"]
+    assert learnt.table.columns.tolist() == columns
+    assert learnt.table[columns[2]].tolist() == ["10 [-5, 25]", "20 [10, 30]", "30 [20, 40]"]
+
+
+def test_an_arm_of_one_training_stays_beside_one_of_several(tmp_path):
+    metrics = pd.concat([of_seeds("adaptive", 2), with_gains(saes_of("control", seed=7))])
+    several = gains_of("adaptive", "gaussian", [(0.2, 0.1, 0.3)] * 3, n_seeds=2)
+    _, learnt = report.saes(run_of(tmp_path, metrics, sae_gains=several))
+    assert "In the control arm the SAEs learned more" in learnt.reading
+    assert learnt.reading.endswith(
+        "Gains are means over 1 to 2 trainings, and intervals are over trainings and documents. "
+        "Where there is one training, the interval is over its documents alone."
+    )
+    assert len(learnt.table) == 6
+    assert learnt.table["n_seeds"].tolist() == ["2", "1"] * 3
+
+
+def test_heads_of_several_trainings_are_rows_of_their_own(tmp_path):
+    heads = [saes_of("adaptive", "head", "relu", setting="l1 0.01", seed=seed) for seed in (1, 2)]
+    metrics = pd.concat([with_gains(table) for table in heads])
+    one = gains_of("adaptive", "gaussian", GAINS["gaussian"], unit="head", arch="relu")
+    several = pd.concat([one.assign(head=head, setting="l1 0.01") for head in (0, 1)])
+    _, learnt = report.saes(run_of(tmp_path, metrics, sae_gains=several))
+    assert "in 4 of 6 SAEs" in learnt.reading
+    assert learnt.table["head"].tolist() == ["0", "1"] * 3
+
+
+def test_a_table_of_gains_of_single_trainings_changes_nothing(tmp_path):
+    metrics = with_gains(saes_of("adaptive"))
+    one = gains_of("adaptive", "gaussian", [(0.9, 0.8, 1.0)] * 3, n_seeds=1)
+    _, plain = report.saes(run_of(tmp_path / "plain", metrics))
+    _, beside = report.saes(run_of(tmp_path / "beside", metrics, sae_gains=one))
+    assert beside.reading == plain.reading and beside.table.equals(plain.table)
+
+
+@pytest.mark.parametrize("unit", ["layer", "head"])
+def test_headlines_name_the_unit(tmp_path, unit):
+    run_of(tmp_path, with_gains(saes_of("adaptive", unit)))
+    names = [what for what, _ in headlines.sae_quality(tmp_path)]
+    assert names == [
+        f"SAE of a {unit}: unexplained variance (FVU)",
+        f"SAE of a {unit}: gain over normal rows",
+    ]
+
+
+def test_what_the_exhibits_say_of_three_nulls_and_of_two_kinds_of_saes(tmp_path):
+    gains = {null: GAINS["gaussian"] for null in ("gaussian", "decoder", "untrained")}
+    heads = saes_of("adaptive", "head", "relu", n_documents=31, n_windows=39)
+    run = run_of(tmp_path, pd.concat([with_gains(saes_of("adaptive"), gains), heads]))
+    figure_2, learnt = report.saes(run)
+    assert figure_2.n == (
+        "batchtopk, an SAE a layer: 3 SAEs on 156 windows of 58 held-out documents; "
+        "relu, an SAE a head: 6 SAEs on 39 windows of 31 held-out documents"
+    )
+    assert (
+        "on normal rows of the same covariance, with random directions that stay or on the model "
+        "before its training."
+    ) in learnt.reading
