@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -289,59 +290,77 @@ def equal_errors(options: argparse.Namespace, at: Any) -> list[Row]:
         return []
     rows = []
     for n in sizes:
-        rows += race_to_error(options, at, model, text, net, n)
+        rows += race_to_error(options, Ours(at, model, text, n), net)
     return rows
 
 
-def race_to_error(
-    options: argparse.Namespace, at: Any, model: Any, text: Text, net: Any, n: int
-) -> list[Row]:
+@dataclass
+class Ours:
+    """What ablation_test.py measures of every head of a model, a batch being n sequences, as large
+    as TransformerLens gets it."""
+
+    at: Any
+    model: Any
+    text: Text
+    n: int
+
+    def measure(self, windows: np.ndarray, *kind: Any) -> dict[str, np.ndarray]:
+        cfg = self.model.cfg
+        layers = list(range(cfg.n_layers))
+        zeros = {layer: torch.zeros(cfg.n_heads, cfg.d_head) for layer in layers}
+        args = argparse.Namespace(seed=0, batch_size=self.n, resample_draws=0)
+        sizes = (args, windows, ["zero"], layers, autocast(False))
+        return self.at.measure(self.model, self.text, zeros, *sizes, *kind)
+
+    def exact(self, windows: np.ndarray) -> dict[str, np.ndarray]:
+        """Effects, with those to first order beside them."""
+        return self.measure(windows)
+
+    def linear(self, windows: np.ndarray) -> dict[str, np.ndarray]:
+        """Effects to first order alone."""
+        return self.measure(windows, None, self.at.FIRST_ORDER)
+
+
+def enough_windows(ours: Ours) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Windows to measure exactly, and further ones to first order, that give the median head the
+    standard error of n sequences; and the correlations [R] that say so. A pilot, not counted."""
+    n = ours.n
+    windows = ours.text.spread(n)
+    rho = correlations(ours.exact(windows))  # [R]
+    half = windows[: n // 2]
+    costs = seconds_of(lambda: ours.exact(half)), seconds_of(lambda: ours.linear(half))
+    n_exact, n_linear = cheapest(float(np.median(rho)), n, *costs)
+    to_first_order = ours.text.spread(n_linear)
+    few = to_first_order[np.arange(n_exact) * n_linear // n_exact]  # spread over them
+    return few, np.setdiff1d(to_first_order, few), rho
+
+
+def race_to_error(options: argparse.Namespace, ours: Ours, net: Any) -> list[Row]:
     """TransformerLens (`net`) ablates every head of a trained model on n sequences; ours on fewer,
     steadied by the first-order effects of some more."""
-    cfg = model.cfg
-    layers = list(range(cfg.n_layers))
-    zeros = {l: torch.zeros(cfg.n_heads, cfg.d_head) for l in layers}
-    # As many sequences at once as TransformerLens gets
-    args = argparse.Namespace(seed=0, batch_size=n, resample_draws=0)
-    given = (["zero"], layers, autocast(False))
+    cfg, n = ours.model.cfg, ours.n
+    few, others, rho = enough_windows(ours)
 
-    def exact(windows: np.ndarray) -> dict[str, np.ndarray]:
-        return at.measure(model, text, zeros, args, windows, *given)
-
-    def linear(windows: np.ndarray) -> dict[str, np.ndarray]:
-        return at.measure(model, text, zeros, args, windows, *given, None, at.FIRST_ORDER)
-
-    # What ours needs for the standard error of the median head, by a pilot that is not counted
-    windows = text.spread(n)
-    rho = correlations(exact(windows))  # [R]
-    pilot = windows[: n // 2]
-    cost_exact = seconds_of(lambda: exact(pilot))
-    cost_linear = seconds_of(lambda: linear(pilot))
-    n_exact, n_linear = cheapest(float(np.median(rho)), n, cost_exact, cost_linear)
-    to_first_order = text.spread(n_linear)
-    few = to_first_order[np.arange(n_exact) * n_linear // n_exact]  # spread over them
-    others = np.setdiff1d(to_first_order, few)
-
-    def ours() -> None:
-        exact(few)  # with their first-order effects
-        linear(others)
+    def steadied() -> None:
+        ours.exact(few)
+        ours.linear(others)
 
     # Every head costs TransformerLens the same: one a layer stands for all
-    heads = [(l, l % cfg.n_heads) for l in layers]
-    x, y = text.batch(windows)
+    heads = [(layer, layer % cfg.n_heads) for layer in range(cfg.n_layers)]
+    x, y = ours.text.batch(ours.text.spread(n))
     name = "ours, steadied, float32"
     calls: Calls = {
-        name: ours,
+        name: steadied,
         "TransformerLens, float32": lambda: hooked_ablation(net, x, y, heads, False),
     }
     tokens = n * cfg.seq_len
     work = dict.fromkeys(calls, len(heads) * tokens)
     work[name] = rho.size * tokens  # what it is worth in plain sequences
     what = f"every head to the standard error of {n} sequences (median head), zero ablation"
+    n_linear = len(few) + len(others)
     few_and_many = f"ours {len(few)} exact, {n_linear} to first order"
     shape = f"trained demo model, {rho.size} heads; {few_and_many}"
-    times = race(calls, options.seconds)
-    rows = rates("ablation", what, shape, times, work, "head-tokens/s")
+    rows = rates("ablation", what, shape, race(calls, options.seconds), work, "head-tokens/s")
     gains = 1 / n / variance_with(rho, len(few), n_linear)
     what = f"variance of {n} sequences, plain over ours, each head"
     rows.append(row("ablation", what, shape, name, gains, "times", "higher"))

@@ -127,9 +127,11 @@ def test_features_are_a_large_gain_over_low_rank_and_over_random_directions(
 
 
 def test_of_normal_rows_the_gain_over_low_rank_is_nothing(of_noise):
-    [trained] = train(of_noise, "--nulls").itertuples()
-    assert trained.gain_gaussian_lo < 0 < trained.gain_gaussian_hi
-    assert abs(trained.gain_gaussian) < 0.03
+    """Over trainings: one of 24 dimensions differs from the next by up to .08 of its FVU."""
+    train(of_noise, "--nulls", "--seeds", "1", "2", "3")
+    gains = pd.read_csv(of_noise / "saes/sae_gains.csv").set_index("null").loc["gaussian"]
+    assert gains["gain_lo"] < 0 < gains["gain_hi"]
+    assert gains["smallest"] < 0.25, "of features it is above .3"
 
 
 @pytest.mark.parametrize("share", [1.0, 0.9])

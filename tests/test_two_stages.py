@@ -136,13 +136,66 @@ def test_the_second_stage_has_other_documents_and_its_rows_come_first(measured: 
     linear = arrays[f"{run}.confirm.mean.first_order"].reshape(32, 36)
     split = arrays[f"{run}.split.mean.first_order"].reshape(-1, 36)
     number = 3 * int(first["layer"]) + int(first["head"])
-    values = A.steady(
-        exact.reshape(32, 36)[:, [number]],
-        linear[:, [number]],
-        split[:, [number]].mean(0),
-        arrays["confirm.documents"],
-    )
+    values = exact.reshape(32, 36)[:, [number]]
+    if first["n_linear"]:
+        control = (linear[:, [number]], split[:, [number]].mean(0), arrays["confirm.documents"])
+        values = A.steady(values, *control)
     np.testing.assert_allclose(first["impact"], values.mean(), rtol=1e-8)
+
+
+def one_stage(rng: np.random.Generator, n: int) -> A.Ablation:
+    """Two heads that cost 1 in n sequences, a document each: the first-order effect of the
+    first one knows its noise, that of the second is other noise, of heavy tails."""
+    linear = np.stack((rng.normal(size=n), rng.standard_t(2, size=n)), 1)  # [n, 2]
+    exact = np.stack((1 + linear[:, 0], np.ones(n)), 1) + rng.normal(0, 0.3, (n, 2))
+    split_linear = np.stack((rng.normal(size=n), rng.standard_t(2, size=n)), 1)
+    split = A.Split(np.zeros(n), split_linear, np.arange(n), np.zeros(n))
+    return A.Ablation(
+        about={"n_heads": 2},
+        run="made",
+        mode="mean",
+        stage=1,
+        base_loss=np.zeros(n),
+        score={"loss": exact, "first_order": linear},
+        documents=np.arange(n),
+        unit="documents",
+        unigram=np.zeros(n),
+        split=split,
+        is_steadied=np.ones(2, bool),
+        layer=np.zeros(2, int),
+        head=np.arange(2),
+    )
+
+
+def test_a_head_that_the_first_stage_could_not_steady_is_plain_in_the_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its standard error is then that of the plain mean, and covers as it should."""
+    rng = np.random.default_rng(5)
+    losses = {"made.mean.loss": np.empty(0), "made.confirm.mean.loss": np.empty(0)}
+    n_draws = 300 * LONGER
+    held = np.zeros(2)
+    n_plain = 0
+    for _ in range(n_draws):
+        stages = {"": one_stage(rng, 16), "confirm.": one_stage(rng, 64)}
+        monkeypatch.setattr(A, "read_ablation", lambda *a, stages=stages: stages[a[-1]])
+        args = A.argparse.Namespace(plain=False)
+        first, second = A.read_stages(losses, {}, "made", "mean", args)
+        assert first.is_steadied.all() and second.is_steadied[0]
+        n_plain += not second.is_steadied[1]
+        if not second.is_steadied[1]:
+            np.testing.assert_array_equal(second.steadied()[:, 1], second.plain()[:, 1])
+            np.testing.assert_allclose(second.elsewhere()[:, 1].mean(), second.plain()[:, 1].mean())
+        # The truth of this text: what the control says of the split is known exactly
+        truth = np.array([1 + second.split.linear[:, 0].mean(), 1.0])
+        values = second.steadied()
+        error = abs(values.mean(0) - truth) / A.standard_error(values)
+        held += error < stats.t.ppf(0.975, 63)
+    steadied, plain = held / n_draws
+    record("two stages", "coverage", steadied=steadied, plain=plain)
+    assert n_plain > n_draws / 2
+    low, high = stats.binom.ppf([0.0005, 0.9995], n_draws, 0.95)
+    assert (low <= held).all() and (held <= high).all()
 
 
 def test_no_more_heads_go_on_than_are_wanted(
