@@ -24,9 +24,12 @@ TEXT   ?= The quick brown fox jumps over the lazy dog because of complex physics
 DEMO   ?= --steps 500 --save_initial
 HERO   ?= --n_seqs 64
 # Layers whose SAEs stand beside nulls, and have SAEs of single heads, the published kind, beside them
-FEW    ?= $(or $(filter 0 3 5,$(LAYERS)),$(LAST))
+FEW    ?= $(or $(filter 0 5,$(LAYERS)),$(LAST))
 REST   := $(filter-out $(FEW),$(LAYERS))
 HEADS  ?= --arch relu --unit head --steps 200 --l1 0.03 --eval_tokens 5000
+# Fewer steps than the 500 of the preset of SAEs of layers, and no third kind of ablation: for the same time
+STEPS  ?= --steps 400
+MODES  ?= --mode mean zero
 MODELS := $(RUN)/adaptive/janus_adaptive_final.pt.json $(RUN)/control/janus_control_final.pt.json
 DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.npy.json)
 SAES   := $(foreach arm,adaptive control,$(RUN)/saes/$(arm)/L$(lastword $(FEW))/null_gaussian/sae_weights.safetensors.json)
@@ -83,9 +86,9 @@ $(RUN)/activations/$(1)/L$(LAST).z.npy.json: $(RUN)/$(1)/janus_$(1)_final.pt.jso
 	$(ONE) harvest_activations.py --model_path $$(basename $$<) --run_name $(1) --layers $(LAYERS) --save_dir $(RUN)/activations --overwrite
 # The null of the last layer is written last of all. Without nulls first, and its record to where the next one leaves it.
 $(RUN)/saes/$(1)/L$(lastword $(FEW))/null_gaussian/sae_weights.safetensors.json: $(RUN)/activations/$(1)/L$(LAST).z.npy.json train_sae.py
-	$(if $(REST),$(SAE) --runs $(1) --layers $(REST))
+	$(if $(REST),$(SAE) --runs $(1) --layers $(REST) $(STEPS))
 	$(if $(REST),mkdir -p $(RUN)/saes/$(1)/without_nulls && mv $(RUN)/saes/$(1)/run.json $(RUN)/saes/$(1)/without_nulls)
-	$(SAE) --runs $(1) --layers $(FEW) --nulls
+	$(SAE) --runs $(1) --layers $(FEW) $(STEPS) --nulls
 endef
 SAE := $(ONE) train_sae.py --activations_dir $(RUN)/activations --save_dir $(RUN)/saes --overwrite
 $(foreach arm,adaptive control,$(eval $(call arm_rules,$(arm))))
@@ -105,12 +108,12 @@ $(RUN)/activations/.untrained: $(firstword $(MODELS)) harvest_activations.py
 	@touch $@
 $(RUN)/saes/.untrained: $(RUN)/activations/.untrained train_sae.py
 	@mkdir -p $(@D)
-	if [ -e $(BEFORE).json ]; then $(SAE) --runs untrained --layers $(FEW); fi
+	if [ -e $(BEFORE).json ]; then $(SAE) --runs untrained --layers $(FEW) $(STEPS); fi
 	@touch $@
 
 ablate: $(RUN)/results_ablation.csv.json
 $(RUN)/results_ablation.csv.json: $(MODELS) ablation_test.py
-	$(ONE) ablation_test.py --adaptive_model $(basename $(word 1,$^)) --control_model $(basename $(word 2,$^)) --save_file $(basename $@) --overwrite
+	$(ONE) ablation_test.py --adaptive_model $(basename $(word 1,$^)) --control_model $(basename $(word 2,$^)) --save_file $(basename $@) $(MODES) --overwrite
 
 hero: $(RUN)/hero_analysis/hero_report.html.json
 # Of the SAEs it reads those of the adaptive model alone, and can begin while the others train.
