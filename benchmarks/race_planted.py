@@ -71,7 +71,10 @@ class Tokens:
         self.drawn = drawn - centre
         test, self.active = self.planted.draw(study.n_test, 1)
         self.test = test - centre
-        self.norm = float(self.drawn.norm(dim=2).mean())
+        rows = self.drawn.flatten(0, 1)
+        variances, axes = torch.linalg.eigh((rows.T @ rows).double() / len(rows))  # ascending
+        norm = float(rows.norm(dim=1).mean())
+        self.moments = ts.Moments(centre, norm, variances.flip(0), axes.flip(1).float())
 
     def batches(self) -> Iterator[Tensor]:
         while True:
@@ -85,7 +88,9 @@ def ours(
     schedule = Schedule(study.steps, rate, seed)
     args = sae_args(study.shape, arch, dtype, schedule, dead_tokens=DEAD_STEPS * study.n_tokens)
     args.target_l0 = study.shape.k
-    trainer = ts.Trainer(args, torch.zeros(study.d), tokens.norm, torch.device("cpu"))
+    axes = tokens.moments.leading_axes(ts.parse_args([]).start_variance)
+    middle = torch.zeros(study.d)  # tokens come less their mean
+    trainer = ts.Trainer(args, middle, tokens.moments.norm, torch.device("cpu"), False, axes)
     start = time.perf_counter()
     for x, _ in zip(tokens.batches(), range(study.steps), strict=False):
         trainer.step(x)
@@ -106,7 +111,7 @@ def theirs(study: Study, tokens: Tokens, arch: str, rate: float, seed: int) -> t
             study.shape, arch, False, schedule, tokens.batches(), dead_steps=DEAD_STEPS
         )
         # which it would estimate from the first batches
-        trainer.activation_scaler.scaling_factor = math.sqrt(study.d) / tokens.norm
+        trainer.activation_scaler.scaling_factor = math.sqrt(study.d) / tokens.moments.norm
         coder: Any = trainer.fit()
     seconds = time.perf_counter() - start
     with torch.no_grad():

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,16 +58,18 @@ class SAEShape:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of a training run, its learning rate at the peak, and its seed."""
+    """Steps of a training run, its learning rate at the peak, its seed, and at most how many steps
+    the rate rises."""
 
     steps: int
     learning_rate: float
     seed: int = 0
+    rise: int = 50
 
     @property
     def warmup(self) -> int:
-        """Steps of it."""
-        return min(50, self.steps // 4)
+        """Steps that the rate rises."""
+        return min(self.rise, 2 * self.steps // 3)
 
 
 ENDLESS = Schedule(steps=10**6, learning_rate=3e-4)  # of a race: constant, after its warm-up
@@ -320,14 +322,13 @@ def sae(options: argparse.Namespace) -> list[Row]:
 class RealActivations:
     """Rows of a dump, split into what SAEs are trained on and what they are measured on.
 
-    train [N, D] as dumped; held [N, D] float32; centre [D], norm: of `train`, as the sidecar has
-    them; name: of the file.
+    train [N, D] as dumped; held [N, D] float32, of other documents; moments: of `train`, as
+    train_sae.py measures them; name: of the file.
     """
 
     train: Tensor
     held: Tensor
-    centre: Tensor
-    norm: float
+    moments: Any
     name: str
 
     def batches(self, n_tokens: int, seed: int) -> Iterator[Tensor]:
@@ -339,84 +340,122 @@ class RealActivations:
                     yield self.train[rows].float()
 
     @torch.no_grad()
-    def score(self, weights: dict[str, Tensor], k: int, arch: str) -> tuple[float, float]:
-        """FVU on `held`, the same code for all libraries; share of latents that never fire.
-
-        With exactly k latents a token (topk), or k on average (batchtopk).
-        """
-        pre = (self.held - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]  # [N, F]
-        pre = pre.relu()
-        if arch == "topk":
-            least = pre.topk(k).values[:, -1:]  # [N, 1]
-        else:
-            least = pre.flatten().topk(k * len(pre)).values[-1]  # one for all tokens
-        latents = pre * (pre >= least)  # [N, F]
+    def score(self, weights: dict[str, Tensor], k: int, arch: str) -> Quality:
+        """The same code for all libraries, with exactly k latents a token (topk), or k on average
+        (batchtopk)."""
+        least = torch.zeros(())
+        if arch != "topk":  # one for all tokens
+            most = min(16 * k, len(weights["b_enc"]))  # of a token
+            values = torch.cat([pre.topk(most).values for pre in self.positive(weights)])
+            least = values.flatten().topk(k * len(self.held)).values[-1]
+        error = 0.0
+        n_fired = torch.zeros(weights["W_enc"].shape[1])  # [F]
+        for x, pre in zip(self.held.split(CHUNK), self.positive(weights), strict=True):
+            if arch == "topk":
+                least = pre.topk(k).values[:, -1:]  # [n, 1]
+            latents = pre * (pre >= least)  # [n, F]
+            error += (latents @ weights["W_dec"] + weights["b_dec"] - x).square().sum().item()
+            n_fired += (latents > 0).sum(0)
         # FVU is what is left of the variance around the mean
-        error = latents @ weights["W_dec"] + weights["b_dec"] - self.held  # [N, D]
-        fvu = error.square().sum() / (self.held - self.held.mean(0)).square().sum()
-        silent = (latents == 0).all(0).float().mean()
-        return fvu.item(), silent.item()
+        fvu = error / (self.held - self.held.mean(0)).square().sum().item()
+        frequency = n_fired / len(self.held)
+        return Quality(fvu, *((frequency < f).float().mean().item() for f in (1e-9, RARE)))
+
+    def positive(self, weights: dict[str, Tensor]) -> Iterator[Tensor]:
+        """What each latent would be if it fired, of some rows of `held` after the other [n, F]."""
+        for x in self.held.split(CHUNK):
+            yield ((x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]).relu()
 
 
-def read_activations(path: Path, most: int | None) -> RealActivations:
-    """The first `most` rows of a dump; the last twentieth of them is held out."""
+class Quality(NamedTuple):
+    """FVU on held-out rows, and the shares of latents that never fire there, and rarely."""
+
+    fvu: float
+    never: float
+    rare: float
+
+
+RARE = 1e-5  # of the tokens
+CHUNK = 4096  # rows at once
+
+
+def read_activations(ts: Any, path: Path, most: int | None, n_held: int) -> RealActivations:
+    """The first `most` rows of a dump, of which documents from all over it that have n_held rows
+    are held out; without documents.npy beside it, every 2,048 rows count as one."""
     rows = np.load(path, mmap_mode="r")[:most]
-    cut = int(0.95 * len(rows))  # rows are in the order of the text
-    held = torch.from_numpy(np.array(rows[cut : cut + 20_000])).float()
-    train = torch.from_numpy(np.array(rows[:cut]))
+    beside = path.parent / "documents.npy"
+    blocks = np.arange(len(rows)) // 2048
+    documents = np.load(beside)[: len(rows)] if beside.is_file() else blocks  # [N]
+    numbers = np.random.default_rng(0).permutation(np.unique(documents))
+    sizes = np.bincount(documents)[numbers].cumsum()
+    held_out = numbers[: 1 + np.searchsorted(sizes, min(n_held, len(rows) // 3))]
+    is_held = np.isin(documents, held_out)  # [N]
+    held = torch.from_numpy(rows[is_held]).float()
+    train = torch.from_numpy(rows[~is_held])
     centre = train.float().mean(0)
-    norm = (train[::97].float() - centre).norm(dim=1).mean().item()  # of a sample of them
-    return RealActivations(train, held, centre, norm, path.stem)
+    some = train[::5].float() - centre  # a sample
+    variances, axes = torch.linalg.eigh((some.T @ some).double() / len(some))  # ascending
+    norm = some.norm(dim=1).mean().item()
+    moments = ts.Moments(centre, norm, variances.flip(0), axes.flip(1).float())
+    return RealActivations(train, held, moments, path.stem)
+
+
+DEAD_STEPS = 50  # without firing, after which a latent counts as dead, in both libraries
 
 
 def our_score(
     ts: Any, data: RealActivations, shape: SAEShape, arch: str, dtype: str, schedule: Schedule
-) -> tuple[float, float]:
-    """FVU and silent share of an SAE trained by train_sae.py (`ts`)."""
-    args = sae_args(shape, arch, dtype, schedule, dead_tokens=10**5)
-    trainer = ts.Trainer(args, data.centre, data.norm, CPU)
+) -> Quality:
+    """Of an SAE trained by train_sae.py (`ts`)."""
+    args = sae_args(shape, arch, dtype, schedule, dead_tokens=DEAD_STEPS * shape.n_tokens)
+    axes = data.moments.leading_axes(ts.parse_args([]).start_variance)
+    trainer = ts.Trainer(args, data.moments.mean, data.moments.norm, CPU, False, axes)
     # As many steps as SAELens' fit() takes, on the same batches
     for x in itertools.islice(data.batches(shape.n_tokens, schedule.seed), schedule.steps):
         trainer.step(x)
     return data.score(trainer.weights(trainer.scale, trainer.mean), shape.k, arch)
 
 
-def lens_score(
-    data: RealActivations, shape: SAEShape, arch: str, schedule: Schedule
-) -> tuple[float, float]:
-    """FVU and silent share of an SAE trained by SAELens, in float32."""
+def lens_score(data: RealActivations, shape: SAEShape, arch: str, schedule: Schedule) -> Quality:
+    """Of an SAE trained by SAELens, in float32."""
     torch.manual_seed(schedule.seed)
     batches = data.batches(shape.n_tokens, schedule.seed)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        coder = lens_trainer(shape, arch, False, schedule, batches).fit()
+        coder = lens_trainer(shape, arch, False, schedule, batches, DEAD_STEPS).fit()
     coder.fold_W_dec_norm()  # as ours has it, so that both are scored by the same code
     return data.score(dict(coder.state_dict()), shape.k, arch)
 
 
 def quality_rows(
-    what_of: str, variant: str, scores: list[tuple[float, float]], theirs: np.ndarray, rate: float
+    what_of: str, variant: str, ours: list[Quality], theirs: list[Quality], setting: str
 ) -> list[Row]:
     """Rows of one variant: FVU of each seed beside that of SAELens (`theirs`), silent latents.
 
-    what_of: the activations and sizes. scores: FVU and silent share, one a seed.
+    what_of: the activations and sizes; setting: of the learning rate.
     """
-    fvu, silent = np.array(scores).T  # [seeds] each
-    better = theirs.mean() / fvu.mean()
-    what = f"held-out FVU, seeds, learning rate {rate:g}"
+    fvu, never, rare = np.array(ours).T  # [seeds] each
+    lens_fvu, lens_never, _ = np.array(theirs).T
+    what = f"held-out FVU, seeds, {setting}"
+    better = lens_fvu.mean() / fvu.mean()
     rows = [row("sae", what, what_of, variant, fvu, "FVU", "lower", better)]
-    what = "latents that never fire on 20,000 held-out tokens"
-    rows.append(row("sae", what, what_of, variant, silent, "share"))
+    what = f"latents that never fire on the held-out tokens, {setting}"
+    fewer = lens_never.mean() / max(never.mean(), 1e-9)
+    rows.append(row("sae", what, what_of, variant, 100 * never, "%", "lower", fewer))
+    what = f"latents that fire on fewer than {RARE:g} of them, {setting}"
+    rows.append(row("sae", what, what_of, variant, 100 * rare, "%", "lower"))
     # The same seed has the same batches, so that a difference is the trainer's
     if variant.startswith("ours"):
-        what = "FVU against SAELens, same seed"
-        more = 100 * (fvu / theirs - 1)
-        rows.append(row("sae", what, what_of, variant, more, "% more", "lower"))
+        what = f"FVU against SAELens, same seed, {setting}"
+        rows.append(
+            row("sae", what, what_of, variant, 100 * (fvu / lens_fvu - 1), "% more", "lower")
+        )
     return rows
 
 
 @dataclass(frozen=True)
 class QualityStudy:
-    """Sizes of a comparison: those of the SAEs, steps, seeds, and how many rows are read."""
+    """Sizes of a comparison: those of the SAEs, steps, seeds, how many rows are read, and how many
+    of them are held out, at most a third."""
 
     expansion: int
     k: int
@@ -424,10 +463,12 @@ class QualityStudy:
     steps: int
     n_seeds: int
     most_rows: int | None
+    n_held: int
 
 
-FULL_STUDY = QualityStudy(expansion=8, k=16, n_tokens=2048, steps=300, n_seeds=4, most_rows=None)
-QUICK_STUDY = QualityStudy(expansion=4, k=4, n_tokens=256, steps=8, n_seeds=2, most_rows=20 * 256)
+FULL_STUDY = QualityStudy(8, 16, 2048, 300, n_seeds=3, most_rows=None, n_held=100_000)
+QUICK_STUDY = QualityStudy(4, 4, 256, 8, n_seeds=2, most_rows=20 * 256, n_held=1000)
+RISES = [50, 200]  # steps that the learning rate rises: more of them keep more latents alive
 BEST_RATE = 1e-2  # of 3e-3, 1e-2 and 2e-2 about the best for both trainers
 
 
@@ -443,21 +484,20 @@ def sae_quality(options: argparse.Namespace, ts: Any) -> list[Row]:
         skip("SAE quality", f"{path} is not there; {advice}")
         return []
     study = QUICK_STUDY if options.quick else FULL_STUDY
-    data = read_activations(path, study.most_rows)
+    data = read_activations(ts, path, study.most_rows, study.n_held)
     shape = SAEShape(data.train.shape[1], study.expansion, study.k, study.n_tokens)
-    schedules = [Schedule(study.steps, BEST_RATE, seed) for seed in range(study.n_seeds)]
     sizes = f"m={shape.n_latents:,}, k={shape.k}, {study.steps * study.n_tokens:,} tokens"
-    what_of = f"{data.name} ({shape.d} dimensions), {sizes}"
+    what_of = f"{data.name} ({shape.d} dimensions), {sizes}, {len(data.held):,} held out"
 
     rows = []
-    for arch, dtypes in {"topk": fast_dtypes(), "batchtopk": [default_dtype()]}.items():
-        scores = {}
+    kinds = {"topk": fast_dtypes(), "batchtopk": [default_dtype()]}
+    for (arch, dtypes), rise in itertools.product(kinds.items(), RISES):
+        setting = f"learning rate {BEST_RATE:g} after {rise} steps"
+        schedules = [Schedule(study.steps, BEST_RATE, seed, rise) for seed in range(study.n_seeds)]
+        theirs = [lens_score(data, shape, arch, schedule) for schedule in schedules]
         for dtype in dtypes:
+            variant = f"ours, {arch}, {dtype}"
             ours = [our_score(ts, data, shape, arch, dtype, schedule) for schedule in schedules]
-            scores[f"ours, {arch}, {dtype}"] = ours
-        lens = [lens_score(data, shape, arch, schedule) for schedule in schedules]
-        scores[f"SAELens, {arch}, float32"] = lens
-        theirs = np.array([fvu for fvu, _ in lens])  # [seeds]
-        for variant, pairs in scores.items():
-            rows += quality_rows(what_of, variant, pairs, theirs, BEST_RATE)
+            rows += quality_rows(what_of, variant, ours, theirs, setting)
+        rows += quality_rows(what_of, f"SAELens, {arch}, float32", theirs, theirs, setting)
     return rows

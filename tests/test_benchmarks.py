@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ablation_test
 import janus_adaptive as janus
+import train_sae
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import ab  # noqa: E402
@@ -23,6 +24,7 @@ import compare  # noqa: E402
 import harness  # noqa: E402
 import interval_coverage  # noqa: E402
 import race_ablation  # noqa: E402
+import race_sae  # noqa: E402
 import race_training  # noqa: E402
 
 
@@ -220,3 +222,40 @@ def test_coverage_needs_draws_that_have_intervals(flags, tmp_path, capsys):
     with pytest.raises(SystemExit):
         interval_coverage.main([str(tmp_path / "r.npz"), *flags])
     assert flags[1] in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ what SAEs come out
+def test_held_out_rows_are_whole_documents_from_all_over_the_dump(tmp_path):
+    rng = np.random.default_rng(0)
+    documents = rng.integers(5, 40, 200).cumsum().searchsorted(np.arange(4000), "right")
+    rows = rng.normal(size=(4000, 6)) * np.arange(6, 0, -1) + 3
+    rows[:, 0] = documents  # so that a row tells of which it is
+    np.save(tmp_path / "L0.z.npy", rows.astype(np.float32))
+    np.save(tmp_path / "documents.npy", documents.astype(np.uint32))
+    data = race_sae.read_activations(train_sae, tmp_path / "L0.z.npy", None, 1000)
+    held, trained = (set(part[:, 0].int().tolist()) for part in (data.held, data.train))
+    assert not held & trained and len(data.held) + len(data.train) == 4000
+    assert 1000 <= len(data.held) < 1040
+    assert max(held) > 0.8 * max(documents) and min(held) < 0.2 * max(documents)
+    np.testing.assert_allclose(data.moments.mean, data.train.mean(0), rtol=1e-5)
+    expected = np.linalg.eigvalsh(np.cov(data.train[::5].numpy().T))[::-1]
+    np.testing.assert_allclose(data.moments.variances, expected, rtol=0.05)
+
+
+@pytest.mark.parametrize("arch", ["topk", "batchtopk"])
+def test_the_score_of_an_sae_is_that_of_a_loop_over_tokens(monkeypatch, arch):
+    monkeypatch.setattr(race_sae, "CHUNK", 32)
+    rng = np.random.default_rng(0)
+    held, centre = rng.normal(size=(90, 4)).astype(np.float32), rng.normal(size=4)
+    made = {"W_enc": (4, 10), "b_enc": 10, "W_dec": (10, 4), "b_dec": 4}
+    made = {name: rng.normal(size=shape).astype(np.float32) for name, shape in made.items()}
+    made["b_enc"][3] = -100  # never fires
+    pre = np.maximum((held - made["b_dec"]) @ made["W_enc"] + made["b_enc"], 0)  # [90, 10]
+    least = np.sort(pre, 1)[:, -2:-1] if arch == "topk" else np.sort(pre.ravel())[-2 * 90]
+    latents = np.where(pre >= least, pre, 0)
+    error = latents @ made["W_dec"] + made["b_dec"] - held
+    data = race_sae.RealActivations(torch.empty(0), torch.from_numpy(held), centre, "made")
+    found = data.score({name: torch.from_numpy(w) for name, w in made.items()}, 2, arch)
+    assert found.fvu == pytest.approx((error**2).sum() / ((held - held.mean(0)) ** 2).sum())
+    assert found.never == found.rare == pytest.approx((latents == 0).all(0).mean())
+    assert found.never >= 0.1
