@@ -19,16 +19,16 @@ LAST   := $(lastword $(LAYERS))
 SETPOINT ?= 0.006
 TRAIN  ?= --preset demo --dataset builtin --target_sigma $(SETPOINT) --lambda_start 2 --pressure_warmup 100 --control_interval 5 --sample_steps 5 --filter_beta 0.8 --k_p 4 --k_i 0.1 --schedule constant --lr_warmup 100
 TEXT   ?= The quick brown fox jumps over the lazy dog because of complex physics.
-# The demo alone: fewer steps than the 600 of its preset, which pay for nulls and more SAEs; and the model before its first step,
-# beside which its SAEs are shown. `make seeds` and `make loops` train all 600. What TRAIN says beats it.
-DEMO   ?= --steps 500 --save_initial
+# The demo alone: the model before its first step, beside which its SAEs are shown
+DEMO   ?= --save_initial
 HERO   ?= --n_seqs 64
-# Layers whose SAEs stand beside nulls, and have SAEs of single heads, the published kind, beside them
-FEW    ?= $(or $(filter 0 5,$(LAYERS)),$(LAST))
+# Layers whose SAEs stand beside nulls
+FEW    ?= $(LAST)
 REST   := $(filter-out $(FEW),$(LAYERS))
-HEADS  ?= --arch relu --unit head --steps 200 --l1 0.03 --eval_tokens 5000
-# Fewer steps than the 500 of the preset of SAEs of layers, and no third kind of ablation: for the same time
-STEPS  ?= --steps 400
+# SAEs of single heads, the published kind, in the first and the last layer
+HEADS  ?= --layers $(sort $(firstword $(LAYERS)) $(LAST)) --arch relu --unit head --steps 150 --l1 0.03 --eval_tokens 5000
+# Fewer steps than the 500 of the preset of SAEs of layers, and two kinds of ablation instead of three: for the same time
+STEPS  ?= --steps 300
 MODES  ?= --mode mean zero
 MODELS := $(RUN)/adaptive/janus_adaptive_final.pt.json $(RUN)/control/janus_control_final.pt.json
 DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.npy.json)
@@ -95,7 +95,7 @@ $(foreach arm,adaptive control,$(eval $(call arm_rules,$(arm))))
 sae: $(SAES) $(BESIDE)
 
 $(RUN)/saes/.heads: $(DUMPS) train_sae.py
-	$(SAE) --runs adaptive control --layers $(FEW) $(HEADS)
+	$(SAE) --runs adaptive control $(HEADS)
 	@touch $@
 
 # Both arms begin with the same weights. A run of before --save_initial has none: `make retrain`.
@@ -132,7 +132,7 @@ figures: $(DUMPS) $(SAES) $(BESIDE)
 	$(PY) harvest_activations.py --redraw --run_name adaptive --save_dir $(RUN)/activations --compare control adaptive
 	$(PY) train_sae.py --redraw --save_dir $(RUN)/saes
 
-# Other training seeds: both arms of 600 steps and their ablation, seven minutes a seed on two cores; then what holds over seeds, in results/.
+# Other training seeds: both arms and their ablation, seven minutes a seed on two cores; then what holds over seeds, in results/.
 SEEDS ?= 1 2 3 4
 seeds: setup
 	for s in $(SEEDS); do $(MAKE) --no-print-directory -j2 train DEMO= RUN=runs/seeds/$$s "TRAIN=$(TRAIN) --seed $$s" || exit 1; done

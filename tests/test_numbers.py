@@ -445,7 +445,7 @@ def test_the_verdict_on_a_published_difference(low, high, verdict):
     ("command", "phase"),
     [
         ("train_sae.py --runs adaptive --layers 1 2 4", "3 SAEs, an arm"),
-        ("train_sae.py --runs control --layers 0 5 --nulls", "3 SAEs with their nulls, an arm"),
+        ("train_sae.py --runs control --layers 5 --nulls", "3 SAEs with their nulls, an arm"),
         ("train_sae.py --arch relu --unit head", "3 SAEs of single heads, both arms"),
         ("train_sae.py --runs untrained", "3 SAEs of the model before training"),
         ("harvest_activations.py --run_name adaptive", "2 harvest, an arm"),
