@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -9,8 +10,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
 import ablation_test
@@ -26,6 +29,7 @@ import interval_coverage  # noqa: E402
 import race_ablation  # noqa: E402
 import race_sae  # noqa: E402
 import race_training  # noqa: E402
+import sae_start  # noqa: E402
 
 
 def test_a_race_takes_turns_and_a_peer_that_fails_is_skipped(monkeypatch):
@@ -259,3 +263,25 @@ def test_the_score_of_an_sae_is_that_of_a_loop_over_tokens(monkeypatch, arch):
     assert found.fvu == pytest.approx((error**2).sum() / ((held - held.mean(0)) ** 2).sum())
     assert found.never == found.rare == pytest.approx((latents == 0).all(0).mean())
     assert found.never >= 0.1
+
+
+def test_starts_are_compared_layer_by_layer():
+    """FVU 10 % less in each layer but for noise, whose interval is scipy's."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.01, 6)
+    rows = []
+    for start, (layer, seed) in itertools.product((1.0, 0.9), itertools.product(range(6), (1, 2))):
+        fvu = (0.05 + 0.01 * layer + 0.001 * seed) * (
+            0.9 * np.exp(noise[layer]) if start < 1 else 1
+        )
+        alive = {"never": 0.1 if layer == 3 else 0.0, "rare": 0.2, "fvu": fvu}
+        rows.append(
+            {"arch": "topk", "start": start, "run": "a", "layer": layer, "seed": seed} | alive
+        )
+    anywhere, within = sae_start.compare(pd.DataFrame(rows)).to_dict("records")
+    assert anywhere["more"] == 0 and math.isnan(anywhere["more_lo"])
+    assert within["n_layers"] == 6 and within["n_saes"] == 12
+    assert within["never"] == pytest.approx(0.1 / 6) and within["never_most"] == 0.1
+    low, high = stats.t.interval(0.95, 5, math.log(0.9) + noise.mean(), stats.sem(noise))
+    assert within["more_lo"] == pytest.approx(math.expm1(low))
+    assert within["more_hi"] == pytest.approx(math.expm1(high))

@@ -93,7 +93,14 @@ def write_demo(folder: Path) -> None:
         "run": "adaptive", "unit": "layer", "layer": 0, "n_documents": 20, "l0": 16.2,
         "fvu": 0.123, "fvu_lo": 0.11, "fvu_hi": 0.14, "dead_share": 0.031, "dead_share_tokens": 128_000,
     }  # fmt: skip
-    write_csv(folder / "saes" / "table2.csv", [sae])
+    nulls = {}
+    for gain, name in ((0.31, "gaussian"), (0.72, "decoder"), (0.53, "untrained")):
+        nulls |= {
+            f"gain_{name}": gain,
+            f"gain_{name}_lo": gain - 0.1,
+            f"gain_{name}_hi": gain + 0.1,
+        }
+    write_csv(folder / "saes" / "table2.csv", [sae, sae | nulls | {"layer": 5}])
     write_sidecar(folder / "saes" / "table2.csv")
     kinds = []
     for kind, value in (("claimed", 0.91), ("matched-random", 0.23)):
@@ -240,6 +247,14 @@ def write_calibration(folder: Path) -> None:
     write_csv(folder / "calibration.csv", rows)
 
 
+def write_sae_start(folder: Path) -> None:
+    row = {"arch": "topk", "start": 1.0, "n_saes": 12, "n_layers": 4, "never": 0.018, "rare": 0.06}
+    row |= {"never_most": 0.05, "rare_most": 0.15, "more": 0.0}
+    other = {"start": 0.995, "more": -0.045, "more_lo": -0.065, "more_hi": -0.024}
+    write_csv(folder / "sae_start.csv", [row])
+    write_csv(folder / "compared.csv", [row, row | other])
+
+
 WRITERS = {
     "demo": write_demo,
     "demo32": write_demo32,
@@ -249,6 +264,7 @@ WRITERS = {
     "energy": write_energy,
     "real": write_real,
     "smollm2": write_smollm2,
+    "sae_start": write_sae_start,
     "calibration": write_calibration,
 }
 
@@ -388,6 +404,13 @@ def test_what_the_blocks_show_of_planted_files(rendered):
         "demo-saes",
         "| adaptive | 0 | 0.123 [0.110, 0.140], 20 documents | 16.2 | 3.1% (on 128,000 tokens) |",
     )
+    nulls = "31% [21%, 41%] | 72% [62%, 82%] | 53% [43%, 63%]"
+    shows("demo-nulls", f"| adaptive | 5 | {nulls} |")
+    assert "| adaptive | 0 |" not in rendered["demo-nulls"]
+    shows(
+        "sae-start", "| topk | anywhere | 1.80% (5.00%) | 6.00% (15.00%) | 0, 4 layers, 12 SAEs |"
+    )
+    shows("sae-start", "| topk | 99.5% | 1.80% ", "| -4.5% [-6.5%, -2.4%], 4 layers, 12 SAEs |")
     # 0.04 of 4 nats under mean ablation; not the 9 of zero ablation
     shows(
         "demo-hero",

@@ -88,6 +88,12 @@ SOURCES = {
         bare=dict.fromkeys((*LENS, "validity.csv"), "run.json"),
         records="run.json",
     ),
+    "sae_start": Source(
+        "python benchmarks/sae_start.py",
+        "runs/sae_start",
+        bare={"sae_start.csv": "", "compared.csv": ""},
+        records="",
+    ),
     "smollm2": Source("make demo-smollm2", "runs/smollm2", (ABLATION,), {TABLE_3: "run.json"}),
     # Written by tests, which keep no record: its own time and commit stand for one
     "calibration": Source(
@@ -324,6 +330,46 @@ def demo_saes(kept: Kept) -> str:
             ]
         )
     return markdown(["arm", "layer", "FVU", "L0", "latents that never fired"], rows)
+
+
+def demo_nulls(kept: Kept) -> str:
+    """What share less is left unexplained than by each null, of the layers that have them."""
+    columns = ["run", "unit", "layer"]
+    nulls = {"gaussian": "normal rows", "decoder": "random decoder", "untrained": "before training"}
+    for name in nulls:
+        columns += [f"gain_{name}", f"gain_{name}_lo", f"gain_{name}_hi"]
+    table = kept.table("demo", "saes/table2.csv", columns)
+    rows = []
+    for _, sae in table[(table["unit"] == "layer") & table["gain_gaussian"].notna()].iterrows():
+        row = [sae["run"], f"{sae['layer']}"]
+        for name in nulls:
+            interval = bounds(sae[f"gain_{name}_lo"], sae[f"gain_{name}_hi"], ".0%")
+            row.append(f"{sae[f'gain_{name}']:.0%} {interval}")
+        rows.append(row)
+    return markdown(["arm", "layer", *nulls.values()], rows)
+
+
+def sae_start(kept: Kept) -> str:
+    """Latents that stay alive, and FVU, by where latents start."""
+    columns = ["arch", "start", "n_saes", "n_layers", "never", "never_most", "rare", "rare_most"]
+    columns += ["more", "more_lo", "more_hi"]
+    table = []
+    for _, row in kept.table("sae_start", "compared.csv", columns).iterrows():
+        more = "0"
+        if row["start"] != 1:
+            more = f"{row['more']:+.1%} {bounds(row['more_lo'], row['more_hi'], '+.1%')}"
+        table.append(
+            [
+                row["arch"],
+                "anywhere" if row["start"] == 1 else f"{row['start']:.1%}",
+                f"{row['never']:.2%} ({row['never_most']:.2%})",
+                f"{row['rare']:.2%} ({row['rare_most']:.2%})",
+                f"{more}, {row['n_layers']} layers, {row['n_saes']} SAEs",
+            ]
+        )
+    never = "never fire, mean (most)"
+    rare = "below 1 in 100,000"
+    return markdown(["architecture", "start", never, rare, "FVU, more than anywhere"], table)
 
 
 # --------------------------------------------------------------------------------------------- hero
@@ -915,6 +961,8 @@ BLOCKS = {
     "seeds-each": Block(RESULTS, seeds_each),
     "demo-topology": Block(RESULTS, demo_topology),
     "demo-saes": Block(RESULTS, demo_saes),
+    "demo-nulls": Block(RESULTS, demo_nulls),
+    "sae-start": Block(RESULTS, sae_start),
     "demo-hero": Block(RESULTS, demo_hero),
     "demo-steadied": Block(RESULTS, demo_steadied),
     "demo-ranking": Block(RESULTS, demo_ranking),
