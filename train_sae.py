@@ -547,10 +547,14 @@ class Trainer:
         found = self.take_gradients(x, self.sae, self.now())
         for name, gradient in found.by_name.items():
             getattr(self.sae, name).grad = gradient
-        if found.cut is not None:
-            memory = min(CUT_STEPS, max(1, self.step_count / 5))
-            self.cut = self.cut.lerp(found.cut, 1 / memory)
+        self.remember_cut(found.cut)
         return found.error.square().mean(), found.fired
+
+    def remember_cut(self, cut: Tensor | None) -> None:
+        """Moves the mean cut of the last steps to that of one more, where there is one."""
+        if cut is not None:
+            memory = min(CUT_STEPS, max(1, self.step_count / 5))
+            self.cut = self.cut.lerp(cut, 1 / memory)
 
     def step(self, raw: Tensor) -> None:
         """One optimiser step on raw rows [N, D]. HandoffError if the error is no finite number."""
@@ -1619,13 +1623,13 @@ def on_columns(edit: Callable[[Tensor], Tensor], columns: slice) -> Callable[[Te
 FINISH_RATE = 0.1  # learning rate at their start, over that of training
 
 
-def finish_on_kl(trainer: Trainer, dump: Dump, origin: Origin) -> None:
+def finish_on_kl(trainer: Trainer, dump: Dump, origin: Origin, stop: list[int]) -> None:
     """Trains on --finish_kl more tokens with the model in the loop: the reconstruction takes the
     place of the activation, and KL(model || spliced) at every token is added to the loss of the
     architecture, weighed to be as large (Karvonen 2025, arXiv 2503.17272).
 
     In float32 by autograd, at a rate that falls from FINISH_RATE of the training's to 0; the model
-    is held. On windows of the training documents.
+    is held. On windows of the training documents. A signal (in `stop`) ends it after the step.
     """
     a = trainer.args
     n_windows = max(1, a.batch_size // dump.seq_len)  # a step
@@ -1640,11 +1644,13 @@ def finish_on_kl(trainer: Trainer, dump: Dump, origin: Origin) -> None:
         for name, gradient in kl_gradients(trainer, dump, origin.model, idx).items():
             getattr(trainer.sae, name).grad = gradient
         trainer.move()
+        if stop:
+            break
 
 
 def kl_gradients(trainer: Trainer, dump: Dump, model: NewGPT, idx: Tensor) -> dict[str, Tensor]:
     """Gradients by the SAE's weights of KL(model || spliced) + the loss of the architecture, on
-    idx [B, T]."""
+    idx [B, T]; the trainer remembers the cut."""
     leaves = {name: w.detach().requires_grad_() for name, w in vars(trainer.sae).items()}
     outputs: list[Output] = []
 
@@ -1659,6 +1665,8 @@ def kl_gradients(trainer: Trainer, dump: Dump, model: NewGPT, idx: Tensor) -> di
     logits = spliced(model, resid, dump.layer, dump.site, on_columns(replace, dump.columns))
     kl = (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1).mean()
     own = outputs[0].loss
+    cut = outputs[0].cut
+    trainer.remember_cut(cut if cut is None else cut.detach())
     # as large as the loss that Adam remembers
     weight = own.detach() / kl.detach().clamp(min=1e-9)
     loss = own + weight * kl
@@ -1799,6 +1807,8 @@ def jobs_of_layer(args: argparse.Namespace, dumps: Path, layer: int) -> list[Job
             for null, rows in trained_on.items():
                 filled = fill_in(chosen, rows)
                 filled.null = null
+                if null == "gaussian":
+                    filled.finish_kl = 0  # its rows are no model's
                 folder = place / below
                 if null:
                     folder /= f"null_{null}"
@@ -1809,7 +1819,8 @@ def jobs_of_layer(args: argparse.Namespace, dumps: Path, layer: int) -> list[Job
 def variants(args: argparse.Namespace) -> Iterator[tuple[Path, argparse.Namespace]]:
     """Every combination of the values of VARIED, as arguments with one value each, and the folder
     of its SAE: below the layer's, named by the flags that have several values."""
-    given = {flag: values for flag, values in vars(args).items() if flag in VARIED and values}
+    asked = vars(args)
+    given = {flag: asked[flag] for flag in VARIED if asked.get(flag)}
     for values in itertools.product(*given.values()):
         chosen = argparse.Namespace(**vars(args))
         below = Path()
@@ -1919,7 +1930,11 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
     pool = 2 * dump.array.itemsize * d_in * min(POOL, dump.n_train)
     # of pre [N, F] and what has its shape; autograd keeps more of them
     entry = architecture.memory if takes_fast_step(a) else 32
-    memory = 8 * weights + pool + entry * a.batch_size * n_latents
+    n_held = max(len(group) for group in groups)  # trainers
+    n_busy = min(
+        n_held, torch.get_num_threads() if device.type == "cpu" else 1
+    )  # at once, at least
+    memory = 8 * weights * n_held + pool + n_busy * entry * a.batch_size * n_latents
 
     what = f"{n_saes} SAE{'s' * (n_saes > 1)} ({a.arch}, of a {a.unit})"
     n_nulls = sum(job.args.null != "" for job in jobs)
@@ -2204,10 +2219,15 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
 
 
 def finish_group(
-    group: list[Job], trainers: list[Trainer | None], origin: Origin | None, cores: int
+    group: list[Job],
+    trainers: list[Trainer | None],
+    origin: Origin | None,
+    stop: list[int],
+    cores: int,
 ) -> Iterator[str]:
     """Reads each export back, compares it with what was trained, measures it, writes the sidecar ->
-    a line each for the user."""
+    a line each for the user. None if a signal (in `stop`) ended a finish: --resume begins it anew.
+    """
     finished = [(job, t) for job, t in zip(group, trainers, strict=True) if t]
     if not finished:
         return
@@ -2230,7 +2250,9 @@ def finish_group(
             save_export(job, trainer)  # a finish that was interrupted left its own
         before = losses_now(exports())
         for job, trainer in finished:
-            finish_on_kl(trainer, dump, origin)
+            finish_on_kl(trainer, dump, origin, stop)
+            if stop:
+                return
             save_export(job, trainer)  # beside the state from before, to begin again with
     saes = exports()
     losses = losses_now(saes) if origin else {}
@@ -2395,6 +2417,7 @@ def collect_metrics(save_dir: Path) -> None:
             row["setting"] = setting_of(record["arch"], record["k"], l1)
             row["null"] = record.get("null", "")
             row["step"], row["initial"] = record.get("step"), record.get("initial")
+            row["dump"], row["recipe"] = record["trajectory"].get("dump"), recipe_of(record)
             row["time"] = record["producer"]["time"]
             row["folder"] = side.parent.relative_to(save_dir).as_posix()
             rows.append(row | record["metrics"])
@@ -2407,10 +2430,11 @@ def collect_metrics(save_dir: Path) -> None:
     frame.loc[is_untrained(frame), "null"] = "untrained"
     nulls = frame[frame["null"] != ""]
     frame = add_gains(frame[frame["null"] == ""], nulls, save_dir)
-    sidecars = [save_dir / folder / f"{WEIGHTS}.json" for folder in frame["folder"]]
-    tables = {"sae_metrics.csv": frame.drop(columns="null")}
+    folders = [*frame["folder"], *nulls["folder"]]
+    sidecars = [save_dir / folder / f"{WEIGHTS}.json" for folder in folders]
+    tables = {"sae_metrics.csv": frame.drop(columns=["null", *RECIPE])}
     if len(nulls):
-        tables["sae_nulls.csv"] = nulls
+        tables["sae_nulls.csv"] = nulls.drop(columns=RECIPE)
     seeds = stability_over_seeds(save_dir, frame)
     if len(seeds):
         tables["seed_stability.csv"] = seeds
@@ -2426,6 +2450,17 @@ def collect_metrics(save_dir: Path) -> None:
         write_sidecar(save_dir / name, "janus.sae_metrics/1", sidecars)
 
 
+# Columns of the table while it is made: SAEs that are equal in both differ in seed or null at most
+RECIPE = ["dump", "recipe"]
+
+
+def recipe_of(record: dict[str, Any]) -> str:
+    """All settings of a sidecar that decide the weights, but for the seed and which null it is."""
+    trajectory = {"finish_kl": 0, "steps": record["steps"]} | record["trajectory"]
+    kept = {name: trajectory[name] for name in trajectory if name not in ("seed", "null", "dump")}
+    return json.dumps(kept, sort_keys=True)
+
+
 def is_untrained(frame: pd.DataFrame) -> pd.Series:
     """Which SAEs are of a run that others began with, and so their null; not the nulls of these."""
     begun = frame.loc[(frame["step"] != 0) & frame["initial"].notna(), "initial"]
@@ -2438,7 +2473,8 @@ def latest(frame: pd.DataFrame) -> pd.DataFrame:
     names = [*GROUP, "head", "null"]
     is_older = frame.sort_values("time", kind="stable").duplicated(names, keep="last")
     for folder in frame.loc[is_older.sort_index(), "folder"]:
-        print(f"{folder} is left out of the tables: the same was trained again in another folder")
+        fact = "one of the same names was finished later in another folder"
+        print(f"{folder} is left out of the tables: {fact}")
     return frame[~is_older.sort_index()].drop(columns="time")
 
 
@@ -2462,16 +2498,22 @@ class Pair(NamedTuple):
 
 
 def pairs_with_nulls(save_dir: Path, frame: pd.DataFrame, nulls: pd.DataFrame) -> Iterator[Pair]:
-    """Every SAE of `frame` with each of its nulls."""
-    like = ["unit", "arch", "setting", "seed", "site", "layer", "head", "d_sae", "steps"]
+    """Every SAE of `frame` with each of its nulls: trained with the same settings and, but for the
+    untrained model, on the same dump."""
+    like = ["unit", "arch", "setting", "seed", "site", "layer", "head", "d_sae", "steps", "recipe"]
+    found = set()
     for _, null in nulls.iterrows():
         # the untrained model is a run of its own
-        same = [*like, "initial" if null["null"] == "untrained" else "run"]
+        own = ["initial"] if null["null"] == "untrained" else ["run", "dump"]
+        same = [*like, *own]
         is_its = (frame[same] == null[same]) | (frame[same].isna() & null[same].isna())
         for index in frame.index[is_its.all(axis=1)]:
             folder = save_dir / frame.loc[index, "folder"]
             if not (folder / "errors.csv").exists():  # of an older version
                 continue
+            if (index, null["null"]) in found:  # the untrained model under a second name
+                continue
+            found.add((index, null["null"]))
             errors = read_errors(folder), read_errors(save_dir / null["folder"])
             yield Pair(index, null["null"], *errors)
 
@@ -2510,12 +2552,12 @@ def gains_over_seeds(save_dir: Path, frame: pd.DataFrame, nulls: pd.DataFrame) -
     same = [*[name for name in GROUP if name != "seed"], "head"]
     pairs = list(pairs_with_nulls(save_dir, frame, nulls))
     rows = []
-    for key, saes in frame.groupby(same, dropna=False):
+    for key, saes in frame.groupby([*same, *RECIPE], dropna=False):
         for name in dict.fromkeys(pair.name for pair in pairs):
             its = [pair for pair in pairs if pair.name == name and pair.index in saes.index]
             if len(its) < 2:
                 continue
-            row = dict(zip(same, key, strict=True)) | {"null": name, "n_seeds": len(its)}
+            row = dict(zip(same, key, strict=False)) | {"null": name, "n_seeds": len(its)}
             rows.append(row | gain_over_trainings(its))
     return pd.DataFrame(rows)
 
@@ -2584,7 +2626,7 @@ def stability_over_seeds(save_dir: Path, frame: pd.DataFrame) -> pd.DataFrame:
     stale = set(save_dir.glob("*/L*/**/latent_stability.csv"))
     rows = []
     same = [*[name for name in GROUP if name != "seed"], "head"]
-    for key, saes in frame.groupby(same, dropna=False):
+    for key, saes in frame.groupby([*same, *RECIPE], dropna=False):
         if len(saes) < 2:
             continue
         live = {row.seed: live_directions(save_dir / row.folder) for row in saes.itertuples()}
@@ -2594,7 +2636,7 @@ def stability_over_seeds(save_dir: Path, frame: pd.DataFrame) -> pd.DataFrame:
             cosines[a].append(pd.Series(cosine, live[a].latents[of_a]))
             cosines[b].append(pd.Series(cosine, live[b].latents[of_b]))
             chance = matched_by_chance(live[a].directions, live[b].directions, a)
-            row = dict(zip(same, key, strict=True))
+            row = dict(zip(same, key, strict=False))
             row |= {"seed": a, "other_seed": b, "n_matched": len(cosine)}
             row |= {"pw_mcc": cosine.mean(), "pw_mcc_null": chance.mean()}
             rows.append(row | {"null_sd": chance.std(ddof=1)})
@@ -2688,8 +2730,10 @@ def train_all(
             trainers = train_group(group, device, stop, cores)
             if stop:
                 return False
-            for line in finish_group(group, trainers, origins[dump.run], cores):
+            for line in finish_group(group, trainers, origins[dump.run], stop, cores):
                 print(line, flush=True)
+            if stop:
+                return False
         dump.pool = (None, torch.empty(0))  # frees its rows
     return True
 
@@ -2897,6 +2941,8 @@ def draw_report(save_dir: Path) -> None:
         "figure3_activation_frequency.png": functools.partial(draw_frequencies, latents, metrics),
     }
     tables = ["table2.csv", "table2.md"]
+    for old in save_dir.glob("sae_frontier.*"):  # of SAEs that were there before
+        old.unlink()
     frontier = frontier_of(table)
     if len(frontier):
         tables.append("sae_frontier.csv")

@@ -527,7 +527,12 @@ def gains_over_seeds(run: Run, table: pd.DataFrame) -> pd.DataFrame:
     of_documents = table.groupby(names)["n_documents"].min().reset_index()
     shown = shown.merge(of_documents, on=names, how="left")
     is_replaced = table[names].apply(tuple, axis=1).isin(shown[names].apply(tuple, axis=1))
-    return pd.concat([table[~is_replaced], shown], ignore_index=True)
+    # A null that was trained with one seed alone keeps its row
+    rest = table[is_replaced].copy()
+    for null in several["null"].unique():
+        rest[[c for c in rest if c.startswith(f"gain_{null}")]] = math.nan
+    rest = rest.dropna(subset=[c for c in rest if c.startswith("gain_")], how="all")
+    return pd.concat([table[~is_replaced], rest, shown], ignore_index=True)
 
 
 def what_intervals_hold(table: pd.DataFrame) -> str:
