@@ -113,3 +113,24 @@ def test_what_the_exhibits_say_of_three_nulls_and_of_two_kinds_of_saes(tmp_path)
         "on normal rows of the same covariance, with random directions that stay or on the model "
         "before its training."
     ) in learnt.reading
+
+
+def test_a_null_of_one_seed_keeps_its_row_beside_gains_of_several(tmp_path):
+    """Nulls of all three seeds for normal rows; the model before training has one SAE."""
+    metrics = of_seeds("adaptive", 3)
+    for end in ("", "_lo", "_hi"):
+        value = 0.5 + {"": 0, "_lo": -0.1, "_hi": 0.1}[end]
+        metrics[f"gain_untrained{end}"] = metrics["seed"].map({0: value})
+    several = pd.concat(
+        [
+            gains_of("adaptive", null, [(0.1, -0.05, 0.25), (0.2, 0.1, 0.3), (0.3, 0.2, 0.4)])
+            for null in ("gaussian", "decoder")
+        ]
+    )
+    run = run_of(tmp_path, metrics, sae_gains=several)
+    table = report.gains_over_seeds(run, run.table("saes/table2.csv"))
+    alone = table[table["n_seeds"] == 1]
+    assert len(table) == 6 and alone["layer"].tolist() == [0, 1, 2]
+    assert (alone["gain_untrained"] == 0.5).all() and alone["gain_gaussian"].isna().all()
+    _, learnt = report.saes(run)
+    assert "the gain over the model before training is 50 %" in learnt.reading

@@ -1388,6 +1388,51 @@ def test_values_that_differ_have_folders_that_differ():
     assert folders == [Path("seed12345678"), Path("seed12345679")]
 
 
+def test_folders_do_not_hang_on_the_order_of_flags():
+    flags = [["--k", "8", "16"], ["--seeds", "1", "2"]]
+    found = []
+    for order in (flags, flags[::-1]):
+        found.append([below for below, _ in ts.variants(ts.parse_args([*order[0], *order[1]]))])
+    assert found[0] == found[1] and Path("k16/seed1") in found[0]
+
+
+def test_a_signal_in_a_finish_ends_it_and_resume_begins_it_anew(made, tmp_path, monkeypatch):
+    flags = ["--layers", "2", "--steps", "60", "--finish_kl", "640"]
+    assert run(made, tmp_path / "whole", *flags) == 0
+    gradients, n_taken = ts.kl_gradients, []
+
+    def interrupted(*args):
+        n_taken.append(1)
+        if len(n_taken) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return gradients(*args)
+
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(ts, "kl_gradients", interrupted)
+    try:
+        assert run(made, tmp_path / "parts", *flags) == 128 + signal.SIGINT
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    monkeypatch.undo()
+    assert len(n_taken) == 2, "after the step"
+    folder, whole = tmp_path / "parts/adaptive/L2", tmp_path / "whole/adaptive/L2"
+    assert not (folder / "sae_weights.safetensors.json").exists()
+    assert run(made, tmp_path / "parts", *flags, "--resume") == 0
+    name = "sae_weights.safetensors"
+    assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_finish_moves_the_cut_with_the_encoder(made, tmp_path):
+    """The threshold of batchtopk is that of the last steps, those of the finish too."""
+    cuts = []
+    for tokens in ("0", "6400"):
+        flags = ["--layers", "2", "--steps", "60", "--finish_kl", tokens]
+        assert run(made, tmp_path / tokens, "--arch", "batchtopk", *flags) == 0
+        cuts.append(ts.load_sae(tmp_path / tokens / "adaptive/L2").weights["threshold"])
+    assert (cuts[0] != cuts[1]).all()
+
+
 def test_a_finish_that_was_interrupted_begins_again(made, tmp_path, monkeypatch):
     flags = ["--layers", "2", "--steps", "60", "--finish_kl", "640"]
     assert run(made, tmp_path / "whole", *flags) == 0
@@ -1412,18 +1457,27 @@ def test_a_finish_that_was_interrupted_begins_again(made, tmp_path, monkeypatch)
 
 def test_an_untrained_model_is_a_null_of_saes_like_its_own(tmp_path):
     names = dict(unit="layer", arch="topk", setting="k 4", seed=0, site="z", layer=0)
-    names |= dict(head=math.nan, initial="0123", d_sae=96, steps=50, null="")
+    names |= dict(head=math.nan, initial="0123", d_sae=96, steps=50, null="", recipe="same")
     rows = []
-    for run, changes in {"a": {}, "wide": {"d_sae": 192}, "long": {"steps": 100}}.items():
-        rows.append(names | changes | {"run": run, "folder": run})
-    null = pd.DataFrame([names | dict(run="start", folder="start", null="untrained")])
+    others = {"wide": {"d_sae": 192}, "long": {"steps": 100}, "fast": {"recipe": "rate"}}
+    for run, changes in {"a": {}, **others}.items():
+        rows.append(names | changes | {"run": run, "folder": run, "dump": run})
+    # the same weights, harvested once for each arm
+    null = pd.DataFrame(
+        [
+            names | dict(run=run, folder=run, dump=run, null="untrained")
+            for run in ("start", "start_again")
+        ]
+    )
     rng = np.random.default_rng(0)
-    for folder in ("a", "wide", "long", "start"):
+    for folder in ("a", "wide", "long", "fast", "start", "start_again"):
         (tmp_path / folder).mkdir()
         sums = dict(document=np.arange(20), error=rng.uniform(1, 2, 20), variance=10.0)
         pd.DataFrame(sums).to_csv(tmp_path / folder / "errors.csv", index=False)
     found = ts.add_gains(pd.DataFrame(rows), null, tmp_path).set_index("run")
-    assert found["gain_untrained"].notna().tolist() == [True, False, False]
+    assert found["gain_untrained"].notna().tolist() == [True, False, False, False]
+    pairs = list(ts.pairs_with_nulls(tmp_path, pd.DataFrame(rows), null))
+    assert len(pairs) == 1, "two names of one model are one training"
 
 
 def test_untrained_are_the_saes_of_a_first_step_and_not_their_nulls():

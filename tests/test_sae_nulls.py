@@ -134,6 +134,14 @@ def test_of_normal_rows_the_gain_over_low_rank_is_nothing(of_noise):
     assert gains["smallest"] < 0.25, "of features it is above .3"
 
 
+def test_a_null_of_other_settings_is_none_of_its(of_features, tmp_path):
+    root = write_copy(of_features, tmp_path / "a")
+    trained = train(root, "--nulls", "--steps", "60")
+    assert trained["gain_gaussian"].notna().all() and trained["gain_decoder"].notna().all()
+    anew = train(root, "--steps", "60", "--learning_rate", "1e-3", "--overwrite")
+    assert not {"gain_gaussian", "gain_decoder"} & set(anew.dropna(axis=1, how="all"))
+
+
 @pytest.mark.parametrize("share", [1.0, 0.9])
 def test_a_random_decoder_stays_as_it_was_drawn(of_features, tmp_path, share):
     """In any direction, or within the axes of --start_variance."""

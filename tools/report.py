@@ -531,7 +531,8 @@ def gains_over_seeds(run: Run, table: pd.DataFrame) -> pd.DataFrame:
     rest = table[is_replaced].copy()
     for null in several["null"].unique():
         rest[[c for c in rest if c.startswith(f"gain_{null}")]] = math.nan
-    rest = rest.dropna(subset=[c for c in rest if c.startswith("gain_")], how="all")
+    rest = rest.dropna(subset=[c for c in rest if c in {f"gain_{n}" for n in NULLS}], how="all")
+    rest = rest[~rest.duplicated(names, keep=False)]
     return pd.concat([table[~is_replaced], rest, shown], ignore_index=True)
 
 
