@@ -26,9 +26,8 @@ HERO   ?= --n_seqs 64
 FEW    ?= $(LAST)
 REST   := $(filter-out $(FEW),$(LAYERS))
 # SAEs of single heads, the published kind, in the first and the last layer
-HEADS  ?= --layers $(sort $(firstword $(LAYERS)) $(LAST)) --arch relu --unit head --steps 150 --l1 0.03 --eval_tokens 5000
-# Fewer steps than the 500 of the preset of SAEs of layers, and two kinds of ablation instead of three: for the same time
-STEPS  ?= --steps 300
+HEADS  ?= --layers $(sort $(firstword $(LAYERS)) $(LAST)) --arch relu --unit head --steps 300 --l1 0.03 --eval_tokens 5000
+# Two kinds of ablation instead of three: the time is that of the nulls
 MODES  ?= --mode mean zero
 MODELS := $(RUN)/adaptive/janus_adaptive_final.pt.json $(RUN)/control/janus_control_final.pt.json
 DUMPS  := $(foreach arm,adaptive control,$(RUN)/activations/$(arm)/L$(LAST).z.npy.json)
@@ -86,9 +85,9 @@ $(RUN)/activations/$(1)/L$(LAST).z.npy.json: $(RUN)/$(1)/janus_$(1)_final.pt.jso
 	$(ONE) harvest_activations.py --model_path $$(basename $$<) --run_name $(1) --layers $(LAYERS) --save_dir $(RUN)/activations --overwrite
 # The null of the last layer is written last of all. Without nulls first, and its record to where the next one leaves it.
 $(RUN)/saes/$(1)/L$(lastword $(FEW))/null_gaussian/sae_weights.safetensors.json: $(RUN)/activations/$(1)/L$(LAST).z.npy.json train_sae.py
-	$(if $(REST),$(SAE) --runs $(1) --layers $(REST) $(STEPS))
+	$(if $(REST),$(SAE) --runs $(1) --layers $(REST))
 	$(if $(REST),mkdir -p $(RUN)/saes/$(1)/without_nulls && mv $(RUN)/saes/$(1)/run.json $(RUN)/saes/$(1)/without_nulls)
-	$(SAE) --runs $(1) --layers $(FEW) $(STEPS) --nulls
+	$(SAE) --runs $(1) --layers $(FEW) --nulls
 endef
 SAE := $(ONE) train_sae.py --activations_dir $(RUN)/activations --save_dir $(RUN)/saes --overwrite
 $(foreach arm,adaptive control,$(eval $(call arm_rules,$(arm))))
@@ -108,7 +107,7 @@ $(RUN)/activations/.untrained: $(firstword $(MODELS)) harvest_activations.py
 	@touch $@
 $(RUN)/saes/.untrained: $(RUN)/activations/.untrained train_sae.py
 	@mkdir -p $(@D)
-	if [ -e $(BEFORE).json ]; then $(SAE) --runs untrained --layers $(FEW) $(STEPS); fi
+	if [ -e $(BEFORE).json ]; then $(SAE) --runs untrained --layers $(FEW); fi
 	@touch $@
 
 ablate: $(RUN)/results_ablation.csv.json

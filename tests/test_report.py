@@ -32,7 +32,6 @@ def make(project: Path, run: str, targets: str, *flags: str) -> str:
         "LAYERS=0 1",
         f"PY={sys.executable}",
         f"TRAIN={train}",
-        "STEPS=",  # those of the preset, which are fewer
         "TEXT=the import statement",
     ]
     done = subprocess.run(
