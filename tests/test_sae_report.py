@@ -213,6 +213,13 @@ def test_the_headline_counts_layers_and_tells_the_gain_where_there_is_one(tmp_pa
     fvu, gain = headlines.sae_quality(tmp_path / "more")
     assert fvu == plain
     assert gain[1] == "adaptive 20 % (layers -4 to 39)"
+    one = with_gains(saes_of("adaptive"))
+    one.loc[one["layer"] != 1, [c for c in one if c.startswith("gain_")]] = NAN
+    run_of(tmp_path / "one", one)
+    _, gain = headlines.sae_quality(tmp_path / "one")
+    row = 100 * one.set_index("layer").loc[1]
+    interval = f"[{row['gain_gaussian_lo']:.0f}, {row['gain_gaussian_hi']:.0f}]"
+    assert gain[1] == f"adaptive {row['gain_gaussian']:.0f} % {interval}, layer 1"
 
 
 # ------------------------------------------------------------------------------ figure 2

@@ -309,9 +309,13 @@ def sae_quality(folder: Path) -> list[Headline]:
     found = [(f"SAE of a {unit}: unexplained variance (FVU)", number)]
     if "gain_gaussian" in by_layer:
         gains = []
-        for run, gain in (100 * by_layer["gain_gaussian"].dropna()).groupby("run"):
-            span = f"layers {gain.min():.0f} to {gain.max():.0f}"
-            gains.append(f"{run} {gain.mean():.0f} % ({span})")
+        for run, of_run in by_layer.dropna(subset="gain_gaussian").groupby("run"):
+            gain = 100 * of_run["gain_gaussian"]
+            span = f"(layers {gain.min():.0f} to {gain.max():.0f})"
+            if len(gain) == 1:
+                low, high = 100 * of_run[["gain_gaussian_lo", "gain_gaussian_hi"]].iloc[0]
+                span = f"[{low:.0f}, {high:.0f}], layer {gain.index[0][1]}"
+            gains.append(f"{run} {gain.mean():.0f} % {span}")
         found.append((f"SAE of a {unit}: gain over normal rows", "; ".join(gains)))
     return found
 
