@@ -1414,25 +1414,31 @@ class GaussianDump(Dump):
         vars(self).update(vars(dump))
         self.pool = (None, torch.empty(0))
         self.found = None
-        self.centre = dump.moments().mean  # [D]
-        covariance = torch.zeros(len(self.centre), len(self.centre), dtype=torch.float64)
-        for rows in dump.windows(dump.trained):
-            x = rows - self.centre  # [n, D]
-            covariance += x.T @ x / dump.n_train
-        variances, axes = torch.linalg.eigh(covariance)  # [D], [D, D]
-        self.root = (axes * variances.clamp(min=0).sqrt()).T.float()  # [D, D]
+        self.real = dump
         self.dtype = dump.rows(np.arange(1)).dtype
+
+    @functools.cached_property
+    def normal(self) -> tuple[Tensor, Tensor]:
+        """Mean [D] and root [D, D] of the covariance; reads all training rows."""
+        centre = self.real.moments().mean  # [D]
+        covariance = torch.zeros(len(centre), len(centre), dtype=torch.float64)
+        for rows in self.real.windows(self.trained):
+            x = rows - centre  # [n, D]
+            covariance += x.T @ x / self.n_train
+        variances, axes = torch.linalg.eigh(covariance)  # [D], [D, D]
+        return centre, (axes * variances.clamp(min=0).sqrt()).T.float()
 
     def rows(self, numbers: np.ndarray) -> Tensor:
         """These rows [n, D]: each the same whenever it is asked for."""
+        centre, root = self.normal
         blocks, place = np.unique(numbers // BLOCK, return_inverse=True)
         drawn = []
         for block in blocks:
             generator = torch.Generator().manual_seed(int(block))
-            drawn.append(torch.randn(BLOCK, len(self.centre), generator=generator))
+            drawn.append(torch.randn(BLOCK, len(centre), generator=generator))
         chosen = torch.from_numpy(place * BLOCK + numbers % BLOCK)
         normal = torch.cat(drawn)[chosen]  # [n, D]
-        return (self.centre + normal @ self.root).to(self.dtype)
+        return (centre + normal @ root).to(self.dtype)
 
 
 # ---- measures, all of raw activations
@@ -1908,33 +1914,15 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
     architecture = ARCHITECTURES[a.arch]
     n_saes = len(jobs)
     d_in = dump.array.shape[1]
+    n_latents = a.expansion * d_in
     trainer = Trainer(a, torch.zeros(d_in), math.sqrt(d_in), device, a.plain)
     seconds = choose_threads(lambda: trainer.step(dump.batch(0, a.batch_size, a.seed)), a.threads)
-    groups = groups_of(jobs)
-    world = rank_and_world()[1]
-    each = [work_of(groups[rank::world]) for rank in range(world)]
-    # Measuring an SAE takes about as long as training it on as many tokens
-    time_left = seconds * max(work.steps + work.n_measured / a.batch_size for work in each)
-    normal = [job.dump for job in jobs if isinstance(job.dump, GaussianDump)]
-    if normal:
-        some = np.arange(min(16 * BLOCK, normal[0].n_train))
-        row_seconds = seconds_of(lambda: normal[0].training_rows(some)) / len(some)
-        time_left += row_seconds * max(work.n_drawn for work in each)
-
-    n_latents = a.expansion * d_in
+    n_steps, time_left = time_of(jobs, seconds)
     weights = 8 * n_latents * d_in  # bytes of W_enc and W_dec
     copies = 3 + 1  # the training state with both moments of Adam; the export
     if architecture.twins:
         copies += 2
     need_disk(a.save_dir, weights * (copies * n_saes + 3))  # a file is written beside the old one
-    pool = 2 * dump.array.itemsize * d_in * min(POOL, dump.n_train)
-    # of pre [N, F] and what has its shape; autograd keeps more of them
-    entry = architecture.memory if takes_fast_step(a) else 32
-    n_held = max(len(group) for group in groups)  # trainers
-    n_busy = min(
-        n_held, torch.get_num_threads() if device.type == "cpu" else 1
-    )  # at once, at least
-    memory = 8 * weights * n_held + pool + n_busy * entry * a.batch_size * n_latents
 
     what = f"{n_saes} SAE{'s' * (n_saes > 1)} ({a.arch}, of a {a.unit})"
     n_nulls = sum(job.args.null != "" for job in jobs)
@@ -1942,7 +1930,6 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
         what += f", {n_nulls} of them nulls"
     where = f"on {device} in {a.dtype}, preset {a.preset}"
     print(f"{what}: D = {d_in}, F = {n_latents}, {where}")
-    n_steps = sum(work.steps for work in each)
     tokens = f"{a.tokens:,} tokens in {a.steps} steps each, {n_steps:,} steps in all"
     tokens += f", about {duration(time_left)}"
     if a.resume:
@@ -1950,11 +1937,42 @@ def announce_cost(jobs: list[Job], device: torch.device) -> None:
     if a.finish_kl:
         tokens += f" and the time of {a.finish_kl:,} more tokens each through the model"
     disk = f"{weights * copies * n_saes / 1e9:.2f} GB in {a.save_dir}"
-    print(f"cost: {tokens}; {disk}, about {memory / 1e9:.1f} GB of memory", flush=True)
+    memory = f"about {memory_of(jobs, weights, device) / 1e9:.1f} GB of memory"
+    print(f"cost: {tokens}; {disk}, {memory}", flush=True)
     firing = len(dump.mixture(FIRING_TOKENS)) * dump.seq_len
     print(f"{held_out_of(dump)}; latents are counted on {firing:,} tokens of all")
     if architecture.saelens is None:
         print(f"SAELens has no class for {a.arch}: its folders load with train_sae.load_sae only")
+
+
+def time_of(jobs: list[Job], step_seconds: float) -> tuple[int, float]:
+    """Steps of all processes, and seconds of the one that has most to do."""
+    groups = groups_of(jobs)
+    world = rank_and_world()[1]
+    each = [work_of(groups[rank::world]) for rank in range(world)]
+    # Measuring an SAE takes about as long as training it on as many tokens
+    batch = jobs[0].args.batch_size
+    seconds = step_seconds * max(work.steps + work.n_measured / batch for work in each)
+    normal = [job.dump for job in jobs if isinstance(job.dump, GaussianDump)]
+    if normal:
+        some = np.arange(min(16 * BLOCK, normal[0].n_train))
+        row_seconds = seconds_of(lambda: normal[0].training_rows(some)) / len(some)
+        seconds += row_seconds * max(work.n_drawn for work in each)
+    return sum(work.steps for work in each), seconds
+
+
+def memory_of(jobs: list[Job], weights: int, device: torch.device) -> int:
+    """Bytes, about, that the SAEs of a group take together; weights: bytes of those of one."""
+    a, dump = jobs[0].args, jobs[0].dump
+    d_in = dump.array.shape[1]
+    n_held = max(len(group) for group in groups_of(jobs))  # trainers
+    n_busy = 1  # at once
+    if device.type == "cpu":
+        n_busy = min(n_held, torch.get_num_threads())
+    pool = 2 * dump.array.itemsize * d_in * min(POOL, dump.n_train)
+    # of pre [N, F] and what has its shape; autograd keeps more of them
+    entry = ARCHITECTURES[a.arch].memory if takes_fast_step(a) else 32
+    return 8 * weights * n_held + pool + n_busy * entry * a.batch_size * a.expansion * d_in
 
 
 class Work(NamedTuple):
@@ -2228,38 +2246,20 @@ def finish_group(
     """Reads each export back, compares it with what was trained, measures it, writes the sidecar ->
     a line each for the user. None if a signal (in `stop`) ended a finish: --resume begins it anew.
     """
-    finished = [(job, t) for job, t in zip(group, trainers, strict=True) if t]
-    if not finished:
+    trained = [(job, t) for job, t in zip(group, trainers, strict=True) if t]
+    if not trained:
         return
-    job, trainer = finished[0]
-    dump = job.dump
+    dump = trained[0][0].dump
     if isinstance(dump, GaussianDump):  # whose rows are no model's
         origin = None
-    few = dump.evaluation(job.args.eval_tokens // 6)
-    documents = dump.documents[few]
-
-    def losses_now(saes: list[SparseAutoencoder]) -> dict[str, EditedLoss]:
-        return losses_with(origin.model, saes, dump, origin.tokens, trainer.mean, few)
-
-    def exports() -> list[SparseAutoencoder]:
-        return [load_sae(job.folder, trainer.mean.device) for job, _ in finished]
-
-    before: dict[str, EditedLoss] = {}
-    if job.args.finish_kl and origin:
-        for job, trainer in finished:
-            save_export(job, trainer)  # a finish that was interrupted left its own
-        before = losses_now(exports())
-        for job, trainer in finished:
-            finish_on_kl(trainer, dump, origin, stop)
-            if stop:
-                return
-            save_export(job, trainer)  # beside the state from before, to begin again with
-    saes = exports()
-    losses = losses_now(saes) if origin else {}
-    trained = [trainer for _, trainer in finished]
-    with side_by_side(len(group), trainer.mean.device, cores) as pool:
-        measured = list(pool.map(measure_sae, [job for job, _ in finished], trained, saes))
-    for i, ((job, trainer), metrics) in enumerate(zip(finished, measured, strict=True)):
+    before = finish_with_model(trained, origin, stop)
+    if stop:
+        return
+    losses = losses_now(trained, origin)
+    with side_by_side(len(group), trained[0][1].mean.device, cores) as pool:
+        measured = list(pool.map(measure_sae, *zip(*trained, strict=True)))
+    for i, ((job, trainer), metrics) in enumerate(zip(trained, measured, strict=True)):
+        documents = dump.documents[few_windows(job)]
         if losses:
             metrics |= ce_recovered(losses, f"sae{i}", documents)
         if before:
@@ -2270,9 +2270,46 @@ def finish_group(
         yield summary(job, metrics)
 
 
-def measure_sae(job: Job, trainer: Trainer, sae: SparseAutoencoder) -> dict[str, Any]:
-    """What an SAE makes of held-out rows and how often its latents fire, without the model. Writes
-    errors.csv and latent_frequencies.csv. HandoffError if the export is not what was trained."""
+Trained = tuple[Job, Trainer]
+
+
+def finish_with_model(
+    trained: list[Trained], origin: Origin | None, stop: list[int]
+) -> dict[str, EditedLoss]:
+    """The steps of --finish_kl -> the losses from before them, or {} where there are none."""
+    if origin is None or not trained[0][0].args.finish_kl:
+        return {}
+    for job, trainer in trained:
+        save_export(job, trainer)  # a finish that was interrupted left its own
+    before = losses_now(trained, origin)
+    for job, trainer in trained:
+        finish_on_kl(trainer, job.dump, origin, stop)
+        if stop:
+            break
+        save_export(job, trainer)  # beside the state from before, to begin again with
+    return before
+
+
+def losses_now(trained: list[Trained], origin: Origin | None) -> dict[str, EditedLoss]:
+    """What the model makes of held-out windows with the exported SAEs in it; {} without a model."""
+    if origin is None:
+        return {}
+    first, trainer = trained[0]
+    saes = [load_sae(job.folder, trainer.mean.device) for job, _ in trained]
+    where = (first.dump, origin.tokens, trainer.mean, few_windows(first))
+    return losses_with(origin.model, saes, *where)
+
+
+def few_windows(job: Job) -> np.ndarray:
+    """Held-out windows on which the model runs, which takes longer than an SAE does."""
+    return job.dump.evaluation(job.args.eval_tokens // 6)
+
+
+def measure_sae(job: Job, trainer: Trainer) -> dict[str, Any]:
+    """What an exported SAE makes of held-out rows and how often its latents fire, without the
+    model. Writes errors.csv and latent_frequencies.csv. HandoffError if the export is not what was
+    trained."""
+    sae = load_sae(job.folder, trainer.mean.device)
     chosen = job.dump.evaluation(job.args.eval_tokens)
     check_export(job, trainer, sae, next(job.dump.windows(chosen)))
     metrics, errors = evaluate(sae, job.dump, chosen)
@@ -2396,11 +2433,33 @@ def summary(job: Job, metrics: dict[str, Any]) -> str:
 
 # ---- all of them
 # Tables that only some sets of SAEs have
-SOME_TABLES = ("sae_nulls.csv", "sae_gains.csv", "seed_stability.csv")
-
-
 def collect_metrics(save_dir: Path) -> None:
-    """sae_metrics.csv: one row for every finished SAE under save_dir."""
+    """sae_metrics.csv, a row for every finished SAE under save_dir; and the tables of nulls and of
+    seeds, where there are any."""
+    frame = latest(read_saes(save_dir)).sort_values([*GROUP, "head", "null"])
+    frame.loc[is_untrained(frame), "null"] = "untrained"
+    nulls = frame[frame["null"] != ""]
+    frame = add_gains(frame[frame["null"] == ""], nulls, save_dir)
+    tables = {
+        "sae_metrics.csv": frame.drop(columns=["null", *RECIPE]),
+        "sae_nulls.csv": nulls.drop(columns=RECIPE),
+        "seed_stability.csv": stability_over_seeds(save_dir, frame),
+        "sae_gains.csv": gains_over_seeds(save_dir, frame, nulls),
+    }
+    folders = [*frame["folder"], *nulls["folder"]]
+    sidecars = [save_dir / folder / f"{WEIGHTS}.json" for folder in folders]
+    for name, table in tables.items():
+        if len(table):
+            write_csv(save_dir / name, table)
+            write_sidecar(save_dir / name, "janus.sae_metrics/1", sidecars)
+        else:  # what is there is of SAEs that are gone
+            (save_dir / name).unlink(missing_ok=True)
+            sidecar_path(save_dir / name).unlink(missing_ok=True)
+
+
+def read_saes(save_dir: Path) -> pd.DataFrame:
+    """A row for every finished SAE under save_dir, out of its sidecar, nulls too. HandoffError if
+    there is none."""
     columns = ["run", "unit", "arch", "site", "layer", "head", "arm", "split", "seed", "k", "d_in"]
     columns += ["d_sae", "steps", "tokens", "gamma", "n_train"]
     rows = []
@@ -2423,31 +2482,11 @@ def collect_metrics(save_dir: Path) -> None:
             rows.append(row | record["metrics"])
     if not rows:
         raise HandoffError(f"{save_dir} has no SAE to report; make one with: {remedy}")
-    frame = latest(pd.DataFrame(rows)).sort_values([*GROUP, "head", "null"])
+    frame = pd.DataFrame(rows)
     for column in ("ce_recovered_zero", "ce_recovered_mean", "kl_sae"):
         if column not in frame:  # no model was there
             frame[column] = math.nan
-    frame.loc[is_untrained(frame), "null"] = "untrained"
-    nulls = frame[frame["null"] != ""]
-    frame = add_gains(frame[frame["null"] == ""], nulls, save_dir)
-    folders = [*frame["folder"], *nulls["folder"]]
-    sidecars = [save_dir / folder / f"{WEIGHTS}.json" for folder in folders]
-    tables = {"sae_metrics.csv": frame.drop(columns=["null", *RECIPE])}
-    if len(nulls):
-        tables["sae_nulls.csv"] = nulls.drop(columns=RECIPE)
-    seeds = stability_over_seeds(save_dir, frame)
-    if len(seeds):
-        tables["seed_stability.csv"] = seeds
-    gains = gains_over_seeds(save_dir, frame, nulls)
-    if len(gains):
-        tables["sae_gains.csv"] = gains
-    for name in SOME_TABLES:
-        if name not in tables:  # of SAEs that were there before
-            (save_dir / name).unlink(missing_ok=True)
-            sidecar_path(save_dir / name).unlink(missing_ok=True)
-    for name, table in tables.items():
-        write_csv(save_dir / name, table)
-        write_sidecar(save_dir / name, "janus.sae_metrics/1", sidecars)
+    return frame
 
 
 # Columns of the table while it is made: SAEs that are equal in both differ in seed or null at most
@@ -2635,7 +2674,9 @@ def stability_over_seeds(save_dir: Path, frame: pd.DataFrame) -> pd.DataFrame:
             cosine, of_a, of_b = match(live[a].directions, live[b].directions)
             cosines[a].append(pd.Series(cosine, live[a].latents[of_a]))
             cosines[b].append(pd.Series(cosine, live[b].latents[of_b]))
-            chance = matched_by_chance(live[a].directions, live[b].directions, a)
+            # Of many latents the mean hardly varies, and a draw takes a minute
+            n_draws = 5 if len(cosine) < 4096 else 2
+            chance = matched_by_chance(live[a].directions, live[b].directions, a, n_draws)
             row = dict(zip(same, key, strict=False))
             row |= {"seed": a, "other_seed": b, "n_matched": len(cosine)}
             row |= {"pw_mcc": cosine.mean(), "pw_mcc_null": chance.mean()}
