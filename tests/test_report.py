@@ -1,5 +1,6 @@
 """The walk-through of README's "Try a variant", as a reader does it: make, one edit, make, two runs in one page, a browser."""
 
+import itertools
 import json
 import math
 import re
@@ -109,21 +110,21 @@ def test_an_edited_phase_remakes_what_depends_on_it(script, remade, project):
 
 
 def test_nulls_heads_and_the_model_before_training_stand_beside_the_saes(project):
-    """Of LAYERS 0 1 in layer 0: the first of 0 and 5 that there is."""
+    """Of LAYERS 0 1: nulls in the last, SAEs of heads in the first and the last."""
     saes = project / "runs" / "base" / "saes"
     nulls = pd.read_csv(saes / "sae_nulls.csv")
     found = {(row.run, row.null, row.layer) for row in nulls.itertuples()}
-    of_arms = {(arm, null, 0) for arm in report.ARMS for null in ("gaussian", "decoder")}
-    assert found == {*of_arms, ("untrained", "untrained", 0)}
+    of_arms = {(arm, null, 1) for arm in report.ARMS for null in ("gaussian", "decoder")}
+    assert found == {*of_arms, ("untrained", "untrained", 1)}
     table = pd.read_csv(saes / "table2.csv")
     rows = {(row.run, row.unit, row.arch, row.layer) for row in table.itertuples()}
     assert rows == {
-        (arm, *kind)
+        (arm, *kind, layer)
         for arm in report.ARMS
-        for kind in [("layer", "batchtopk", 0), ("layer", "batchtopk", 1), ("head", "relu", 0)]
+        for kind, layer in itertools.product([("layer", "batchtopk"), ("head", "relu")], (0, 1))
     }
     gains = table[["gain_gaussian", "gain_decoder", "gain_untrained"]].notna()
-    has_nulls = (table["unit"] == "layer") & (table["layer"] == 0)
+    has_nulls = (table["unit"] == "layer") & (table["layer"] == 1)
     assert gains[has_nulls].all(axis=None) and not gains[~has_nulls].any(axis=None)
     # A record a command, for the times of phases
     for place in ("adaptive", "adaptive/without_nulls", "control", "untrained", "."):
