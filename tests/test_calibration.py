@@ -25,7 +25,7 @@ SIMULATED = {
     },
     "table2.csv": dict.fromkeys(
         ["l0_*", "mse_*", "fvu_*", "ce_recovered_*"], ("sae", "test_intervals_over_documents_cover")
-    ),
+    ) | {"gain_*": ("sae_nulls", "test_the_interval_of_a_gain_holds_the_truth_in_95_percent")},
     "results_ablation_summary.csv": {
         "gap_*": ("ablation", "test_intervals_of_the_first_head_hold_the_truth_in_95_percent"),
         "crossfit_*": ("ablation", "test_intervals_of_the_first_head_hold_the_truth_in_95_percent"),
