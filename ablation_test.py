@@ -111,7 +111,7 @@ PHASE_PRESETS: dict[str, dict[str, int]] = {
         n_seqs=0, n_linear=0, n_together=256, n_mean=256, resample_draws=8, batch_size=4
     ),
     "demo": dict(
-        n_seqs=48, n_linear=384, n_together=32, n_mean=128, resample_draws=1, batch_size=16
+        n_seqs=48, n_linear=384, n_together=48, n_mean=128, resample_draws=1, batch_size=16
     ),
     "smoke": dict(n_seqs=24, n_linear=96, n_together=0, n_mean=24, resample_draws=2, batch_size=12),
 }
