@@ -24,7 +24,6 @@ DEMO   ?= --save_initial
 HERO   ?= --n_seqs 64
 # Layers whose SAEs stand beside nulls
 FEW    ?= $(LAST)
-REST   := $(filter-out $(FEW),$(LAYERS))
 # SAEs of single heads, the published kind, in the first and the last layer
 HEADS  ?= --layers $(sort $(firstword $(LAYERS)) $(LAST)) --arch relu --unit head --steps 300 --l1 0.03 --eval_tokens 5000
 # Two kinds of ablation instead of three: the time is that of the nulls
@@ -83,11 +82,9 @@ harvest: $(DUMPS)
 define arm_rules
 $(RUN)/activations/$(1)/L$(LAST).z.npy.json: $(RUN)/$(1)/janus_$(1)_final.pt.json harvest_activations.py
 	$(ONE) harvest_activations.py --model_path $$(basename $$<) --run_name $(1) --layers $(LAYERS) --save_dir $(RUN)/activations --overwrite
-# The null of the last layer is written last of all. Without nulls first, and its record to where the next one leaves it.
+# The null of the last layer is written last of all.
 $(RUN)/saes/$(1)/L$(lastword $(FEW))/null_gaussian/sae_weights.safetensors.json: $(RUN)/activations/$(1)/L$(LAST).z.npy.json train_sae.py
-	$(if $(REST),$(SAE) --runs $(1) --layers $(REST))
-	$(if $(REST),mkdir -p $(RUN)/saes/$(1)/without_nulls && mv $(RUN)/saes/$(1)/run.json $(RUN)/saes/$(1)/without_nulls)
-	$(SAE) --runs $(1) --layers $(FEW) --nulls
+	$(SAE) --runs $(1) --layers $(LAYERS) --nulls $(FEW)
 endef
 SAE := $(ONE) train_sae.py --activations_dir $(RUN)/activations --save_dir $(RUN)/saes --overwrite
 $(foreach arm,adaptive control,$(eval $(call arm_rules,$(arm))))

@@ -40,14 +40,17 @@ import functools
 import gc
 import hashlib
 import html
+import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -94,7 +97,7 @@ OFFSETS = (1, 2, 8, 64)  # distances at which query-key scores are decoded, toke
 N_RANDOM = 4  # control heads drawn from the hero's own model
 MIN_DOCUMENTS = 16  # with fewer an interval covers less than it says (test_calibration_hero.py)
 MIN_HEADS = 16  # the same of correlations over heads
-BATCH_NUMBERS = 2**25  # in the largest tensor of a batch: logits or patterns of 128 MB
+BATCH_NUMBERS = 2**23  # in the largest tensor of a batch: logits or patterns of 32 MB
 
 
 # -------------------------------------------------------------------------------- method: edit here
@@ -4744,7 +4747,7 @@ BUILTIN_PACKAGES = {
 BUILTIN_VERSION = 1  # raise it when the cleaning changes: it is part of the token cache's name
 
 
-@functools.cache  # reading ten thousand files takes half a minute, and each split asks for it
+@functools.cache  # reading five thousand files takes a while, and each split asks for it
 def builtin_documents() -> dict[str, str]:
     """English prose that is already on the machine: {name: text}, in a fixed order.
 
@@ -4794,24 +4797,51 @@ def documentation_strings() -> dict[str, list[str]]:
         files += [(package, file) for file in sorted(root.rglob("*.py"))]
 
     left_out = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3"}
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    gc.disable()  # else a third of the time goes into looking for garbage among the syntax trees
-    for package, file in tqdm(files, desc="documentation strings", unit="file", disable=None):
+    names = []
+    kept = []
+    for package, file in files:
         inner = file.relative_to(roots[package])
         if left_out & set(inner.parts):
             continue
         if package == "transformers" and inner.parts[0] == "models":  # the same text, 400 times
             continue
-        with (
-            contextlib.suppress(SyntaxError, ValueError, OSError),
-            warnings.catch_warnings(action="ignore"),
-        ):
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            nodes = [node for node in statements(tree) if isinstance(node, documented)]
-            docstrings = [ast.get_docstring(node) for node in nodes]
-            sources[f"{package}/{inner.as_posix()}"] = [text for text in docstrings if text]
+        names.append(f"{package}/{inner.as_posix()}")
+        kept.append(file)
+    gc.disable()  # else a third of the time goes into looking for garbage among the syntax trees
+    found = on_all_cores(docstrings_in, kept, "documentation strings")
     gc.enable()
-    return sources
+    return sources | dict(zip(names, found, strict=True))
+
+
+def docstrings_in(file: Path) -> list[str]:
+    """The documentation strings of a source file, in order; none if it cannot be parsed."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    with (
+        contextlib.suppress(SyntaxError, ValueError, OSError),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        nodes = [node for node in statements(tree) if isinstance(node, documented)]
+        docstrings = [ast.get_docstring(node) for node in nodes]
+        return [text for text in docstrings if text]
+    return []
+
+
+def be_quiet() -> None:
+    """For a process that reads for another, which alone is interrupted, and tells of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr = io.StringIO()
+
+
+def on_all_cores(function: Callable[[Path], Any], files: list[Path], about: str) -> list[Any]:
+    """function(file) of every file, in order, in up to four processes: threads would share one
+    interpreter. In this process alone where the system has no others to give."""
+    bar = {"desc": about, "total": len(files), "unit": "file", "disable": None}
+    try:
+        with multiprocessing.Pool(min(4, os.cpu_count() or 1), initializer=be_quiet) as pool:
+            return list(tqdm(pool.imap(function, files, chunksize=64), **bar))
+    except (ImportError, OSError):  # no semaphores, or no more processes allowed
+        return [function(file) for file in tqdm(files, **bar)]
 
 
 # <<< shared: builtin

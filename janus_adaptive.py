@@ -40,6 +40,7 @@ import html
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -446,17 +447,16 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 # ---- validation
 @torch.no_grad()
-def validate(
-    model: NewGPT, data: HFWikiTextLoader, batch_size: int, autocast: Any
-) -> dict[str, Any]:
+def validate(model: NewGPT, data: HFWikiTextLoader, autocast: Any) -> dict[str, Any]:
     """The whole split in order, in eval mode: val_loss (nats a token), that of each window [W],
     and, of each layer [L], sigma_z, sigma_resid, and write_overlap."""
     cfg = model.cfg
     device = model.embedding.weight.device
     model.eval()
-    # Without gradients more fits, and small models run faster; but logits [B, T, V] are kept small
-    most_tokens = min(8192, 2**27 // cfg.vocab_size)  # 2^27 float32 are half a gigabyte
-    batch_size = max(batch_size, most_tokens // data.seq_len)
+    # A CPU is fastest with what its caches hold; logits [B, T, V] are kept small everywhere
+    n_tokens = 1024 if device.type == "cpu" else 8192
+    n_tokens = min(n_tokens, 2**27 // cfg.vocab_size)  # 2^27 float32 are half a gigabyte
+    batch_size = max(1, n_tokens // data.seq_len)
 
     # Sums over the whole split, in float64: windows are many
     shape = (cfg.n_layers, cfg.n_heads, cfg.n_heads)
@@ -704,7 +704,7 @@ def refuse_divergence(step: int, loss: float, norm: float, args: argparse.Namesp
 def check(training: Training, step: int, lambdas: list[float]) -> None:
     """Validates; the results go to the last row of telemetry, and a row a layer to `layers`."""
     args = training.args
-    result = validate(training.model, training.validation, args.batch_size, training.autocast)
+    result = validate(training.model, training.validation, training.autocast)
     row = training.telemetry[-1]
     row["val_loss"] = result.pop("val_loss")
     row["perplexity"] = math.exp(min(50.0, row["val_loss"]))
@@ -2816,7 +2816,7 @@ BUILTIN_PACKAGES = {
 BUILTIN_VERSION = 1  # raise it when the cleaning changes: it is part of the token cache's name
 
 
-@functools.cache  # reading ten thousand files takes half a minute, and each split asks for it
+@functools.cache  # reading five thousand files takes a while, and each split asks for it
 def builtin_documents() -> dict[str, str]:
     """English prose that is already on the machine: {name: text}, in a fixed order.
 
@@ -2866,24 +2866,51 @@ def documentation_strings() -> dict[str, list[str]]:
         files += [(package, file) for file in sorted(root.rglob("*.py"))]
 
     left_out = {"site-packages", "test", "tests", "testing", "idlelib", "lib2to3"}
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    gc.disable()  # else a third of the time goes into looking for garbage among the syntax trees
-    for package, file in tqdm(files, desc="documentation strings", unit="file", disable=None):
+    names = []
+    kept = []
+    for package, file in files:
         inner = file.relative_to(roots[package])
         if left_out & set(inner.parts):
             continue
         if package == "transformers" and inner.parts[0] == "models":  # the same text, 400 times
             continue
-        with (
-            contextlib.suppress(SyntaxError, ValueError, OSError),
-            warnings.catch_warnings(action="ignore"),
-        ):
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            nodes = [node for node in statements(tree) if isinstance(node, documented)]
-            docstrings = [ast.get_docstring(node) for node in nodes]
-            sources[f"{package}/{inner.as_posix()}"] = [text for text in docstrings if text]
+        names.append(f"{package}/{inner.as_posix()}")
+        kept.append(file)
+    gc.disable()  # else a third of the time goes into looking for garbage among the syntax trees
+    found = on_all_cores(docstrings_in, kept, "documentation strings")
     gc.enable()
-    return sources
+    return sources | dict(zip(names, found, strict=True))
+
+
+def docstrings_in(file: Path) -> list[str]:
+    """The documentation strings of a source file, in order; none if it cannot be parsed."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    with (
+        contextlib.suppress(SyntaxError, ValueError, OSError),
+        warnings.catch_warnings(action="ignore"),
+    ):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        nodes = [node for node in statements(tree) if isinstance(node, documented)]
+        docstrings = [ast.get_docstring(node) for node in nodes]
+        return [text for text in docstrings if text]
+    return []
+
+
+def be_quiet() -> None:
+    """For a process that reads for another, which alone is interrupted, and tells of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stderr = io.StringIO()
+
+
+def on_all_cores(function: Callable[[Path], Any], files: list[Path], about: str) -> list[Any]:
+    """function(file) of every file, in order, in up to four processes: threads would share one
+    interpreter. In this process alone where the system has no others to give."""
+    bar = {"desc": about, "total": len(files), "unit": "file", "disable": None}
+    try:
+        with multiprocessing.Pool(min(4, os.cpu_count() or 1), initializer=be_quiet) as pool:
+            return list(tqdm(pool.imap(function, files, chunksize=64), **bar))
+    except (ImportError, OSError):  # no semaphores, or no more processes allowed
+        return [function(file) for file in tqdm(files, **bar)]
 
 
 # <<< shared: builtin

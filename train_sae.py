@@ -1780,6 +1780,11 @@ def find_jobs(args: argparse.Namespace) -> list[Job]:
                 remedy += " --layers LAYERS --model_path CHECKPOINT"
                 raise HandoffError(f"{fact}; make more with: {remedy}")
             jobs += jobs_of_layer(args, folder, layer)
+    layers = sorted({job.dump.layer for job in jobs})
+    for layer in args.nulls or []:
+        if layer not in layers:
+            fact = f"--nulls {layer}: no SAE of layer {layer} is asked for"
+            raise HandoffError(f"{fact}; expected some of {', '.join(map(str, layers))}")
     for job in jobs:
         check_sizes(job)
     return jobs
@@ -1807,7 +1812,7 @@ def jobs_of_layer(args: argparse.Namespace, dumps: Path, layer: int) -> list[Job
     jobs = []
     for place, part in places.items():
         trained_on = {"": part}
-        if args.nulls:
+        if args.nulls is not None and layer in (args.nulls or [layer]):
             trained_on |= {"gaussian": GaussianDump(part), "decoder": part}
         for below, chosen in variants(args):
             for null, rows in trained_on.items():
@@ -3289,7 +3294,10 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     arch_help = arch_help.replace("%", "%%")  # argparse would fill it in
     unit_help = "one SAE for all heads of a layer together, or one a head"
     finish_help = "then as many tokens on KL(model || spliced) + the loss, the model in the loop"
-    nulls_help = "also train on normal rows of the same covariance, and with a random decoder"
+    nulls_help = (
+        "also train on normal rows of the same covariance, and with a random decoder; in all "
+        "layers, or in these"
+    )
     start_help = (
         "latents start within the leading axes of the data that hold this share of its variance; "
         "1: in any direction"
@@ -3304,7 +3312,7 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("method").add_argument
     add("--arch", choices=ARCHITECTURES, default="batchtopk", help=arch_help)
     add("--unit", choices=["layer", "head"], default="layer", help=unit_help)
-    add("--nulls", action="store_true", help=nulls_help)
+    add("--nulls", nargs="*", type=integer, metavar="LAYER", help=nulls_help)
     add("--finish_kl", type=integer, default=0, metavar="TOKENS", help=finish_help)
     add("--plain", action="store_true", help=plain_help)
     add("--start_variance", type=positive(float), default=0.995, metavar="SHARE", help=start_help)

@@ -3,10 +3,14 @@
 import ast
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -199,7 +203,8 @@ def test_builtin_is_prose_in_a_fixed_order_split_by_document(monkeypatch):
         janus, "BUILTIN_PACKAGES", {"numpy": "numpy"}
     )  # two sources are enough, and quick
     docs = janus.builtin_documents.__wrapped__()  # not from its cache
-    assert docs == janus.builtin_documents.__wrapped__()
+    monkeypatch.setattr(janus.multiprocessing, "Pool", Mock(side_effect=OSError("no semaphores")))
+    assert docs == janus.builtin_documents.__wrapped__()  # in this process alone
     paragraphs = [p for text in docs.values() for p in text.split("\n\n")]
     assert len(paragraphs) == len(set(paragraphs)) > 5000
     assert sum(map(len, paragraphs)) > 1_500_000
@@ -207,6 +212,33 @@ def test_builtin_is_prose_in_a_fixed_order_split_by_document(monkeypatch):
     parts = [janus.read_documents("builtin", s) for s in ("train", "validation", "test")]
     assert sorted(parts[0] + parts[1] + parts[2]) == sorted(docs.values())
     assert len(parts[0]) > 10 * len(parts[1]) > 0
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="lists processes with ps")
+def test_processes_that_read_end_with_the_one_that_asked():
+    """Killed, it cannot end them itself."""
+    code = "import janus_adaptive as janus, pathlib\n"
+    code += "janus.on_all_cores(pathlib.Path.exists, [pathlib.Path()] * 10**7, '')"
+    started = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    group = started.pid
+    while count_of_group(group) < 2:
+        time.sleep(0.05)
+    started.kill()
+    started.wait()
+    for _ in range(1200):  # a minute
+        if not count_of_group(group):
+            return
+        time.sleep(0.05)
+    os.killpg(group, signal.SIGKILL)
+    raise AssertionError("a process of a group whose first was killed is still there")
+
+
+def count_of_group(group: int) -> int:
+    """How many processes of a process group run."""
+    columns = ["ps", "-eo", "pgid=,stat="]
+    listed = subprocess.run(columns, capture_output=True, text=True, check=True).stdout
+    states = [line.split()[1] for line in listed.splitlines() if line.split()[0] == str(group)]
+    return sum(not state.startswith("Z") for state in states)  # Z: ended, but not waited for
 
 
 def test_builtin_says_which_package_it_lacks(monkeypatch):

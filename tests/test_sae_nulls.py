@@ -57,9 +57,7 @@ def write_dump(root: Path, rows: np.ndarray) -> Path:
 
 def train(root: Path, *more: str) -> pd.DataFrame:
     """Trains on the dump of `root` -> sae_metrics.csv."""
-    places = ["--runs", "made", "--activations_dir", str(root / "activations")]
-    places += ["--save_dir", str(root / "saes")]
-    assert ts.main([*places, *FLAGS, *more]) == 0
+    assert ts.main([*places_of(root), *FLAGS, *more]) == 0
     return pd.read_csv(root / "saes" / "sae_metrics.csv")
 
 
@@ -523,10 +521,23 @@ def test_the_normal_rows_that_are_announced_are_those_drawn(of_features, tmp_pat
     assert drawn[0] == pytest.approx(ts.work_of(groups).n_drawn, rel=0.1)
 
 
+def test_nulls_of_a_layer_that_is_not_trained_are_one_line_before_any_work(of_features, capsys):
+    for layer in ("7", "-1"):
+        assert ts.main([*places_of(of_features), *FLAGS, "--nulls", "0", layer]) == 1
+        line = f"--nulls {layer}: no SAE of layer {layer} is asked for; expected some of 0"
+        assert line in capsys.readouterr().err
+    nulls = [job.args.null for job in ts.find_jobs(parse(of_features, "--nulls", "0"))]
+    assert nulls == ["", "gaussian", "decoder"]
+
+
+def places_of(root: Path) -> list[str]:
+    places = ["--runs", "made", "--activations_dir", str(root / "activations")]
+    return [*places, "--save_dir", str(root / "saes")]
+
+
 def parse(root: Path, *more: str):
     """The arguments of `train`."""
-    places = ["--runs", "made", "--activations_dir", str(root / "activations")]
-    args = ts.parse_args([*places, "--save_dir", str(root / "saes"), *FLAGS, *more])
+    args = ts.parse_args([*places_of(root), *FLAGS, *more])
     args.dtype = "float32"
     return args
 
