@@ -84,7 +84,7 @@ $(RUN)/activations/$(1)/L$(LAST).z.npy.json: $(RUN)/$(1)/janus_$(1)_final.pt.jso
 	$(ONE) harvest_activations.py --model_path $$(basename $$<) --run_name $(1) --layers $(LAYERS) --save_dir $(RUN)/activations --overwrite
 # The null of the last layer is written last of all.
 $(RUN)/saes/$(1)/L$(lastword $(FEW))/null_gaussian/sae_weights.safetensors.json: $(RUN)/activations/$(1)/L$(LAST).z.npy.json train_sae.py
-	$(SAE) --runs $(1) --layers $(LAYERS) --nulls $(FEW)
+	$(SAE) --runs $(1) --layers $(filter-out $(FEW),$(LAYERS)) $(FEW) --nulls $(FEW)
 endef
 SAE := $(ONE) train_sae.py --activations_dir $(RUN)/activations --save_dir $(RUN)/saes --overwrite
 $(foreach arm,adaptive control,$(eval $(call arm_rules,$(arm))))

@@ -40,7 +40,6 @@ import functools
 import gc
 import hashlib
 import html
-import io
 import json
 import math
 import multiprocessing
@@ -4827,21 +4826,45 @@ def docstrings_in(file: Path) -> list[str]:
     return []
 
 
-def be_quiet() -> None:
-    """For a process that reads for another, which alone is interrupted, and tells of it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stderr = io.StringIO()
-
-
 def on_all_cores(function: Callable[[Path], Any], files: list[Path], about: str) -> list[Any]:
-    """function(file) of every file, in order, in up to four processes: threads would share one
-    interpreter. In this process alone where the system has no others to give."""
-    bar = {"desc": about, "total": len(files), "unit": "file", "disable": None}
-    try:
-        with multiprocessing.Pool(min(4, os.cpu_count() or 1), initializer=be_quiet) as pool:
-            return list(tqdm(pool.imap(function, files, chunksize=64), **bar))
-    except (ImportError, OSError):  # no semaphores, or no more processes allowed
-        return [function(file) for file in tqdm(files, **bar)]
+    """function(file) of every file, in order.
+
+    On Linux up to four processes share the files: threads would share one interpreter. What does
+    not come back from a process is computed here.
+    """
+    n = min(4, os.cpu_count() or 1)
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+        n = 1  # elsewhere a new process would first import everything anew
+    context = multiprocessing.get_context("fork" if n > 1 else None)
+    receivers = {}
+    for first in range(1, n):
+        with contextlib.suppress(OSError):  # no process, or no pipe, to be had
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (function, files[first::n], receiver, sender)
+            context.Process(target=send_results, args=arguments, daemon=True).start()
+            sender.close()  # the process has its own: this one would keep the pipe open
+            receivers[first] = receiver
+
+    found: list[Any] = [None] * len(files)
+    for first in range(n):
+        part = files[first::n]
+        try:
+            found[first::n] = receivers[first].recv()
+        except (KeyError, EOFError, OSError):  # this process's part, or that of one which ended
+            found[first::n] = [
+                function(file) for file in tqdm(part, about, unit="file", disable=None)
+            ]
+    return found
+
+
+def send_results(
+    function: Callable[[Path], Any], files: list[Path], receiver: Any, sender: Any
+) -> None:
+    """function(file) of every file, in another process, for the one that asked."""
+    receiver.close()  # a copy of that one's: while it is open, sending waits for somebody to read
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that one is interrupted, and ends this one
+    with contextlib.suppress(OSError):  # it is there no more
+        sender.send([function(file) for file in files])
 
 
 # <<< shared: builtin

@@ -1,9 +1,9 @@
 """The loader: splits, tokens, cache and windows, on every kind of local input; and what it says when there is no hub."""
 
 import ast
+import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -203,7 +203,7 @@ def test_builtin_is_prose_in_a_fixed_order_split_by_document(monkeypatch):
         janus, "BUILTIN_PACKAGES", {"numpy": "numpy"}
     )  # two sources are enough, and quick
     docs = janus.builtin_documents.__wrapped__()  # not from its cache
-    monkeypatch.setattr(janus.multiprocessing, "Pool", Mock(side_effect=OSError("no semaphores")))
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert docs == janus.builtin_documents.__wrapped__()  # in this process alone
     paragraphs = [p for text in docs.values() for p in text.split("\n\n")]
     assert len(paragraphs) == len(set(paragraphs)) > 5000
@@ -214,31 +214,56 @@ def test_builtin_is_prose_in_a_fixed_order_split_by_document(monkeypatch):
     assert len(parts[0]) > 10 * len(parts[1]) > 0
 
 
-@pytest.mark.skipif(not shutil.which("ps"), reason="lists processes with ps")
-def test_processes_that_read_end_with_the_one_that_asked():
+def test_what_a_process_does_not_send_is_read_here(monkeypatch):
+    """One that is killed, one that cannot start, none at all: the same results in the same order."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    files = [Path(f"{i}") for i in range(20)]
+    expected = [f"{i}" for i in range(20)]
+    parent = os.getpid()
+
+    def killed(file: Path) -> str:
+        if os.getpid() != parent and file.name == "4":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return file.name
+
+    assert janus.on_all_cores(killed, files, "") == expected
+    with monkeypatch.context() as m:
+        m.setattr(os, "fork", Mock(side_effect=OSError("no more processes")))
+        assert janus.on_all_cores(str, files, "") == expected
+    assert janus.on_all_cores(str, [], "") == []
+    assert janus.on_all_cores(str, files[:1], "") == ["0"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are no such processes")
+def test_processes_that_read_end_with_the_one_that_asked(tmp_path):
     """Killed, it cannot end them itself."""
-    code = "import janus_adaptive as janus, pathlib\n"
-    code += "janus.on_all_cores(pathlib.Path.exists, [pathlib.Path()] * 10**7, '')"
+    code = "import janus_adaptive as janus, pathlib, time\n"
+    code += "much = lambda _: time.sleep(0.01) or 'x' * 10_000\n"  # more than a pipe holds
+    code += "janus.on_all_cores(much, [pathlib.Path()] * 1000, '')"
     started = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    group = started.pid
-    while count_of_group(group) < 2:
+    for _ in range(1200):  # a minute
         time.sleep(0.05)
+        if count_of_group(started.pid) > 1:
+            break
+    assert started.poll() is None
     started.kill()
     started.wait()
-    for _ in range(1200):  # a minute
-        if not count_of_group(group):
+    for _ in range(1200):
+        if not count_of_group(started.pid):
             return
         time.sleep(0.05)
-    os.killpg(group, signal.SIGKILL)
+    os.killpg(started.pid, signal.SIGKILL)
     raise AssertionError("a process of a group whose first was killed is still there")
 
 
 def count_of_group(group: int) -> int:
     """How many processes of a process group run."""
-    columns = ["ps", "-eo", "pgid=,stat="]
-    listed = subprocess.run(columns, capture_output=True, text=True, check=True).stdout
-    states = [line.split()[1] for line in listed.splitlines() if line.split()[0] == str(group)]
-    return sum(not state.startswith("Z") for state in states)  # Z: ended, but not waited for
+    n = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            state, _, of_group = path.read_text().rpartition(") ")[2].split()[:3]
+            n += int(of_group) == group and state != "Z"  # Z: ended, but not waited for
+    return n
 
 
 def test_builtin_says_which_package_it_lacks(monkeypatch):
