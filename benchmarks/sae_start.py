@@ -48,7 +48,7 @@ def train(options: argparse.Namespace, arch: str, start: float) -> pd.DataFrame:
 def compare(rows: pd.DataFrame) -> pd.DataFrame:
     """A row an architecture and start: shares of latents, mean and largest over SAEs; and by which
     share FVU is larger than with a start anywhere (1), same arm, layer and seed, 95 % by Student's
-    t over layers."""
+    t over layers; a difference below `smallest` could not have been told from 0."""
     table = []
     for arch, of_arch in rows.groupby("arch", sort=False):
         anywhere = of_arch[of_arch["start"] == 1].set_index([*LAYER, "seed"])["fvu"]
@@ -62,6 +62,7 @@ def compare(rows: pd.DataFrame) -> pd.DataFrame:
             if start != 1 and len(of_layer) > 1:
                 interval = stats.ttest_1samp(of_layer, 0).confidence_interval()
                 row |= {"more_lo": np.expm1(interval.low), "more_hi": np.expm1(interval.high)}
+                row["smallest"] = np.expm1((interval.high - interval.low) / 2)
             table.append(row)
     return pd.DataFrame(table)
 

@@ -285,3 +285,26 @@ def test_starts_are_compared_layer_by_layer():
     low, high = stats.t.interval(0.95, 5, math.log(0.9) + noise.mean(), stats.sem(noise))
     assert within["more_lo"] == pytest.approx(math.expm1(low))
     assert within["more_hi"] == pytest.approx(math.expm1(high))
+    assert within["smallest"] == pytest.approx(math.expm1((high - low) / 2))
+
+
+@pytest.mark.parametrize("spread", ["normal", "skewed"])
+def test_the_interval_over_layers_holds_the_truth(spread):
+    """Twelve layers, whose effects differ, and three seeds: FVU is 5 % less in the mean of layers.
+    Of 400 intervals 92 to 98 % hold it, but for once in 1,000 each."""
+    rng = np.random.default_rng(0)
+    places = itertools.product((1.0, 0.9), ("a", "b"), range(6), (1, 2, 3))
+    table = pd.DataFrame(places, columns=["start", "run", "layer", "seed"])
+    table = table.assign(arch="topk", never=0.0, rare=0.0)
+    is_within = table["start"] < 1
+    layer_of_row = table.groupby(["run", "layer"]).ngroup()
+    n_sim = 400
+    held = 0
+    for _ in range(n_sim):
+        effects = rng.normal(size=12) if spread == "normal" else rng.exponential(size=12) - 1
+        log_fvu = rng.normal(-3, 1, 12)[layer_of_row] + rng.normal(0, 0.02, len(table))
+        log_fvu += is_within * (math.log(0.95) + 0.03 * effects[layer_of_row])
+        _, within = sae_start.compare(table.assign(fvu=np.exp(log_fvu))).to_dict("records")
+        held += within["more_lo"] <= -0.05 <= within["more_hi"]
+    low = 0.92 if spread == "normal" else 0.88  # of skewed effects Student's t holds fewer
+    assert stats.binom.ppf(0.001, n_sim, low) <= held <= stats.binom.ppf(0.999, n_sim, 0.98)

@@ -59,6 +59,7 @@ SIMULATED = {
         "ci_*": ("energy_features", "test_spearman_over_features_with_copies"),
         "minus_efas_*": ("energy_features", "test_a_difference_between_predictors_is_found"),
     },
+    "compared.csv": {"more_*": ("benchmarks", "test_the_interval_over_layers_holds_the_truth")},
 }  # fmt: skip
 SIMULATED["untrained.csv"] = SIMULATED["layers.csv"]
 

@@ -59,6 +59,29 @@ def test_several_trainings_are_told_with_their_number_and_the_smallest_gain(tmp_
     assert learnt.table[columns[2]].tolist() == ["10 [-5, 25]", "20 [10, 30]", "30 [20, 40]"]
 
 
+def test_one_layer_is_told_with_its_interval(tmp_path):
+    metrics = with_gains(saes_of("adaptive"))
+    _, learnt = report.saes(run_of(tmp_path / "one", metrics[metrics["layer"] == 2]))
+    assert (
+        "In the adaptive arm the SAE of layer 2 learned more than the covariance alone gives: the "
+        "gain over normal rows is 39 [30, 45] %;" in learnt.reading
+    )
+    of_seeds = gains_of("adaptive", "gaussian", [(0.1, -0.05, 0.25)])
+    run = run_of(tmp_path / "seeds", metrics[metrics["layer"] == 0], sae_gains=of_seeds)
+    assert (
+        "it is not shown that the SAE of layer 0 learned more than the covariance alone gives: the "
+        "gain over normal rows is 10 [-5, 25] % (one below 15 % could not be told)"
+    ) in report.saes(run)[1].reading
+
+
+def test_a_penalty_leaves_l0_free_and_the_reading_says_so(tmp_path):
+    relu = with_gains(saes_of("adaptive", "head", "relu", setting="l1 0.01"))
+    _, learnt = report.saes(run_of(tmp_path / "relu", relu))
+    assert "With relu a null may have another L0 than its SAE (sae_nulls.csv)" in learnt.reading
+    _, learnt = report.saes(run_of(tmp_path / "topk", with_gains(saes_of("adaptive"))))
+    assert "another L0" not in learnt.reading
+
+
 def test_an_arm_of_one_training_stays_beside_one_of_several(tmp_path):
     metrics = pd.concat([of_seeds("adaptive", 2), with_gains(saes_of("control", seed=7))])
     several = gains_of("adaptive", "gaussian", [(0.2, 0.1, 0.3)] * 3, n_seeds=2)

@@ -493,7 +493,7 @@ def gains(run: Run) -> list[Exhibit]:
         csv="saes/table2.csv",
         reading="Any SAE rebuilds something, so each is compared with the same SAE where there was "
         f"nothing to learn: {compared}. The gain is by which share less it leaves unexplained. "
-        f"{' '.join(told)} {what_intervals_hold(table)}",
+        f"{' '.join(told)} {what_intervals_hold(table)}{what_l0_is_free(table)}",
         n=f"{int(table.n_documents.min()):,} held-out documents, the same for both; "
         f"{tell_trainings(table)}",
         interval="95 %, each by itself; of one training: over documents (bootstrap-t, at least "
@@ -552,6 +552,17 @@ def what_intervals_hold(table: pd.DataFrame) -> str:
     return several
 
 
+def what_l0_is_free(table: pd.DataFrame) -> str:
+    """A warning, where a penalty and not a number decides how many latents are active."""
+    free = [arch for arch in ("relu", "gated") if "arch" in table and arch in set(table["arch"])]
+    if not free:
+        return ""
+    return (
+        f" With {' and '.join(free)} a null may have another L0 than its SAE (sae_nulls.csv): part "
+        "of the gain may be that."
+    )
+
+
 def tell_trainings(table: pd.DataFrame) -> str:
     """One training, 3 trainings; 1 to 3 trainings where the rows differ."""
     fewest, most = int(table["n_seeds"].min()), int(table["n_seeds"].max())
@@ -566,8 +577,18 @@ def has_gain(table: pd.DataFrame, null: str) -> bool:
 
 def tell_gain(table: pd.DataFrame, null: str) -> str:
     """The range of a gain over the rows of one arm, and in how many its interval excludes 0."""
+    _, name = NULLS[null]
     rows = table.dropna(subset=f"gain_{null}")
     gain = rows[f"gain_{null}"]
+    if len(rows) == 1:
+        [row] = rows.to_dict("records")
+        ends = (row[f"gain_{null}{end}"] for end in ("", "_lo", "_hi"))
+        told = f"the {name} is {interval_text(Dot(*(100 * value for value in ends)))} %"
+        holds_0 = row[f"gain_{null}_lo"] <= 0 <= row[f"gain_{null}_hi"]
+        smallest = row.get(f"smallest_{null}", math.nan)
+        if holds_0 and not math.isnan(smallest):
+            told += f" (one below {100 * smallest:.0f} % could not be told)"
+        return told
     is_more = rows[f"gain_{null}_lo"] > 0
     is_less = rows[f"gain_{null}_hi"] < 0
     n_off_zero = int((is_more | is_less).sum())
@@ -581,7 +602,6 @@ def tell_gain(table: pd.DataFrame, null: str) -> str:
     if f"smallest_{null}" in missed and missed[f"smallest_{null}"].notna().any():
         largest = 100 * missed[f"smallest_{null}"].max()
         excludes += f"; with 0 in it, a gain below {largest:.0f} % could not be told"
-    _, name = NULLS[null]
     return f"the {name} is {per_cent_range(gain.min(), gain.max())} ({excludes})"
 
 
@@ -598,8 +618,13 @@ def where_learnt(arm: str, table: pd.DataFrame) -> str:
         return f"{begin}, "
     rows = table.dropna(subset="gain_gaussian")
     n_learnt = int((rows["gain_gaussian_lo"] > 0).sum())
-    what = "the SAEs learned more than the covariance alone gives"
-    return f"{begin} {what} in {n_learnt} of {count_of(rows)}: "
+    what = "learned more than the covariance alone gives"
+    if len(rows) > 1:
+        return f"{begin} the SAEs {what} in {n_learnt} of {count_of(rows)}: "
+    the_sae = f"the SAE of layer {rows['layer'].iloc[0]}"
+    if n_learnt:
+        return f"{begin} {the_sae} {what}: "
+    return f"{begin} it is not shown that {the_sae} {what}: "
 
 
 def per_cent_range(low: float, high: float) -> str:
