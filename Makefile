@@ -25,7 +25,7 @@ HERO   ?= --n_seqs 64
 # Layers whose SAEs stand beside nulls
 FEW    ?= $(LAST)
 # SAEs of single heads, the published kind, in the first and the last layer
-HEADS  ?= --layers $(sort $(firstword $(LAYERS)) $(LAST)) --arch relu --unit head --steps 300 --l1 0.03 --eval_tokens 5000
+HEADS  ?= --layers $(sort $(firstword $(LAYERS)) $(LAST)) --arch relu --unit head --steps 200 --l1 0.03 --eval_tokens 5000
 # Two kinds of ablation instead of three: the time is that of the nulls
 MODES  ?= --mode mean zero
 MODELS := $(RUN)/adaptive/janus_adaptive_final.pt.json $(RUN)/control/janus_control_final.pt.json
@@ -34,7 +34,7 @@ SAES   := $(foreach arm,adaptive control,$(RUN)/saes/$(arm)/L$(lastword $(FEW))/
 BESIDE := $(RUN)/saes/.heads $(RUN)/saes/.untrained
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures report seeds loops loops32 demo-smollm2 bench numbers clean
+.PHONY: help setup setup-dev setup-models demo test check smoke train retrain harvest sae ablate hero energy figures figure_training figure_heads figure_saes report seeds loops loops32 demo-smollm2 bench numbers clean
 
 help:
 	@echo "make demo   set up, then train, harvest, SAEs, ablation, hero, a small Energy-Lens: everything in $(RUN)"
@@ -123,9 +123,12 @@ $(RUN)/energy_lens/raw_results.json: energy_lens_minimal.py | .venv/.ready
 	$(ONE) energy_lens_minimal.py --preset smoke --save_dir $(RUN)/energy_lens --overwrite
 
 # What both arms share is drawn once both are there; no model is needed.
-figures: $(DUMPS) $(SAES) $(BESIDE)
+figures: figure_training figure_heads figure_saes
+figure_training: $(MODELS)
 	$(PY) janus_adaptive.py --redraw $(RUN)/adaptive/telemetry.csv $(RUN)/control/telemetry.csv --save_dir $(RUN) --target_sigma $(SETPOINT)
+figure_heads: $(DUMPS)
 	$(PY) harvest_activations.py --redraw --run_name adaptive --save_dir $(RUN)/activations --compare control adaptive
+figure_saes: $(SAES) $(BESIDE)
 	$(PY) train_sae.py --redraw --save_dir $(RUN)/saes
 
 # Other training seeds: both arms and their ablation, seven minutes a seed on two cores; then what holds over seeds, in results/.

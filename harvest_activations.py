@@ -117,7 +117,7 @@ N_NULL_DRAWS = 10_000
 PHASE_PRESETS = {
     "full": {"tokens": 10_000_000, "batch_size": 16},
     "published": {"tokens": 10_000_000, "batch_size": 16},
-    "demo": {"tokens": 300_000, "batch_size": 32},
+    "demo": {"tokens": 240_000, "batch_size": 32},
     "smoke": {"tokens": 20_000, "batch_size": 32},
 }
 
