@@ -59,9 +59,10 @@ setup-dev: .venv/.ready-dev
 	$(PIP) --no-deps -r requirements-interop.txt
 	@touch $@
 
+# Two at a time, each as soon as it can: one arm makes the text that both read; the longest must not be last.
+IN_ORDER := $(lastword $(MODELS)) energy $(firstword $(MODELS)) ablate harvest $(firstword $(SAES)) hero sae figures
 demo: setup
-	@$(MAKE) --no-print-directory -j2 $(lastword $(MODELS)) energy $(firstword $(MODELS))  # one arm makes the text that both read
-	@$(MAKE) --no-print-directory -j2 ablate harvest $(firstword $(SAES)) hero sae figures  # two at a time, in this order: the longest must not be last
+	@$(MAKE) --no-print-directory -j2 $(IN_ORDER)
 	@$(PY) tools/headlines.py $(RUN)
 	@$(PY) tools/report.py --runs $(RUN)
 

@@ -88,7 +88,7 @@ PHASE_PRESETS = {
     "full": {"n_seqs": 64, "n_features": 10, "k": 32, "l1": 5e-3},
     "published": {"n_seqs": 64, "n_features": 10, "k": 32, "l1": 3e-4},
     "demo": {"n_seqs": 96, "n_features": 8, "k": 16, "l1": 1e-2},
-    "smoke": {"n_seqs": 64, "n_features": 5, "k": 8, "l1": 2e-2},
+    "smoke": {"n_seqs": 32, "n_features": 5, "k": 8, "l1": 2e-2},
 }
 SAE_SEED = 42  # the default of phase 3
 SAE_WEIGHTS = "sae_weights.safetensors"

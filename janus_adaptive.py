@@ -14,7 +14,7 @@ Writes  <save_dir>/janus_<arm>_final.pt   weights, optimiser, controller, random
         <save_dir>/tokenizer.json         read by every later phase
         <save_dir>/telemetry.csv          a row every --control_interval steps; columns: METRICS.md
         <save_dir>/layers.csv             per layer at every validation;  training.png, run.json
-        <save_dir>/validation.csv         loss of every window of the validation split, at the end
+        <save_dir>/validation.csv         loss of each window of the validation split, at the end
 
 Quick   python janus_adaptive.py --preset smoke --dataset builtin --save_dir checkpoints/smoke
         (a minute on two CPU cores)
@@ -85,22 +85,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     "full": dict(
         n_layers=12, d_model=768, n_heads=12, d_ff=2048, seq_len=512,
         batch_size=4, grad_accum=16, steps=4000, learning_rate=6e-4,
-        pressure_warmup=400, val_interval=500, save_interval=500),
+        pressure_warmup=400, val_interval=500, val_windows=0, save_interval=500),
     "published": dict(
         n_layers=12, d_model=512, n_heads=8, d_ff=1365, seq_len=512,
         batch_size=16, grad_accum=4, steps=4005, learning_rate=6.29e-4, schedule="constant",
         lr_warmup=0, weight_decay=1.34e-4, dropout=0.05,
         penalty="fro", layer_weights="cubic", law="linear", k_p=0.0, k_i=0.01,
         control_interval=50, filter_beta=0.0, pressure_warmup=1500,
-        lambda_start=0.05, lambda_max=0.25, val_interval=500, save_interval=500),
+        lambda_start=0.05, lambda_max=0.25,
+        val_interval=500, val_windows=0, save_interval=500),
     "demo": dict(
         n_layers=6, d_model=192, n_heads=6, d_ff=512, seq_len=128,
         batch_size=16, grad_accum=1, steps=600, learning_rate=3e-3,
-        pressure_warmup=60, val_interval=600, save_interval=200),
+        pressure_warmup=60, val_interval=600, val_windows=0, save_interval=200),
     "smoke": dict(
         n_layers=12, d_model=48, n_heads=3, d_ff=128, seq_len=64,
         batch_size=8, grad_accum=1, steps=60, learning_rate=3e-3,
-        pressure_warmup=10, val_interval=60, save_interval=20),
+        pressure_warmup=10, val_interval=60, val_windows=512, save_interval=20),
 }
 # fmt: on
 
@@ -447,9 +448,11 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 # ---- validation
 @torch.no_grad()
-def validate(model: NewGPT, data: HFWikiTextLoader, autocast: Any) -> dict[str, Any]:
-    """The whole split in order, in eval mode: val_loss (nats a token), that of each window [W],
-    and, of each layer [L], sigma_z, sigma_resid, and write_overlap."""
+def validate(
+    model: NewGPT, data: HFWikiTextLoader, windows: np.ndarray, autocast: Any
+) -> dict[str, Any]:
+    """These windows [W] of the split, in eval mode: val_loss (nats a token), that of each window
+    [W], and, of each layer [L], sigma_z, sigma_resid, and write_overlap."""
     cfg = model.cfg
     device = model.embedding.weight.device
     model.eval()
@@ -458,22 +461,22 @@ def validate(model: NewGPT, data: HFWikiTextLoader, autocast: Any) -> dict[str, 
     n_tokens = min(n_tokens, 2**27 // cfg.vocab_size)  # 2^27 float32 are half a gigabyte
     batch_size = max(1, n_tokens // data.seq_len)
 
-    # Sums over the whole split, in float64: windows are many
+    # Sums over all windows, in float64: they are many
     shape = (cfg.n_layers, cfg.n_heads, cfg.n_heads)
     grams = {space: torch.zeros(shape, dtype=torch.float64) for space in ("z", "resid")}
-    window_loss = torch.zeros(data.n_windows, dtype=torch.float64)  # [W]
+    window_loss = torch.zeros(len(windows), dtype=torch.float64)  # [W]
     rank, world = rank_and_world()
-    for first in range(rank * batch_size, data.n_windows, world * batch_size):
-        windows = np.arange(first, min(first + batch_size, data.n_windows))
-        x, y = data.batch(windows)  # [B, T] each
+    for first in range(rank * batch_size, len(windows), world * batch_size):
+        rows = slice(first, first + batch_size)
+        x, y = data.batch(windows[rows])  # [B, T] each
         tap: dict = dict.fromkeys(f"z.{l}" for l in range(cfg.n_layers))
         with autocast:
             logits, _ = model(x.to(device), tap=tap)
         flat = logits.float().flatten(0, 1)  # [B*T, V]
         token_loss = F.cross_entropy(flat, y.to(device).flatten(), reduction="none")  # [B*T]
         # A process fills in its own windows
-        window_loss[windows] = token_loss.unflatten(0, x.shape).mean(1).cpu().double()
-        # Gram matrices add up: sigma is that of the whole split, not a mean over batches
+        window_loss[rows] = token_loss.unflatten(0, x.shape).mean(1).cpu().double()
+        # Gram matrices add up: sigma is that of all windows, not a mean over batches
         for space in grams:
             grams[space] += layer_grams(model, list(tap.values()), space).cpu().double()
     all_sum(window_loss, *grams.values())
@@ -704,7 +707,8 @@ def refuse_divergence(step: int, loss: float, norm: float, args: argparse.Namesp
 def check(training: Training, step: int, lambdas: list[float]) -> None:
     """Validates; the results go to the last row of telemetry, and a row a layer to `layers`."""
     args = training.args
-    result = validate(training.model, training.validation, training.autocast)
+    windows = training.validation.spread(args.val_windows)
+    result = validate(training.model, training.validation, windows, training.autocast)
     row = training.telemetry[-1]
     row["val_loss"] = result.pop("val_loss")
     row["perplexity"] = math.exp(min(50.0, row["val_loss"]))
@@ -755,6 +759,7 @@ MAY_CHANGE_ON_RESUME = {
     "skip_probe",
     "save_interval",
     "save_initial",
+    "val_windows",
     "preset",
     "threads",
 }
@@ -1103,8 +1108,9 @@ def announce(training: Training) -> None:
     print(f"data: {text['dataset_key']}, {text['n_tokens']:,} training tokens; {vocabulary}")
     # A validation only goes forward: a third of a step for as many tokens
     n_checks = len({*range(args.val_interval, args.steps, args.val_interval), args.steps})
-    split = training.validation.n_windows * training.validation.seq_len  # tokens
-    n_steps = args.steps * args.grad_accum + n_checks * split / x.numel() / 3  # of one micro-batch
+    n_tokens = len(training.validation.spread(args.val_windows)) * args.seq_len  # of each of them
+    n_validation = n_checks * n_tokens / 3 / x.numel()  # in steps of one micro-batch
+    n_steps = args.steps * args.grad_accum + n_validation
     time_left = duration(seconds * n_steps / rank_and_world()[1])
     work = f"{args.steps} steps, {args.steps * tokens_per_step(args):,} tokens"
     disk = f"up to {n_bytes / 1e9:.2f} GB in {args.save_dir}"
@@ -1230,9 +1236,9 @@ def write_tables(training: Training) -> None:
 
 
 def write_validation(training: Training) -> None:
-    """validation.csv: of each window of the validation split, the number of the document where it
+    """validation.csv: of each window that was validated, the number of the document where it
     begins, and its loss in nats a token. Arms that share the text are paired by these rows."""
-    windows = np.arange(training.validation.n_windows)
+    windows = training.validation.spread(training.args.val_windows)
     # A document of many windows is one unit: their losses are alike
     table = {
         "window": windows,
@@ -1324,13 +1330,13 @@ def training_figure(curves: list[Curve], target: float, is_stacked: bool) -> Any
     # The control arm alone has no penalty to draw
     pressed = [curve for curve in curves if (curve.table["lambda"] > 0).any()]
     panels: list[Callable[[Any], None]] = [lambda ax: draw_loss(ax, curves)]
-    note = "Thin: samples; dots: the whole validation split."
+    note = "Thin: samples; dots: the validation split."
     if len(curves) == 2:
         # What pressure costs: adaptive - control, in whatever order they are given
         is_reversed = curves[0].label == "control"
         first, second = reversed(curves) if is_reversed else curves
         panels.append(lambda ax: draw_difference(ax, first, second))
-        note = "Thin: samples, in the difference smoothed; dots: the whole validation split."
+        note = "Thin: samples, in the difference smoothed; dots: the validation split."
     # What the loop measures, and what it answers
     panels.append(lambda ax: draw_sigma(ax, curves, target))
     if pressed:
@@ -1373,7 +1379,7 @@ def draw_difference(ax: Any, first: Curve, second: Curve) -> None:
     n_samples = max(1, len(both) // 20)
     smooth = difference.rolling(n_samples, center=True, min_periods=1).mean()
     ax.plot(both["step"], smooth, color="black", lw=0.8)
-    # The whole validation split needs no smoothing
+    # The validation split needs no smoothing
     checks = both.assign(difference=both["val_loss"] - both["val_loss_other"])
     checks = checks[["step", "difference"]].dropna()
     ax.plot(checks["step"], checks["difference"], color="black", marker="o", ms=4)
@@ -1392,7 +1398,7 @@ def draw_sigma(ax: Any, curves: list[Curve], target: float) -> None:
         if "sigma_filtered" in table:
             filtered = table[["step", "sigma_filtered"]].dropna()
             ax.plot(filtered["step"], filtered["sigma_filtered"], color=curve.colour, lw=1.8)
-        # Over all of the validation split, so with less noise of sampling
+        # Over the validation split, so with less noise of sampling
         whole = "val_sigma_z" if table["sigma_z"].notna().any() else "val_sigma_resid"
         if whole in table:
             ax.plot(table["step"], table[whole], color=curve.colour, marker="o", ms=4, ls="")
@@ -1534,9 +1540,11 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
     add("--save_dir", type=Path, default=folder, help="output folder")
     add("--save_interval", type=count, help="steps between checkpoints")
     before = "also write the model before its first step, as janus_<arm>_initial.pt"
+    spread = "windows of each validation, spread evenly over the split; 0: all"
     add("--save_initial", action="store_true", help=before)
     add("--tensorboard", action="store_true", help=board)
-    add("--val_interval", type=count, help="steps between validations of the whole split")
+    add("--val_interval", type=count, help="steps between validations")
+    add("--val_windows", type=integer, help=spread)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -1653,8 +1661,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         fact = f"--sample_steps {args.sample_steps}: expected at most --control_interval"
         parser.error(f"{fact} {args.control_interval}")
     gains = (args.k_p, args.k_i, args.k_d)
-    if not min(*gains, args.pressure_warmup, args.lambda_start, args.weight_decay) >= 0:
-        others = "--pressure_warmup, --lambda_start and --weight_decay"
+    counts = (args.pressure_warmup, args.val_windows)
+    if not min(*gains, *counts, args.lambda_start, args.weight_decay) >= 0:
+        others = "--pressure_warmup, --lambda_start, --weight_decay and --val_windows"
         parser.error(f"gains, {others} must not be negative")
     if args.bos != "auto" and not args.init_from:
         parser.error(f"--bos {args.bos} needs --init_from: a fresh model has no BOS token")

@@ -43,6 +43,8 @@ def smoke_args(text_file: Path, cache_dir: Path) -> list[str]:
         "30",
         "--save_interval",
         "10",
+        "--val_windows",
+        "0",
         "--dtype",
         "float32",
         *data,

@@ -99,6 +99,17 @@ def test_the_interval_of_the_price_covers_what_it_says(spread):
     assert max(below, above) / n_draws <= 0.06
 
 
+def test_windows_spread_over_the_split_are_not_called_the_whole(tmp_path):
+    rng = np.random.default_rng(0)
+    for arm in headlines.ARMS:
+        write(tmp_path, arm, rng.normal(4, 0.3, 80), np.arange(80) // 2)
+        csv = tmp_path / arm / "validation.csv"
+        table = pd.read_csv(csv)
+        table.assign(window=3 * table["window"]).to_csv(csv, index=False)
+    found = headlines.price(tmp_path)
+    assert found.measured_on == "40 documents, 80 windows spread over the validation split"
+
+
 def test_training_writes_the_loss_of_every_window_of_the_split(smoke_checkpoint):
     table = pd.read_csv(smoke_checkpoint.parent / "validation.csv")
     telemetry = pd.read_csv(smoke_checkpoint.parent / "telemetry.csv")

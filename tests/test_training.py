@@ -98,6 +98,23 @@ def test_validation_is_the_whole_split_and_equals_a_plain_loop(
     assert np.isclose(np.mean(losses), t["val_loss"].iloc[-1], atol=1e-5)
 
 
+def test_some_windows_of_the_split_are_spread_over_it(smoke_args, tmp_path):
+    short = ["--steps", "2", "--save_dir", str(tmp_path)]
+    assert janus.main([*smoke_args, *short, "--val_windows", "5"]) == 0
+    table = pd.read_csv(tmp_path / "validation.csv")
+    final = tmp_path / "janus_adaptive_final.pt"
+    model, ckpt = janus.load_checkpoint(final, torch.device("cpu"), skip_probe=False)
+    tokenizer = str(tmp_path / "tokenizer.json")
+    val = janus.HFWikiTextLoader(ckpt["dataset"], tokenizer, 64, "validation")
+    first_of_fifths = [val.n_windows * fifth // 5 for fifth in range(5)]
+    assert table["window"].tolist() == first_of_fifths
+    with torch.no_grad():
+        losses = [model(*val.batch(np.array([i])))[1].item() for i in first_of_fifths]
+    np.testing.assert_allclose(table["loss_nats"], losses, atol=1e-5)
+    telemetry = pd.read_csv(tmp_path / "telemetry.csv")
+    assert np.isclose(np.mean(losses), telemetry["val_loss"].iloc[-1], atol=1e-5)
+
+
 def test_control_equals_a_run_with_all_gains_zero_bit_for_bit(
     control_checkpoint, smoke_args, tmp_path
 ):

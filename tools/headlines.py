@@ -162,16 +162,18 @@ def bigram_of(folder: Path, arguments: dict[str, Any]) -> float:
     return bigram_loss(train.tokens, measured, count_ids(train.tokenizer))
 
 
-def paired_losses(folder: Path) -> tuple[pd.DataFrame, bool]:
+def paired_losses(folder: Path) -> tuple[pd.DataFrame, str]:
     """Losses of both arms on the same windows: columns document, adaptive, control; a row a window.
-    And whether they are all windows of the validation split, or, in runs of before validation.csv,
-    those of the ablation. Raises HandoffError where the arms were validated on different texts."""
+    And in words which windows: those that phase 1 validated on, or, in runs of before
+    validation.csv, those of the ablation. Raises HandoffError where the arms were validated on
+    different texts."""
     paths = [folder / arm / "validation.csv" for arm in ARMS]
     if not all(path.is_file() for path in paths):
         # Phase 4 took the same sequences through both models
         with np.load(folder / "results_ablation.npz", allow_pickle=False) as npz:
             table = {arm: npz[f"{arm}.base"] for arm in ARMS}  # [sequences] each, nats a token
-            return pd.DataFrame({"document": npz["documents"], **table}), False
+            which = "sequences of the ablation, not the whole split: no validation.csv"
+            return pd.DataFrame({"document": npz["documents"], **table}), which
     # Written by phase 1, of the model as it was at the end
     adaptive, control = (read(path, ["window", "document", "loss_nats"]) for path in paths)
     places = ["window", "document"]
@@ -180,7 +182,12 @@ def paired_losses(folder: Path) -> tuple[pd.DataFrame, bool]:
         found = f"{paths[0]} and {paths[1]} are of different windows"
         raise HandoffError(f"{found}; expected arms of one text; train both again: make retrain")
     losses = {"adaptive": adaptive["loss_nats"], "control": control["loss_nats"]}
-    return pd.DataFrame({"document": adaptive["document"], **losses}), True
+    # --val_windows leaves gaps between them
+    is_whole = (adaptive["window"] == range(len(adaptive))).all()
+    which = "windows: the whole validation split"
+    if not is_whole:
+        which = "windows spread over the validation split"
+    return pd.DataFrame({"document": adaptive["document"], **losses}), which
 
 
 @dataclass
@@ -195,15 +202,12 @@ class Price:
     relative: Ratio
     n_documents: int
     n_windows: int
-    is_whole: bool  # all windows of the validation split
+    which: str  # windows they are, in words
 
     @property
     def measured_on(self) -> str:
         """In words, which windows they are."""
-        count = f"{self.n_documents:,} documents, {self.n_windows:,}"
-        if self.is_whole:
-            return f"{count} windows: the whole validation split"
-        return f"{count} sequences of the ablation, not the whole split: no validation.csv"
+        return f"{self.n_documents:,} documents, {self.n_windows:,} {self.which}"
 
     @property
     def interval(self) -> str:
@@ -217,7 +221,7 @@ class Price:
 def price(folder: Path) -> Price:
     """The price of the pressure, paired by window. Documents are the units: the windows of one are
     alike, and a document of many windows weighs more."""
-    losses, is_whole = paired_losses(folder)
+    losses, which = paired_losses(folder)
     # Both arms read the same windows, so what makes a text hard cancels
     difference = losses["adaptive"] - losses["control"]  # [windows], nats a token
     sums = losses.assign(difference=difference, windows=1.0).groupby("document").sum()
@@ -229,7 +233,7 @@ def price(folder: Path) -> Price:
         relative=ratio_of_sums(extra, of_document["control"], MIN_DOCUMENTS),
         n_documents=len(sums),
         n_windows=len(losses),
-        is_whole=is_whole,
+        which=which,
     )
 
 
@@ -282,7 +286,7 @@ def sigma_against_setpoint(
     return (
         f"sigma against its setpoint {target:g}",
         f"{loop}control {free:.4f}, {free / target:.2f} times the setpoint "
-        "(whole validation split, where sampling adds less: "
+        "(validation split, where sampling adds less: "
         f"adaptive {whole['adaptive']:.4f}, control {whole['control']:.4f})",
     )
 

@@ -311,7 +311,7 @@ def training(run: Run) -> list[Exhibit]:
         title="Did it hold, and what did it cost?",
         image="training.png",
         csv="adaptive/telemetry.csv",
-        reading=f"{loop}; whole validation split at the end: {', '.join(ends)}.",
+        reading=f"{loop}; validation split at the end: {', '.join(ends)}.",
         n=f"one training run an arm, seed {seed}",
         interval="none: one run; ± is over samples in time",
         null="the control arm, without pressure",
