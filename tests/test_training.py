@@ -98,14 +98,14 @@ def test_validation_is_the_whole_split_and_equals_a_plain_loop(
     assert np.isclose(np.mean(losses), t["val_loss"].iloc[-1], atol=1e-5)
 
 
-def test_some_windows_of_the_split_are_spread_over_it(smoke_args, tmp_path):
+def test_some_windows_of_the_split_are_spread_over_it(smoke_args, cache_dir, tmp_path):
     short = ["--steps", "2", "--save_dir", str(tmp_path)]
     assert janus.main([*smoke_args, *short, "--val_windows", "5"]) == 0
     table = pd.read_csv(tmp_path / "validation.csv")
     final = tmp_path / "janus_adaptive_final.pt"
     model, ckpt = janus.load_checkpoint(final, torch.device("cpu"), skip_probe=False)
     tokenizer = str(tmp_path / "tokenizer.json")
-    val = janus.HFWikiTextLoader(ckpt["dataset"], tokenizer, 64, "validation")
+    val = janus.HFWikiTextLoader(ckpt["dataset"], tokenizer, 64, "validation", cache_dir)
     first_of_fifths = [val.n_windows * fifth // 5 for fifth in range(5)]
     assert table["window"].tolist() == first_of_fifths
     with torch.no_grad():

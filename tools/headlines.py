@@ -183,7 +183,7 @@ def paired_losses(folder: Path) -> tuple[pd.DataFrame, str]:
         raise HandoffError(f"{found}; expected arms of one text; train both again: make retrain")
     losses = {"adaptive": adaptive["loss_nats"], "control": control["loss_nats"]}
     # --val_windows leaves gaps between them
-    is_whole = (adaptive["window"] == range(len(adaptive))).all()
+    is_whole = adaptive["window"].tolist() == list(range(len(adaptive)))
     which = "windows: the whole validation split"
     if not is_whole:
         which = "windows spread over the validation split"
