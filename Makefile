@@ -59,10 +59,11 @@ setup-dev: .venv/.ready-dev
 	$(PIP) --no-deps -r requirements-interop.txt
 	@touch $@
 
-# Two at a time, each as soon as it can: one arm makes the text that both read; the longest must not be last.
-IN_ORDER := $(lastword $(MODELS)) energy $(firstword $(MODELS)) ablate harvest $(firstword $(SAES)) hero sae figures
+# The control arm begins first and is quicker: what can be done with it alone fills the time until the other one is trained.
+OF_CONTROL := $(lastword $(DUMPS)) $(RUN)/activations/.untrained
 demo: setup
-	@$(MAKE) --no-print-directory -j2 $(IN_ORDER)
+	@$(MAKE) --no-print-directory -j2 $(lastword $(MODELS)) energy $(firstword $(MODELS)) $(OF_CONTROL)  # one arm makes the text that both read
+	@$(MAKE) --no-print-directory -j2 ablate harvest $(firstword $(SAES)) hero sae figures  # two at a time, in this order: the longest must not be last
 	@$(PY) tools/headlines.py $(RUN)
 	@$(PY) tools/report.py --runs $(RUN)
 
@@ -87,17 +88,18 @@ $(RUN)/activations/$(1)/L$(LAST).z.npy.json: $(RUN)/$(1)/janus_$(1)_final.pt.jso
 $(RUN)/saes/$(1)/L$(lastword $(FEW))/null_gaussian/sae_weights.safetensors.json: $(RUN)/activations/$(1)/L$(LAST).z.npy.json train_sae.py
 	$(SAE) --runs $(1) --layers $(filter-out $(FEW),$(LAYERS)) $(FEW) --nulls $(FEW)
 endef
-SAE := $(ONE) train_sae.py --activations_dir $(RUN)/activations --save_dir $(RUN)/saes --overwrite
+# What all of them are drawn in waits for the last one: figure_saes
+SAE := $(ONE) train_sae.py --activations_dir $(RUN)/activations --save_dir $(RUN)/saes --overwrite --no_figures
 $(foreach arm,adaptive control,$(eval $(call arm_rules,$(arm))))
-sae: $(SAES) $(BESIDE)
+sae: figure_saes
 
 $(RUN)/saes/.heads: $(DUMPS) train_sae.py
 	$(SAE) --runs adaptive control $(HEADS)
 	@touch $@
 
 # Both arms begin with the same weights. A run of before --save_initial has none: `make retrain`.
-BEFORE := $(RUN)/adaptive/janus_adaptive_initial.pt
-$(RUN)/activations/.untrained: $(firstword $(MODELS)) harvest_activations.py
+BEFORE := $(RUN)/control/janus_control_initial.pt
+$(RUN)/activations/.untrained: $(lastword $(MODELS)) harvest_activations.py
 	@mkdir -p $(@D)
 	if [ -e $(BEFORE).json ]; then \
 	  $(ONE) harvest_activations.py --model_path $(BEFORE) --run_name untrained --layers $(FEW) --save_dir $(RUN)/activations --overwrite; \

@@ -2784,12 +2784,14 @@ def train_all(
     return True
 
 
-def report(save_dir: Path) -> None:
-    """Table and figures of all that is there; runs trained side by side report one after the
-    other."""
+def report(save_dir: Path, no_figures: bool = False) -> None:
+    """Metrics, table and figures of all that is there, or the metrics alone; runs trained side by
+    side report one after the other."""
     with open(save_dir / ".lock", "w") as lock:
         wait_for_turn(lock)
         collect_metrics(save_dir)
+        if no_figures:
+            return
         with drawing(
             [save_dir / "sae_metrics.csv"], ["train_sae.py", "--redraw", "--save_dir", save_dir]
         ):
@@ -2856,7 +2858,11 @@ def run(args: argparse.Namespace) -> int:
             return record["exit_status"]
         if rank:
             return 0
-        report(args.save_dir)
+        report(args.save_dir, args.no_figures)
+    if args.no_figures:
+        redraw = f"python train_sae.py --redraw --save_dir {shlex.quote(str(args.save_dir))}"
+        print(f"see {args.save_dir / 'sae_metrics.csv'}; table and figures: {redraw}")
+        return 0
     figures = "figure2_l0_by_depth.png and figure3_activation_frequency.png"
     print(f"see {args.save_dir / 'table2.md'}, and {figures} beside it")
     return 0
@@ -3282,9 +3288,11 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
     board_help = "also log to <SAE folder>/tensorboard (needs the package tensorboard)"
     save_help = "steps between saves of training state and export"
+    later_help = "write metrics alone; --redraw makes table 2 and the figures later"
     add = parser.add_argument_group("outputs").add_argument
     add("--save_dir", type=Path, default=Path("saes"), help="output folder")
     add("--tensorboard", action="store_true", help=board_help)
+    add("--no_figures", action="store_true", help=later_help)
     add("--save_interval", type=positive(int), default=500, help=save_help)
 
 

@@ -132,7 +132,7 @@ def test_nulls_heads_and_the_model_before_training_stand_beside_the_saes(project
 
 
 def test_a_run_of_before_has_no_model_before_training_and_make_goes_on(project):
-    initial = project / "runs" / "base" / "adaptive" / "janus_adaptive_initial.pt.json"
+    initial = project / "runs" / "base" / "control" / "janus_control_initial.pt.json"
     stamp = project / "runs" / "base" / "activations" / ".untrained"
     initial.rename(initial.with_suffix(".away"))
     stamp.unlink()

@@ -484,6 +484,21 @@ def test_tables_of_seeds_that_are_gone_are_removed(of_two_seeds, tmp_path):
     assert len(pd.read_csv(tmp_path / "saes/sae_metrics.csv")) == 1
 
 
+def test_without_figures_the_metrics_are_the_same_and_redraw_makes_the_rest(of_two_seeds, tmp_path):
+    shutil.copytree(of_two_seeds / "saes", tmp_path / "saes")
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "saes").glob("table2.*")}
+    metrics = (tmp_path / "saes/sae_metrics.csv").read_bytes()
+    for path in [*(tmp_path / "saes").glob("table2.*"), *(tmp_path / "saes").glob("figure*")]:
+        path.unlink()
+    ts.report(tmp_path / "saes", no_figures=True)
+    assert not list((tmp_path / "saes").glob("table2.*"))
+    assert (tmp_path / "saes/sae_metrics.csv").read_bytes() == metrics
+    assert ts.main(["--redraw", "--save_dir", str(tmp_path / "saes")]) == 0
+    for name in ("table2.csv", "table2.md"):
+        assert (tmp_path / "saes" / name).read_bytes() == drawn[name]
+    assert (tmp_path / "saes/figure2_l0_by_depth.png").exists()
+
+
 # ------------------------------------------------------------------------------ what it costs
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_steps_that_are_announced_are_those_taken(
