@@ -113,7 +113,7 @@ PHASE_PRESETS: dict[str, dict[str, int]] = {
         n_seqs=0, n_linear=0, n_together=256, n_mean=256, resample_draws=8, batch_size=4
     ),
     "demo": dict(
-        n_seqs=48, n_linear=384, n_together=48, n_mean=128, resample_draws=1, batch_size=16
+        n_seqs=48, n_linear=384, n_together=48, n_mean=128, resample_draws=1, batch_size=4
     ),
     "smoke": dict(n_seqs=24, n_linear=96, n_together=0, n_mean=24, resample_draws=1, batch_size=12),
 }
@@ -521,6 +521,7 @@ STEPS = 6  # in which all heads are removed, largest or smallest impact first
 RANDOM_STEPS = 3  # in a random order, the last of which removes all and is left out
 PAIRED = 6  # heads of largest impact whose pairs are measured
 LOUD = 2  # further ones that write most: of two copies of a head neither has an impact alone
+WRITTEN = 16  # sequences that tell how much heads write
 
 
 def write_size(
@@ -1417,7 +1418,7 @@ def measure_together(
 ) -> None:
     """What heads cost when several are removed at once."""
     model = bench.arm.model
-    tokens, _ = val.batch(text.together[: args.batch_size])
+    tokens, _ = val.batch(text.together[:WRITTEN])
     size = write_size(model, tokens, bench.mean_z, args.layers)  # [R]
     kinds, sets = plan_sets(impact_of(bench.arrays, args.mode[0]), size, args.seed)
     given = (model, val, bench.mean_z, args, text.together, sets, bench.precision, name)
