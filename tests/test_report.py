@@ -250,6 +250,8 @@ def test_a_script_copied_alone_writes_all_but_its_page(project, tmp_path):
     text = ["--text", "the import statement", "--save_dir", str(tmp_path / "out")]
     inputs = ["--ablation_csv", "runs/base/results_ablation.csv", "--saes_dir", "runs/base/saes"]
     inputs += ["--activations_dir", "runs/base/activations"]
+    record = (project / "runs" / "base" / "hero_analysis" / "run.json").read_text()
+    inputs += ["--n_seqs", str(json.loads(record)["arguments"]["n_seqs"])]
     done = subprocess.run(
         [sys.executable, str(tmp_path / "hero_head_analysis.py"), *inputs, *text],
         cwd=project, capture_output=True, text=True,
