@@ -14,7 +14,7 @@ Writes  <save_dir>/janus_<arm>_final.pt   weights, optimiser, controller, random
         <save_dir>/tokenizer.json         read by every later phase
         <save_dir>/telemetry.csv          a row every --control_interval steps; columns: METRICS.md
         <save_dir>/layers.csv             per layer at every validation;  training.png, run.json
-        <save_dir>/validation.csv         loss of each window of the validation split, at the end
+        <save_dir>/validation.csv         loss of each window it validated on, at the end
 
 Quick   python janus_adaptive.py --preset smoke --dataset builtin --save_dir checkpoints/smoke
         (a minute on two CPU cores)
@@ -1061,13 +1061,13 @@ def weights_hash(model: NewGPT) -> str:
 
 def pays_to_compile(training: Training) -> bool:
     """Whether torch.compile is used, by --compile; auto: on a GPU, and on a CPU with a compiler
-    in bfloat16, whose casts it saves, where the run has half an hour of work."""
+    in bfloat16, whose casts it saves, where the run has many minutes of work."""
     args = training.args
     _, n_inner = training.model.n_params()
     # 2 FLOPs a parameter and token forward, 4 backward
     flops = 6 * n_inner * args.steps * tokens_per_step(args)
-    # Compiling takes a core a minute. In float32 a step then takes a tenth longer, in bfloat16 a
-    # seventh less (preset demo, two CPU cores)
+    # Compiling takes a core up to a minute. In float32 a step then takes 6 to 12 % longer, in
+    # bfloat16 a seventh less (preset demo, two CPU cores)
     is_long = training.autocast._enabled and flops > 1e14
     pays = training.device.type == "cuda" or (shutil.which("c++") is not None and is_long)
     return args.compile == "on" or (args.compile == "auto" and pays)

@@ -1,5 +1,6 @@
 """The price of the pressure: its interval over documents, and where it comes from."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -108,6 +109,36 @@ def test_windows_spread_over_the_split_are_not_called_the_whole(tmp_path):
         table.assign(window=3 * table["window"]).to_csv(csv, index=False)
     found = headlines.price(tmp_path)
     assert found.measured_on == "40 documents, 80 windows spread over the validation split"
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_the_bigram_is_measured_on_the_windows_of_the_validation(
+    smoke_checkpoint, tmp_path, stride
+):
+    whole = smoke_checkpoint.parent
+    (tmp_path / "adaptive").mkdir()
+    (tmp_path / "adaptive" / "tokenizer.json").write_bytes((whole / "tokenizer.json").read_bytes())
+    table = pd.read_csv(whole / "validation.csv")[::stride]
+    table.to_csv(tmp_path / "adaptive" / "validation.csv", index=False)
+    arguments = json.loads((whole / "run.json").read_text())["arguments"]
+    train, val = (
+        ja.HFWikiTextLoader(
+            arguments["dataset"],
+            str(whole / "tokenizer.json"),
+            arguments["seq_len"],
+            split,
+            arguments["cache_dir"],
+        )
+        for split in ("train", "validation")
+    )
+    # Each window has a target one token beyond its last input
+    length = arguments["seq_len"]
+    places = np.concatenate([window * length + np.arange(length) for window in table["window"]])
+    n_kinds = ja.count_ids(train.tokenizer)
+    expected = headlines.bigram_loss(
+        train.tokens, val.tokens[places], val.tokens[places + 1], n_kinds
+    )
+    assert headlines.bigram_of(tmp_path, arguments) == pytest.approx(expected, rel=1e-12)
 
 
 def test_training_writes_the_loss_of_every_window_of_the_split(smoke_checkpoint):

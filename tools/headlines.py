@@ -36,14 +36,16 @@ Headline = tuple[str, str]  # what was measured, and the number with its uncerta
 
 
 # ------------------------------------------------------------------------------------------- method
-def bigram_loss(train: np.ndarray, val: np.ndarray, n_kinds: int) -> float:
-    """Loss (nats a token) on `val` [n + 1] of a bigram model of `train` [N], token ids both.
+def bigram_loss(train: np.ndarray, inputs: np.ndarray, targets: np.ndarray, n_kinds: int) -> float:
+    """Loss (nats a token) of a bigram model of `train` [N] for targets [n], each after its input
+    [n]; token ids below n_kinds.
 
     Interpolated with an add-one unigram, as Witten and Bell (1991) do. With u(v) the number of
     kinds of token seen after v:  p(w | v) = (c(v, w) + u(v) p(w)) / (c(v) + u(v)).
     """
     train = np.asarray(train, np.int64)
-    val = np.asarray(val, np.int64)
+    v = np.asarray(inputs, np.int64)
+    w = np.asarray(targets, np.int64)
     unigram = (np.bincount(train, minlength=n_kinds) + 1) / (len(train) + n_kinds)  # [V], p(w)
 
     # The pair (v, w) as one number v V + w: those of `train`, sorted, each with its count c(v, w)
@@ -51,7 +53,6 @@ def bigram_loss(train: np.ndarray, val: np.ndarray, n_kinds: int) -> float:
     kinds_after = np.bincount(pairs // n_kinds, minlength=n_kinds)  # [V], u(v)
     count = np.bincount(train[:-1], minlength=n_kinds)  # [V], c(v)
 
-    v, w = val[:-1], val[1:]  # [n] each
     wanted = v * n_kinds + w
     place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
     seen = np.where(pairs[place] == wanted, pair_counts[place], 0)  # [n], c(v, w)
@@ -157,9 +158,13 @@ def bigram_of(folder: Path, arguments: dict[str, Any]) -> float:
 
     train = split("train")
     val = split("validation")
-    # Phase 1 leaves out what does not fill a window; the last target is one token further
-    measured = val.tokens[: val.n_windows * val.seq_len + 1]
-    return bigram_loss(train.tokens, measured, count_ids(train.tokenizer))
+    windows = np.arange(val.n_windows)
+    csv = folder / "adaptive" / "validation.csv"
+    if csv.is_file():  # runs of before it was written took them all
+        windows = read(csv, ["window"])["window"].to_numpy()
+    inputs, targets = val.batch(windows)  # [W, T] each
+    n_kinds = count_ids(train.tokenizer)
+    return bigram_loss(train.tokens, inputs.flatten().numpy(), targets.flatten().numpy(), n_kinds)
 
 
 def paired_losses(folder: Path) -> tuple[pd.DataFrame, str]:
