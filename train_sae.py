@@ -476,7 +476,7 @@ class Trainer:
     axes: [D, R], what the first directions are combined of; None: any direction
     idle: [F] int64, tokens since each latent fired
     cut: [], moving average of Output.cut
-    threads: that torch may use for its group of SAEs, which decides how sums round
+    threads: that torch may use for its group of SAEs
     history: a dict every 50 steps, the rows of training.csv; board: a tensorboard for them
     """
 
@@ -548,7 +548,8 @@ class Trainer:
         for name, gradient in found.by_name.items():
             getattr(self.sae, name).grad = gradient
         self.remember_cut(found.cut)
-        return found.error.square().mean(), found.fired
+        # row by row: one sum over all would round differently with another number of threads
+        return found.error.square().mean(1).mean(), found.fired
 
     def remember_cut(self, cut: Tensor | None) -> None:
         """Moves the mean cut of the last steps to that of one more, where there is one."""
@@ -825,7 +826,8 @@ def add_auxiliary(found: Gradients, batch: Batch, sae: Weights, now: Now) -> Non
     largest = silent.topk(n_auxiliary(now, len(dead), d_in))  # [n_seen, aux_k]
     latents = torch.zeros_like(silent).scatter_(1, largest.indices, largest.values.relu())
     d_y = (latents @ w_dec).float() + error
-    d_y *= 2 * AUX / error.square().sum().clamp(min=1e-9)
+    # row by row: one sum over all would round differently with another number of threads
+    d_y *= 2 * AUX / error.square().sum(1).sum().clamp(min=1e-9)
     back = dense_backward(low, latents, d_y, w_dec)
     for name, gradient in back._asdict().items():
         found.by_name[name].index_add_(0, dead, gradient)

@@ -604,6 +604,39 @@ def test_saes_of_a_group_have_a_core_each(n, threads, cores, workers, each):
         torch.set_num_threads(n_threads)
 
 
+@pytest.mark.parametrize("arch", ["relu", "gated", "batchtopk", "jumprelu", "matryoshka"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_sae_does_not_depend_on_its_threads(arch, dtype):
+    """Those of `--k 16 32`, a core each, are the ones that have all cores alone. Wide enough that
+    torch divides a sum over the batch, and its first eighth, among threads."""
+    width, n = 320, 1024
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(
+        n, 8, generator=generator
+    )  # so many latents die, and enter the auxiliary loss
+    rows = few @ torch.randn(8, width, generator=generator) / math.sqrt(8 * width)
+    given = ["--preset", "smoke", "--arch", arch, "--expansion", "2", "--learning_rate", "0.01"]
+    args = ts.parse_args([*given, "--steps", "50", "--dead_tokens", "2048", "--aux_k", "8"])
+    vars(args).update(dtype=dtype, null="", k=4, target_l0=4, l1=0.03)
+    made = []
+    n_threads = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            trainer = ts.Trainer(args, torch.zeros(width), 1.0, torch.device("cpu"))
+            for _ in range(args.steps):
+                trainer.step(rows)
+            made.append(trainer)
+    finally:
+        torch.set_num_threads(n_threads)
+    one, two = made
+    for name, weight in vars(one.sae).items():
+        assert torch.equal(weight, getattr(two.sae, name)), name
+    assert one.history == two.history
+    has_auxiliary = arch in ("batchtopk", "matryoshka")
+    assert not has_auxiliary or one.history[-1]["dead_share"] > 0
+
+
 # ------------------------------------------------------------------------------ the model in the loop
 def test_a_finish_without_its_model_is_refused_before_any_training(of_features, tmp_path, capsys):
     root = write_copy(of_features, tmp_path / "a")
