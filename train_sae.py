@@ -3136,19 +3136,27 @@ def depth_note(table: pd.DataFrame, shown: dict[str, pd.DataFrame]) -> str:
     return f"{note}. {study}: {STUDY_L0}."
 
 
+def same_on_a_curve(table: pd.DataFrame) -> list[str]:
+    """The columns in which all SAEs of a curve of the frontier agree: all but their setting."""
+    names = [*KIND, "expansion", "tokens"]
+    return [name for name in names if name in table and name != "setting"]
+
+
 def frontier_of(table: pd.DataFrame) -> pd.DataFrame:
-    """What reconstruction costs in L0: the rows of table 2 that differ in their setting, by L0."""
-    curve = [name for name in GROUP if name != "setting"]
+    """What reconstruction costs in L0: where rows of table 2 differ in setting alone, by L0."""
+    kind = same_on_a_curve(table)
+    curve = [*kind, "layer"]
     n_settings = table.groupby(curve)["setting"].transform("nunique")
     measures = ["l0", "fvu", "fvu_lo", "fvu_hi"]
     if "ce_recovered_mean_lo" in table:
         measures += ["ce_recovered_mean", "ce_recovered_mean_lo", "ce_recovered_mean_hi"]
     several = table[n_settings > 1]
-    return several[[*GROUP, *measures, "split", "n_documents"]].sort_values([*curve, "l0"])
+    names = [*GROUP, *[name for name in kind if name not in GROUP]]
+    return several[[*names, *measures, "split", "n_documents"]].sort_values([*curve, "l0"])
 
 
 def draw_frontier(frontier: pd.DataFrame, is_stacked: bool = False) -> Any:
-    """FVU and CE recovered against L0, a panel a layer, a line a run, architecture and seed."""
+    """FVU and CE recovered against L0: a panel a layer, a line a run, architecture, seed, size."""
     import matplotlib.pyplot as plt
 
     measures = {"fvu": "FVU: share of the variance\nnot explained"}
@@ -3160,11 +3168,16 @@ def draw_frontier(frontier: pd.DataFrame, is_stacked: bool = False) -> Any:
     panels = [(layer, name) for name in measures for layer in layers]
     n_columns = 1 if is_stacked else min(3, len(layers))
     n_rows = math.ceil(len(panels) / n_columns)
-    curve = [name for name in KIND if name != "setting"]
+    curve = same_on_a_curve(frontier)
     kinds: dict[tuple, dict[str, Any]] = {}
     for kind in frontier.groupby(curve).groups:
-        run, unit, arch, seed, site = kind
-        label = as_label(f"{run} ({arch}, {site} of a {unit}), seed {seed}")
+        one = dict(zip(curve, kind, strict=True))
+        label = "{run} ({arch}, {site} of a {unit}), seed {seed}".format_map(one)
+        if "expansion" in one and frontier["expansion"].nunique() > 1:
+            label += f", {one['expansion']:g} latents a dimension"
+        if "tokens" in one and frontier["tokens"].nunique() > 1:
+            label += f", {one['tokens']:,} tokens"
+        label = as_label(label)
         kinds[kind] = {"label": label} | look_of(len(kinds))
     more = 0.22 * max(0, len(kinds) - 2)  # inches of legend
     size = (4.5 if is_stacked else max(5.5, 3.8 * n_columns), 2.9 * n_rows + 1 + more)

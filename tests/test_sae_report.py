@@ -177,6 +177,30 @@ def test_the_frontier_is_shown_where_there_is_one(tmp_path):
     assert shown.reading.endswith(told)
 
 
+def test_saes_of_other_sizes_are_other_curves(tmp_path):
+    """Or a wider SAE, and one that was trained longer, would look like a sparser one."""
+    metrics = []
+    for d_sae, tokens, k, fvu in ((64, 1e6, 8, 0.3), (64, 1e6, 16, 0.2), (128, 1e6, 32, 0.1)):
+        one = saes_of("adaptive", setting=f"k {k}", l0=float(k), fvu=fvu)
+        metrics.append(one.assign(d_in=16, d_sae=d_sae, tokens=int(tokens)))
+    table = ts.frontier_of(ts.table2(pd.concat(metrics)))
+    assert sorted(table["setting"].unique()) == ["k 16", "k 8"], "one of another size is no curve"
+
+    longer = [one.assign(tokens=2_000_000, fvu=0.05) for one in metrics[:2]]
+    both = [one.assign(seed=1) for one in longer]  # of one seed the later would replace the other
+    table = ts.frontier_of(ts.table2(pd.concat([*metrics, *both])))
+    figure = ts.draw_frontier(table)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    plt.close(figure)
+    sizes = sorted(label[label.index(", seed") :].split(", ")[2] for label in labels)
+    assert sizes == ["1,000,000 tokens", "2,000,000 tokens"]
+    run = run_of(tmp_path, pd.concat(metrics), sae_frontier=table)
+    plt.imsave(tmp_path / "saes" / "sae_frontier.png", np.zeros((2, 2)))
+    told = report.saes(run)[-1].reading
+    assert "adaptive, tokens 1,000,000: 0.300 at L0 8.0, 0.200 at L0 16.0" in told
+    assert "adaptive, tokens 2,000,000: 0.050 at L0 8.0, 0.050 at L0 16.0" in told
+
+
 def test_pw_mcc_is_told_beside_its_null(tmp_path):
     pairs = pd.DataFrame(dict(run="adaptive", unit="layer", arch="batchtopk", layer=range(3)))
     pairs = pairs.assign(

@@ -663,12 +663,16 @@ def frontier(run: Run) -> list[Exhibit]:
     if not all(path.is_file() for path in paths):
         return []
     table = run.table("saes/sae_frontier.csv")  # a row a layer, arm, setting
+    several = table[[name for name in ("expansion", "tokens") if name in table]].nunique() > 1
+    sizes = list(several.index[several])
     told = []
     for kind, of_kind in kinds_of_saes(table):
-        for arm, of_arm in of_kind.groupby("run"):
+        for (arm, *size), of_arm in of_kind.groupby(["run", *sizes]):
+            named = [f"{name} {value:,.0f}" for name, value in zip(sizes, size, strict=True)]
+            title = kind + ", ".join([arm, *named]) + (":" if named else "")
             by_setting = of_arm.groupby("setting")[["l0", "fvu"]].mean().sort_values("l0")
             values = [f"{row.fvu:.3f} at L0 {row.l0:.1f}" for row in by_setting.itertuples()]
-            told.append(f"{kind}{arm} {', '.join(values)}")
+            told.append(f"{title} {', '.join(values)}")
     exhibit = Exhibit(
         title="What does each further feature buy?",
         image="saes/sae_frontier.png",
