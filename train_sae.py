@@ -3244,16 +3244,26 @@ def draw_frequencies(
             label, color = kinds[kind]["label"], kinds[kind]["color"]
             ax.stairs(share, edges, lw=1.6, ls=dashes, color=color, label=label)
             never = (of_layer["frequency"] == 0).mean()
-            line: dict[str, Any] = {"transform": ax.transAxes, "ha": "right", "fontsize": 9}
-            height = 0.93 - 0.09 * i
-            ax.text(0.97, height, f"{never:.1%} never", color=color, **line)
+            row, place = divmod(i, 4)
+            above: dict[str, Any] = {"transform": ax.transAxes, "va": "top", "fontsize": 9}
+            ax.text(0.28 + 0.18 * place, 0.97 - 0.09 * row, f"{never:.1%}", color=color, **above)
+        ax.text(0.02, 0.97, "never fire:", **above)
         ax.set(xscale="log", yscale="log", title=f"layer {layer}")
         ax.set_xlabel("share of tokens that a latent fires on")
+    # room above the curves for these lines
+    n_lines = math.ceil(len(kinds) / 4)
+    low, top = grid[0, 0].get_ylim()
+    free = min(0.6, 0.03 + 0.09 * n_lines)  # share of the panel
+    grid[0, 0].set_ylim(low, low * (top / low) ** (1 / (1 - free)))
     for ax in grid[:, 0]:
         ax.set_ylabel("share of latents")
     for ax in grid.flat[len(layers) :]:
         ax.axis("off")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", fontsize=9)
+    handles: Any = {}  # by their labels
+    for ax in grid.flat[: len(layers)]:
+        drawn, labels = ax.get_legend_handles_labels()
+        handles |= dict(zip(labels, drawn, strict=True))  # a curve may be of some layers only
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", fontsize=9)
     n_tokens = metrics["dead_share_tokens"].max()
     note = f"{n_tokens:,} tokens of held-out and training documents; never: dead on all of them."
     figure.supxlabel(textwrap.fill(note, round(13 * size[0])), fontsize=8.5)

@@ -321,5 +321,21 @@ def test_figure_3_has_one_legend_and_the_dead_share_as_text(tmp_path):
     assert len(figure.legends) == 1
     for ax in figure.axes:
         assert ax.get_legend() is None
-        assert [text.get_text() for text in ax.texts] == ["25.0% never"] * 2
+        assert [text.get_text() for text in ax.texts] == ["25.0%"] * 2 + ["never fire:"]
+    plt.close(figure)
+
+
+def test_figure_3_names_every_curve_and_writes_above_them(tmp_path):
+    """One arm is of one layer alone; latents that fire on nearly every token reach into the corner."""
+    metrics = sae_tables(tmp_path)
+    arm, layer = metrics["run"].iloc[0], metrics["layer"].iloc[0]
+    metrics = metrics[(metrics["run"] != arm) | (metrics["layer"] != layer)]
+    always = pd.DataFrame(dict(frequency=[0.9] * 8, n_rows=[1000] * 8))
+    figure = sae.draw_frequencies(dict.fromkeys(metrics["folder"], always), metrics)
+    assert len(figure.legends[0].get_texts()) == 2
+    figure.canvas.draw()
+    for ax in figure.axes:
+        curves = [patch.get_window_extent() for patch in ax.patches]
+        for text in ax.texts:
+            assert not any(text.get_window_extent().overlaps(curve) for curve in curves)
     plt.close(figure)
