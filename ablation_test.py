@@ -1304,6 +1304,7 @@ def heads_in_time(
     n_modes = len(modes_of_stage(2, args))
     shared = sum(bench.cost.shared for bench in benches.values())
     of_head = sum(bench.cost.of_layer / bench.arm.model.cfg.n_heads for bench in benches.values())
+    of_head *= 2  # those of the first layers, which go through nearly all others
     return from_rank_0(max(2, int((seconds_left / N_FRESH - shared) / of_head / n_modes)))
 
 
@@ -2105,16 +2106,15 @@ def read_stages(
         array_of(losses, f"{run}.{mode}.loss")
     if args.plain:
         stages = [replace(ablation, split=None) for ablation in stages]
-    # Where effects have heavy tails the control variate may do harm. The first stage tells of which
-    # heads, also for the second one, which is other text. For itself it chooses by its own text:
-    # where this decides, standard errors are nearly the same either way.
-    first = stages[0]
-    helps = first.better_steadied()  # [R of the first]
-    stages[0] = replace(first, is_steadied=helps)
+    # Where effects have heavy tails the control variate may do harm. A stage tells by its own text
+    # of which heads: where that decides, standard errors are nearly the same either way. The second
+    # one heeds the first, too, which is other text.
+    helps = [ablation.better_steadied() for ablation in stages]  # [R] each
     if len(stages) == 2:
-        went_on = np.isin(numbers_of(first), numbers_of(stages[1]))  # [R of the first]
-        stages[1] = replace(stages[1], is_steadied=helps[went_on])
-    return stages
+        first, second = stages
+        went_on = np.isin(numbers_of(first), numbers_of(second))  # [R of the first]
+        helps[1] &= helps[0][went_on]
+    return [replace(one, is_steadied=of) for one, of in zip(stages, helps, strict=True)]
 
 
 def numbers_of(ablation: Ablation) -> np.ndarray:
