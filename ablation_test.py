@@ -535,7 +535,7 @@ def write_size(
         w_o = attention.w_o.weight.unflatten(1, z.shape[2:])  # [D, H, K]
         written = torch.einsum("bthk,dhk->bthd", z.float() - mean_z[layer], w_o.float())
         sizes.append(written.norm(dim=-1).mean((0, 1)))  # [H]
-    return torch.cat(sizes).cpu().double().numpy()
+    return torch.cat(sizes).cpu().double().numpy()  # [R]
 
 
 def plan_sets(impact: np.ndarray, size: np.ndarray, seed: int) -> tuple[list[str], np.ndarray]:
@@ -649,11 +649,13 @@ def steady(
     exact: np.ndarray, linear: np.ndarray, split_mean: np.ndarray, documents: np.ndarray
 ) -> np.ndarray:
     """Effects of the heads in some sequences -> values [sequences, R], whose mean estimates the
-    mean exact effect over the whole split without bias, and with less noise than that of `exact`.
+    mean exact effect over the whole split, with no more noise than that of `exact`.
 
     A sequence in which the first-order effect is above its mean over the split probably has an
     exact effect above its own: so much is taken off, by the regression of one on the other.
-    Source: control variates, e.g. Owen, Monte Carlo theory, 8.9.
+    Source: control variates, e.g. Owen, Monte Carlo theory, 8.9. Where effects have heavy tails
+    this may do harm: a head whose standard error would be larger keeps its exact effects. Where
+    that decides, both are nearly the same, so that its interval holds as often.
 
     exact       [sequences, R] change of the loss, nats a token
     linear      [sequences, R] the same to first order
@@ -661,7 +663,9 @@ def steady(
     documents   [sequences] number of the document of each
     """
     slope = slope_of_others(linear, exact, documents)  # [sequences, R]
-    return exact - slope * (linear - split_mean)
+    steadied = exact - slope * (linear - split_mean)
+    spread, plain_spread = (units(one, documents).std(0) for one in (steadied, exact))  # [R] each
+    return np.where(spread < plain_spread, steadied, exact)
 
 
 def units_elsewhere(
@@ -1180,16 +1184,22 @@ def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
         for name, bench in benches.items():
             measure_together(name, bench, text, val, args)
 
-    # As the .npz holds them
     losses: dict[str, np.ndarray] = {}
     parts = {"": text.exact, "split.": text.linear, "confirm.": text.fresh}
     for prefix, windows in (parts | {"together.": text.together}).items():
         if len(windows):
             losses |= about_windows(prefix, train, val, windows)
+    for name, bench in benches.items():
+        losses |= {f"{name}.{array}": values for array, values in bench.arrays.items()}
+    return losses, facts_of(benches, val, args)
+
+
+def facts_of(
+    benches: dict[str, Bench], val: HFWikiTextLoader, args: argparse.Namespace
+) -> dict[str, Any]:
+    """What the sidecar of the .npz says of the measurement and of each arm."""
     about_arms = {}
     for name, bench in benches.items():
-        for array, values in bench.arrays.items():
-            losses[f"{name}.{array}"] = values
         about_arms[name] = {
             "seed": bench.arm.checkpoint["seed"],
             "checkpoint": str(bench.arm.path),
@@ -1198,7 +1208,7 @@ def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
             "dtype": "bfloat16" if is_bfloat16(bench.precision) else "float32",
             "seconds_a_sequence": round(bench.seconds, 4),
         }
-    facts = {
+    return {
         "layers": args.layers,
         "n_mean": args.n_mean,
         "resample_draws": args.resample_draws,
@@ -1208,7 +1218,6 @@ def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
         "bos": val.bos,
         "runs": about_arms,
     }
-    return losses, facts
 
 
 def prepare(
@@ -1303,8 +1312,14 @@ def heads_in_time(
         return None
     n_modes = len(modes_of_stage(2, args))
     shared = sum(bench.cost.shared for bench in benches.values())
-    of_head = sum(bench.cost.of_layer / bench.arm.model.cfg.n_heads for bench in benches.values())
-    of_head *= 2  # those of the first layers, which go through nearly all others
+    of_head = 0.0
+    for bench in benches.values():
+        cfg = bench.arm.model.cfg
+        # An ablation goes through all later layers. Those that go on may all be of the first one,
+        # measured was the middle one
+        middle = args.layers[len(args.layers) // 2]
+        longer = (cfg.n_layers - min(args.layers)) / (cfg.n_layers - middle)
+        of_head += longer * bench.cost.of_layer / cfg.n_heads
     return from_rank_0(max(2, int((seconds_left / N_FRESH - shared) / of_head / n_modes)))
 
 
@@ -1419,8 +1434,13 @@ def measure_together(
 ) -> None:
     """What heads cost when several are removed at once."""
     model = bench.arm.model
-    tokens, _ = val.batch(text.together[:WRITTEN])
-    size = write_size(model, tokens, bench.mean_z, args.layers)  # [R]
+    windows = text.together[:WRITTEN]
+    size = np.zeros(len(args.layers) * model.cfg.n_heads)  # [R]
+    # A batch at a time, like all else: what every head writes is H times as large as the stream
+    for start in range(0, len(windows), args.batch_size):
+        tokens, _ = val.batch(windows[start : start + args.batch_size])
+        share = len(tokens) / len(windows)
+        size += share * write_size(model, tokens, bench.mean_z, args.layers)
     kinds, sets = plan_sets(impact_of(bench.arrays, args.mode[0]), size, args.seed)
     given = (model, val, bench.mean_z, args, text.together, sets, bench.precision, name)
     bench.arrays["together.kinds"] = np.array(kinds)
@@ -2106,15 +2126,18 @@ def read_stages(
         array_of(losses, f"{run}.{mode}.loss")
     if args.plain:
         stages = [replace(ablation, split=None) for ablation in stages]
-    # Where effects have heavy tails the control variate may do harm. A stage tells by its own text
-    # of which heads: where that decides, standard errors are nearly the same either way. The second
-    # one heeds the first, too, which is other text.
     helps = [ablation.better_steadied() for ablation in stages]  # [R] each
     if len(stages) == 2:
+        # The second one heeds the first, too, which is other text
         first, second = stages
         went_on = np.isin(numbers_of(first), numbers_of(second))  # [R of the first]
         helps[1] &= helps[0][went_on]
-    return [replace(one, is_steadied=of) for one, of in zip(stages, helps, strict=True)]
+    chosen = []
+    for ablation, is_steadied in zip(stages, helps, strict=True):
+        # Impacts are of the whole split as soon as one head's is
+        split = ablation.split if is_steadied.any() else None
+        chosen.append(replace(ablation, is_steadied=is_steadied, split=split))
+    return chosen
 
 
 def numbers_of(ablation: Ablation) -> np.ndarray:

@@ -2071,7 +2071,8 @@ def threads_kept() -> Iterator[None]:
 def side_by_side(n: int, device: torch.device, cores: int) -> Iterator[ThreadPoolExecutor]:
     """Workers for the n SAEs of a group, finished ones too, which divide the threads of torch among
     them: an SAE on one thread waits for nobody. As many as there are `cores`, also where one SAE
-    alone would be no faster on more than one thread; threads, not cores, decide how sums round."""
+    alone would be no faster on more than one thread. Where the threads of an SAE decide
+    how sums round, as with --plain, the cores do not."""
     n_threads = torch.get_num_threads()
     n_workers = min(n, max(cores, n_threads)) if device.type == "cpu" else 1
     with threads_kept(), ThreadPoolExecutor(n_workers) as pool:
@@ -3235,17 +3236,19 @@ def draw_frequencies(
         n_rows, n_columns, figsize=size, layout="constrained", squeeze=False, sharey=True
     )
     for ax, layer in zip(grid.flat, layers, strict=False):
-        for i, (kind, saes) in enumerate(metrics[metrics["layer"] == layer].groupby(KIND)):
+        above: dict[str, Any] = {"transform": ax.transAxes, "va": "top", "fontsize": 9}
+        for kind, saes in metrics[metrics["layer"] == layer].groupby(KIND):
+            number = list(kinds).index(kind)
             of_layer = pd.concat([latents[folder] for folder in saes["folder"]])
             # from below one firing to every token; what never fires is written into the panel
             edges = np.geomspace(0.7 / of_layer["n_rows"].max(), 1, 19)
             share = np.histogram(of_layer["frequency"], edges)[0] / len(of_layer)
-            dashes = DASHES[list(kinds).index(kind) % len(DASHES)]
+            dashes = DASHES[number % len(DASHES)]
             label, color = kinds[kind]["label"], kinds[kind]["color"]
             ax.stairs(share, edges, lw=1.6, ls=dashes, color=color, label=label)
             never = (of_layer["frequency"] == 0).mean()
-            row, place = divmod(i, 4)
-            above: dict[str, Any] = {"transform": ax.transAxes, "va": "top", "fontsize": 9}
+            # in the order of the legend, in every panel
+            row, place = divmod(number, 4)
             ax.text(0.28 + 0.18 * place, 0.97 - 0.09 * row, f"{never:.1%}", color=color, **above)
         ax.text(0.02, 0.97, "never fire:", **above)
         ax.set(xscale="log", yscale="log", title=f"layer {layer}")

@@ -41,12 +41,12 @@ def draw_once(
     rng = np.random.default_rng(seed)
     # Without replacement, and in the order of the text
     some = np.sort(rng.choice(len(exact), n, replace=False))  # [n]
-    # As write_results() makes the CSV from them
-    plain = exact[some]  # [n, R]
-    steadied = at.steady(plain, linear[some], linear.mean(0), documents[some])
-    errors = [at.standard_error(at.units(one, documents[some])) for one in (plain, steadied)]  # [R]
-    values = {"plain": plain, "steadied": np.where(errors[1] < errors[0], steadied, plain)}
+    values = {
+        "plain": exact[some],
+        "steadied": at.steady(exact[some], linear[some], linear.mean(0), documents[some]),
+    }
     found = {}
+    # As write_results() makes the CSV from them
     for name, of_window in values.items():
         units = at.units(of_window, documents[some])
         columns = at.uncertain_columns(units, at.bootstrap_units(units, RESAMPLES, seed))

@@ -45,7 +45,7 @@ def test_the_steadied_mean_is_that_of_the_split_and_its_interval_holds_it(kind: 
     errors = []
     plain_errors = []
     held = []
-    held_chosen = []
+    held_plain = []
     claimed = []
     for _ in range(400 * LONGER):
         some = rng.choice(600, size=48, replace=False)
@@ -55,10 +55,8 @@ def test_the_steadied_mean_is_that_of_the_split_and_its_interval_holds_it(kind: 
         se = A.standard_error(values)
         claimed.append(se)
         held.append(np.abs(errors[-1]) < stats.t.ppf(0.975, 47) * se)
-        # As in one stage: of each head the one with the smaller standard error
         plain_se = A.standard_error(exact[some])
-        error = np.where(se < plain_se, errors[-1], plain_errors[-1])
-        held_chosen.append(np.abs(error) < stats.t.ppf(0.975, 47) * np.minimum(se, plain_se))
+        held_plain.append(np.abs(plain_errors[-1]) < stats.t.ppf(0.975, 47) * plain_se)
     spread = np.std(errors, axis=0)  # [R]
     # No bias: the mean error is within its own noise
     assert (np.abs(np.mean(errors, axis=0)) < 3.5 * spread / np.sqrt(len(errors))).all()
@@ -66,9 +64,8 @@ def test_the_steadied_mean_is_that_of_the_split_and_its_interval_holds_it(kind: 
     for r, head_gain, coverage in zip(rho, gain, np.mean(held, axis=0), strict=True):
         figures = {"variance_ratio": head_gain, "coverage": coverage}
         record("control variate", f"{kind}, correlation {r}, 48 of 600", **figures)
-    # That the text itself chooses costs no coverage
-    loss = np.mean(held, axis=0) - np.mean(held_chosen, axis=0)
-    assert (loss < 0.015).all()
+    # Where nothing can be gained, the text itself chooses between two estimates: no less coverage
+    assert np.mean(held, axis=0)[-1] > np.mean(held_plain, axis=0)[-1] - 0.015
     # More than half of what theory allows, as the slope has to be fitted; and where nothing can be
     # gained next to nothing is lost
     assert (gain > 0.5 / (1 - rho**2)).all() and gain[-1] > 1 / 1.1

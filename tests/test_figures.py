@@ -334,6 +334,8 @@ def test_figure_3_names_every_curve_and_writes_above_them(tmp_path):
     figure = sae.draw_frequencies(dict.fromkeys(metrics["folder"], always), metrics)
     assert len(figure.legends[0].get_texts()) == 2
     figure.canvas.draw()
+    places = {(text.get_color(), text.get_position()) for ax in figure.axes for text in ax.texts}
+    assert len(places) == 3, "a share stands where its curve is in the legend, in every panel"
     for ax in figure.axes:
         curves = [patch.get_window_extent() for patch in ax.patches]
         for text in ax.texts:

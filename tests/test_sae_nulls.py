@@ -604,8 +604,11 @@ def test_saes_of_a_group_have_a_core_each(n, threads, cores, workers, each):
         torch.set_num_threads(n_threads)
 
 
-@pytest.mark.parametrize("arch", ["relu", "gated", "batchtopk", "jumprelu", "matryoshka"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+FAST = [(arch, dtype) for arch in ts.ARCHITECTURES for dtype in ("float32", "bfloat16")]
+FAST += [(arch, "int8") for arch, one in ts.ARCHITECTURES.items() if one.int8]
+
+
+@pytest.mark.parametrize(("arch", "dtype"), FAST)
 def test_an_sae_does_not_depend_on_its_threads(arch, dtype):
     """Those of `--k 16 32`, a core each, are the ones that have all cores alone. Wide enough that
     torch divides a sum over the batch, and its first eighth, among threads."""
@@ -633,7 +636,7 @@ def test_an_sae_does_not_depend_on_its_threads(arch, dtype):
     for name, weight in vars(one.sae).items():
         assert torch.equal(weight, getattr(two.sae, name)), name
     assert one.history == two.history
-    has_auxiliary = arch in ("batchtopk", "matryoshka")
+    has_auxiliary = arch in ("topk", "batchtopk", "matryoshka")
     assert not has_auxiliary or one.history[-1]["dead_share"] > 0
 
 

@@ -149,3 +149,13 @@ def test_one_arm_alone_is_one_line(tmp_path):
     (tmp_path / "seeds.csv").write_text("seed,arm,metric,value\n1,adaptive,val_loss,2\n")
     with pytest.raises(seeds.HandoffError, match="has the arms adaptive; expected"):
         seeds.redraw(tmp_path)
+
+
+def test_arms_that_were_validated_on_other_windows_are_refused(tmp_path):
+    """As --val_windows and --resume can make them: their difference is one of texts, too."""
+    folder = tmp_path / "1"
+    write(folder, 1)
+    for arm, windows in (("adaptive", [0, 2]), ("control", [0, 1, 2, 3])):
+        pd.DataFrame({"window": windows}).to_csv(folder / arm / "validation.csv", index=False)
+    with pytest.raises(seeds.HandoffError, match="other windows of the split"):
+        seeds.measure(folder)

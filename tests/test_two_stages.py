@@ -1,8 +1,8 @@
 """ablation_test.py in two stages, and optimal ablation: planted heroes, scipy's optimum, a hand-made
 second stage."""
 
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -182,9 +182,8 @@ def test_a_head_that_the_first_stage_could_not_steady_is_plain_in_the_second(
         monkeypatch.setattr(A, "read_ablation", lambda *a, stages=stages: stages[a[-1]])
         args = A.argparse.Namespace(plain=False)
         first, second = A.read_stages(losses, {}, "made", "mean", args)
-        assert second.is_steadied[0] and (first.is_steadied >= second.is_steadied).all()
-        second_se = A.standard_error(second.steadied())
-        assert (second_se <= A.standard_error(second.plain())).all()
+        assert first.is_steadied[0] and second.is_steadied[0]
+        assert first.is_steadied[1] or not second.is_steadied[1]
         n_plain += not second.is_steadied[1]
         if not second.is_steadied[1]:
             np.testing.assert_array_equal(second.steadied()[:, 1], second.plain()[:, 1])
@@ -216,10 +215,13 @@ def test_in_one_stage_no_head_is_less_certain_than_without_the_control_variate(
         [found] = A.read_stages(losses, {}, "made", "mean", A.argparse.Namespace(plain=False))
         values = found.steadied()
         se, plain_se = A.standard_error(values), A.standard_error(found.plain())
-        assert (se <= plain_se).all()
-        with_both = replace(found, is_steadied=np.ones(2, bool))
-        assert (found.is_steadied == (A.standard_error(with_both.steadied()) < plain_se)).all()
-        n_plain += not found.is_steadied[1]
+        # Of the formula in METRICS.md, whatever was chosen
+        exact, linear = found.score["loss"], found.score["first_order"]
+        slope = A.slope_of_others(linear, exact, found.documents)
+        formula = exact - slope * (linear - made.split.linear.mean(0))
+        formula_se = formula.std(0, ddof=1) / np.sqrt(48)
+        np.testing.assert_allclose(se, np.minimum(formula_se, plain_se))
+        n_plain += formula_se[1] > plain_se[1]
         truth = np.array([1 + made.split.linear[:, 0].mean(), 1.0])
         held += abs(values.mean(0) - truth) / se < stats.t.ppf(0.975, 47)
     steadied, chosen = held / n_draws
@@ -227,6 +229,40 @@ def test_in_one_stage_no_head_is_less_certain_than_without_the_control_variate(
     assert n_plain > n_draws / 5
     low, high = stats.binom.ppf([0.0005, 0.9995], n_draws, 0.95)
     assert (low <= held).all() and (held <= high).all()
+
+
+@pytest.mark.parametrize(
+    ("layers", "bought"),
+    [
+        (range(12), 5),  # of layer 0, which cost twice those of layer 6: 1 s
+        ([0, 9, 11], 2),  # of layer 0 again, four times those of layer 9
+        ([8, 9, 10], 7),  # of layer 8, a third more than those of layer 9
+    ],
+)
+def test_time_buys_heads_of_the_first_layer_their_sequences(layers, bought: int) -> None:
+    """The heads that lead may all be of the layer that takes longest. 0.5 s a sequence are shared,
+    and the time is for 10.5 s a sequence of each head."""
+    cfg = SimpleNamespace(n_layers=12, n_heads=4)
+    arm = SimpleNamespace(model=SimpleNamespace(cfg=cfg))
+    benches = {"made": SimpleNamespace(arm=arm, cost=A.Cost(shared=0.5, of_layer=4.0))}
+    args = A.argparse.Namespace(
+        minutes=1.0, confirm=None, mode=["mean"], layers=list(layers), resample_draws=1
+    )
+    assert A.heads_in_time(benches, 10.5 * A.N_FRESH, args) == bought
+
+
+def test_where_no_head_is_steadied_all_is_of_the_exact_sequences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loss too: that of the split belongs to impacts of the split."""
+    made = one_stage(np.random.default_rng(1), 48)
+    made.base_loss[:] = 3.0
+    monkeypatch.setattr(A, "read_ablation", lambda *a: made)
+    monkeypatch.setattr(A.Ablation, "better_steadied", lambda self: np.zeros(2, bool))
+    losses = {"made.mean.loss": np.empty(0)}
+    [found] = A.read_stages(losses, {}, "made", "mean", A.argparse.Namespace(plain=False))
+    assert found.loss() == 3.0 and found.split is None
+    np.testing.assert_array_equal(found.elsewhere(), found.plain())
 
 
 def test_no_more_heads_go_on_than_are_wanted(

@@ -107,6 +107,12 @@ def name_hero(head: pd.Series) -> str:
     return name if head["unique_hero"] else f"{name} (not unique)"
 
 
+def windows_of(arm: Path) -> tuple[int, ...]:
+    """The validation windows that the losses of a run are of; empty: it is older than that list."""
+    path = arm / "validation.csv"
+    return tuple(pd.read_csv(path)["window"]) if path.is_file() else ()
+
+
 def measure(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One seed: its rows (seed, arm, metric, value), and how its loop tracked the setpoint.
 
@@ -132,6 +138,11 @@ def measure(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     except (OSError, ValueError, KeyError, IndexError) as e:
         found = f"{folder} is not a pair of finished runs ({e!r})"
         raise HandoffError(f"{found}; make it with: make seeds") from None
+
+    windows = [windows_of(folder / arm) for arm in COLOURS]
+    if windows[0] != windows[1]:
+        found = f"{folder} has arms that were validated on other windows of the split"
+        raise HandoffError(f"{found}, expected the same --val_windows; remove it, then: make seeds")
 
     held = tracking(telemetry["adaptive"], target, filter_beta)
     free = after_settling(telemetry["control"], held)  # the same metric, over the same steps
