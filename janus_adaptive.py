@@ -96,8 +96,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         val_interval=500, val_windows=0, save_interval=500),
     "demo": dict(
         n_layers=6, d_model=192, n_heads=6, d_ff=512, seq_len=128,
-        batch_size=16, grad_accum=1, steps=600, learning_rate=3e-3,
-        pressure_warmup=60, val_interval=600, val_windows=960, save_interval=200),
+        batch_size=16, grad_accum=1, steps=540, learning_rate=3e-3,
+        pressure_warmup=60, val_interval=540, val_windows=960, save_interval=180),
     "smoke": dict(
         n_layers=12, d_model=48, n_heads=3, d_ff=128, seq_len=64,
         batch_size=8, grad_accum=1, steps=60, learning_rate=3e-3,

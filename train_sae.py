@@ -109,7 +109,7 @@ PHASE_PRESETS: dict[str, dict[str, Any]] = {
         expansion=8, k=32, l1=3e-4, steps=5000, batch_size=4096,
         learning_rate=3e-4, dead_tokens=1_000_000, eval_tokens=200_000),
     "demo": dict(
-        expansion=8, k=16, l1=1e-2, steps=600, batch_size=1024,
+        expansion=8, k=16, l1=1e-2, steps=540, batch_size=1024,
         learning_rate=2e-3, dead_tokens=100_000, eval_tokens=20_000),
     "smoke": dict(
         expansion=8, k=8, l1=2e-2, steps=150, batch_size=512,
