@@ -111,13 +111,17 @@ def test_windows_spread_over_the_split_are_not_called_the_whole(tmp_path):
     assert found.measured_on == "40 documents, 80 windows spread over the validation split"
 
 
-@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize(("stride", "bos"), [(1, None), (3, None), (3, 7)])
 def test_the_bigram_is_measured_on_the_windows_of_the_validation(
-    smoke_checkpoint, tmp_path, stride
+    smoke_checkpoint, tmp_path, stride, bos
 ):
     whole = smoke_checkpoint.parent
     (tmp_path / "adaptive").mkdir()
     (tmp_path / "adaptive" / "tokenizer.json").write_bytes((whole / "tokenizer.json").read_bytes())
+    checkpoint = tmp_path / "adaptive" / smoke_checkpoint.name
+    checkpoint.write_bytes(smoke_checkpoint.read_bytes())
+    sidecar = json.loads(ja.sidecar_path(smoke_checkpoint).read_text())
+    ja.sidecar_path(checkpoint).write_text(json.dumps({**sidecar, "bos": bos}))
     table = pd.read_csv(whole / "validation.csv")[::stride]
     table.to_csv(tmp_path / "adaptive" / "validation.csv", index=False)
     arguments = json.loads((whole / "run.json").read_text())["arguments"]
@@ -131,12 +135,16 @@ def test_the_bigram_is_measured_on_the_windows_of_the_validation(
         )
         for split in ("train", "validation")
     )
-    # Each window has a target one token beyond its last input
+    # Each window has a target one token beyond its last input; with BOS all its tokens are targets
     length = arguments["seq_len"]
-    places = np.concatenate([window * length + np.arange(length) for window in table["window"]])
+    inputs, targets = [], []
+    for window in table["window"]:
+        text = val.tokens[window * length : (window + 1) * length + 1]
+        inputs.append(text[:-1] if bos is None else np.append([bos], text[:-2]))
+        targets.append(text[1:] if bos is None else text[:-1])
     n_kinds = ja.count_ids(train.tokenizer)
     expected = headlines.bigram_loss(
-        train.tokens, val.tokens[places], val.tokens[places + 1], n_kinds
+        train.tokens, np.concatenate(inputs), np.concatenate(targets), n_kinds
     )
     assert headlines.bigram_of(tmp_path, arguments) == pytest.approx(expected, rel=1e-12)
 

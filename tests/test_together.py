@@ -2,6 +2,7 @@
 copies of one head, and planted curves."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -69,6 +70,41 @@ def test_the_sets_are_what_their_names_say() -> None:
     assert len(random) == A.RANDOM_ORDERS
     sizes = [row.sum() for name, row in zip(kinds, sets, strict=True) if name == "random 3"]
     assert sizes == [3, 6]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+def test_what_a_head_writes_is_what_the_output_matrix_makes_of_it_alone(
+    monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    model = random_model()
+    data = text()
+    torch.manual_seed(1)
+    means = {layer: torch.randn(4, 8) for layer in range(3)}
+    seen: dict[int, torch.Tensor] = {}  # what each output matrix is given [B, T, H K]
+    hooks = []
+    for layer, block in enumerate(model.blocks):
+        keep = lambda module, inputs, layer=layer: seen.update({layer: inputs[0]})  # noqa: E731
+        hooks.append(block.attn.w_o.register_forward_pre_hook(keep))
+    model(data.batch(np.arange(9))[0])
+    for hook in hooks:
+        hook.remove()
+    expected = []
+    for layer, z in seen.items():
+        for head in range(4):
+            columns = slice(8 * head, 8 * head + 8)
+            alone = torch.zeros_like(z)
+            alone[..., columns] = z[..., columns] - means[layer][head]
+            expected.append(model.blocks[layer].attn.w_o(alone).norm(dim=-1).mean())
+
+    found = []
+    monkeypatch.setattr(A, "plan_sets", lambda impact, size, seed: (found.append(size), []))
+    monkeypatch.setattr(A, "measure_sets", lambda *given: None)
+    arrays = {"mean.loss": np.zeros((1, 3, 4)), "base": np.zeros(1)}
+    bench = SimpleNamespace(arm=SimpleNamespace(model=model), mean_z=means, arrays=arrays)
+    bench.precision = EXACT
+    args = A.argparse.Namespace(**vars(A_ARGS) | {"batch_size": batch_size, "mode": ["mean"]})
+    A.measure_together("x", bench, SimpleNamespace(together=np.arange(9)), data, args)
+    np.testing.assert_allclose(found[0], torch.stack(expected).numpy(), rtol=1e-5)
 
 
 def test_how_many_heads_can_go_is_read_off_the_curve() -> None:

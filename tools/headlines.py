@@ -23,11 +23,13 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hero_head_analysis import MIN_DOCUMENTS, Ratio, ratio_of_sums  # noqa: E402
 from janus_adaptive import (  # noqa: E402
+    CHECKPOINT_SCHEMA,
     HandoffError,
     HFWikiTextLoader,
     atomic,
     count_ids,
     one_line_errors,
+    read_sidecar,
     read_telemetry,
 )
 
@@ -151,10 +153,13 @@ def read(path: Path, columns: list[str]) -> pd.DataFrame:
 def bigram_of(folder: Path, arguments: dict[str, Any]) -> float:
     """Bigram loss on the validation windows that the arms of this folder were measured on."""
     tokenizer = str(folder / "adaptive" / "tokenizer.json")
+    checkpoint = folder / "adaptive" / "janus_adaptive_final.pt"
+    # Windows that begin with a token of their own (--bos) have their targets one place earlier
+    bos = read_sidecar(checkpoint, CHECKPOINT_SCHEMA, "make demo").get("bos")
 
     def split(name: str) -> HFWikiTextLoader:
         dataset, seq_len = arguments["dataset"], arguments["seq_len"]
-        return HFWikiTextLoader(dataset, tokenizer, seq_len, name, arguments["cache_dir"])
+        return HFWikiTextLoader(dataset, tokenizer, seq_len, name, arguments["cache_dir"], bos)
 
     train = split("train")
     val = split("validation")
