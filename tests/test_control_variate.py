@@ -75,6 +75,34 @@ def test_the_steadied_mean_is_that_of_the_split_and_its_interval_holds_it(kind: 
         np.testing.assert_allclose(np.mean(claimed, axis=0), spread, rtol=0.12)
 
 
+@pytest.mark.parametrize("alike", [0.0, 0.9])
+def test_the_lead_of_a_steadied_head_over_a_plain_one_is_in_its_interval(alike: float) -> None:
+    """Two heads, of whose effects a share `alike` is the same in each window. First-order effects
+    know the first head and say nothing of the second, which so keeps its exact effects."""
+    rng = np.random.default_rng(5)
+    shared = np.sqrt(alike) * rng.normal(size=(600, 1))
+    exact = shared + np.sqrt(1 - alike) * rng.normal(size=(600, 2)) + np.array([0.4, 0.3])
+    linear = rng.normal(size=(600, 2))
+    linear[:, 0] = exact[:, 0] + 0.2 * rng.normal(size=600)
+    truth = exact[:, 0].mean() - exact[:, 1].mean()
+    held = []
+    held_plain = []
+    n_plain = 0
+    for _ in range(400 * LONGER):
+        some = rng.choice(600, size=48, replace=False)
+        values = A.steady(exact[some], linear[some], linear.mean(0), some)
+        assert not np.array_equal(values[:, 0], exact[some, 0])
+        n_plain += np.array_equal(values[:, 1], exact[some, 1])
+        for one, hits in ((values, held), (exact[some], held_plain)):
+            lead = one[:, 0] - one[:, 1]
+            half_width = stats.t.ppf(0.975, 47) * A.standard_error(lead[:, None])[0]
+            hits.append(abs(lead.mean() - truth) < half_width)
+    figures = {"coverage": np.mean(held), "coverage_plain": np.mean(held_plain)}
+    record("control variate", f"lead over a plain head, alike {alike:g}, 48 of 600", **figures)
+    assert n_plain > len(held) / 2
+    assert 0.92 < np.mean(held) < 0.98
+
+
 def test_for_other_documents_the_interval_is_wider_and_holds_their_mean() -> None:
     """Documents of 20 windows, of which 48 evenly spaced ones are measured exactly; half of the
     variance is the documents'. The truth is the mean of all documents that could have been."""

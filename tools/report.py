@@ -663,14 +663,15 @@ def frontier(run: Run) -> list[Exhibit]:
     if not all(path.is_file() for path in paths):
         return []
     table = run.table("saes/sae_frontier.csv")  # a row a layer, arm, setting
-    several = table[[name for name in ("expansion", "tokens") if name in table]].nunique() > 1
-    sizes = list(several.index[several])
+    # SAEs of one curve have one width and one length of training: named where there are several
+    columns = [name for name in ("expansion", "tokens") if name in table]
+    varied = [name for name in columns if table[name].nunique() > 1]
     told = []
     for kind, of_kind in kinds_of_saes(table):
-        for (arm, *size), of_arm in of_kind.groupby(["run", *sizes]):
-            named = [f"{name} {value:,.0f}" for name, value in zip(sizes, size, strict=True)]
+        for (arm, *sizes), of_curve in of_kind.groupby(["run", *varied]):
+            named = [f"{name} {size:,.0f}" for name, size in zip(varied, sizes, strict=True)]
             title = kind + ", ".join([arm, *named]) + (":" if named else "")
-            by_setting = of_arm.groupby("setting")[["l0", "fvu"]].mean().sort_values("l0")
+            by_setting = of_curve.groupby("setting")[["l0", "fvu"]].mean().sort_values("l0")
             values = [f"{row.fvu:.3f} at L0 {row.l0:.1f}" for row in by_setting.itertuples()]
             told.append(f"{title} {', '.join(values)}")
     exhibit = Exhibit(
