@@ -85,7 +85,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from scipy import optimize, stats
+from scipy import linalg, optimize, stats
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -242,7 +242,7 @@ def matryoshka(x: Tensor, sae: Weights, now: Now) -> Output:
 # ---- what several of them share
 AUX = 1 / 32  # weight of the auxiliary loss
 AUX_TOKENS = 1 / 8  # share of the batch that it sees
-BANDWIDTH = 0.5  # jumprelu, in units of pre, whose standard deviation is 1 at the start
+BANDWIDTH = 0.5  # jumprelu, in units of pre, whose standard deviation is about 1 at the start
 PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)  # matryoshka, shares of the latents
 
 
@@ -257,7 +257,7 @@ def auxiliary_loss(pre: Tensor, error: Tensor, sae: Weights, now: Now) -> Tensor
     n_dead = int(now.dead.sum())
     if n_dead == 0 or now.aux_k == 0:
         return pre.new_zeros(())
-    n_seen = math.ceil(len(pre) * AUX_TOKENS)  # a shuffled batch: its first rows are a sample
+    n_seen = math.ceil(len(pre) * AUX_TOKENS)  # batches are shuffled: the first rows are a sample
     error = error[:n_seen].detach()  # [n_seen, D]
     silent = pre[:n_seen, now.dead]  # [n_seen, n_dead]
     largest = silent.topk(n_auxiliary(now, n_dead, error.shape[1]))  # [n_seen, aux_k]
@@ -526,7 +526,8 @@ class Trainer:
         if self.axes is not None:
             drawn = drawn @ self.axes.T  # [F, D]
         w_dec = F.normalize(drawn, dim=1)  # [F, D]
-        size = 2 / self.args.expansion if self.architecture.half_fires else 1
+        # Of F directions among R axes those that fire, half, sum to F / 2R of what they read
+        size = 2 * n_axes / n_latents if self.architecture.half_fires else 1
         weights = {
             "W_enc": w_dec * size,
             "b_enc": torch.zeros(n_latents),
@@ -1214,12 +1215,18 @@ class Moments(NamedTuple):
     axes: Tensor  # [D, D], the eigenvectors of the covariance, one a column
 
     def leading_axes(self, share: float) -> Tensor | None:
-        """As many of the axes [D, R] as hold this share of the variance; None: all of them."""
+        """As many of the axes [D, R] as hold this share of the variance; None: all of them.
+
+        At least a quarter of D, as far as the data vary at all: a single direction of massive
+        activations (Sun et al. 2024, arXiv 2402.17762) may hold more than the share, and latents
+        that all start along it stay alike.
+        """
         if share >= 1:
             return None
         held = self.variances.clamp(min=0).cumsum(0)  # [D]
         n_axes = int((held < share * held[-1]).sum()) + 1
-        return self.axes[:, :n_axes]
+        n_varied = int((self.variances > 1e-7 * self.variances[0]).sum())  # the rest is rounding
+        return self.axes[:, : max(n_axes, min(n_varied, math.ceil(len(held) / 4)))]
 
 
 class Dump:
@@ -1410,7 +1417,7 @@ class Dump:
 
 class GaussianDump(Dump):
     """Rows of the normal distribution that has mean and covariance of a dump's training rows, in
-    its windows and documents: what an SAE makes of them, low rank alone explains."""
+    its windows and documents: what an SAE makes of them, second moments alone explain."""
 
     def __init__(self, dump: Dump) -> None:
         vars(self).update(vars(dump))
@@ -1436,7 +1443,8 @@ class GaussianDump(Dump):
         blocks, place = np.unique(numbers // BLOCK, return_inverse=True)
         drawn = []
         for block in blocks:
-            generator = torch.Generator().manual_seed(int(block))
+            # No seed of an SAE, whose directions begin with numbers of the same generator
+            generator = torch.Generator().manual_seed(2**40 + int(block))
             drawn.append(torch.randn(BLOCK, len(centre), generator=generator))
         chosen = torch.from_numpy(place * BLOCK + numbers % BLOCK)
         normal = torch.cat(drawn)[chosen]  # [n, D]
@@ -1573,7 +1581,8 @@ def ce_recovered(
     """How much of the loss the SAE named `sae` in losses_with keeps, against zero and mean
     ablation; `documents` [W] of its windows.
 
-    recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean); KL is KL(clean || edited).
+    recovered = (CE_ablated - CE_sae) / (CE_ablated - CE_clean), NaN where ablation costs nothing,
+    so that there is nothing to recover; KL is KL(clean || edited).
     """
     names = {"clean": "clean", "sae": sae, "zero": "zero", "mean": "mean"}
     ce = {name: np.array(losses[key].ce) for name, key in names.items()}  # [W] each
@@ -1583,7 +1592,8 @@ def ce_recovered(
     for base in ("zero", "mean"):
         kept = ce[base] - ce["sae"]
         lost = ce[base] - ce["clean"]
-        metrics |= ratio_interval(f"ce_recovered_{base}", kept, lost, documents)
+        found = ratio_interval(f"ce_recovered_{base}", kept, lost, documents)
+        metrics |= found if lost.sum() > 0 else dict.fromkeys(found, math.nan)
     metrics["ce_informative"] = bool(metrics["ce_mean"] - metrics["ce_clean"] >= CE_GAP)
     metrics["n_ce_documents"] = len(np.unique(documents))
     metrics["n_ce_windows"] = len(documents)
@@ -1644,7 +1654,7 @@ def finish_on_kl(trainer: Trainer, dump: Dump, origin: Origin, stop: list[int]) 
     n_steps = math.ceil(a.finish_kl / (n_windows * dump.seq_len))
     rng = np.random.default_rng([a.seed % 2**32, n_steps])
     for step in tqdm(range(n_steps), "finish", unit="step", disable=None):
-        chosen = np.sort(rng.choice(dump.trained, n_windows))
+        chosen = rng.choice(dump.trained, n_windows)  # in no order: the first are a sample
         places = chosen[:, None] * dump.seq_len + np.arange(dump.seq_len)  # [W, T]
         idx = torch.from_numpy(origin.tokens[places].astype(np.int64)).to(trainer.mean.device)
         left = 1 - step / n_steps
@@ -1736,6 +1746,7 @@ MAY_DIFFER = [
     "runs", "activations_dir", "layers", "site", "unit",  # hash of the dump and head stand for them
     "model_path", "skip_probe", "eval_tokens",  # only measure
     "save_dir", "save_interval", "tensorboard", "overwrite", "resume", "redraw", "cache_dir",
+    "no_figures",
     "device", "threads", "int8",  # dtype says int8, too
     "preset", "tokens", "epochs",  # the sizes and steps that they stand for are there
     "nulls",  # whether there are others beside it
@@ -1907,7 +1918,8 @@ def check_fast_step(job: Job, device: torch.device) -> None:
         by_hand = fast[name].view_as(by_forward)
         gap = (by_hand - by_forward).norm(dim=1)  # [F]
         size = torch.maximum(by_hand.norm(dim=1), by_forward.norm(dim=1))
-        wrong = (gap > 1e-3 * size)[size > 0].float().mean()
+        rounding = 1e-6 * size.max()  # where what is summed cancels, nothing else is left
+        wrong = (gap > 1e-3 * size + rounding)[size > 0].float().mean()
         if wrong > 0.05:
             fact = f"its fast step gives {wrong:.0%} of the latents another gradient of {name}"
             advice = "change both alike, or train with --plain"
@@ -2226,6 +2238,8 @@ def first_change(job: Job, then: dict[str, Any]) -> str:
     default["start_variance"] = 1.0  # latents started in any direction
     wanted = job.trajectory
     for name in {**wanted, **then}:
+        if name in MAY_DIFFER:  # an older version kept it
+            continue
         was = then[name] if name in then else default.get(name)
         if was != wanted.get(name):
             return f"{name} of {job.folder} from {was} to {wanted.get(name)}"
@@ -2252,8 +2266,8 @@ def finish_group(
     cores: int,
 ) -> Iterator[str]:
     """Reads each export back, compares it with what was trained, measures it, writes the sidecar ->
-    a line each for the user. None if a signal (in `stop`) ended a finish: --resume begins it anew.
-    """
+    a line each for the user; none if a signal (in `stop`) ended a finish, which --resume begins
+    anew."""
     trained = [(job, t) for job, t in zip(group, trainers, strict=True) if t]
     if not trained:
         return
@@ -2322,6 +2336,10 @@ def measure_sae(job: Job, trainer: Trainer) -> dict[str, Any]:
     check_export(job, trainer, sae, next(job.dump.windows(chosen)))
     metrics, errors = evaluate(sae, job.dump, chosen)
     write_csv(job.folder / "errors.csv", errors)
+    # Far below that of held-out documents: it knows its own by heart
+    seen = job.dump.trained
+    seen = seen[np.arange(len(chosen)) * len(seen) // len(chosen)]
+    metrics["fvu_train"] = evaluate(sae, job.dump, seen)[0]["fvu"]
     return metrics | count_firings_of(job, trainer, sae)
 
 
@@ -2432,15 +2450,19 @@ def summary(job: Job, metrics: dict[str, Any]) -> str:
     line += f", never fired {m['dead_share']:.1%} on {m['dead_share_tokens']:,} tokens of all"
     if "kl_sae" not in m:
         return line
-    recovered = f"{m['ce_recovered_zero']:.1%} (zero), {m['ce_recovered_mean']:.1%} (mean)"
-    line += f", CE recovered {recovered}, KL {m['kl_sae']:.2g} nats"
-    if not m["ce_informative"]:
+    recovered = []
+    for base in ("zero", "mean"):
+        share = m[f"ce_recovered_{base}"]
+        recovered.append(f"{'nothing' if math.isnan(share) else f'{share:.1%}'} ({base})")
+    line += f", CE recovered {', '.join(recovered)}, KL {m['kl_sae']:.2g} nats"
+    if m["ce_mean"] <= m["ce_clean"]:
+        line += "; mean ablation costs nothing: there is no loss to recover"
+    elif not m["ce_informative"]:
         line += f"; mean ablation costs under {CE_GAP} nats, so CE recovered says little"
     return line
 
 
 # ---- all of them
-# Tables that only some sets of SAEs have
 def collect_metrics(save_dir: Path) -> None:
     """sae_metrics.csv, a row for every finished SAE under save_dir; and the tables of nulls and of
     seeds, where there are any."""
@@ -2449,8 +2471,8 @@ def collect_metrics(save_dir: Path) -> None:
     nulls = frame[frame["null"] != ""]
     frame = add_gains(frame[frame["null"] == ""], nulls, save_dir)
     tables = {
-        "sae_metrics.csv": frame.drop(columns=["null", *RECIPE]),
-        "sae_nulls.csv": nulls.drop(columns=RECIPE),
+        "sae_metrics.csv": frame.drop(columns=["null", *SAME]),
+        "sae_nulls.csv": nulls.drop(columns=SAME),
         "seed_stability.csv": stability_over_seeds(save_dir, frame),
         "sae_gains.csv": gains_over_seeds(save_dir, frame, nulls),
     }
@@ -2484,7 +2506,8 @@ def read_saes(save_dir: Path) -> pd.DataFrame:
             row["setting"] = setting_of(record["arch"], record["k"], l1)
             row["null"] = record.get("null", "")
             row["step"], row["initial"] = record.get("step"), record.get("initial")
-            row["dump"], row["recipe"] = record["trajectory"].get("dump"), recipe_of(record)
+            row["dump"], row["settings"] = record["trajectory"].get("dump"), settings_of(record)
+            row["recipe"] = recipe_of(record)
             row["time"] = record["producer"]["time"]
             row["folder"] = side.parent.relative_to(save_dir).as_posix()
             rows.append(row | record["metrics"])
@@ -2498,14 +2521,34 @@ def read_saes(save_dir: Path) -> pd.DataFrame:
 
 
 # Columns of the table while it is made: SAEs that are equal in both differ in seed or null at most
-RECIPE = ["dump", "recipe"]
+SAME = ["dump", "settings"]
+
+
+def settings_of(record: dict[str, Any], *others: str) -> str:
+    """All settings of a sidecar that decide the weights, but for the seed, which null it is, and
+    `others`."""
+    settings = {"finish_kl": 0, "steps": record["steps"]} | record["trajectory"]
+    # An older version may have kept more
+    for name in ("seed", "null", "dump", *MAY_DIFFER, *others):
+        settings.pop(name, None)
+    return json.dumps(settings, sort_keys=True)
 
 
 def recipe_of(record: dict[str, Any]) -> str:
-    """All settings of a sidecar that decide the weights, but for the seed and which null it is."""
-    trajectory = {"finish_kl": 0, "steps": record["steps"]} | record["trajectory"]
-    kept = {name: trajectory[name] for name in trajectory if name not in ("seed", "null", "dump")}
-    return json.dumps(kept, sort_keys=True)
+    """A name of all settings but those in which SAEs of one curve differ, and the head."""
+    varied = [argument for argument, _ in VARIED.values()]
+    text = settings_of(record, *varied, "head", "arch", "unit", "site")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"r{digest[:6]}"  # digits alone, or 12e34567, a CSV reader would take for a number
+
+
+def setting_of(arch: str, k: float | None, l1: float = math.nan) -> str:
+    """What decides how many latents of an SAE fire, and its value if that is known: "k 16". Where
+    there is no k, --l1 does."""
+    known = ARCHITECTURES.get(arch)
+    flag = (known.l0_flag if known else None) or ("l1" if k is None else "k")
+    value = l1 if k is None else k
+    return flag if math.isnan(value) else f"{flag} {value:.15g}"
 
 
 def is_untrained(frame: pd.DataFrame) -> pd.Series:
@@ -2547,7 +2590,8 @@ class Pair(NamedTuple):
 def pairs_with_nulls(save_dir: Path, frame: pd.DataFrame, nulls: pd.DataFrame) -> Iterator[Pair]:
     """Every SAE of `frame` with each of its nulls: trained with the same settings and, but for the
     untrained model, on the same dump."""
-    like = ["unit", "arch", "setting", "seed", "site", "layer", "head", "d_sae", "steps", "recipe"]
+    like = ["unit", "arch", "setting", "seed", "site", "layer", "head"]
+    like += ["d_sae", "steps", "settings"]
     found = set()
     for _, null in nulls.iterrows():
         # the untrained model is a run of its own
@@ -2599,7 +2643,7 @@ def gains_over_seeds(save_dir: Path, frame: pd.DataFrame, nulls: pd.DataFrame) -
     same = [*[name for name in GROUP if name != "seed"], "head"]
     pairs = list(pairs_with_nulls(save_dir, frame, nulls))
     rows = []
-    for key, saes in frame.groupby([*same, *RECIPE], dropna=False):
+    for key, saes in frame.groupby([*same, *SAME], dropna=False):
         for name in dict.fromkeys(pair.name for pair in pairs):
             its = [pair for pair in pairs if pair.name == name and pair.index in saes.index]
             if len(its) < 2:
@@ -2673,7 +2717,7 @@ def stability_over_seeds(save_dir: Path, frame: pd.DataFrame) -> pd.DataFrame:
     stale = set(save_dir.glob("*/L*/**/latent_stability.csv"))
     rows = []
     same = [*[name for name in GROUP if name != "seed"], "head"]
-    for key, saes in frame.groupby([*same, *RECIPE], dropna=False):
+    for key, saes in frame.groupby([*same, *SAME], dropna=False):
         if len(saes) < 2:
             continue
         live = {row.seed: live_directions(save_dir / row.folder) for row in saes.itertuples()}
@@ -2684,7 +2728,11 @@ def stability_over_seeds(save_dir: Path, frame: pd.DataFrame) -> pd.DataFrame:
             cosines[b].append(pd.Series(cosine, live[b].latents[of_b]))
             # Of many latents the mean hardly varies, and a draw takes a minute
             n_draws = 5 if len(cosine) < 4096 else 2
-            chance = matched_by_chance(live[a].directions, live[b].directions, a, n_draws)
+            both = live[a].directions, live[b].directions
+            # The larger: of all heads together it forgets which latents are of one head alone
+            parts = {1, live[a].n_heads}
+            draws = [matched_by_chance(*both, a, n_draws, n_parts) for n_parts in parts]
+            chance = max(draws, key=np.mean)
             row = dict(zip(same, key, strict=False))
             row |= {"seed": a, "other_seed": b, "n_matched": len(cosine)}
             row |= {"pw_mcc": cosine.mean(), "pw_mcc_null": chance.mean()}
@@ -2705,13 +2753,16 @@ class Live(NamedTuple):
 
     latents: np.ndarray  # [n], their numbers
     directions: np.ndarray  # [n, D], what they write, of norm 1
+    n_heads: int  # that D is the outputs of, side by side
 
 
 def live_directions(folder: Path) -> Live:
     fires_often = read_frequencies(folder)["frequency"].to_numpy() > 0  # [F]
     w_dec = load_sae(folder).weights["W_dec"].numpy()  # [F, D]
     w_dec = w_dec / np.linalg.norm(w_dec, axis=1, keepdims=True)
-    return Live(np.flatnonzero(fires_often), w_dec[fires_often])
+    side = read_sidecar(folder / WEIGHTS, SAE_SCHEMA, "python train_sae.py --overwrite")
+    n_heads = w_dec.shape[1] // side["d_head"] if side["site"] == "z" else 1
+    return Live(np.flatnonzero(fires_often), w_dec[fires_often], n_heads)
 
 
 def match(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -2722,13 +2773,17 @@ def match(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     return cosines[in_a, in_b], in_a, in_b
 
 
-def matched_by_chance(a: np.ndarray, b: np.ndarray, seed: int, n: int = 5) -> np.ndarray:
+def matched_by_chance(
+    a: np.ndarray, b: np.ndarray, seed: int, n: int = 5, n_parts: int = 1
+) -> np.ndarray:
     """Mean cosines [n] after matching what a [., D] and b [., D] would be if nothing but where the
     data lie were common to both: in the axes of their joint second moments each vector keeps its
-    sizes, and gets random signs."""
-    rng = np.random.default_rng(seed)
+    sizes, and gets random signs. With n_parts, axes of each part of D by itself, as of heads side
+    by side: each vector also keeps how much of it lies in which part."""
+    rng = np.random.default_rng(seed % 2**32)
     both = np.concatenate([a, b])
-    _, axes = np.linalg.eigh(both.T @ both)  # [D, D]
+    parts = np.split(both, n_parts, axis=1)  # [., D / n_parts] each
+    axes = linalg.block_diag(*[np.linalg.eigh(part.T @ part)[1] for part in parts])  # [D, D]
     means = []
     for _ in range(n):
         signed = [rows @ axes * rng.choice([-1.0, 1.0], rows.shape) for rows in (a, b)]
@@ -2736,15 +2791,7 @@ def matched_by_chance(a: np.ndarray, b: np.ndarray, seed: int, n: int = 5) -> np
     return np.array(means)
 
 
-def setting_of(arch: str, k: float | None, l1: float = math.nan) -> str:
-    """What decides how many latents of an SAE fire, and its value if that is known: "k 16". Where
-    there is no k, --l1 does."""
-    known = ARCHITECTURES.get(arch)
-    flag = (known.l0_flag if known else None) or ("l1" if k is None else "k")
-    value = l1 if k is None else k
-    return flag if math.isnan(value) else f"{flag} {value:.15g}"
-
-
+# ---- the whole run
 def products_in(args: argparse.Namespace, bfloat16: bool) -> str:
     """What a training step multiplies in; bfloat16: whether that is wanted. Autograd: float32."""
     if args.int8:
@@ -2916,7 +2963,8 @@ def table2(metrics: pd.DataFrame) -> pd.DataFrame:
     """A row a run and layer, on held-out documents; 95 % intervals over these.
 
     Of a layer with an SAE a head it has the mean over heads, and the mean of the ends of their
-    intervals: too long if anything, as a mean varies no more than what it is of.
+    intervals: too long if anything, as a mean varies no more than what it is of. CE recovered:
+    over the heads that matter (ce_informative), or the ratio would be one of noise.
     """
     rows = []
     for key, saes in metrics.groupby(GROUP):
@@ -2934,10 +2982,18 @@ def table2(metrics: pd.DataFrame) -> pd.DataFrame:
         if {"d_sae", "d_in", "tokens"} <= set(saes):
             row["expansion"] = (saes["d_sae"] / saes["d_in"]).iloc[0]
             row["tokens"] = saes["tokens"].iloc[0]
-        for name in ("ce_recovered_zero", "ce_informative", "kl_sae"):
+        if "recipe" in saes:
+            row["recipe"] = saes["recipe"].iloc[0]
+        for name in ("ce_informative", "kl_sae", "fvu_train"):
             if name in saes:
                 row[name] = saes[name].astype(float).mean()
-        for name in ("ce_recovered_mean", *gains_in(saes)):
+        matter = saes
+        if len(saes) > 1 and "ce_informative" in saes:
+            matter = saes[saes["ce_informative"].fillna(False).astype(bool)]
+        if "ce_recovered_zero" in saes:
+            row["ce_recovered_zero"] = matter["ce_recovered_zero"].astype(float).mean()
+        row |= mean_with_interval(matter, "ce_recovered_mean")
+        for name in gains_in(saes):
             row |= mean_with_interval(saes, name)
         rows.append(row)
     return pd.DataFrame(rows)
@@ -3139,7 +3195,7 @@ def depth_note(table: pd.DataFrame, shown: dict[str, pd.DataFrame]) -> str:
 
 def same_on_a_curve(table: pd.DataFrame) -> list[str]:
     """The columns in which all SAEs of a curve of the frontier agree: all but their setting."""
-    names = [*KIND, "expansion", "tokens"]
+    names = [*KIND, "expansion", "tokens", "recipe"]
     return [name for name in names if name in table and name != "setting"]
 
 
@@ -3170,7 +3226,7 @@ def draw_frontier(frontier: pd.DataFrame, is_stacked: bool = False) -> Any:
     n_columns = 1 if is_stacked else min(3, len(layers))
     n_rows = math.ceil(len(panels) / n_columns)
     curve = same_on_a_curve(frontier)
-    kinds: dict[tuple, dict[str, Any]] = {}
+    labels = {}
     for kind in frontier.groupby(curve).groups:
         one = dict(zip(curve, kind, strict=True))
         label = "{run} ({arch}, {site} of a {unit}), seed {seed}".format_map(one)
@@ -3178,8 +3234,12 @@ def draw_frontier(frontier: pd.DataFrame, is_stacked: bool = False) -> Any:
             label += f", {one['expansion']:g} latents a dimension"
         if "tokens" in one and frontier["tokens"].nunique() > 1:
             label += f", {one['tokens']:,} tokens"
-        label = as_label(label)
-        kinds[kind] = {"label": label} | look_of(len(kinds))
+        labels[kind] = label
+    kinds: dict[tuple, dict[str, Any]] = {}
+    for kind, label in labels.items():
+        if list(labels.values()).count(label) > 1:  # they differ in another flag
+            label += f", recipe {dict(zip(curve, kind, strict=True))['recipe']}"
+        kinds[kind] = {"label": as_label(label)} | look_of(len(kinds))
     more = 0.22 * max(0, len(kinds) - 2)  # inches of legend
     size = (4.5 if is_stacked else max(5.5, 3.8 * n_columns), 2.9 * n_rows + 1 + more)
     figure, grid = plt.subplots(
@@ -3192,7 +3252,8 @@ def draw_frontier(frontier: pd.DataFrame, is_stacked: bool = False) -> Any:
             draw_values(ax, rows["l0"], rows, name, kinds[kind])
         drawn, labels = ax.get_legend_handles_labels()
         handles |= dict(zip(labels, drawn, strict=True))  # a curve may be of some layers only
-        ticks = sorted(of_layer["l0"].round().unique())
+        rounded = of_layer["l0"].map(lambda l0: float(f"{l0:.0f}" if l0 >= 1 else f"{l0:.1g}"))
+        ticks = sorted(rounded[rounded > 0].unique())  # the axis is logarithmic
         ax.set(xscale="log", xlabel="L0: active latents a token", ylabel=measures[name])
         ax.set(title=f"layer {layer}")
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
@@ -3404,8 +3465,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     for flag, count in (("k", "k"), ("target_l0", "target_l0"), ("l1", None)):
         if len(getattr(args, flag, [])) > 1 and counts != count:
             parser.error(f"--{flag} has several values, of which --arch {args.arch} uses none")
-    for flag in VARIED:
-        values = getattr(args, flag, [])
+    for flag in (*VARIED, "runs", "layers", "nulls"):
+        values = getattr(args, flag, None) or []
         if len(set(values)) < len(values):
             parser.error(f"--{flag} has a value twice")
     if args.start_variance > 1:

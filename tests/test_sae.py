@@ -1457,9 +1457,9 @@ def test_a_finish_that_was_interrupted_begins_again(made, tmp_path, monkeypatch)
 
 def test_an_untrained_model_is_a_null_of_saes_like_its_own(tmp_path):
     names = dict(unit="layer", arch="topk", setting="k 4", seed=0, site="z", layer=0)
-    names |= dict(head=math.nan, initial="0123", d_sae=96, steps=50, null="", recipe="same")
+    names |= dict(head=math.nan, initial="0123", d_sae=96, steps=50, null="", settings="same")
     rows = []
-    others = {"wide": {"d_sae": 192}, "long": {"steps": 100}, "fast": {"recipe": "rate"}}
+    others = {"wide": {"d_sae": 192}, "long": {"steps": 100}, "fast": {"settings": "rate"}}
     for run, changes in {"a": {}, **others}.items():
         rows.append(names | changes | {"run": run, "folder": run, "dump": run})
     # the same weights, harvested once for each arm

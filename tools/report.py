@@ -493,7 +493,7 @@ def gains(run: Run) -> list[Exhibit]:
         csv="saes/table2.csv",
         reading="Any SAE rebuilds something, so each is compared with the same SAE where there was "
         f"nothing to learn: {compared}. The gain is by which share less it leaves unexplained. "
-        f"{' '.join(told)} {what_intervals_hold(table)}{what_l0_is_free(table)}",
+        f"{' '.join(told)} {what_intervals_hold(table)}{how_nulls_differ(run)}",
         n=f"{int(table.n_documents.min()):,} held-out documents, the same for both; "
         f"{tell_trainings(table)}",
         interval="95 %, each by itself; of one training: over documents (bootstrap-t, at least "
@@ -552,15 +552,34 @@ def what_intervals_hold(table: pd.DataFrame) -> str:
     return several
 
 
-def what_l0_is_free(table: pd.DataFrame) -> str:
-    """A warning, where a penalty and not a number decides how many latents are active."""
-    free = [arch for arch in ("relu", "gated") if "arch" in table and arch in set(table["arch"])]
-    if not free:
+def how_nulls_differ(run: Run) -> str:
+    """Where a null is not as sparse as its SAE, or knows its own documents by heart: sentences."""
+    if not (run.path / "saes" / "sae_nulls.csv").is_file():
         return ""
-    return (
-        f" With {' and '.join(free)} a null may have another L0 than its SAE (sae_nulls.csv): part "
-        "of the gain may be that."
-    )
+    nulls = run.table("saes/sae_nulls.csv")  # a row an SAE, as in sae_metrics.csv
+    saes = run.table("saes/sae_metrics.csv")
+    told = []
+    for name, of_null in nulls.groupby("null"):
+        _, gain = NULLS[name]
+        same = ["unit", "arch", "setting", "layer"]
+        if name != "untrained":  # which is a run of its own
+            same.insert(0, "run")
+        l0 = of_null.groupby(same)["l0"].mean() / saes.groupby(same)["l0"].mean()
+        l0 = l0.dropna()
+        if len(l0) and (l0 - 1).abs().max() > SAME_L0:
+            span = per_cent_range(l0.min(), l0.max())
+            told.append(f" For the {gain}, L0 of the null is {span} of that of its SAE.")
+        if "fvu_train" in nulls and (of_null["fvu"] > BY_HEART * of_null["fvu_train"]).any():
+            seen, unseen = (f"{of_null[one].mean():.3f}" for one in ("fvu_train", "fvu"))
+            told.append(
+                f" For the {gain}, the null leaves {seen} on documents that it was trained on and "
+                f"{unseen} on others: that gain is also one of carrying over to new documents."
+            )
+    return "".join(told)
+
+
+SAME_L0 = 0.05  # as much may another L0 differ
+BY_HEART = 1.2  # FVU on held-out documents over that on those of the training
 
 
 def tell_trainings(table: pd.DataFrame) -> str:
@@ -666,14 +685,18 @@ def frontier(run: Run) -> list[Exhibit]:
     # SAEs of one curve have one width and one length of training: named where there are several
     columns = [name for name in ("expansion", "tokens") if name in table]
     varied = [name for name in columns if table[name].nunique() > 1]
+    if "recipe" in table and table.groupby(["arch", "unit", *varied])["recipe"].nunique().max() > 1:
+        varied.append("recipe")
     told = []
     for kind, of_kind in kinds_of_saes(table):
-        for (arm, *sizes), of_curve in of_kind.groupby(["run", *varied]):
-            named = [f"{name} {size:,.0f}" for name, size in zip(varied, sizes, strict=True)]
+        for (arm, *values), of_curve in of_kind.groupby(["run", *varied]):
+            named = []
+            for name, value in zip(varied, values, strict=True):
+                named.append(f"{name} {value}" if name == "recipe" else f"{name} {value:,.0f}")
             title = kind + ", ".join([arm, *named]) + (":" if named else "")
             by_setting = of_curve.groupby("setting")[["l0", "fvu"]].mean().sort_values("l0")
-            values = [f"{row.fvu:.3f} at L0 {row.l0:.1f}" for row in by_setting.itertuples()]
-            told.append(f"{title} {', '.join(values)}")
+            points = [f"{row.fvu:.3f} at L0 {row.l0:.1f}" for row in by_setting.itertuples()]
+            told.append(f"{title} {', '.join(points)}")
     exhibit = Exhibit(
         title="What does each further feature buy?",
         image="saes/sae_frontier.png",
