@@ -1415,6 +1415,9 @@ class Dump:
         return pool[torch.from_numpy(order)]
 
 
+NORMAL_ROWS = 2025  # a stream of random numbers that nothing else has
+
+
 class GaussianDump(Dump):
     """Rows of the normal distribution that has mean and covariance of a dump's training rows, in
     its windows and documents: what an SAE makes of them, second moments alone explain."""
@@ -1443,12 +1446,12 @@ class GaussianDump(Dump):
         blocks, place = np.unique(numbers // BLOCK, return_inverse=True)
         drawn = []
         for block in blocks:
-            # No seed of an SAE, whose directions begin with numbers of the same generator
-            generator = torch.Generator().manual_seed(2**40 + int(block))
-            drawn.append(torch.randn(BLOCK, len(centre), generator=generator))
+            # Not torch's, with whose numbers for a seed the directions of an SAE begin
+            generator = np.random.default_rng([NORMAL_ROWS, block])
+            normal = generator.standard_normal((BLOCK, len(centre)), np.float32)
+            drawn.append(torch.from_numpy(normal))
         chosen = torch.from_numpy(place * BLOCK + numbers % BLOCK)
-        normal = torch.cat(drawn)[chosen]  # [n, D]
-        return (centre + normal @ root).to(self.dtype)
+        return (centre + torch.cat(drawn)[chosen] @ root).to(self.dtype)
 
 
 # ---- measures, all of raw activations
@@ -1773,6 +1776,8 @@ class Job(NamedTuple):
         kept["dump"] = self.dump.side["sha256"]
         kept["head"] = self.dump.head
         kept["held_out"] = "documents"
+        if ARCHITECTURES[self.args.arch].half_fires:
+            kept["start"] = "sums to x within its axes"  # before: within all
         return kept
 
 
@@ -2010,14 +2015,15 @@ def work_of(groups: list[list[Job]]) -> Work:
         held_out = len(dump.evaluation(a.eval_tokens)) * dump.seq_len
         counted = len(dump.mixture(FIRING_TOKENS)) * dump.seq_len
         steps += sum(job.args.steps for job in group)
-        n_measured += (held_out + counted) * len(group)
+        # as many of the training as of held-out documents
+        n_measured += (2 * held_out + counted) * len(group)
         if isinstance(dump, GaussianDump):
             n_drawn += len(dump.array) + 256 * BLOCK  # for the moments
             layout = dump.layout(a.batch_size)
             n_pools = math.ceil(a.steps / layout.batches_per_pool)
             n_drawn += n_pools * layout.n_blocks // layout.n_pools * layout.block
-            # held-out rows once for their mean, once for what the SAE makes of them
-            n_drawn += (2 * held_out + counted) * len(group)
+            # of both kinds of documents once for the mean, once for what the SAE makes of them
+            n_drawn += (4 * held_out + counted) * len(group)
     return Work(steps, n_measured, n_drawn)
 
 
@@ -2352,7 +2358,8 @@ def finish_gain(
     won = np.array(was.ce) - np.array(now.ce)  # [W]
     lost = np.array(after["mean"].ce) - np.array(after["clean"].ce)
     metrics = ratio_interval("finish_kl_left", np.array(now.kl), np.array(was.kl), documents)
-    return metrics | ratio_interval("finish_ce_recovered", won, lost, documents)
+    found = ratio_interval("finish_ce_recovered", won, lost, documents)
+    return metrics | (found if lost.sum() > 0 else dict.fromkeys(found, math.nan))
 
 
 def names_of(job: Job) -> dict[str, Any]:
@@ -2453,11 +2460,9 @@ def summary(job: Job, metrics: dict[str, Any]) -> str:
     recovered = []
     for base in ("zero", "mean"):
         share = m[f"ce_recovered_{base}"]
-        recovered.append(f"{'nothing' if math.isnan(share) else f'{share:.1%}'} ({base})")
+        recovered.append(f"{'none to recover' if math.isnan(share) else f'{share:.1%}'} ({base})")
     line += f", CE recovered {', '.join(recovered)}, KL {m['kl_sae']:.2g} nats"
-    if m["ce_mean"] <= m["ce_clean"]:
-        line += "; mean ablation costs nothing: there is no loss to recover"
-    elif not m["ce_informative"]:
+    if not m["ce_informative"]:
         line += f"; mean ablation costs under {CE_GAP} nats, so CE recovered says little"
     return line
 
@@ -2983,7 +2988,7 @@ def table2(metrics: pd.DataFrame) -> pd.DataFrame:
             row["expansion"] = (saes["d_sae"] / saes["d_in"]).iloc[0]
             row["tokens"] = saes["tokens"].iloc[0]
         if "recipe" in saes:
-            row["recipe"] = saes["recipe"].iloc[0]
+            row["recipe"] = " and ".join(sorted(saes["recipe"].unique()))
         for name in ("ce_informative", "kl_sae", "fvu_train"):
             if name in saes:
                 row[name] = saes[name].astype(float).mean()
@@ -3396,8 +3401,8 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
         "layers, or in these"
     )
     start_help = (
-        "latents start within the leading axes of the data that hold this share of its variance; "
-        "1: in any direction"
+        "latents start within the leading axes of the data that hold this share of its variance, "
+        "at least a quarter of all; 1: in any direction"
     )
     plain_help = "by autograd in float32, from the forward alone; slower"
     aux_help = "not relu, gated: dead latents a token that fit the residual; 0: off, -1: D / 2"

@@ -108,6 +108,17 @@ def test_a_normal_row_is_the_same_whenever_it_is_read(of_features):
     assert len(np.unique(whole.numpy(), axis=0)) == 800
 
 
+def test_normal_rows_are_not_the_numbers_with_which_directions_of_an_sae_begin(of_features):
+    null = ts.GaussianDump(ts.Dump(of_features / "activations/made", 0, "z"))
+    centre, root = null.normal
+    block = 3
+    drawn = (null.rows(np.arange(256) + 256 * block) - centre) @ torch.linalg.pinv(root)
+    for seed in (block, block + 2**31):
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(256, D, generator=generator)
+        assert abs(np.corrcoef(drawn.flatten(), directions.flatten())[0, 1]) < 0.05
+
+
 @pytest.fixture(scope="module")
 def features_and_nulls(of_features) -> pd.DataFrame:
     return train(of_features, "--nulls")
@@ -124,12 +135,20 @@ def test_features_are_a_large_gain_over_low_rank_and_over_random_directions(
     assert trained.gain_decoder == pytest.approx(1 - trained.fvu / nulls["decoder"])
 
 
-def test_of_normal_rows_the_gain_over_low_rank_is_nothing(of_noise, tmp_path):
-    """Of one training, where latents start anywhere."""
+def test_of_normal_rows_the_gain_over_low_rank_is_nothing(of_noise, tmp_path, monkeypatch):
+    """Of one training, where latents start anywhere; over several draws of the null."""
     root = write_copy(of_noise, tmp_path / "a")
-    [trained] = train(root, "--nulls", "--start_variance", "1").itertuples()
-    assert trained.gain_gaussian_lo < 0 < trained.gain_gaussian_hi
-    assert abs(trained.gain_gaussian) < 0.03
+    flags = ["--nulls", "--start_variance", "1", "--overwrite"]
+    gains = []
+    held = 0
+    for draw in range(6):
+        monkeypatch.setattr(ts, "NORMAL_ROWS", draw)
+        [trained] = train(root, *flags).itertuples()
+        gains.append(trained.gain_gaussian)
+        held += trained.gain_gaussian_lo < 0 < trained.gain_gaussian_hi
+    assert held >= 5
+    assert abs(stats.ttest_1samp(gains, 0).statistic) < stats.t.ppf(0.995, 5)
+    assert np.std(gains, ddof=1) < 0.05
 
 
 def test_of_normal_rows_the_gain_over_trainings_is_nothing(of_noise):
@@ -758,7 +777,12 @@ def test_saes_of_other_flags_are_other_curves(of_features, tmp_path):
     frontier = pd.read_csv(root / "saes/sae_frontier.csv")
     settings = frontier.groupby("recipe")["setting"].agg(list).tolist()
     assert sorted(settings) == [["k 2", "k 4"], ["k 3", "k 6"]]
+    # the fewest active latents are none, and less than one a token
+    frontier.loc[frontier["l0"] < 2.5, "l0"] = 0.3
+    frontier.loc[frontier["setting"] == "k 4", "l0"] = 0.0
     figure = ts.draw_frontier(frontier)
+    assert all((ax.get_xticks() > 0).all() for ax in figure.axes if ax.has_data())
+    assert 0.3 in figure.axes[0].get_xticks()
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     plt.close(figure)
     assert len(set(labels)) == 2 and all("recipe r" in label for label in labels)
@@ -777,6 +801,9 @@ def test_figures_that_come_later_change_no_sae(of_features, tmp_path):
     assert "no_figures" not in record["trajectory"]
     record["trajectory"]["no_figures"] = True
     side.write_text(json.dumps(record))
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    state["trajectory"]["no_figures"] = True
+    torch.save(state, folder / "training_state.pt")
     train(root, *flags, "--seeds", "1", "--nulls", "--resume")
     assert "gain_decoder" in pd.read_csv(root / "saes/sae_metrics.csv")
 

@@ -560,20 +560,26 @@ def how_nulls_differ(run: Run) -> str:
     saes = run.table("saes/sae_metrics.csv")
     told = []
     for name, of_null in nulls.groupby("null"):
+        # The model before training is a run of its own, with which others began
+        same = ["initial" if name == "untrained" else "run", "unit", "arch", "setting", "seed"]
+        same += ["site", "layer", "head", "recipe"]
+        same = [column for column in same if column in saes and column in nulls]
+        pairs = saes.merge(of_null, on=same, suffixes=("", "_null"))  # an SAE and its null
         _, gain = NULLS[name]
-        same = ["unit", "arch", "setting", "layer"]
-        if name != "untrained":  # which is a run of its own
-            same.insert(0, "run")
-        l0 = of_null.groupby(same)["l0"].mean() / saes.groupby(same)["l0"].mean()
-        l0 = l0.dropna()
+        l0 = pairs["l0_null"] / pairs["l0"]
+        l0 = l0[np.isfinite(l0)]
         if len(l0) and (l0 - 1).abs().max() > SAME_L0:
             span = per_cent_range(l0.min(), l0.max())
             told.append(f" For the {gain}, L0 of the null is {span} of that of its SAE.")
-        if "fvu_train" in nulls and (of_null["fvu"] > BY_HEART * of_null["fvu_train"]).any():
-            seen, unseen = (f"{of_null[one].mean():.3f}" for one in ("fvu_train", "fvu"))
+        if "fvu_train_null" not in pairs:
+            continue
+        by_heart = pairs[pairs["fvu_null"] > BY_HEART * pairs["fvu_train_null"]]
+        if len(by_heart):
+            seen, unseen = (f"{by_heart[f'{one}_null'].mean():.3f}" for one in ("fvu_train", "fvu"))
             told.append(
                 f" For the {gain}, the null leaves {seen} on documents that it was trained on and "
-                f"{unseen} on others: that gain is also one of carrying over to new documents."
+                f"{unseen} on others (mean of {len(by_heart)} of {len(pairs)}): that gain is also "
+                "one of carrying over to new documents."
             )
     return "".join(told)
 
