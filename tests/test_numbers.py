@@ -102,6 +102,9 @@ def write_demo(folder: Path) -> None:
         }
     write_csv(folder / "saes" / "table2.csv", [sae, sae | nulls | {"layer": 5}])
     write_sidecar(folder / "saes" / "table2.csv")
+    null = {"null": "untrained", "layer": 5, "fvu": 0.312, "fvu_train": 0.087}
+    write_csv(folder / "saes" / "sae_nulls.csv", [null, null | {"null": "decoder", "fvu": 0.456}])
+    write_sidecar(folder / "saes" / "sae_nulls.csv")
     kinds = []
     for kind, value in (("claimed", 0.91), ("matched-random", 0.23)):
         kinds.append(
@@ -407,6 +410,7 @@ def test_what_the_blocks_show_of_planted_files(rendered):
     nulls = "31% [21%, 41%] | 72% [62%, 82%] | 53% [43%, 63%]"
     shows("demo-nulls", f"| adaptive | 5 | {nulls} |")
     assert "| adaptive | 0 |" not in rendered["demo-nulls"]
+    shows("demo-nulls", "0.312 on these documents, 0.087 on those that it was trained on.")
     shows(
         "sae-start", "| topk | anywhere | 1.80% (5.00%) | 6.00% (15.00%) | 0, 4 layers, 12 SAEs |"
     )
