@@ -3231,20 +3231,7 @@ def draw_frontier(frontier: pd.DataFrame, is_stacked: bool = False) -> Any:
     n_columns = 1 if is_stacked else min(3, len(layers))
     n_rows = math.ceil(len(panels) / n_columns)
     curve = same_on_a_curve(frontier)
-    labels = {}
-    for kind in frontier.groupby(curve).groups:
-        one = dict(zip(curve, kind, strict=True))
-        label = "{run} ({arch}, {site} of a {unit}), seed {seed}".format_map(one)
-        if "expansion" in one and frontier["expansion"].nunique() > 1:
-            label += f", {one['expansion']:g} latents a dimension"
-        if "tokens" in one and frontier["tokens"].nunique() > 1:
-            label += f", {one['tokens']:,} tokens"
-        labels[kind] = label
-    kinds: dict[tuple, dict[str, Any]] = {}
-    for kind, label in labels.items():
-        if list(labels.values()).count(label) > 1:  # they differ in another flag
-            label += f", recipe {dict(zip(curve, kind, strict=True))['recipe']}"
-        kinds[kind] = {"label": as_label(label)} | look_of(len(kinds))
+    kinds = looks_of_curves(frontier)
     more = 0.22 * max(0, len(kinds) - 2)  # inches of legend
     size = (4.5 if is_stacked else max(5.5, 3.8 * n_columns), 2.9 * n_rows + 1 + more)
     figure, grid = plt.subplots(
@@ -3271,6 +3258,27 @@ def draw_frontier(frontier: pd.DataFrame, is_stacked: bool = False) -> Any:
     note = f"Bars: 95 % intervals over {over} held-out documents of the {splits} split."
     figure.supxlabel(textwrap.fill(note, round(13 * size[0])), fontsize=8.5)
     return figure
+
+
+def looks_of_curves(frontier: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
+    """The label and look of each curve, by its values of `same_on_a_curve`; a label says what tells
+    it from the others."""
+    curve = same_on_a_curve(frontier)
+    labels = {}
+    for kind in frontier.groupby(curve).groups:
+        one = dict(zip(curve, kind, strict=True))
+        label = "{run} ({arch}, {site} of a {unit}), seed {seed}".format_map(one)
+        if "expansion" in one and frontier["expansion"].nunique() > 1:
+            label += f", {one['expansion']:g} latents a dimension"
+        if "tokens" in one and frontier["tokens"].nunique() > 1:
+            label += f", {one['tokens']:,} tokens"
+        labels[kind] = label
+    looks: dict[tuple, dict[str, Any]] = {}
+    for kind, label in labels.items():
+        if list(labels.values()).count(label) > 1:  # they differ in another flag
+            label += f", recipe {dict(zip(curve, kind, strict=True))['recipe']}"
+        looks[kind] = {"label": as_label(label)} | look_of(len(looks))
+    return looks
 
 
 def draw_values(ax: Any, x: pd.Series, rows: pd.DataFrame, name: str, kind: dict[str, Any]) -> None:
