@@ -2540,7 +2540,8 @@ def settings_of(record: dict[str, Any], *others: str) -> str:
 
 
 def recipe_of(record: dict[str, Any]) -> str:
-    """A name of all settings but those in which SAEs of one curve differ, and the head."""
+    """A name of all settings that decide the weights but unit, architecture, site, head, seed and
+    the one that decides how many latents fire: SAEs that may share a curve have the same."""
     varied = [argument for argument, _ in VARIED.values()]
     text = settings_of(record, *varied, "head", "arch", "unit", "site")
     digest = hashlib.sha256(text.encode()).hexdigest()
