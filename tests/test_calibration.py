@@ -62,9 +62,11 @@ SIMULATED = {
     "compared.csv": {"more_*": ("benchmarks", "test_the_interval_over_layers_holds_the_truth")},
 }  # fmt: skip
 SIMULATED["untrained.csv"] = SIMULATED["layers.csv"]
+SIMULATED["sae_nulls.csv"] = SIMULATED["table2.csv"]
 
 # Columns that look like one and are none: what they are instead
 DESCRIPTIVE = {
+    "null": "the name of the null that a row is of",
     "p_top1": "share of resamples that the head leads in; METRICS.md says that it is no probability",
     "max_share_null": "median with heads shuffled: an orientation, no test",
     "top1_over_top2_null": "the same",
