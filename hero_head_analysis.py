@@ -3422,20 +3422,32 @@ def draw_preserving(folder: Path) -> None:
 
 def draw_kept(ax: Any, table: pd.DataFrame) -> None:
     """A row a mechanism: what is claimed, and as much at random, with intervals that the frame
-    cuts."""
+    cuts. A value beyond the frame is written at its edge."""
     names = list(dict.fromkeys(table["mechanism"]))
     looks = {"claimed": ("D", BLUE, -0.15), "matched-random": ("o", ORANGE, 0.15)}
     labels = {"claimed": "only these", "matched-random": "as many at random"}
     for kind, (marker, color, offset) in looks.items():
         part = table[table["kind"] == kind]
-        ax.errorbar(
-            (100 * part["value"]).clip(LOWEST, HIGHEST),
-            part["mechanism"].map(names.index) + offset,
-            xerr=100 * error_bars(part),
-            fmt=marker,
-            color=color,
-            label=f"{labels[kind]}, 95 % interval",
-        )
+        share = 100 * part["value"]
+        row = part["mechanism"].map(names.index) + offset
+        label = f"{labels[kind]}, 95 % interval"
+        bars = 100 * error_bars(part)
+        ax.errorbar(share, row, xerr=bars, fmt=marker, color=color, label=label)
+        for place in part.index[(share < LOWEST) | (share > HIGHEST)]:
+            is_left = share[place] < LOWEST
+            edge = LOWEST if is_left else HIGHEST
+            arrow = "<" if is_left else ">"
+            ax.plot(edge, row[place], arrow, color=color, clip_on=False, zorder=5)
+            ax.annotate(
+                f"{share[place]:.0f} %",
+                (edge, row[place]),
+                xytext=(6 if is_left else -6, -9),
+                textcoords="offset points",
+                ha="left" if is_left else "right",
+                va="center",
+                color=color,
+                fontsize=8,
+            )
     for line in (0, 100):
         ax.axvline(line, color="k", lw=0.8, ls=":")
     ax.set(yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5), xlim=(LOWEST, HIGHEST))
@@ -3774,23 +3786,24 @@ def positive(kind: type) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
         if kind is float:
             return number
-        if number.is_integer() and number < 2**53:  # 1e6 is a whole number too
-            return int(number)
-        return int(text)
+        return integer(text)
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse names the type in its errors
     return parse
 
 
 def integer(text: str) -> int:
-    """argparse type: a whole number, also written as 1e3."""
+    """argparse type: a whole number of at most 64 bits, as torch takes them; also written 1e3."""
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        number = float(text)
-        if not number.is_integer():
+        as_float = float(text)
+        if not as_float.is_integer():
             raise
-        return int(number)
+        number = int(as_float)
+    if not -(2**63) <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} does not fit into 64 bits")
+    return number
 
 
 def finite(text: str) -> float:

@@ -3518,23 +3518,24 @@ def positive(kind: type) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
         if kind is float:
             return number
-        if number.is_integer() and number < 2**53:  # 1e6 is a whole number too
-            return int(number)
-        return int(text)
+        return integer(text)
 
     parse.__name__ = f"positive {kind.__name__}"  # argparse names the type in its errors
     return parse
 
 
 def integer(text: str) -> int:
-    """argparse type: a whole number, also written as 1e3."""
+    """argparse type: a whole number of at most 64 bits, as torch takes them; also written 1e3."""
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        number = float(text)
-        if not number.is_integer():
+        as_float = float(text)
+        if not as_float.is_integer():
             raise
-        return int(number)
+        number = int(as_float)
+    if not -(2**63) <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} does not fit into 64 bits")
+    return number
 
 
 def finite(text: str) -> float:

@@ -1709,6 +1709,22 @@ def test_old_scores_without_ranks_are_drawn_a_panel_a_unit(tmp_path, monkeypatch
         assert ax.get_xlim() == (-50, 110) and len(ax.get_yticks()) == names
 
 
+def test_a_share_beyond_the_frame_keeps_its_interval_and_is_written_at_the_edge(
+    tmp_path, monkeypatch
+):
+    from matplotlib import pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    far = hero_tables.kept("all SAE features", 0.98, 0.97, 0.99, (-0.67, -1.01, -0.38))
+    pd.DataFrame(far).to_csv(tmp_path / "hero_preserving.csv", index=False)
+    hero.draw_preserving(tmp_path)
+    ax = kept[-1].axes[0]
+    lines = [line[:, 0] for bars in ax.collections for line in bars.get_segments()]
+    np.testing.assert_allclose(sorted(map(tuple, lines)), [(-101, -38), (97, 99)])
+    assert [text.get_text() for text in ax.texts] == ["-67 %"]
+
+
 def test_pieces_of_text_have_the_costs_and_keys_of_a_naive_forward():
     model = make_model()
     idx = windows(model, 20)
