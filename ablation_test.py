@@ -2875,8 +2875,9 @@ def draw_removal(ax: plt.Axes, curves: pd.DataFrame) -> None:
     ax.axhline(100 * SPARE, color="black", lw=0.8, ls=":")
     ax.set_yscale("symlog", linthresh=1)
     ax.set_ylim(bottom=min(-0.3, 1.2 * curves["pct_cost"].min()))
+    ax.yaxis.set_major_locator(ticker.FixedLocator([0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200]))
     ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    ax.legend(fontsize=8.5, frameon=False)
+    ax.legend(fontsize=8.5, edgecolor="none")  # on white, as a line passes behind it
 
 
 def draw_pairs(ax: plt.Axes, pairs: pd.DataFrame) -> None:
