@@ -1439,6 +1439,26 @@ def test_a_finish_moves_the_cut_with_the_encoder(made, tmp_path):
     assert (cuts[0] != cuts[1]).all()
 
 
+def test_a_finish_takes_windows_of_training_documents_in_no_order(made, tmp_path, monkeypatch):
+    """The auxiliary loss looks at the first rows of a batch: they must be a sample of all."""
+    gradients, steps = ts.kl_gradients, []
+
+    def noted(trainer, dump, model, idx):
+        steps.append(idx.numpy().copy())
+        return gradients(trainer, dump, model, idx)
+
+    monkeypatch.setattr(ts, "kl_gradients", noted)
+    assert run(made, tmp_path, "--layers", "2", "--steps", "60", "--finish_kl", "6400") == 0
+    folder = made / "activations/adaptive"
+    tokens = np.load(folder / "tokens.npy").astype(np.int64).reshape(-1, 32)
+    number = {window.tobytes(): i for i, window in enumerate(tokens)}
+    chosen = [[number[window.tobytes()] for window in step] for step in steps]
+    assert sum(map(len, chosen)) * 32 >= 6400
+    assert set().union(*chosen) <= set(ts.Dump(folder, 2, "z").trained)
+    in_order = [step == sorted(step) for step in chosen]
+    assert len(chosen[0]) > 1 and np.mean(in_order) < 0.5
+
+
 def test_a_finish_that_was_interrupted_begins_again(made, tmp_path, monkeypatch):
     flags = ["--layers", "2", "--steps", "60", "--finish_kl", "640"]
     assert run(made, tmp_path / "whole", *flags) == 0

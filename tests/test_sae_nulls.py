@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -835,6 +836,37 @@ def test_where_ablation_costs_nothing_there_is_nothing_to_recover():
     assert 0 < found["ce_recovered_zero"] < 1
     assert math.isnan(found["ce_recovered_mean"]) and math.isnan(found["ce_recovered_mean_lo"])
     assert not found["ce_informative"]
+
+
+@pytest.mark.parametrize("costs", [0.3, -0.3])
+def test_a_finish_wins_a_share_of_what_ablation_costs_and_nothing_where_it_costs_nothing(costs):
+    rng = np.random.default_rng(0)
+    clean, kl = rng.uniform(3, 5, 20), rng.uniform(0.1, 0.2, 20)
+    ablated = clean + costs * rng.uniform(0.9, 1.1, 20)
+    before = {"sae0": ts.EditedLoss(list(clean + 0.05), list(kl))}
+    after = {
+        "clean": ts.EditedLoss(list(clean), [0.0] * 20),
+        "sae0": ts.EditedLoss(list(clean + 0.02), list(0.8 * kl)),
+        "mean": ts.EditedLoss(list(ablated), [0.2] * 20),
+    }
+    found = ts.finish_gain(before, after, "sae0", np.arange(20))
+    assert found["finish_kl_left"] == pytest.approx(0.8)
+    won = found["finish_ce_recovered"]
+    if costs > 0:
+        assert won == pytest.approx(0.03 * 20 / (ablated - clean).sum())
+        assert found["finish_ce_recovered_lo"] < won < found["finish_ce_recovered_hi"]
+    else:
+        assert math.isnan(won) and math.isnan(found["finish_ce_recovered_hi"])
+
+
+def test_the_line_of_an_sae_says_where_there_is_nothing_to_recover():
+    job = SimpleNamespace(folder="saes/a/L0", dump=SimpleNamespace(side={"split": "train"}))
+    metrics = dict(l0=16.0, fvu=0.1, fvu_lo=math.nan, n_documents=3, dead_share=0.01)
+    metrics |= dict(dead_share_tokens=1000, kl_sae=0.002, ce_informative=False)
+    metrics |= dict(ce_recovered_zero=0.9, ce_recovered_mean=math.nan)
+    line = ts.summary(job, metrics)
+    assert "CE recovered 90.0% (zero), none to recover (mean)" in line
+    assert "FVU 0.100 on 3" in line and "CE recovered says little" in line
 
 
 def test_table_2_averages_a_measure_over_the_saes_that_have_its_interval():
