@@ -2698,6 +2698,15 @@ def describe_units(summary: pd.DataFrame) -> str:
     return f"n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{n} {summary['unit'].iloc[0]}{few}"
 
 
+def family_of(table: pd.DataFrame) -> str:
+    """Which heads an interval holds for at once: those that were dropped have sequences of their
+    own."""
+    if "stage" not in table or table["stage"].nunique() < 2:
+        return ""
+    n_first, n_second = (table.loc[table["stage"] == stage, "n_seq"].max() for stage in (1, 2))
+    return f" of a stage (first: {n_first:.0f} sequences, second: {n_second:.0f})"
+
+
 def figure4(table: pd.DataFrame, summary: pd.DataFrame, is_stacked: bool = False) -> plt.Figure:
     """Figure 4: the impact of every head. A panel a run names the first heads in the ranking mode;
     a small panel a further mode shows all heads of all runs."""
@@ -2728,7 +2737,8 @@ def figure4(table: pd.DataFrame, summary: pd.DataFrame, is_stacked: bool = False
     for i, mode in enumerate(others):
         draw_ranks(axes[len(runs) + i], table[table["mode"] == mode], runs)
     note = f"Filled: above 0, p < .05 (max-T over the heads of a run); {describe_units(summary)}. "
-    note += "Bars, bands: 95 % intervals that hold for all heads at once. One training seed a run."
+    note += f"Bars, bands: 95 % intervals that hold for all heads{family_of(table)} at once. "
+    note += "One training seed a run."
     fig.supxlabel(textwrap.fill(note, round(13 * fig.get_figwidth())), fontsize=8.5)
     return fig
 
@@ -2840,9 +2850,14 @@ def figure_together(
         draw_removal(left, curves[curves["run"] == run])
         draw_pairs(right, pairs[pairs["run"] == run])
     n = curves["n_unit"].iloc[0]
-    note = f"n = {n} documents. Bars: 95 %, each by itself; dotted: {SPARE:.0%} of the loss. "
-    note += f"Grey: {RANDOM_ORDERS} random orders, least to most. "
-    note += "Dot in a square: 95 % interval, for all pairs at once, leaves 0 out."
+    has_intervals = curves["ci_lo"].notna().any()
+    bars = (
+        "Bars: 95 %, each by itself" if has_intervals else f"Fewer than {MIN_UNITS}: no intervals"
+    )
+    note = f"n = {n} documents. {bars}; dotted: {SPARE:.0%} of the loss. "
+    note += f"Grey: {RANDOM_ORDERS} random orders, least to most."
+    if pairs["ci_lo"].notna().any():
+        note += " Dot in a square: 95 % interval, for all pairs at once, leaves 0 out."
     fig.supxlabel(textwrap.fill(note, round(13 * fig.get_figwidth())), fontsize=8.5)
     return fig
 
@@ -2874,8 +2889,10 @@ def draw_removal(ax: plt.Axes, curves: pd.DataFrame) -> None:
     ax.set(xlabel="heads removed", ylabel="rise of the loss (%)")
     ax.axhline(100 * SPARE, color="black", lw=0.8, ls=":")
     ax.set_yscale("symlog", linthresh=1)
-    ax.set_ylim(bottom=min(-0.3, 1.2 * curves["pct_cost"].min()))
-    ax.yaxis.set_major_locator(ticker.FixedLocator([0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200]))
+    lowest = np.nanmin([curves["pct_cost"], 100 * curves["ci_lo"] / curves["base_loss"]])
+    ax.set_ylim(bottom=min(-0.3, 1.2 * lowest))
+    marks = [0.5, 1, 2, 5, 10, 20, 50, 100, 200]
+    ax.yaxis.set_major_locator(ticker.FixedLocator([-mark for mark in marks] + [0, *marks]))
     ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     ax.legend(fontsize=8.5, edgecolor="none")  # on white, as a line passes behind it
 

@@ -52,6 +52,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -3300,8 +3301,10 @@ def draw_z(features: pd.DataFrame, null: pd.DataFrame | None, path: Path, unit: 
             look = {"color": [COLOURS[0], COLOURS[1]], "label": ["not aligned", "aligned"]}
             # One group on the other: together they are all tested features
             heights = ax.hist(groups, edges, stacked=True, **look)[0]  # [2, bins]
+            highest = heights[-1].max()
             if null is not None:
                 expected = null[null.layer == layer]
+                highest = max(highest, (expected.share * len(rows)).max())
                 # Shares times the number of features: the same unit as the bars
                 curve = {"where": "mid", "color": "black", "linewidth": 1.2}
                 label = "as many random directions"
@@ -3310,7 +3313,7 @@ def draw_z(features: pd.DataFrame, null: pd.DataFrame | None, path: Path, unit: 
             ax.set_yscale("symlog", linthresh=1)
             ticks = [0, 1, 10, 100, 1000]
             ax.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
-            ax.set(title=f"{unit} {layer}", ylim=(0, 1.8 * heights[-1].max()))
+            ax.set(title=f"{unit} {layer}", ylim=(0, 1.8 * highest))
             ax.set_xlabel("z: distance from random directions\n(standard deviations of theirs)")
             ax.set_ylabel("features a bin (log scale)")
         if layers:
@@ -3333,7 +3336,8 @@ def draw_distribution(table: pd.DataFrame, path: Path, unit: str) -> None:
                 sources, COLOURS, ("-", ":", "--"), strict=False
             ):
                 below = rows.density.cumsum() / rows.density.sum()  # [bins]
-                ax.plot(rows.efas, below, color=colour, linestyle=style, label=source)
+                width = rows.efas.diff().median()  # of a bin, whose right end `below` is of
+                ax.plot(rows.efas + width / 2, below, color=colour, linestyle=style, label=source)
                 between = rows.efas[(below > 0.001) & (below < 0.999)]
                 reach = max(reach, between.abs().max()) if len(between) else 1.0
             ax.axvspan(-RULE, RULE, color="0.5", alpha=0.2, linewidth=0, zorder=0)
@@ -3374,7 +3378,9 @@ def draw_forest(scores: pd.DataFrame, path: Path, unit: str) -> None:
             is_alike = "layer" in scores  # the same predictors in every panel
             if is_alike and not is_stacked and not ax.get_subplotspec().is_first_col():
                 ax.set_yticklabels([])
-            ax.set_title(f"{title}\n({sizes_line(rows)})", fontsize=9)
+            sizes = f"({sizes_line(rows)})"
+            sizes = textwrap.fill(sizes, 34) if is_stacked else sizes
+            ax.set_title(f"{title}\n{sizes}", fontsize=9)
         one_legend(figure, axes[0], 2 if is_stacked else 4)
         return figure
 
@@ -3464,6 +3470,7 @@ def draw_dose(clamps: pd.DataFrame, path: Path) -> None:
         for ax, (outcome, label) in zip(axes, outcomes.items(), strict=True):
             styles = itertools.cycle(("-o", "--s"))
             arms = clamps.groupby("arm")
+            bands = []
             for (arm, rows), colour, style in zip(arms, COLOURS, styles, strict=False):
                 means = []
                 for _, at_dose in rows.groupby("dose"):
@@ -3472,10 +3479,19 @@ def draw_dose(clamps: pd.DataFrame, path: Path) -> None:
                 if outcome != "attractor_shift":  # a rate, also where no sample bounds it
                     band = band.clip(0, 1)
                 ax.plot(doses, band["mean"], style, color=colour, label=arm, markersize=4)
-                ax.fill_between(doses, band.lo, band.hi, color=colour, alpha=0.2)
+                bands.append((band, colour))
+                ends = band[["lo", "hi"]].to_numpy()
+                ax.update_datalim([(doses[0], end) for end in ends[np.isfinite(ends)]])
+            ax.autoscale_view()
             ax.set(xlabel="clamp (multiple of the mean activation)", ylabel=label)
             if outcome != "attractor_shift":  # rates: from zero, and not narrower than 5 %
                 ax.set_ylim(-0.002, max(0.05, ax.get_ylim()[1]))
+            # What nothing bounds goes on to the edge of the panel
+            low, high = ax.get_ylim()
+            for band, colour in bands:
+                ends = band.clip(low, high)
+                ax.fill_between(doses, ends.lo, ends.hi, color=colour, alpha=0.2, lw=0)
+            ax.set_ylim(low, high)
         one_legend(figure, axes[0], 2)
         return figure
 
@@ -3500,7 +3516,8 @@ def draw_descent(table: pd.DataFrame, path: Path) -> None:
         titles = ("total energy", "its terms")
         for ax, title in zip(axes, titles, strict=True):
             ax.axhline(0, color="black", linewidth=0.8)
-            ax.set(xlabel="descent step t (log scale from 1)", xscale="symlog", title=title)
+            ax.set(xlabel="descent step t (log scale from 1)", title=title)
+            ax.set_xscale("symlog", linthresh=1)
             ax.set_ylabel("E(t) − E(0), energy per token")
             ticks = [0, 1, 3, 10, 30]
             ax.set_xticks(ticks, ticks)
@@ -4314,7 +4331,9 @@ def clamp_section(clamps: pd.DataFrame, folder: Path) -> list[ReportPart]:
     means = clamps.groupby(["arm", "aligned", "dose"], as_index=False)[outcomes].mean()
     # As words: True and False are of the code
     means["aligned"] = means.aligned.map({True: "yes", False: "no"})
-    band = "Dose-response of clamps and of equal random displacements; band: 95 % over clusters"
+    band = "Dose-response of clamps and of equal random displacements"
+    if clamps.cluster.nunique() >= MIN_GROUPS:
+        band += "; band: 95 % over clusters"
     said = shift_line(clamps)
     return [
         ("closed", "Clamps: a feature held at a value"),
@@ -5321,6 +5340,9 @@ def inline_svg(path: Path, alt: str) -> str:
             asks = "url(" in value.replace("url(#", "")  # for something outside the file
             if is_link or asks or name.startswith("on"):
                 return ""
+            if name in ("style", "fill", "stroke"):
+                themed = value.replace("#000000", "currentColor")
+                element.attrib[name] = themed.replace("#ffffff", "var(--paper)")
         if element.tag not in known and not element.tag.startswith("{http://www.w3.org/1999/02"):
             return ""
     # The page sets its size
@@ -5329,8 +5351,7 @@ def inline_svg(path: Path, alt: str) -> str:
     root.attrib |= {"role": "img", "aria-label": alt, "style": f"max-width: {width or 700}pt"}
     ElementTree.register_namespace("", SVG.strip("{}"))
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    drawn = ElementTree.tostring(root, encoding="unicode")
-    return drawn.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 # <<< shared: pages

@@ -1213,7 +1213,9 @@ def figure1(pairs: pd.DataFrame, topology: pd.DataFrame, is_stacked: bool) -> An
         for ax, metric in zip(axes.flat, metrics, strict=True):
             draw_depth(ax, topology[topology["metric"] == metric], runs)
         axes[0, 0].legend(fontsize=8.5)
-        note = "Bars: 95 % intervals over blocks of documents. "
+        note = "Too few documents for intervals. "
+        if topology["ci_lo"].notna().any():
+            note = "Bars: 95 % intervals over blocks of documents. "
         note += "Grey: 95 % of draws with each head's basis turned at random."
         top.supxlabel(textwrap.fill(note, round(13 * width)), fontsize=8.5)
     draw_matrices(bottom, pairs, (down, across))

@@ -3251,7 +3251,9 @@ def draw_importance(folder: Path) -> None:
             signs += ", * p < .05 (max-T)"
         n = ""
         if "n_seq" in table and table["n_seq"].notna().any():
-            n = f", {table['n_seq'].max():.0f} sequences"
+            fewest, most_seq = table["n_seq"].min(), table["n_seq"].max()
+            counts = f"{most_seq:.0f}" if fewest == most_seq else f"{fewest:.0f} or {most_seq:.0f}"
+            n = f", {counts} sequences"  # two stages: heads that were dropped have fewer
         most = table["millinats"].abs().max()
         # The same labels in all panels
         every_layer = math.ceil(table["layer"].nunique() / 32)
@@ -3364,7 +3366,8 @@ def draw_scores_of(ax: Any, table: pd.DataFrame, unit: Unit) -> None:
                 rank = f"rank {score['rank']:.0f} of {score['n_heads']:.0f}"
                 where = ax.get_yaxis_transform()
                 ax.text(1.02, place, rank, transform=where, va="center", fontsize=8)
-    bounds = [*value, *null]
+    ends = unit.scale * hero[["ci_low", "ci_high"]].to_numpy()
+    bounds = [*value, *null, *ends[np.isfinite(ends)]]
     if "null_max" in table:
         bounds += [*hero["null_max"].dropna(), *-hero["null_max"].dropna()]
     # Not those of a head that has no such score, because its layer sees none of the keys
@@ -5537,6 +5540,9 @@ def inline_svg(path: Path, alt: str) -> str:
             asks = "url(" in value.replace("url(#", "")  # for something outside the file
             if is_link or asks or name.startswith("on"):
                 return ""
+            if name in ("style", "fill", "stroke"):
+                themed = value.replace("#000000", "currentColor")
+                element.attrib[name] = themed.replace("#ffffff", "var(--paper)")
         if element.tag not in known and not element.tag.startswith("{http://www.w3.org/1999/02"):
             return ""
     # The page sets its size
@@ -5545,8 +5551,7 @@ def inline_svg(path: Path, alt: str) -> str:
     root.attrib |= {"role": "img", "aria-label": alt, "style": f"max-width: {width or 700}pt"}
     ElementTree.register_namespace("", SVG.strip("{}"))
     ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-    drawn = ElementTree.tostring(root, encoding="unicode")
-    return drawn.replace("#000000", "currentColor").replace("#ffffff", "var(--paper)")
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 # <<< shared: pages

@@ -1316,12 +1316,15 @@ def draw_training(csvs: list[str | Path], target: float, out: Path) -> None:
     """The figure of the training, one colour a run (labelled by its folder); from CSVs alone."""
     curves = []
     colours = iter(OTHER_COLOURS * len(csvs))
-    for path in csvs:
-        # Runs are told apart by the folders they lie in
-        folder = Path(path).resolve().parent.name
-        # The arms keep their colours in every figure
-        colour = ARM_COLOURS.get(folder) or next(colours)
-        curves.append(Curve(as_label(folder), read_telemetry(path), colour))
+    folders = [Path(path).resolve().parent for path in csvs]
+    names = [folder.name for folder in folders]
+    for i, (path, folder) in enumerate(zip(csvs, folders, strict=True)):
+        # Runs are told apart by the folders they lie in, A/adaptive from B/adaptive too
+        is_alone = names.count(folder.name) == 1
+        name = folder.name if is_alone else f"{folder.parent.name}/{folder.name}"
+        # The arms keep their colours in every figure, the first of each
+        own = None if folder.name in names[:i] else ARM_COLOURS.get(folder.name)
+        curves.append(Curve(as_label(name), read_telemetry(path), own or next(colours)))
     save_figure(lambda is_stacked: training_figure(curves, target, is_stacked), out)
 
 

@@ -3148,8 +3148,8 @@ def draw_depth(table: pd.DataFrame, is_stacked: bool = False) -> Any:
             x = rows["layer"] + step * (i - (len(curves) - 1) / 2)
             draw_values(ax, x, rows, name, kinds[kind])
         # of values that may be alike, so the margin is small beside 0
-        top = 1.05 * ax.get_ylim()[1]
-        ax.set(xlabel="layer", ylabel=label, ylim=(min(0, ax.get_ylim()[0]), top))
+        low, high = ax.get_ylim()
+        ax.set(xlabel="layer", ylabel=label, ylim=(min(0, 1.05 * low), max(0, 1.05 * high)))
         ax.set_xticks(layers[:: 1 + (len(layers) - 1) // 16])
     # the last panel has every curve
     handles, labels = axes.flat[-1].get_legend_handles_labels()

@@ -194,7 +194,9 @@ function showScore(name, value) {
 
 /** Says all that is known of a head, and how to study it. */
 function tellHead(head) {
-  const interval = `[${showNumber(1000 * head.ci_lo)}, ${showNumber(1000 * head.ci_hi)}]`;
+  const isMissing = head.ci_lo == null || head.ci_hi == null; // too few documents
+  const ends = `[${showNumber(1000 * head.ci_lo)}, ${showNumber(1000 * head.ci_hi)}]`;
+  const interval = isMissing ? "(no interval)" : ends;
   const impact = `${showNumber(1000 * head.delta)} millinats a token ${interval}, rank ${head.rank}`;
   const scores = data.scores
     .filter((score) => nameOf(score) === nameOf(head))

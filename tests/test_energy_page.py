@@ -231,6 +231,44 @@ def test_closed_sections_are_closed_and_hostile_words_stay_text(tmp_path):
     assert 'id="theme"' in page and "switchTheme" in page
 
 
+def last_panels(monkeypatch):
+    """A list of the figures that are closed after they were written."""
+    from matplotlib import pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    return kept
+
+
+def test_random_directions_are_not_cut_where_features_are_far_apart(tmp_path, monkeypatch):
+    kept = last_panels(monkeypatch)
+    table = features(35).assign(eligible=True, z_direction=lambda t: 3 + t.feature / 2.0)
+    null = pd.DataFrame(dict(layer=table.layer.iloc[0], z=[-1.0, 0.0, 1.0], share=[0.2, 0.6, 0.2]))
+    lens.draw_z(table, null, tmp_path / "z.png", "step")
+    assert kept[-1].axes[0].get_ylim()[1] > 0.6 * len(table)
+
+
+def test_a_dose_that_nothing_bounds_has_a_band_to_the_edge(tmp_path, monkeypatch):
+    kept = last_panels(monkeypatch)
+    shifts = [[0.5] + [0.0] * 9, [0.1 * i for i in range(10)]]
+    rows = []
+    for dose, of_dose in enumerate(shifts):
+        for cluster, shift in enumerate(of_dose):
+            row = dict(arm="feature", dose=float(dose), cluster=cluster, attractor_shift=shift)
+            rows.append(row | dict(flip_rate=0.0, collateral=0.0))
+    clamps = pd.DataFrame(rows)
+    first = clamps[clamps.dose == 0]
+    known = lens.bootstrap_mean(first.attractor_shift, first.cluster)
+    assert math.isinf(known.hi), "else this tests nothing"
+    lens.draw_dose(clamps, tmp_path / "d.png")
+    ax = kept[-1].axes[0]
+    [band] = ax.collections
+    [path] = band.get_paths()
+    at_first = path.vertices[path.vertices[:, 0] == 0.0, 1]
+    assert at_first.max() == pytest.approx(ax.get_ylim()[1]) and at_first.min() < known.mean
+    assert ax.get_ylim()[1] < 5
+
+
 def test_older_runs_are_drawn_again(tmp_path):
     """Without z_distribution.csv and without the range of the change of energy."""
     table = features(3).assign(eligible=True, z_direction=lambda t: t.feature / 10.0 - 5)

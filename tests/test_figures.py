@@ -290,6 +290,22 @@ def test_the_heatmap_writes_its_limits_and_marks_by_max_t_alone(tmp_path):
     plt.close(figure)
 
 
+def test_two_runs_of_one_arm_are_told_apart(tmp_path, monkeypatch):
+    paths = []
+    for run in ("a", "b"):
+        folder = tmp_path / run / "adaptive"
+        folder.mkdir(parents=True)
+        telemetry("adaptive").to_csv(folder / "telemetry.csv", index=False)
+        paths.append(folder / "telemetry.csv")
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    janus.draw_training(paths, 0.004, tmp_path / "training.png")
+    legend = kept[-1].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["a/adaptive", "b/adaptive"]
+    colours = [line.get_color() for line in legend.get_lines()]
+    assert len(set(colours)) == 2 and colours[0] == janus.ARM_COLOURS["adaptive"]
+
+
 def test_figure_1_shows_sigma_resid_first_with_the_null(tmp_path):
     harvest_tables(tmp_path)
     csvs = [tmp_path / run / "topology_stats.csv" for run in ("control", "adaptive")]

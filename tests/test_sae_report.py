@@ -302,6 +302,16 @@ def test_figure_2_draws_what_a_layer_recovers_and_not_the_noise_of_single_heads(
     plt.close(figure)
 
 
+@pytest.mark.parametrize("recovered", [-0.3, -10.0, 0.9])
+def test_the_frame_of_figure_2_has_zero_and_every_interval(recovered):
+    ends = dict(ce_recovered_mean_lo=1.02 * recovered, ce_recovered_mean_hi=0.98 * recovered)
+    found = dict(ce_recovered_zero=0.9, ce_recovered_mean=recovered, ce_informative=True)
+    figure = ts.draw_depth(ts.table2(saes_of("adaptive", **found | ends)))
+    low, high = figure.axes[0].get_ylim()
+    assert low <= min(0, *ends.values()) < max(0, *ends.values()) <= high and low < high
+    plt.close(figure)
+
+
 def test_figure_2_of_one_head_has_no_interval_and_large_ones_are_not_called_small():
     table = ts.table2(of_heads("adaptive", 1).assign(tokens=20_000_000))
     figure = ts.draw_depth(table)

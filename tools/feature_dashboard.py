@@ -628,7 +628,11 @@ def describe(source: Source, features: list[int], study: HeroStudy = NO_STUDY) -
     described = []
     for column, feature in enumerate(features):
         activation = activations[..., column]  # [N, T]
-        counts, edges = np.histogram(activation[activation > 0].numpy(), HISTOGRAM_BINS)
+        positive = activation[activation > 0].numpy()
+        # Around a single value NumPy would put bins below 0
+        is_single = len(positive) > 0 and positive.min() == positive.max()
+        bounds = (0.0, float(positive[0])) if is_single else None
+        counts, edges = np.histogram(positive, HISTOGRAM_BINS, range=bounds)
         logits = w_u @ torch.einsum("dhk,hk->d", w_o, decoder[feature])  # [V]
         described.append(
             Feature(

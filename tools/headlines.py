@@ -128,8 +128,9 @@ def share_of_noise(relative: pd.Series, filter_beta: float) -> float:
 
 
 def after_settling(telemetry: pd.DataFrame, held: Tracking) -> float:
-    """Mean sigma_z of an arm over the steps in which the other's loop had settled (`held`)."""
-    return telemetry["sigma_z"][telemetry["step"] >= held.settled_step].mean()
+    """Mean sigma of an arm over the steps in which the other's loop had settled (`held`)."""
+    sigma = telemetry[["sigma_z", "sigma_resid"]].max(axis=1)  # one of them is filled
+    return sigma[telemetry["step"] >= held.settled_step].mean()
 
 
 def last_value(telemetry: pd.DataFrame, column: str) -> float:
