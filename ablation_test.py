@@ -1112,7 +1112,8 @@ def run(args: argparse.Namespace) -> int:
             draw(csv)
         return 0
 
-    refuse_overwrite([csv, npz, named(csv, "_summary.csv")], args.overwrite)
+    written = [csv, npz, *(named(csv, end) for end in ("_summary.csv", *TOGETHER))]
+    refuse_overwrite(written, args.overwrite)
     rank, _ = rank_and_world()
     if rank > 0:  # it takes its share of the batches; rank 0 writes
         measure_runs(args)
@@ -1378,8 +1379,10 @@ def choose_fresh(
 
 
 def second_half(val: HFWikiTextLoader, windows: np.ndarray) -> np.ndarray:
-    """Whether each window belongs to the second stage: it begins in every other document."""
-    _, rank = np.unique(val.documents(windows)[:, 0], return_inverse=True)
+    """Whether each window belongs to the second stage: it begins in every other document of the
+    split, whichever windows are asked for."""
+    every = np.unique(val.documents(np.arange(val.n_windows))[:, 0])
+    rank = np.searchsorted(every, val.documents(windows)[:, 0])
     return rank % 2 == 1
 
 
@@ -1468,6 +1471,9 @@ class Chosen:
 def choose_windows(args: argparse.Namespace, val: HFWikiTextLoader) -> Chosen:
     """Evenly spaced windows of the split, for each of the measurements."""
     sizes = (args.n_seqs, args.n_linear)
+    if "resample" in args.mode and val.n_windows < 2:
+        fact = "--mode resample takes z from another window, and the validation split has one"
+        raise HandoffError(f"{fact}; use more text, or --mode mean zero")
     # 0 is all, so a single 0 takes the whole split
     needed = 0 if args.plain or min(sizes) == 0 else max(sizes)
     linear = val.spread(needed)  # [N]
@@ -1860,6 +1866,18 @@ def read_losses(npz: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         return dict(arrays), facts
 
 
+TOGETHER = ("_together.csv", "_pairs.csv")  # what heads cost together, where that is measured
+
+
+def remove_together(csv: Path) -> None:
+    """Of an earlier run of the same name: they would be drawn as of this one."""
+    figures = ("_together.png", "_together.svg", "_together.narrow.svg")
+    for end in (*TOGETHER, *figures):
+        path = named(csv, end)
+        path.unlink(missing_ok=True)
+        sidecar_path(path).unlink(missing_ok=True)
+
+
 def write_results(args: argparse.Namespace) -> None:
     """Statistics, tables and figures from the .npz; the sidecars of the CSVs last."""
     csv = args.save_file
@@ -1873,6 +1891,8 @@ def write_results(args: argparse.Namespace) -> None:
         summary = summary.merge(columns, on="run", how="left")
         frames |= {named(csv, end): frame for end, frame in tables.items()}
         frames[named(csv, "_summary.csv")] = summary
+    elif args.overwrite:
+        remove_together(csv)
     texts = {}
     for path, frame in frames.items():
         texts[path] = frame.to_csv(index=False, float_format="%.10g")

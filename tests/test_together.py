@@ -38,6 +38,17 @@ def test_the_joint_loss_is_that_of_the_model_with_these_heads_at_zero() -> None:
         torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
 
 
+def test_files_of_an_earlier_run_of_the_same_name_are_no_part_of_this_one(tmp_path: Path) -> None:
+    csv = tmp_path / "out.csv"
+    ends = ["_together.csv", "_pairs.csv", "_together.png", "_together.svg"]
+    for end in [*ends, "_figure4.png"]:
+        A.named(csv, end).write_text("of before")
+        A.sidecar_path(A.named(csv, end)).write_text("{}")
+    A.remove_together(csv)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["out_figure4.png", "out_figure4.png.json"]
+
+
 def test_one_head_together_is_that_head_alone() -> None:
     model = random_model()
     data = text()

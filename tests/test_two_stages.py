@@ -144,6 +144,25 @@ def test_the_second_stage_has_other_documents_and_its_rows_come_first(measured: 
     np.testing.assert_allclose(first["impact"], values.mean(), rtol=1e-8)
 
 
+@pytest.mark.parametrize("n_linear", [0, 7, 40, 200, 384])
+def test_no_document_is_in_both_stages_however_many_windows_are_linear(n_linear: int) -> None:
+    """Of a split whose documents have 1 to 4 windows, so that some of them lie between those chosen."""
+    rng = np.random.default_rng(0)
+    of_window = np.repeat(np.arange(400), rng.integers(1, 5, 400))
+    split = SimpleNamespace(
+        n_windows=len(of_window),
+        documents=lambda windows: of_window[windows][:, None],
+        spread=lambda n: np.arange(n or len(of_window)) * len(of_window) // (n or len(of_window)),
+    )
+    args = SimpleNamespace(n_seqs=24, n_linear=n_linear, n_together=0, plain=False)
+    args.mode, args.confirm, args.minutes = ["mean"], 96, None
+    args.keep = None
+    text = A.choose_windows(args, split)
+    fresh = A.choose_fresh({}, text, split, 0.0, SimpleNamespace(**vars(args) | {"minutes": None}))
+    assert len(fresh) == 96 and len(text.exact) > 0
+    assert not set(of_window[text.exact]) & set(of_window[fresh])
+
+
 def one_stage(rng: np.random.Generator, n: int) -> A.Ablation:
     """Two heads that cost 1 in n sequences, a document each: the first-order effect of the
     first one knows its noise, that of the second is other noise, of heavy tails."""
