@@ -1320,7 +1320,7 @@ def draw_training(csvs: list[str | Path], target: float, out: Path) -> None:
     names = [folder.name for folder in folders]
     for i, (path, folder) in enumerate(zip(csvs, folders, strict=True)):
         # Runs are told apart by the folders they lie in, A/adaptive from B/adaptive too
-        is_alone = names.count(folder.name) == 1
+        is_alone = len({other for other in folders if other.name == folder.name}) == 1
         name = folder.name if is_alone else f"{folder.parent.name}/{folder.name}"
         # The arms keep their colours in every figure, the first of each
         own = None if folder.name in names[:i] else ARM_COLOURS.get(folder.name)

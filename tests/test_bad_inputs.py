@@ -152,7 +152,7 @@ def test_texts(name, content, says, tmp_path, cache_dir, capsys):
         (["--steps", "many"], "invalid positive int value: 'many'"),
         (["--steps", "9" * 23], "9{23} does not fit into 64 bits"),
         (["--seed", str(2**63)], f"{2**63} does not fit into 64 bits"),
-        (["--seed", "-1e19"], "does not fit into 64 bits"),
+        (["--seed", "-" + "9" * 20], "does not fit into 64 bits"),
         (["--seed", "1.5"], "invalid integer value: '1.5'"),
         (["--filter_beta", "1"], r"--filter_beta 1.0 .* \[0, 1\)"),
         (["--k_p", "-0.1"], "must not be negative"),
