@@ -6,7 +6,7 @@ the others by more than chance? One head at a time loses its output z, which is 
 same positions (resample: the loss is averaged over draws). The loss is exact: only what follows the
 head is computed again. The unit of replication is the document, since sequences of one document are
 alike; all heads and both models see the same ones. The first head is a Hero Head if it leads every
-other head by more than chance (two tied heads are called so in 5 %), its impact is above 0 (max-T
+other head by more than chance (two tied heads are called so in about 5 %), its impact is above 0 (max-T
 p < .05), and the model beats word frequencies; otherwise there is "no unique hero". With fewer than
 32 documents there is no interval, no p value and no Hero Head: they would not be what they say.
 
@@ -1262,12 +1262,22 @@ def first_stage(name: str, bench: Bench, text: Chosen, args: argparse.Namespace)
     given = (modes, args.layers, bench.precision)
     started = time.perf_counter()
     bench.arrays |= bench.measure(text.exact, *given, name, replace(EXACT, fitted=fitted))
+    for array, values in bench.arrays.items():
+        need_finite(array, values)
     bench.seconds = (time.perf_counter() - started) / len(text.exact)
     if len(text.linear):
         label = f"{name}, first order"
         effects = replace(FIRST_ORDER, fitted=fitted)
         for array, values in bench.measure(text.linear, *given, label, effects).items():
             bench.arrays[f"split.{array}"] = values
+
+
+def need_finite(array: str, values: np.ndarray) -> None:
+    """Refuses effects [n, ...] of which one is no number: statistics would drop its head, or all."""
+    is_bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)  # [n]
+    if is_bad.any():
+        fact = f"{array}: no finite number in {is_bad.sum()} of {len(values)} sequences"
+        raise HandoffError(f"{fact}; pass --dtype float32, or a model whose losses are finite")
 
 
 # ---- the second stage: fresh sequences for the heads that may still lead
@@ -1348,7 +1358,7 @@ def choose_heads(
     bench.kept = candidates[:most]
     found = f"after {len(exact)} sequences {len(candidates)} of {n_heads} heads may still lead"
     outcome = f"the other {n_heads - len(candidates)} are dropped, the first one among them in at "
-    outcome += f"most {CHANCE_LOST:.0%}"
+    outcome += f"most {CHANCE_LOST:.0%} unless it acts in few documents"
     if len(bench.kept) < len(candidates):
         outcome = f"the {most} likeliest go on"
     print(f"{name}: {found}; {outcome}", flush=True)
@@ -1421,10 +1431,14 @@ def second_stage(name: str, bench: Bench, text: Chosen, args: argparse.Namespace
     of_batch = functools.partial(ablate_heads, chosen=chosen)
     effects = replace(EXACT, of_batch=of_batch, fitted=fit_modes(bench, modes, chosen))
     given = (modes, list(chosen), bench.precision, f"{name}, second stage", effects)
+    is_kept = np.zeros((len(chosen), bench.arm.model.cfg.n_heads), dtype=bool)
+    for row, heads in zip(is_kept, chosen.values(), strict=True):
+        row[heads] = True
     started = time.perf_counter()
     measured = bench.measure(text.fresh, *given)
     bench.seconds = (time.perf_counter() - started) / len(text.fresh)
     for array, values in measured.items():
+        need_finite(array, values if array == "base" else values[:, is_kept])
         if array != "base":
             found = values  # [n, some layers, H]
             values = np.full((len(found), len(args.layers), found.shape[2]), math.nan)
@@ -1437,7 +1451,7 @@ def measure_together(
 ) -> None:
     """What heads cost when several are removed at once."""
     model = bench.arm.model
-    windows = text.together[:WRITTEN]
+    windows = some_of(text.together, WRITTEN)
     size = np.zeros(len(args.layers) * model.cfg.n_heads)  # [R]
     # A batch at a time, like all else: what every head writes is H times as large as the stream
     for start in range(0, len(windows), args.batch_size):
@@ -1520,18 +1534,16 @@ def impact_of(of_arm: dict[str, np.ndarray], mode: str) -> np.ndarray:
 class Effects:
     """What is measured of every head: `of_batch`, like `ablate_heads`, returns the arrays `names`.
 
-    most_draws  of a random mode; None: --resample_draws
     fitted      {mode: what it learned}, as `fit_modes` returns
     """
 
     of_batch: Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]
     names: list[str]
-    most_draws: int | None = None
     fitted: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
 
 EXACT = Effects(ablate_heads, [*SCORES, "first_order"])
-FIRST_ORDER = Effects(first_order_heads, ["first_order"], most_draws=1)  # windows are many
+FIRST_ORDER = Effects(first_order_heads, ["first_order"])
 MeasureArm = Callable[..., dict[str, np.ndarray]]  # `measure` with its first four arguments given
 
 
@@ -1560,8 +1572,8 @@ def measure(
     for mode in modes:
         for name in effects.names:
             losses[f"{mode}.{name}"] = np.zeros(shape)
-    resample_draws = effects.most_draws or args.resample_draws
-    passes = list_passes(modes, resample_draws)
+    # The same draws for every measurement of a window: a control variate is no mean of other ones
+    passes = list_passes(modes, args.resample_draws)
 
     rank, world = rank_and_world()
     n_steps = n_sequences * len(passes) // world
@@ -1582,7 +1594,7 @@ def measure(
                 losses["base"][rows] = base
                 # The mean over draws
                 for name, values in found.items():
-                    losses[f"{mode}.{name}"][rows] += values / n_draws(mode, resample_draws)
+                    losses[f"{mode}.{name}"][rows] += values / n_draws(mode, args.resample_draws)
                 bar.update(len(tokens))
     bar.close()
     # In place; where another process measured, the arrays are still 0
@@ -1899,7 +1911,7 @@ def write_results(args: argparse.Namespace) -> None:
         # What was drawn with other settings is not replaced unasked
         keep = args.redraw and not args.overwrite and path.exists()
         if keep and path.read_text(encoding="utf-8") != texts[path]:
-            fact = f"{path} would change (another --mode, --bootstrap, --seed, or another script?)"
+            fact = f"{path} would change (other --mode, --bootstrap, --seed or --plain, or script?)"
             raise HandoffError(f"{fact}; pass --overwrite to replace it")
     # Without a sidecar until both are written: an unfinished result never looks done
     for path, text in texts.items():
@@ -2028,14 +2040,14 @@ def summarise(
     document_numbers(losses, args)
     results = []
     for run in facts["runs"]:
+        # The mode that chose the heads of the second stage, if there is one
+        ranking = result_of_mode(losses, facts, run, facts["modes"][0], args)
         of_run = []
         for mode in modes:
-            # Of a mode with a stage alone there is no more than that; of two the second one decides
-            stages = [
-                result_of(ablation, facts, args)
-                for ablation in read_stages(losses, facts, run, mode, args)
-            ]
-            of_run.append(stages[0] if len(stages) == 1 else two_stages(*stages))
+            result = result_of_mode(losses, facts, run, mode, args)
+            if result.stage == 2 and "p_missed" not in result.row:
+                result = of_kept_heads(result, ranking)
+            of_run.append(result)
         for result in of_run:
             result.row["ranked_by"] = modes[0]
             both = result.heads.merge(of_run[0].heads, on=["layer", "head"])
@@ -2051,16 +2063,32 @@ def summarise(
     return pd.concat([result.heads for result in every]), pd.DataFrame([r.row for r in every])
 
 
+def result_of_mode(
+    losses: dict[str, np.ndarray],
+    facts: dict[str, Any],
+    run: str,
+    mode: str,
+    args: argparse.Namespace,
+) -> Result:
+    """Of a mode with a stage alone there is no more than that; of two the second one decides."""
+    stages = []
+    for ablation in read_stages(losses, facts, run, mode, args):
+        stages.append(result_of(ablation, facts, args))
+    return stages[0] if len(stages) == 1 else two_stages(*stages)
+
+
 @dataclass
 class Result:
     """What is said of one run under one mode.
 
+    stage     the last one
     heads     rows of the CSV, R of them
     row       the row of the summary
     crossfit  [n] values of `cross_fit`
     values    [n, R] steadied effects of the heads in each unit
     """
 
+    stage: int
     heads: pd.DataFrame
     row: dict[str, Any]
     crossfit: np.ndarray
@@ -2079,7 +2107,7 @@ def result_of(ablation: Ablation, facts: dict[str, Any], args: argparse.Namespac
     row["unique_hero"] = row["unique_hero"] and bool(row["gap_elsewhere_lo"] > 0)
     row["n_needed"] = sequences_needed(ablation, statistics)
     row |= screen_quality(ablation, statistics.columns["impact"])
-    return Result(heads, row, statistics.crossfit, values)
+    return Result(ablation.stage, heads, row, statistics.crossfit, values)
 
 
 def sequences_needed(ablation: Ablation, statistics: HeadStatistics) -> float:
@@ -2107,16 +2135,29 @@ def two_stages(first: Result, second: Result) -> Result:
     heads["rank"] = np.arange(1, len(heads) + 1)
     costs = heads["impact"].clip(lower=0)
     heads["share"] = costs / max(costs.sum(), 1e-300)
-    of_all = [f"{name}{end}" for name in CONCENTRATION for end in ("", "_null")]
-    of_all += [f"effective_heads{end}" for end in ("", "_lo", "_hi")]
-    of_all += ["n_negative", "negative_sum", "spearman_first_order", "recall5_first_order"]
-    row = second.row | {name: first.row[name] for name in of_all}
+    row = second.row | {name: first.row[name] for name in of_all_heads()}
     row["n_screen"] = first.row["n_seq"]
     row["n_dropped"] = len(dropped)
     row["p_missed"] = missed
     row["unique_hero"] = row["unique_hero"] and missed < 0.05
     heads = heads.sort_values(of_head, ignore_index=True)
-    return Result(heads, row, second.crossfit, second.values)
+    return Result(second.stage, heads, row, second.crossfit, second.values)
+
+
+def of_kept_heads(result: Result, ranking: Result) -> Result:
+    """A mode that the second stage alone has knows nothing of the heads that were dropped: whether
+    the first one is among them is what the mode that ranks says, and of all heads it says nothing."""
+    row = result.row | dict.fromkeys(of_all_heads(), math.nan)
+    row |= {name: ranking.row[name] for name in ("n_screen", "n_dropped", "p_missed")}
+    row["unique_hero"] = row["unique_hero"] and row["p_missed"] < 0.05
+    return replace(result, row=row)
+
+
+def of_all_heads() -> list[str]:
+    """Columns of the summary that speak of all heads of a model."""
+    columns = [f"{name}{end}" for name in CONCENTRATION for end in ("", "_null")]
+    columns += [f"effective_heads{end}" for end in ("", "_lo", "_hi")]
+    return columns + ["n_negative", "negative_sum", "spearman_first_order", "recall5_first_order"]
 
 
 def document_numbers(losses: dict[str, np.ndarray], args: argparse.Namespace) -> None:
@@ -2543,14 +2584,18 @@ def tell_of_run(row: pd.Series) -> None:
     if row.get("n_dropped", math.nan) >= 0:
         n_screen = f"{row['n_screen']:.0f} other sequences"
         missed = f"that one of them is in truth the first: p {row['p_missed']:.2g}"
+        if row["mode"] != row["ranked_by"]:
+            missed += f" ({row['ranked_by']} ablation)"
         print(f"  {row['n_dropped']:.0f} heads were dropped after {n_screen}; {missed};")
         print("  what is said of the first head is of the second stage alone")
     power = f"detects {row['min_detectable']:.5f} nats with 80 % power"
     heads = [row[f"effective_heads{end}"] for end in ("", "_lo", "_hi")]
     shared = f"effective heads {heads[0]:.1f} [{heads[1]:.1f}, {heads[2]:.1f}]"
-    if math.isnan(heads[0]):
+    if math.isnan(row["max_share"]):
+        shared = "of the heads of the second stage alone"
+    elif math.isnan(heads[0]):
         shared = "how many heads share the impact is hidden by noise"
-    print(f"  {n}: {power}; {shared}; two tied heads make a Hero Head in 5 %")
+    print(f"  {n}: {power}; {shared}; two tied heads make a Hero Head in about 5 %")
 
 
 def tell_what_it_takes(row: pd.Series, facts: dict[str, Any]) -> None:
@@ -2593,7 +2638,7 @@ def tell_backup(row: pd.Series) -> str:
     if not row["backup"]:
         return "it cannot be told whether a head stands in for the first one"
     if row["backup"] == NO_BACKUP:
-        found = "no head is told to stand in for the first one"
+        found = "none of the heads of its pairs is told to stand in for the first one"
         return f"{found}: both cost at most {row['backup_at_most']:+.5f} nats more than one by one"
     more = f"{row['backup_interaction']:+.5f} nats more than one by one"
     return f"{row['backup']} stands in for the first one: both cost {more}"

@@ -669,6 +669,30 @@ def test_a_random_mode_without_draws_is_an_error() -> None:
         A.measure(model, data, means, args, np.arange(9), ["resample"], [0, 1], EXACT)
 
 
+def test_a_window_has_the_same_draws_in_every_measurement() -> None:
+    """A control variate of other draws would have noise that no standard error holds."""
+    model, data = random_model(), text()
+    means = A.training_means(model, data, ARGS, EXACT)
+    given = (np.arange(9), ["resample"], [0, 1, 2], EXACT, None)
+    exact = A.measure(model, data, means, ARGS, *given)
+    linear = A.measure(model, data, means, ARGS, *given, A.FIRST_ORDER)
+    name = "resample.first_order"
+    np.testing.assert_allclose(linear[name], exact[name], rtol=1e-5, atol=1e-6)
+    # Which several draws have, and one alone has not
+    one = SimpleNamespace(**(vars(ARGS) | {"resample_draws": 1}))
+    of_one = A.measure(model, data, means, one, *given, A.FIRST_ORDER)
+    assert np.abs(of_one[name] - exact[name]).max() > 1e-3
+
+
+def test_effects_that_are_no_numbers_are_refused_and_drop_no_head() -> None:
+    effects = np.zeros((9, 3, 4))
+    A.need_finite("mean.loss", effects)
+    effects[4, 1, 2] = np.nan
+    effects[5] = np.inf
+    with pytest.raises(A.HandoffError, match="mean.loss: no finite number in 2 of 9 sequences"):
+        A.need_finite("mean.loss", effects)
+
+
 def store(npz: Path, arrays: dict[str, np.ndarray]) -> None:
     """Replaces the arrays of an .npz, and describes it in its sidecar."""
     with npz.open("wb") as f:

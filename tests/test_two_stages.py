@@ -144,6 +144,27 @@ def test_the_second_stage_has_other_documents_and_its_rows_come_first(measured: 
     np.testing.assert_allclose(first["impact"], values.mean(), rtol=1e-8)
 
 
+def test_a_mode_of_the_second_stage_says_nothing_of_all_heads(measured: Path) -> None:
+    """Optimal ablation, which only heads that mean ablation kept have."""
+    summary = pd.read_csv(measured.with_name("out_summary.csv")).set_index("mode")
+    mean, optimal = summary.loc["mean"], summary.loc["optimal"]
+    for name in ("n_screen", "n_dropped", "p_missed"):
+        assert optimal[name] == mean[name]
+    assert optimal[["max_share", "gini", "effective_heads", "n_negative"]].isna().all()
+    assert mean[["max_share", "gini", "n_negative"]].notna().all()
+
+
+@pytest.mark.parametrize(("p_missed", "is_unique"), [(0.3, False), (0.01, True)])
+def test_such_a_mode_names_no_hero_where_a_dropped_head_may_be_the_first(
+    p_missed: float, is_unique: bool
+) -> None:
+    ranking = A.Result(2, pd.DataFrame(), {}, np.empty(0), np.empty((0, 0)))
+    ranking.row |= {"p_missed": p_missed, "n_screen": 16, "n_dropped": 30, "unique_hero": False}
+    alone = A.replace(ranking, row={"unique_hero": True, "gini": 0.5})
+    row = A.of_kept_heads(alone, ranking).row
+    assert row["unique_hero"] is is_unique and row["n_dropped"] == 30 and np.isnan(row["gini"])
+
+
 @pytest.mark.parametrize("n_linear", [0, 7, 40, 200, 384])
 def test_no_document_is_in_both_stages_however_many_windows_are_linear(n_linear: int) -> None:
     """Of a split whose documents have 1 to 4 windows, so that some of them lie between those chosen."""
