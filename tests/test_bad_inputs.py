@@ -490,7 +490,9 @@ def test_an_argument_that_is_not_utf8_is_one_line(argv, locale, tmp_path):
     )
     err = done.stderr.decode()
     assert done.returncode == 2, err
-    assert err.count("\n") == 1 and "not UTF-8" in err and r"caf\udce9" in err
+    # On a busy machine without its cache, matplotlib says that it looks for fonts
+    lines = [line for line in err.splitlines() if "font cache" not in line]
+    assert len(lines) == 1 and "not UTF-8" in err and r"caf\udce9" in err
     assert not list(tmp_path.iterdir())
 
 
