@@ -6,9 +6,10 @@ the others by more than chance? One head at a time loses its output z, which is 
 same positions (resample: the loss is averaged over draws). The loss is exact: only what follows the
 head is computed again. The unit of replication is the document, since sequences of one document are
 alike; all heads and both models see the same ones. The first head is a Hero Head if it leads every
-other head by more than chance (two tied heads are called so in about 5 %), its impact is above 0 (max-T
-p < .05), and the model beats word frequencies; otherwise there is "no unique hero". With fewer than
-32 documents there is no interval, no p value and no Hero Head: they would not be what they say.
+other head by more than chance (two tied heads are called so in about 5 %), its impact is above 0
+(max-T p < .05), and the model beats word frequencies; otherwise there is "no unique hero". With
+fewer than 32 documents there is no interval, no p value and no Hero Head: they would not be what
+they say.
 
 The exact effect of a head is dear: a pass of its own. Its first-order effect is cheap: one backward
 pass gives those of all heads. Over sequences the two move together, so the first-order effect of
@@ -1273,7 +1274,7 @@ def first_stage(name: str, bench: Bench, text: Chosen, args: argparse.Namespace)
 
 
 def need_finite(array: str, values: np.ndarray) -> None:
-    """Refuses effects [n, ...] of which one is no number: statistics would drop its head, or all."""
+    """Refuses effects [n, ...] of which one is no number: statistics would drop its head."""
     is_bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)  # [n]
     if is_bad.any():
         fact = f"{array}: no finite number in {is_bad.sum()} of {len(values)} sequences"
@@ -2146,7 +2147,8 @@ def two_stages(first: Result, second: Result) -> Result:
 
 def of_kept_heads(result: Result, ranking: Result) -> Result:
     """A mode that the second stage alone has knows nothing of the heads that were dropped: whether
-    the first one is among them is what the mode that ranks says, and of all heads it says nothing."""
+    the first one is among them is what the mode that ranks says, and of all heads nothing is said.
+    """
     row = result.row | dict.fromkeys(of_all_heads(), math.nan)
     row |= {name: ranking.row[name] for name in ("n_screen", "n_dropped", "p_missed")}
     row["unique_hero"] = row["unique_hero"] and row["p_missed"] < 0.05

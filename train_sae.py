@@ -616,8 +616,8 @@ class Trainer:
         """A latent without a gradient loses its momentum and stands still.
 
         Adam would drag it on for some ten steps after it last fired: at a high learning rate far
-        enough for a rare latent to die of it. b_enc tells which have a gradient; an architecture
-        that has no use for b_enc keeps all momentum.
+        enough for a rare latent to die of it. The price: at a low rate it learns more slowly. b_enc
+        tells which have a gradient; an architecture that has no use for b_enc keeps all momentum.
         """
         rests = self.sae.b_enc.grad == 0  # [F]
         resting = rests.nonzero()[:, 0]
