@@ -928,6 +928,8 @@ def may_lead(values: np.ndarray, chance: float = CHANCE_LOST) -> np.ndarray:
     """
     n, n_heads = values.shape
     impact = values.mean(0)
+    if n == 1:  # one document tells nothing
+        return np.argsort(-impact)
     leader = impact.argmax()
     lead = values[:, [leader]] - values  # [n, R]
     t = lead.mean(0) / standard_error(lead)  # [R]

@@ -49,6 +49,14 @@ def test_the_first_head_is_lost_no_more_often_than_is_said(n: int, n_tied: int) 
     assert n_lost <= stats.binom.ppf(0.999, n_draws, A.CHANCE_LOST)
 
 
+def test_of_one_document_and_of_two_copies_no_head_is_let_go() -> None:
+    impact = np.array([[0.1, 0.9, 0.5]])
+    assert A.may_lead(impact).tolist() == [1, 2, 0]  # the likeliest first
+    noise = np.random.default_rng(0).normal(size=(20, 1))
+    kept = A.may_lead(np.hstack((noise - 9.0, 1.0 + noise, 1.0 + noise)))
+    assert sorted(kept) == [1, 2]
+
+
 def verdict(rng: np.random.Generator, impact: np.ndarray) -> tuple[bool, bool, float]:
     """Two stages of 16 and 64 sequences: whether head 0 is named a Hero Head, whether any is, and
     the cost as a share of 80 sequences of all heads."""
