@@ -1166,6 +1166,9 @@ def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
     fill_in_sizes(args, reference)
     with rank_0_first():  # it fills the cache
         train, val = open_splits(args, reference)
+    if "resample" in args.mode and val.n_windows < 2:
+        fact = "--mode resample takes z from another window, and the validation split has one"
+        raise HandoffError(f"{fact}; use more text, or --mode mean zero")
     benches = {name: prepare(arm, train, val, args, autocast) for name, arm in arms.items()}
     started = time.perf_counter()
     if args.minutes:
@@ -1181,7 +1184,7 @@ def measure_runs(args: argparse.Namespace) -> tuple[dict[str, np.ndarray], dict[
         most = args.keep or heads_in_time(benches, seconds_left, args)
         for name, bench in benches.items():
             choose_heads(name, bench, text, val, most, args)
-        text.fresh = choose_fresh(benches, text, val, seconds_left, args)
+        text.fresh = choose_fresh(benches, val, seconds_left, args)
         for name, bench in benches.items():
             second_stage(name, bench, text, args)
     if len(text.together):
@@ -1265,14 +1268,14 @@ def first_stage(name: str, bench: Bench, text: Chosen, args: argparse.Namespace)
     given = (modes, args.layers, bench.precision)
     started = time.perf_counter()
     bench.arrays |= bench.measure(text.exact, *given, name, replace(EXACT, fitted=fitted))
-    for array, values in bench.arrays.items():
-        need_finite(array, values)
     bench.seconds = (time.perf_counter() - started) / len(text.exact)
     if len(text.linear):
         label = f"{name}, first order"
         effects = replace(FIRST_ORDER, fitted=fitted)
         for array, values in bench.measure(text.linear, *given, label, effects).items():
             bench.arrays[f"split.{array}"] = values
+    for array, values in bench.arrays.items():
+        need_finite(array, values)
 
 
 def need_finite(array: str, values: np.ndarray) -> None:
@@ -1369,7 +1372,6 @@ def choose_heads(
 
 def choose_fresh(
     benches: dict[str, Bench],
-    text: Chosen,
     val: HFWikiTextLoader,
     seconds_left: float,
     args: argparse.Namespace,
@@ -1384,7 +1386,7 @@ def choose_fresh(
         seconds = sum(seconds_of_kept(bench, fresh, args) for bench in benches.values())
         n_wanted = from_rank_0(max(MIN_UNITS, int(seconds_left / seconds)))
     chosen = some_of(fresh, n_wanted)
-    again = f"--screen {len(text.exact)} --n_linear {len(text.linear)} --confirm {len(chosen)}"
+    again = f"--screen {args.n_seqs} --n_linear {args.n_linear} --confirm {len(chosen)}"
     if args.keep or args.minutes:
         again += f" --keep {max(len(bench.kept) for bench in benches.values())}"
     print(f"second stage: {len(chosen)} fresh sequences (the same again: {again})", flush=True)
@@ -1466,6 +1468,7 @@ def measure_together(
     bench.arrays["together.kinds"] = np.array(kinds)
     bench.arrays["together.sets"] = sets
     bench.arrays["together.loss"] = measure_sets(*given)
+    need_finite("together.loss", bench.arrays["together.loss"])
 
 
 @dataclass
@@ -1488,19 +1491,21 @@ class Chosen:
 def choose_windows(args: argparse.Namespace, val: HFWikiTextLoader) -> Chosen:
     """Evenly spaced windows of the split, for each of the measurements."""
     sizes = (args.n_seqs, args.n_linear)
-    if "resample" in args.mode and val.n_windows < 2:
-        fact = "--mode resample takes z from another window, and the validation split has one"
-        raise HandoffError(f"{fact}; use more text, or --mode mean zero")
     # 0 is all, so a single 0 takes the whole split
     needed = 0 if args.plain or min(sizes) == 0 else max(sizes)
     linear = val.spread(needed)  # [N]
     first = linear
     if has_second_stage(args):
-        first = linear[~second_half(val, linear)]
-        if len(first) == len(linear):
+        every = np.arange(val.n_windows)
+        first_half = every[~second_half(val, every)]
+        if len(first_half) == len(every):
             fact = "the validation split has one document"
             raise HandoffError(f"{fact}; --confirm and --minutes need fresh ones: use more text")
+        first = np.intersect1d(linear, first_half)
+        if len(first) < args.n_seqs:  # of few windows any number may lie in the second half
+            first = first_half
     exact = some_of(first, args.n_seqs)  # [n]
+    linear = np.union1d(linear, exact)
     if args.plain or len(exact) == len(linear):
         linear = linear[:0]
     others = np.setdiff1d(np.arange(val.n_windows), exact)
@@ -1721,10 +1726,16 @@ class Cost:
     shared: float
     of_layer: float
 
+    def of_linear(self, args: argparse.Namespace) -> float:
+        """Seconds a sequence of the first-order effects: each draw of a random mode goes forward
+        through other text."""
+        n_random = sum(MODES[mode].random for mode in modes_of_stage(1, args))
+        return self.shared * (1 + n_random * args.resample_draws / 2)
+
     def of_exact(self, args: argparse.Namespace) -> float:
         """Seconds a sequence of the first stage."""
         n_passes = len(list_passes(modes_of_stage(1, args), args.resample_draws))
-        return self.shared + self.of_layer * n_passes * len(args.layers)
+        return self.of_linear(args) + self.of_layer * n_passes * len(args.layers)
 
 
 def measure_cost(
@@ -1750,7 +1761,7 @@ def measure_cost(
 def announce_cost(name: str, bench: Bench, text: Chosen, args: argparse.Namespace) -> None:
     """Prints what will be measured, and how long it will take."""
     cost = bench.cost
-    seconds = cost.of_exact(args) * len(text.exact) + cost.shared * len(text.linear)
+    seconds = cost.of_exact(args) * len(text.exact) + cost.of_linear(args) * len(text.linear)
     n_heads = len(args.layers) * bench.arm.model.cfg.n_heads
     nothing = np.zeros(n_heads)  # of each head
     n_sets = len(plan_sets(nothing, nothing, args.seed)[0])
@@ -1777,11 +1788,11 @@ def plan_first_stage(
 ) -> None:
     """Sets how many sequences half of --minutes buys; what it buys later is said after it."""
     seconds = 60 * args.minutes / 2
-    shared = sum(bench.cost.shared for bench in benches.values())
+    linear = sum(bench.cost.of_linear(args) for bench in benches.values())
     exact = sum(bench.cost.of_exact(args) for bench in benches.values())
     # A third of it for the first-order effects, which all heads share
-    n_linear = min(args.n_linear or val.n_windows, int(seconds / 3 / shared))
-    n_seqs = int((seconds - n_linear * shared) / exact)
+    n_linear = min(args.n_linear or val.n_windows, int(seconds / 3 / linear))
+    n_seqs = int((seconds - n_linear * linear) / exact)
     args.n_linear = from_rank_0(n_linear)
     args.n_seqs = from_rank_0(min(n_seqs, val.n_windows // 2))
     if args.n_seqs < 8:
@@ -2043,13 +2054,12 @@ def summarise(
     document_numbers(losses, args)
     results = []
     for run in facts["runs"]:
-        # The mode that chose the heads of the second stage, if there is one
-        ranking = result_of_mode(losses, facts, run, facts["modes"][0], args)
         of_run = []
         for mode in modes:
             result = result_of_mode(losses, facts, run, mode, args)
             if result.stage == 2 and "p_missed" not in result.row:
-                result = of_kept_heads(result, ranking)
+                chose = result_of_mode(losses, facts, run, facts["modes"][0], args)
+                result = of_kept_heads(result, chose)
             of_run.append(result)
         for result in of_run:
             result.row["ranked_by"] = modes[0]
@@ -2142,17 +2152,18 @@ def two_stages(first: Result, second: Result) -> Result:
     row["n_screen"] = first.row["n_seq"]
     row["n_dropped"] = len(dropped)
     row["p_missed"] = missed
+    row["chosen_by"] = second.row["mode"]
     row["unique_hero"] = row["unique_hero"] and missed < 0.05
     heads = heads.sort_values(of_head, ignore_index=True)
     return Result(second.stage, heads, row, second.crossfit, second.values)
 
 
-def of_kept_heads(result: Result, ranking: Result) -> Result:
+def of_kept_heads(result: Result, chose: Result) -> Result:
     """A mode that the second stage alone has knows nothing of the heads that were dropped: whether
-    the first one is among them is what the mode that ranks says, and of all heads nothing is said.
-    """
+    the first one is among them is what the mode says that chose them, and of all heads nothing is
+    said."""
     row = result.row | dict.fromkeys(of_all_heads(), math.nan)
-    row |= {name: ranking.row[name] for name in ("n_screen", "n_dropped", "p_missed")}
+    row |= {name: chose.row[name] for name in ("n_screen", "n_dropped", "p_missed", "chosen_by")}
     row["unique_hero"] = row["unique_hero"] and row["p_missed"] < 0.05
     return replace(result, row=row)
 
@@ -2588,17 +2599,17 @@ def tell_of_run(row: pd.Series) -> None:
     if row.get("n_dropped", math.nan) >= 0:
         n_screen = f"{row['n_screen']:.0f} other sequences"
         missed = f"that one of them is in truth the first: p {row['p_missed']:.2g}"
-        if row["mode"] != row["ranked_by"]:
-            missed += f" ({row['ranked_by']} ablation)"
+        if row["mode"] != row["chosen_by"]:
+            missed += f" ({row['chosen_by']} ablation)"
         print(f"  {row['n_dropped']:.0f} heads were dropped after {n_screen}; {missed};")
         print("  what is said of the first head is of the second stage alone")
     power = f"detects {row['min_detectable']:.5f} nats with 80 % power"
     heads = [row[f"effective_heads{end}"] for end in ("", "_lo", "_hi")]
     shared = f"effective heads {heads[0]:.1f} [{heads[1]:.1f}, {heads[2]:.1f}]"
-    if math.isnan(row["max_share"]):
+    if math.isnan(row["n_negative"]):
         shared = "of the heads of the second stage alone"
     elif math.isnan(heads[0]):
-        shared = "how many heads share the impact is hidden by noise"
+        shared = "how many heads share the impact cannot be told"
     print(f"  {n}: {power}; {shared}; two tied heads make a Hero Head in about 5 %")
 
 
@@ -2770,6 +2781,8 @@ def describe_units(summary: pd.DataFrame) -> str:
 def family_of(table: pd.DataFrame) -> str:
     """Which heads an interval holds for at once: those that were dropped have sequences of their
     own."""
+    if "stage" in table and table["stage"].min() == 2:
+        return " of the second stage"
     if "stage" not in table or table["stage"].nunique() < 2:
         return ""
     n_first, n_second = (table.loc[table["stage"] == stage, "n_seq"].max() for stage in (1, 2))
@@ -4177,7 +4190,8 @@ def checkpoint_remedy(path: Path) -> str:
     """What makes a checkpoint that is missing or broken, by what lies beside it."""
     others = [other for other in finished_checkpoints(path.parent) if other != path]
     is_made_by_training = re.fullmatch(r"ckpt_\d+\.pt|janus_\w+_final\.pt", path.name)
-    if is_made_by_training and others and (path.parent / "run.json").is_file():
+    is_later = bool(others) and path.name > others[-1].name  # numbers have eight digits
+    if is_made_by_training and is_later and (path.parent / "run.json").is_file():
         command = f"the command in {path.parent / 'run.json'} and --resume"
         return f"{command}, which goes on from {others[-1].name}"
     train = "python janus_adaptive.py --save_dir DIR"

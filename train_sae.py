@@ -4533,7 +4533,8 @@ def checkpoint_remedy(path: Path) -> str:
     """What makes a checkpoint that is missing or broken, by what lies beside it."""
     others = [other for other in finished_checkpoints(path.parent) if other != path]
     is_made_by_training = re.fullmatch(r"ckpt_\d+\.pt|janus_\w+_final\.pt", path.name)
-    if is_made_by_training and others and (path.parent / "run.json").is_file():
+    is_later = bool(others) and path.name > others[-1].name  # numbers have eight digits
+    if is_made_by_training and is_later and (path.parent / "run.json").is_file():
         command = f"the command in {path.parent / 'run.json'} and --resume"
         return f"{command}, which goes on from {others[-1].name}"
     train = "python janus_adaptive.py --save_dir DIR"

@@ -473,11 +473,12 @@ def test_a_broken_checkpoint_is_remade_from_the_one_before_it(smoke_checkpoint, 
     cut(final)
     with pytest.raises(janus.HandoffError, match="--resume, which goes on from ckpt_00000020.pt"):
         janus.load_checkpoint(final, torch.device("cpu"), False)
-    # --resume would make no file of another name
-    with pytest.raises(
-        janus.HandoffError, match="does not exist.*janus_adaptive.py --save_dir DIR"
-    ):
-        janus.load_checkpoint(tmp_path / "m" / "best.pt", torch.device("cpu"), False)
+    # --resume would make no file of another name, nor one of an earlier step
+    for name in ("best.pt", "ckpt_00000005.pt"):
+        with pytest.raises(
+            janus.HandoffError, match="does not exist.*janus_adaptive.py --save_dir DIR"
+        ):
+            janus.load_checkpoint(tmp_path / "m" / name, torch.device("cpu"), False)
     for path in (tmp_path / "m").glob("ckpt_*"):
         path.unlink()
     with pytest.raises(janus.HandoffError, match="python janus_adaptive.py --save_dir DIR"):

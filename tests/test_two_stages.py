@@ -156,8 +156,9 @@ def test_a_mode_of_the_second_stage_says_nothing_of_all_heads(measured: Path) ->
     """Optimal ablation, which only heads that mean ablation kept have."""
     summary = pd.read_csv(measured.with_name("out_summary.csv")).set_index("mode")
     mean, optimal = summary.loc["mean"], summary.loc["optimal"]
-    for name in ("n_screen", "n_dropped", "p_missed"):
+    for name in ("n_screen", "n_dropped", "p_missed", "chosen_by"):
         assert optimal[name] == mean[name]
+    assert optimal["chosen_by"] == "mean"
     assert optimal[["max_share", "gini", "effective_heads", "n_negative"]].isna().all()
     assert mean[["max_share", "gini", "n_negative"]].notna().all()
 
@@ -166,10 +167,10 @@ def test_a_mode_of_the_second_stage_says_nothing_of_all_heads(measured: Path) ->
 def test_such_a_mode_names_no_hero_where_a_dropped_head_may_be_the_first(
     p_missed: float, is_unique: bool
 ) -> None:
-    ranking = A.Result(2, pd.DataFrame(), {}, np.empty(0), np.empty((0, 0)))
-    ranking.row |= {"p_missed": p_missed, "n_screen": 16, "n_dropped": 30, "unique_hero": False}
-    alone = A.replace(ranking, row={"unique_hero": True, "gini": 0.5})
-    row = A.of_kept_heads(alone, ranking).row
+    chose = A.Result(2, pd.DataFrame(), {}, np.empty(0), np.empty((0, 0)))
+    chose.row |= {"p_missed": p_missed, "n_screen": 16, "n_dropped": 30, "chosen_by": "mean"}
+    alone = A.replace(chose, row={"unique_hero": True, "gini": 0.5})
+    row = A.of_kept_heads(alone, chose).row
     assert row["unique_hero"] is is_unique and row["n_dropped"] == 30 and np.isnan(row["gini"])
 
 
@@ -187,9 +188,31 @@ def test_no_document_is_in_both_stages_however_many_windows_are_linear(n_linear:
     args.mode, args.confirm, args.minutes = ["mean"], 96, None
     args.keep = None
     text = A.choose_windows(args, split)
-    fresh = A.choose_fresh({}, text, split, 0.0, SimpleNamespace(**vars(args) | {"minutes": None}))
-    assert len(fresh) == 96 and len(text.exact) > 0
+    fresh = A.choose_fresh({}, split, 0.0, args)
+    assert len(fresh) == 96 and len(text.exact) == 24
+    assert n_linear == 0 or np.isin(text.exact, text.linear).all()
     assert not set(of_window[text.exact]) & set(of_window[fresh])
+
+
+def test_the_halves_are_of_the_split_and_not_of_the_windows_asked_for(capsys) -> None:
+    """Of 20 windows of 40 documents all begin in the first half; of 30 too few do."""
+    split = SimpleNamespace(
+        n_windows=400,
+        documents=lambda windows: (windows // 10)[:, None],
+        spread=lambda n: np.arange(n or 400) * 400 // (n or 400),
+    )
+    args = SimpleNamespace(n_seqs=20, n_together=0, plain=False, mode=["mean"])
+    args.confirm, args.minutes, args.keep = 48, None, None
+    for args.n_linear in (20, 30):
+        text = A.choose_windows(args, split)
+        assert len(text.exact) == 20
+        fresh = A.choose_fresh({}, split, 0.0, args)
+        assert not set(text.exact // 10) & set(fresh // 10)
+    assert np.isin(text.exact, text.linear).all() and len(text.linear) >= 30
+    assert "(the same again: --screen 20 --n_linear 30 --confirm 48)" in capsys.readouterr().out
+    split.documents = lambda windows: np.zeros((len(windows), 1), dtype=int)
+    with pytest.raises(A.HandoffError, match="one document"):
+        A.choose_windows(args, split)
 
 
 def one_stage(rng: np.random.Generator, n: int) -> A.Ablation:
