@@ -2865,6 +2865,7 @@ def draw_ranks(ax: plt.Axes, table: pd.DataFrame, runs: list[str]) -> None:
     ax.axhline(0, color="black", lw=0.8)
     ax.set_title(f"{table['mode'].iloc[0]} ablation", fontsize=10)
     ax.set(xlabel="rank of the head", ylabel="% of the loss")
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     ax.legend(fontsize=8.5, frameon=False)
 
 

@@ -163,6 +163,16 @@ def test_a_mode_of_the_second_stage_says_nothing_of_all_heads(measured: Path) ->
     assert mean[["max_share", "gini", "n_negative"]].notna().all()
 
 
+def test_ranks_of_few_heads_are_whole_numbers() -> None:
+    few = pd.DataFrame({"run": "one", "name": ["L5H2", "L5H1"], "rank": [1, 2], "mode": "mean"})
+    few = few.assign(pct_impact=[0.4, 0.3], ci_all_lo_pct=np.nan, ci_all_hi_pct=np.nan)
+    _, ax = A.plt.subplots(figsize=(4, 3))
+    A.draw_ranks(ax, few, ["one"])
+    ticks = ax.get_xticks()
+    A.plt.close()
+    assert len(ticks) > 1 and (ticks == ticks.round()).all()
+
+
 @pytest.mark.parametrize(("p_missed", "is_unique"), [(0.3, False), (0.01, True)])
 def test_such_a_mode_names_no_hero_where_a_dropped_head_may_be_the_first(
     p_missed: float, is_unique: bool
