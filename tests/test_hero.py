@@ -1355,14 +1355,16 @@ def test_memory_does_not_grow_with_the_windows_that_are_scored():
         print(peak() - before)
     """
     root = Path(hero.__file__).parent
-    few, many = (
-        float(subprocess.check_output([sys.executable, "-c", code, n], cwd=root, text=True))
-        for n in ("8", "32")
-    )
-    assert few > 100 and many < 1.5 * few, (
-        few,
-        many,
-    )  # MB; 2.5 times as much when freed memory was kept
+
+    def peak(n_windows: int) -> float:
+        run = [sys.executable, "-c", code, str(n_windows)]
+        return float(subprocess.check_output(run, cwd=root, text=True))  # MB
+
+    # How freed memory lies differs from run to run (8 windows 185 to 256 MB, 128 windows 246 to 522),
+    # so the least of two. Were it kept (`keep_memory`), 128 windows took 870 to 2610
+    few = min(peak(8), peak(8))
+    many = min(peak(128), peak(128))
+    assert few > 100 and many < 3 * few, (few, many)
 
 
 # ---- how tokens are shown
